@@ -1,0 +1,99 @@
+"""The generation monitor: from a denoiser's samples to distances and copies."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mlflow_icr.extraction.denoisers import Denoiser
+from mlflow_icr.extraction.keyed import keyed_generator
+from mlflow_icr.extraction.samplers import heun_sample
+from mlflow_icr.extraction.views import as_unit_interval
+from mlflow_icr.generation import frechet_distance, memorization_ratio
+from mlflow_icr.monitoring.grid import image_grid
+from mlflow_icr.monitoring.ranks import gather_rows, world
+from mlflow_icr.monitoring.report import Report
+
+GRID_COLUMNS, GRID_ROWS = 16, 4
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Images in [-1, 1] as uint8, rounded, as they would be saved."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+class GenerationMonitor:
+    """Measures what a denoiser generates against its training images and, where there are any, held-out ones.
+
+    `train` (N, C, H, W) and `heldout` (M, C, H, W) are uint8 or floats in [0, 1]. Sample i starts from the same noise at every
+    step (keyed by seed and i), so that pictures can be compared. Samples are judged as uint8, on their pixels. Under
+    torch.distributed the ranks share the sampling and get the same report. Raises ValueError for sets that do not fit.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        train: Tensor,
+        heldout: Tensor | None = None,
+        *,
+        num_samples: int = 128,
+        num_steps: int = 18,
+        seed: int = 0,
+        batch_size: int = 256,
+    ) -> None:
+        if num_samples < 1 or batch_size < 1:
+            raise ValueError(f"num_samples is {num_samples} and batch_size {batch_size}; expected at least 1")
+        if len(train) < 2:
+            raise ValueError(f"train has {len(train)} image(s); a second nearest neighbour needs at least 2")
+        if heldout is not None and heldout.shape[1:] != train.shape[1:]:
+            raise ValueError(f"heldout images are {tuple(heldout.shape[1:])}, training images {tuple(train.shape[1:])}")
+        self.denoiser = denoiser
+        self.shape = tuple(train.shape[1:])
+        self.train = as_unit_interval(train).flatten(1)
+        self.heldout = None if heldout is None or len(heldout) < 2 else as_unit_interval(heldout).flatten(1)
+        self.num_samples, self.num_steps, self.seed, self.batch_size = num_samples, num_steps, seed, batch_size
+
+    def sample(self) -> Tensor:
+        """The samples, (num_samples, C, H, W) uint8 on the CPU."""
+        network = self.denoiser.network
+        device = next((p.device for p in network.parameters()), torch.device("cpu"))
+        flags = [(module, module.training) for module in network.modules()]
+        network.eval()
+        rank, ranks = world()
+        mine = list(range(rank, self.num_samples, ranks))
+        images = torch.empty(len(mine), *self.shape, dtype=torch.uint8, device=device)
+        try:
+            for start in range(0, len(mine), self.batch_size):
+                noise = np.stack(
+                    [
+                        keyed_generator("sample", self.seed, i).standard_normal(self.shape, dtype=np.float32)
+                        for i in mine[start : start + self.batch_size]
+                    ]
+                )
+                x = heun_sample(self.denoiser, torch.from_numpy(noise).to(device), num_steps=self.num_steps)
+                images[start : start + len(x)] = to_uint8(x.nan_to_num())
+        finally:
+            for module, training in flags:
+                module.training = training
+        return gather_rows(images, self.num_samples).cpu()
+
+    def measure(self, step: int) -> Report:
+        """The report at `step` images seen: `mem/ratio_l2`, `gen/fd_pixels`, and a picture of the first samples."""
+        started = time.perf_counter()
+        images = self.sample()
+        fake = as_unit_interval(images).flatten(1)
+        values = {"mem/ratio_l2": memorization_ratio(fake, self.train).value}
+        absent = {}
+        smallest, dim = min(len(fake), len(self.heldout) if self.heldout is not None else 0), fake.shape[1]
+        if self.heldout is None:
+            absent["gen/fd_pixels"] = "there are no held-out images to compare with"
+        elif smallest <= dim:
+            absent["gen/fd_pixels"] = f"needs more than {dim} images on both sides, the number of pixels; {smallest} on one"
+        else:
+            values["gen/fd_pixels"] = frechet_distance(fake, self.heldout)
+        values["perf/generate_seconds"] = time.perf_counter() - started
+        figures = {"samples": image_grid(images[: GRID_COLUMNS * GRID_ROWS], GRID_COLUMNS)}
+        return Report(step, values, figures, absent)

@@ -1,0 +1,81 @@
+"""What exactly is measured: two values are comparable when their protocols have the same digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, replace
+
+from mlflow_icr.extraction.views import AUGMENTATION_LEVELS
+
+NORMALISATIONS = ("l2", "none")
+
+# Views are added until nu = (N-1)(K-1) reaches this many times D: there the debiased ICR's standard error is a few
+# thousandths, and the plug-in's bias about a fifth of the mean eigenvalue (`docs/structure.md`, "Formulas").
+DEGREES_PER_DIMENSION = 4
+
+
+def _require(condition: bool, field: str, value: object, allowed: str) -> None:
+    if not condition:
+        raise ValueError(f"{field} is {value!r}; expected {allowed}")
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Which layer is read, in how many views of how many images, at which noise; refuses impossible values.
+
+    `sigmas` are noise standard deviations (a single number is taken too): the first is logged under `repr/`, others under
+    `repr_sigma<value>/`. `num_images` None means all images given; `num_views` None means as many as the layer's width needs.
+    `normalisation` is that of the features in traces and energies. Raises ValueError naming field, value and what is allowed.
+    """
+
+    layer: str = "decoder"
+    sigmas: tuple[float, ...] = (0.29,)
+    augmentation_level: int = 3
+    num_images: int | None = None
+    num_views: int | None = None
+    seed: int = 0
+    ridge: float = 0.0
+    normalisation: str = "l2"
+
+    def __post_init__(self) -> None:
+        sigmas = self.sigmas
+        if isinstance(sigmas, (int, float)):
+            sigmas = (sigmas,)
+        _require(isinstance(self.layer, str) and bool(self.layer), "layer", self.layer, "a module path or an alias")
+        _require(
+            len(sigmas) > 0 and all(isinstance(s, (int, float)) and 0 < s < math.inf for s in sigmas),
+            "sigmas",
+            self.sigmas,
+            "positive finite numbers",
+        )
+        object.__setattr__(self, "sigmas", tuple(float(s) for s in sigmas))
+        _require(len(set(self.sigmas)) == len(self.sigmas), "sigmas", self.sigmas, "different numbers")
+        levels = ", ".join(map(str, AUGMENTATION_LEVELS))
+        _require(self.augmentation_level in AUGMENTATION_LEVELS, "augmentation_level", self.augmentation_level, f"one of {levels}")
+        n, k = self.num_images, self.num_views
+        _require(n is None or (_whole(n) and n >= 2), "num_images", n, "a whole number >= 2, or None for all")
+        _require(k is None or (_whole(k) and k >= 2), "num_views", k, "a whole number >= 2, or None for automatic")
+        _require(_whole(self.seed) and self.seed >= 0, "seed", self.seed, "a whole number >= 0")
+        _require(isinstance(self.ridge, (int, float)) and 0 <= self.ridge < math.inf, "ridge", self.ridge, "a number >= 0")
+        _require(self.normalisation in NORMALISATIONS, "normalisation", self.normalisation, f"one of {', '.join(NORMALISATIONS)}")
+
+    def resolve(self, *, images: int, dim: int) -> Protocol:
+        """This protocol with its numbers of images and views fixed, for `images` images and a layer of width `dim`.
+
+        Raises ValueError when fewer images are there than the protocol names.
+        """
+        n = images if self.num_images is None else self.num_images
+        _require(2 <= n <= images, "num_images", n, f"2 to {images}, the number of images given")
+        k = self.num_views or max(2, 1 + math.ceil(DEGREES_PER_DIMENSION * dim / (n - 1)))
+        return replace(self, num_images=n, num_views=k)
+
+    @property
+    def digest(self) -> str:
+        """Twelve hexadecimal digits that are the same exactly for equal protocols."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]

@@ -1,0 +1,27 @@
+"""Sharing work among torch.distributed ranks, or none."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+
+def world() -> tuple[int, int]:
+    """(rank, number of ranks); (0, 1) outside torch.distributed."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def gather_rows(mine: Tensor, total: int) -> Tensor:
+    """All `total` rows on every rank, in order, where rank r of W holds rows r, r + W, r + 2W, ..."""
+    rank, ranks = world()
+    if ranks == 1:
+        return mine
+    each = -(-total // ranks)
+    padded = mine.new_zeros(each, *mine.shape[1:])
+    padded[: len(mine)] = mine
+    parts = [torch.empty_like(padded) for _ in range(ranks)]
+    dist.all_gather(parts, padded)
+    return torch.stack(parts, 1).flatten(0, 1)[:total]  # the padded tail is the end of the interleaved order

@@ -1,0 +1,50 @@
+"""What one measurement found."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """Values, pictures and absences of one measurement at `step` images seen.
+
+    `values` are finite floats by key, `figures` uint8 pictures (H, W, 3) by key, `absent` reasons by the key that could not
+    be computed. Raises ValueError for a negative step, a value that is not finite, or a key both there and absent.
+    """
+
+    step: int
+    values: Mapping[str, float]
+    figures: Mapping[str, np.ndarray] = field(default_factory=dict)
+    absent: Mapping[str, str] = field(default_factory=dict)
+    protocol_digest: str = ""
+
+    def __post_init__(self) -> None:
+        if self.step < 0:
+            raise ValueError(f"step is {self.step}; expected images seen, >= 0")
+        for key, value in self.values.items():
+            if not math.isfinite(value):
+                raise ValueError(f"{key} is {value}; expected a finite number (leave it out, with its reason in absent)")
+        both = self.values.keys() & self.absent.keys()
+        if both:
+            raise ValueError(f"{', '.join(sorted(both))}: both a value and a reason for its absence")
+
+    def flat(self) -> dict[str, float]:
+        """One row of the history: images_seen and every value by its key."""
+        return {"images_seen": self.step, **self.values}
+
+    def joined(self, other: Report) -> Report:
+        """Both reports of one step as one. Raises ValueError when the steps differ."""
+        if other.step != self.step:
+            raise ValueError(f"cannot join reports of step {self.step} and step {other.step}")
+        return Report(
+            self.step,
+            {**self.values, **other.values},
+            {**self.figures, **other.figures},
+            {**self.absent, **other.absent},
+            self.protocol_digest or other.protocol_digest,
+        )

@@ -1,0 +1,38 @@
+"""A history in a few numbers that a run table can be sorted by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+# A ratio this small is within the noise of a few hundred samples, and within what near-duplicates in a data set cause.
+ONSET_RATIO = 0.05
+
+
+def _series(history: Iterable[Mapping[str, float]], key: str) -> list[tuple[int, float]]:
+    """(images seen, value) of the rows that hold the key, in order; a step written twice counts with its last row."""
+    return sorted({int(row["images_seen"]): float(row[key]) for row in history if key in row}.items())
+
+
+def summarise(history: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """`icr_min` and `icr_min_images_seen`, `mem_onset_images_seen`, and `lead_images` from the first to the second.
+
+    The onset is the first measurement from which `mem/ratio_l2` stays above 0.05 to the end. What a history does not have
+    (no onset yet, no ICR) is absent from the result.
+    """
+    rows = list(history)
+    result: dict[str, float] = {}
+    icr = _series(rows, "repr/icr")
+    if icr:
+        at, lowest = min(icr, key=lambda point: (point[1], point[0]))
+        result["icr_min"] = lowest
+        result["icr_min_images_seen"] = at
+    onset = None
+    for at, ratio in reversed(_series(rows, "mem/ratio_l2")):
+        if ratio <= ONSET_RATIO:
+            break
+        onset = at
+    if onset is not None:
+        result["mem_onset_images_seen"] = onset
+        if icr:
+            result["lead_images"] = onset - result["icr_min_images_seen"]
+    return result

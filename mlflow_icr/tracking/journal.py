@@ -1,0 +1,119 @@
+"""The journal: everything that was measured, in the output folder, before anybody else hears of it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from mlflow_icr.monitoring.report import Report
+
+HISTORY = "history.jsonl"
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a new name in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_history(path: Path | str) -> list[dict[str, float]]:
+    """The rows of a `history.jsonl`, or of the output folder that holds one, in the order of writing.
+
+    A torn last line, which a kill or a full disk can leave, is not a row. Raises FileNotFoundError when there is no
+    history, ValueError naming the line when another line is not a row.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / HISTORY
+    rows = []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict) or not isinstance(row.get("images_seen"), int):
+                raise ValueError("no images_seen")
+        except ValueError as error:
+            if number == len(lines):  # the text did not end in a newline: the line was never finished
+                break
+            raise ValueError(f"{path}, line {number}: not a measurement ({error})") from None
+        rows.append(row)
+    return rows
+
+
+class Journal:
+    """`history.jsonl` and `images/` of one output folder; an appended row is on the disk when `append` returns.
+
+    Raises ValueError when an earlier line of an existing history is not a row.
+    """
+
+    def __init__(self, output_dir: Path | str) -> None:
+        self.folder = Path(output_dir)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.path = self.folder / HISTORY
+        self.rows: list[dict[str, float]] = read_history(self.path) if self.path.exists() else []
+        self._drop_torn_line()
+
+    def _drop_torn_line(self) -> None:
+        """Cut an unfinished last line off, so that the next row starts on a line of its own."""
+        if not self.path.exists():
+            return
+        content = self.path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole == len(content):
+            return
+        if len(content[:whole].split(b"\n")) - 1 < len(self.rows):  # the row is whole, only its newline is missing
+            with self.path.open("ab") as file:
+                file.write(b"\n")
+        else:
+            os.truncate(self.path, whole)
+
+    @property
+    def steps(self) -> set[int]:
+        """Images seen of every recorded measurement."""
+        return {int(row["images_seen"]) for row in self.rows}
+
+    def append(self, report: Report) -> None:
+        """Write a report's pictures and then its row, flushed and fsynced. Raises OSError when the disk does not take it."""
+        from PIL import Image  # an image library is only needed where something is recorded
+
+        for key, picture in report.figures.items():
+            path = self.picture(key, report.step)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(path)
+        row = report.flat()
+        new = not self.path.exists()
+        with self.path.open("a", encoding="utf-8") as file:
+            start = file.tell()
+            try:
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:
+                os.truncate(self.path, start)  # half a row would hide the ones after it
+                raise
+        if new:
+            _sync_folder(self.folder)
+        self.rows.append(row)
+
+    def picture(self, key: str, step: int) -> Path:
+        """Where the picture of a key at a step is kept."""
+        return self.folder / "images" / key / f"{step:012d}.png"
+
+    def report(self, row: dict[str, float]) -> Report:
+        """A recorded row as a report again, with the pictures that were kept for it."""
+        from PIL import Image
+
+        step = int(row["images_seen"])
+        figures = {}
+        for path in sorted((self.folder / "images").glob(f"*/{step:012d}.png")):
+            with Image.open(path) as image:
+                figures[path.parent.name] = np.asarray(image.convert("RGB"))
+        return Report(step, {key: value for key, value in row.items() if key != "images_seen"}, figures)

@@ -1,0 +1,113 @@
+"""Results in MLflow: one run per job, metrics over images seen, pictures with their step."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+
+from mlflow_icr.monitoring.report import Report
+
+# MLflow's defaults make one call to a dead server block for minutes (7 retries, 120 s each); measurements must not.
+PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+
+
+class MLflowSink:
+    """Writes to the run that MLFLOW_RUN_ID or `run_id` names, to the active one, or to a new one.
+
+    What the server does not take is kept, in order, and tried again with the next measurement and at the end. Parameters
+    that the run has already (those of `mlflow run -P`) stay as they are. Use it on the main process only.
+    """
+
+    name = "MLflow"
+
+    def __init__(self, run_id: str | None = None, run_name: str | None = None) -> None:
+        self.run_id = run_id
+        self.run_name = run_name
+        self.experiment_id: str | None = None
+        self._owned = True
+        self._pending: list[Callable[[], None]] = []
+        for variable, value in PATIENCE.items():
+            os.environ.setdefault(variable, value)
+
+    def open(self, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
+        """Find or make the run, and log what it does not have yet."""
+        self._send(lambda: self._start(params, tags))
+
+    def _start(self, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
+        import mlflow
+        from mlflow.entities import Param, RunTag
+
+        run = mlflow.active_run() if self.run_id is None and "MLFLOW_RUN_ID" not in os.environ else None
+        self._owned = run is None
+        if run is None:
+            adopted = self.run_id is not None or "MLFLOW_RUN_ID" in os.environ
+            # An adopted run keeps the name that `mlflow run` gave it.
+            run = mlflow.start_run(run_id=self.run_id, run_name=None if adopted else self.run_name)
+        self._client = mlflow.MlflowClient()
+        self.run_id, self.experiment_id = run.info.run_id, run.info.experiment_id
+        there = self._client.get_run(self.run_id).data.params
+        new = [Param(key, str(value)[:6000]) for key, value in params.items() if key not in there]
+        run_tags = [RunTag(key, value) for key, value in tags.items()]
+        for start in range(0, max(len(new), len(run_tags)), 100):  # the store's limit for one batch
+            batch = slice(start, start + 100)
+            self._client.log_batch(self.run_id, params=new[batch], tags=run_tags[batch])
+
+    def recorded_steps(self) -> set[int]:
+        """Steps of all `repr/` and `mem/` metrics that the run has."""
+        if self.run_id is None or self._pending:
+            return set()
+        keys = [key for key in self._client.get_run(self.run_id).data.metrics if key.startswith(("repr/", "mem/"))]
+        return {metric.step for key in keys for metric in self._client.get_metric_history(self.run_id, key)}
+
+    def write(self, report: Report) -> None:
+        """Log a report's values in one batch, then its pictures and the reasons for what is absent."""
+        now = time.time_ns() // 1_000_000
+        self._send(lambda: self._log(report.values, report.step, now))
+        for key, picture in report.figures.items():
+            self._send(
+                lambda key=key, picture=picture: self._client.log_image(
+                    self.run_id, picture, key=key, step=report.step, timestamp=now, synchronous=True
+                )
+            )
+        if report.absent:
+            self._send(lambda: self._explain(report.absent))
+
+    def _log(self, values: Mapping[str, float], step: int, timestamp: int) -> None:
+        from mlflow.entities import Metric
+
+        metrics = [Metric(key, value, timestamp, step) for key, value in values.items()]
+        for start in range(0, len(metrics), 1000):  # the store's limit for one batch
+            self._client.log_batch(self.run_id, metrics=metrics[start : start + 1000])
+
+    def _explain(self, absent: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        tags = [RunTag(f"absent.{key}", why[:8000]) for key, why in absent.items()]
+        self._client.log_batch(self.run_id, tags=tags[:100])
+
+    def summary(self, values: Mapping[str, float], step: int) -> None:
+        """Log the summary metrics at the last step."""
+        now = time.time_ns() // 1_000_000
+        self._send(lambda: self._log(values, step, now))
+
+    def artifact(self, path: str, folder: str | None = None) -> None:
+        """Upload a file into the run's artifacts."""
+        self._send(lambda: self._client.log_artifact(self.run_id, path, folder))
+
+    def close(self, status: str) -> None:
+        """End the run with a status, unless it was somebody else's active run."""
+        import mlflow
+
+        try:
+            self._send(lambda: None)
+        finally:
+            if self._owned and self.run_id is not None and not self._pending:
+                mlflow.end_run(status)
+
+    def _send(self, call: Callable[[], None]) -> None:
+        """Do everything that is waiting, oldest first, then this; what fails waits for the next time."""
+        self._pending.append(call)
+        while self._pending:
+            self._pending[0]()
+            self._pending.pop(0)

@@ -1,0 +1,66 @@
+"""Results in TensorBoard: the same keys over the same steps, hparams in the run's own folder, sample grids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlflow_icr.monitoring.report import Report
+
+# What TensorBoard's hparams table shows as metrics of a run.
+HPARAM_METRICS = ("repr/icr", "repr/fisher_residual_energy", "mem/ratio_l2", "gen/fd_pixels", "icr_min", "lead_images")
+
+
+class TensorBoardSink:
+    """Writes event files into one folder, flushed after every measurement. Use it on the main process only."""
+
+    name = "TensorBoard"
+
+    def __init__(self, log_dir: Path | str) -> None:
+        self.log_dir = Path(log_dir)
+        self._writer: Any = None
+
+    def open(self, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
+        """Start an event file; a new run's hparams go in first."""
+        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import hparams
+
+        resumed = any(self.log_dir.glob("events.out.tfevents.*"))
+        self._writer = SummaryWriter(str(self.log_dir))
+        if not resumed:
+            plain = {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in params.items()}
+            # add_hparams would open a sub-run of its own, and hide the hparams of the other runs beside it.
+            for part in hparams(plain, dict.fromkeys(HPARAM_METRICS, 0)):
+                self._writer.file_writer.add_summary(part)
+            self._writer.add_text("run", "\n\n".join(f"**{key}**: {value}" for key, value in tags.items()), 0)
+        self._writer.flush()
+
+    def recorded_steps(self) -> set[int]:
+        """Steps of all scalars in the folder's event files."""
+        from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+
+        events = EventAccumulator(str(self.log_dir), size_guidance={SCALARS: 0})
+        events.Reload()
+        return {event.step for tag in events.Tags()["scalars"] for event in events.Scalars(tag)}
+
+    def write(self, report: Report) -> None:
+        """Add a report's values as scalars and its pictures as images."""
+        for key, value in report.values.items():
+            self._writer.add_scalar(key, value, report.step, double_precision=True)
+        for key, picture in report.figures.items():
+            self._writer.add_image(key, picture, report.step, dataformats="HWC")
+        for key, why in report.absent.items():
+            self._writer.add_text(f"absent/{key}", why, report.step)
+        self._writer.flush()
+
+    def summary(self, values: Mapping[str, float], step: int) -> None:
+        """Add the summary metrics at the last step."""
+        for key, value in values.items():
+            self._writer.add_scalar(key, value, step, double_precision=True)
+
+    def close(self, status: str) -> None:
+        """Close the event file."""
+        if self._writer is not None:
+            self._writer.add_text("status", status)
+            self._writer.close()

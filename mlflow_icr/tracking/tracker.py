@@ -1,0 +1,100 @@
+"""One report, written once, to the journal and from there to every sink."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from mlflow_icr.monitoring.report import Report
+from mlflow_icr.monitoring.summary import summarise
+from mlflow_icr.tracking.journal import Journal
+
+logger = logging.getLogger(__name__)
+
+
+class Sink(Protocol):
+    """A place that results go to: it shows what it is given, and never changes a value."""
+
+    name: str
+
+    def open(self, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
+        """Get ready, with the run's parameters and tags."""
+
+    def recorded_steps(self) -> set[int]:
+        """Images seen of the measurements that are there already."""
+
+    def write(self, report: Report) -> None:
+        """Add a measurement."""
+
+    def summary(self, values: Mapping[str, float], step: int) -> None:
+        """Set the summary metrics of the run."""
+
+    def close(self, status: str) -> None:
+        """Finish: FINISHED, FAILED or KILLED."""
+
+
+class Tracker:
+    """Journal first, then the sinks, none of which can stop a training: each failure is told once and the rest goes on.
+
+    Opening brings every sink up to the journal, so that a resumed run shows what an interrupted one had measured.
+    """
+
+    def __init__(self, output_dir: Path | str, sinks: Sequence[Sink]) -> None:
+        self.journal = Journal(output_dir)
+        self.sinks = list(sinks)
+        self._told: set[str] = set()
+
+    def open(self, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
+        """Open every sink and write to it what the journal has and it has not."""
+        for sink in self.sinks:
+            self._guard(sink, lambda sink=sink: sink.open(params, tags))
+            if self.journal.rows:
+                self._guard(sink, lambda sink=sink: self._replay(sink))
+
+    def _replay(self, sink: Sink) -> None:
+        there = sink.recorded_steps()
+        for row in self.journal.rows:
+            if row["images_seen"] not in there:
+                sink.write(self.journal.report(row))
+
+    def record(self, report: Report) -> None:
+        """Write a measurement to the journal, then everywhere; one that the journal has is not written again.
+
+        Raises OSError when the journal cannot be written: only there would a value be lost.
+        """
+        if report.step in self.journal.steps:
+            return
+        for key, why in report.absent.items():
+            if key not in self._told:
+                self._told.add(key)
+                logger.warning("%s is not measured: %s", key, why)
+        self.journal.append(report)
+        for sink in self.sinks:
+            self._guard(sink, lambda sink=sink: sink.write(report))
+
+    def close(self, status: str) -> dict[str, float]:
+        """Write the summary of the history, which is returned, and close every sink with the run's status."""
+        values = summarise(self.journal.rows)
+        step = max(self.journal.steps, default=0)
+        for sink in self.sinks:
+            if values:
+                self._guard(sink, lambda sink=sink: sink.summary(values, step))
+            self._guard(sink, lambda sink=sink: sink.close(status))
+        return values
+
+    def _guard(self, sink: Sink, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:  # a tracker of any kind, failing in any way, must not cost a training run
+            if sink.name not in self._told:
+                self._told.add(sink.name)
+                # The type only: a tracking URI, which may hold a password, can be part of the message.
+                logger.warning(
+                    "%s does not take results (%s); training goes on, and everything measured is in %s",
+                    sink.name,
+                    type(error).__name__,
+                    self.journal.path,
+                )
+            logger.debug("%s failed", sink.name, exc_info=type(error))

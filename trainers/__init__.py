@@ -1,0 +1,1 @@
+"""Accelerate training programs and experiments on top of `mlflow_icr`."""

@@ -1,0 +1,161 @@
+"""One run's configuration: a preset, changed by flags, checked as a whole before any work."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+
+from mlflow_icr import Protocol
+
+PRESETS = Path(__file__).parent / "presets"
+MIXED_PRECISIONS = ("no", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides what a run computes; refuses impossible values and combinations.
+
+    Units are in the names: *_kimg are thousands of images seen. Raises ValueError naming field, value and what is allowed.
+    """
+
+    preset: str
+    # Data: an embedded set, an image folder, or the name of a `datasets` set; the first num_images of a seeded order.
+    data: str
+    resolution: int
+    num_images: int
+    num_heldout: int
+    total_kimg: float
+    seed: int = 0
+    data_split: str = "train"
+    # Network: diffusers' UNet2DModel.
+    block_channels: tuple[int, ...] = (32, 64)
+    layers_per_block: int = 1
+    attention_resolutions: tuple[int, ...] = ()
+    dropout: float = 0.0
+    # Optimization. batch_size counts all ranks and accumulated parts together.
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    rampup_kimg: float = 2.0
+    ema_halflife_kimg: float = 500.0
+    ema_rampup_ratio: float = 0.05
+    mixed_precision: str = "no"
+    gradient_accumulation_steps: int = 1
+    # EDM (Karras et al. 2022, table 1).
+    p_mean: float = -1.2
+    p_std: float = 1.2
+    sigma_data: float = 0.5
+    # Measurements.
+    measurements: int = 17
+    first_measurement_kimg: float = 2.0
+    layer: str = "decoder"
+    sigmas: tuple[float, ...] = (0.29,)
+    augmentation_level: int = 3
+    probe_images: int = 128
+    probe_views: int = 8
+    measure_raw: bool = False
+    num_samples: int = 128
+    sample_steps: int = 18
+
+    def __post_init__(self) -> None:
+        def refuse(name: str, allowed: str) -> None:
+            raise ValueError(f"{name} is {getattr(self, name)!r}; expected {allowed}")
+
+        for name, hint in get_type_hints(TrainConfig).items():
+            value = getattr(self, name)
+            if hint is float and isinstance(value, int) and not isinstance(value, bool):
+                object.__setattr__(self, name, float(value))
+            elif str(hint).startswith("tuple") and isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
+        for name in ("resolution", "num_images", "batch_size", "layers_per_block", "gradient_accumulation_steps", "num_samples"):
+            if getattr(self, name) < 1:
+                refuse(name, "a whole number >= 1")
+        for name in ("total_kimg", "learning_rate", "ema_halflife_kimg", "p_std", "sigma_data", "first_measurement_kimg"):
+            if not 0 < getattr(self, name) < math.inf:
+                refuse(name, "a positive number")
+        for name in ("num_heldout", "seed", "rampup_kimg"):
+            if not 0 <= getattr(self, name) < math.inf:
+                refuse(name, "a number >= 0")
+        if not 0 <= self.dropout < 1:
+            refuse("dropout", "a number in [0, 1)")
+        if not 0 < self.ema_rampup_ratio < math.inf:
+            refuse("ema_rampup_ratio", "a positive number")
+        if self.mixed_precision not in MIXED_PRECISIONS:
+            refuse("mixed_precision", f"one of {', '.join(MIXED_PRECISIONS)}")
+        if self.num_images < 2:
+            refuse("num_images", "at least 2 images")
+        if not self.block_channels or any(c < 8 or c % 8 for c in self.block_channels):
+            refuse("block_channels", "positive multiples of 8, one for each resolution")
+        if self.resolution % 2 ** (len(self.block_channels) - 1):
+            refuse("resolution", f"a multiple of {2 ** (len(self.block_channels) - 1)} for {len(self.block_channels)} blocks")
+        levels = [self.resolution // 2**i for i in range(len(self.block_channels))]
+        if not set(self.attention_resolutions) <= set(levels):
+            refuse("attention_resolutions", f"some of {', '.join(map(str, levels))}, the resolutions of the blocks")
+        if self.batch_size % self.gradient_accumulation_steps:
+            refuse("batch_size", f"a multiple of gradient_accumulation_steps, {self.gradient_accumulation_steps}")
+        if self.measurements < 2:
+            refuse("measurements", "at least 2")
+        if self.first_measurement_kimg > self.total_kimg:
+            refuse("first_measurement_kimg", f"at most total_kimg, {self.total_kimg:g}")
+        if self.sample_steps < 2:
+            refuse("sample_steps", "at least 2")
+        try:
+            self.protocol()
+        except ValueError as error:
+            ours = {"num_images": "probe_images", "num_views": "probe_views"}
+            name, rest = str(error).split(" ", 1)
+            raise ValueError(f"{ours.get(name, name)} {rest}") from None
+
+    def protocol(self) -> Protocol:
+        """What the monitor of this run measures."""
+        return Protocol(
+            layer=self.layer,
+            sigmas=self.sigmas,
+            augmentation_level=self.augmentation_level,
+            num_images=min(self.probe_images, self.num_images) if self.probe_images >= 2 else self.probe_images,
+            num_views=self.probe_views,
+        )
+
+    @property
+    def total_images(self) -> int:
+        """Images seen at the end, before rounding up to whole batches."""
+        return round(self.total_kimg * 1000)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Field names and plain values, as YAML and trackers take them."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+
+def preset_names() -> list[str]:
+    """The presets there are."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def refuse_unknown(kind: str, name: str, known: list[str]) -> None:
+    """Raise ValueError, with the nearest of what is allowed, unless `known` holds `name`."""
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"{kind} is {name!r}{hint}; expected one of {', '.join(known)}")
+
+
+def load_config(preset: str, changes: Mapping[str, Any]) -> TrainConfig:
+    """A preset's configuration with some fields changed. Raises ValueError for unknown presets, keys or values."""
+    refuse_unknown("preset", preset, preset_names())
+    return config_from(yaml.safe_load((PRESETS / f"{preset}.yaml").read_text()) | {"preset": preset} | dict(changes))
+
+
+def config_from(values: Mapping[str, Any]) -> TrainConfig:
+    """A configuration from plain values, such as those of `config.yaml`. Raises ValueError for unknown or missing keys."""
+    known = [field.name for field in fields(TrainConfig)]
+    for key in values:
+        refuse_unknown("configuration key", key, known)
+    try:
+        return TrainConfig(**values)
+    except TypeError as error:
+        raise ValueError(f"the configuration is not complete: {error}") from None

@@ -1,0 +1,77 @@
+"""What a person at the terminal sees: a progress bar, or plain lines where output goes to a file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from tqdm import tqdm
+
+from mlflow_icr import Report
+from trainers.config import TrainConfig
+from trainers.loop import TrainState
+
+LOSS_EVERY_SECONDS = 2.0  # reading the loss waits for the device
+
+
+class Console:
+    """Progress with images/s, loss and the latest ICR; one line for every measurement."""
+
+    def __init__(self, config: TrainConfig, *, shown: bool) -> None:
+        self.shown = shown
+        self.batch_size = config.batch_size
+        self.bar = tqdm(
+            total=config.total_images,
+            unit="img",
+            unit_scale=True,
+            disable=not (shown and sys.stderr.isatty()),
+            dynamic_ncols=True,
+        )
+        self._icr = ""
+        self._read = time.monotonic()
+
+    def step(self, state: TrainState) -> None:
+        """Advance to the state's images seen."""
+        if self.bar.disable:
+            return
+        self.bar.update(state.images_seen - self.bar.n)
+        if time.monotonic() - self._read > LOSS_EVERY_SECONDS and state.loss_steps:
+            self._read = time.monotonic()
+            self.bar.set_postfix_str(f"loss {float(state.loss_sum) / state.loss_steps:.3f}{self._icr}")
+
+    def measured(self, report: Report) -> None:
+        """Print a measurement."""
+        v = report.values
+        if "repr/icr" in v:
+            self._icr = f", ICR {v['repr/icr']:.3f}"
+        names = {"repr/icr": "ICR", "repr/icr_debiased": "debiased", "mem/ratio_l2": "copies", "gen/fd_pixels": "FD(pixels)"}
+        parts = [f"{name} {v[key]:.3f}" for key, name in names.items() if key in v]
+        if "loss/train" in v:
+            parts.append(f"loss {v['loss/train']:.3f}")
+        if "perf/images_per_second" in v:
+            parts.append(f"{v['perf/images_per_second']:.0f} images/s")
+        self._line(f"{report.step / 1000:8.1f} kimg  {'  '.join(parts)}")
+
+    def _line(self, text: str) -> None:
+        if self.shown:
+            self.bar.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self.bar.close()
+
+    def summary(self, values: Mapping[str, float], status: str, output_dir: Path) -> None:
+        """Say in one line what the history shows."""
+        parts = []
+        if "icr_min" in values:
+            parts.append(f"lowest ICR {values['icr_min']:.3f} at {values['icr_min_images_seen'] / 1000:.1f} kimg")
+        if "mem_onset_images_seen" in values:
+            parts.append(f"copies from {values['mem_onset_images_seen'] / 1000:.1f} kimg on")
+            if "lead_images" in values:
+                parts.append(f"a lead of {values['lead_images'] / 1000:.1f} kimg")
+        elif parts:
+            parts.append("no copies so far")
+        self._line(f"{status.lower()}: {', '.join(parts) or 'nothing measured'}; everything is in {output_dir}")

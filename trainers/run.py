@@ -1,0 +1,158 @@
+"""A run: configuration, data, network and monitors put together, and the caller of the training loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from mlflow_icr import EDMDenoiser, GenerationMonitor, ICRMonitor, Report, geometric_schedule
+from mlflow_icr.tracking import Tracker
+from trainers.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from trainers.config import TrainConfig
+from trainers.console import Console
+from trainers.data import load_data
+from trainers.edm import build_network
+from trainers.loop import new_state, take_mean_loss, train
+
+# Ranks must stop at the same step; asking all of them after every step would make each wait for the others' hosts.
+STOP_EVERY_STEPS = 8
+
+
+class Run:
+    """One training run, ready to go. Raises ValueError for data, layers or ranks that do not fit the configuration."""
+
+    def __init__(self, config: TrainConfig, output_dir: Path, *, resume: bool = False) -> None:
+        self.config, self.output_dir = config, output_dir
+        self.accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            cpu=not torch.cuda.is_available() and not torch.backends.mps.is_available(),
+        )
+        self._check_ranks()
+        self.data = load_data(
+            config.data,
+            resolution=config.resolution,
+            num_images=config.num_images,
+            num_heldout=config.num_heldout,
+            seed=config.seed,
+            split=config.data_split,
+        )
+        network = build_network(config, self.data.train.shape[1])
+        self.num_parameters = sum(p.numel() for p in network.parameters())
+        self.state = new_state(network, config, self.accelerator)
+        ema = EDMDenoiser(self.state.ema, config.sigma_data)
+        raw = EDMDenoiser(self.accelerator.unwrap_model(self.state.network), config.sigma_data) if config.measure_raw else None
+        self.monitor = ICRMonitor(ema, self.data.train, config.protocol(), raw=raw)
+        heldout = self.data.heldout if len(self.data.heldout) else None
+        self.generation = GenerationMonitor(
+            ema,
+            self.data.train,
+            heldout,
+            num_samples=config.num_samples,
+            num_steps=config.sample_steps,
+        )
+        self.schedule = geometric_schedule(
+            config.total_images,
+            first=round(config.first_measurement_kimg * 1000),
+            count=config.measurements,
+            granularity=config.batch_size,
+        )
+        if resume:
+            folder = latest_checkpoint(output_dir)
+            if folder is not None:  # else the run ended before its first one, and starts anew
+                self.monitor.load_state_dict(load_checkpoint(folder, self.state, self.accelerator))
+        self._trained_seconds, self._trained_images = 0.0, 0
+
+    def _check_ranks(self) -> None:
+        c, ranks = self.config, self.accelerator.num_processes
+        if c.batch_size % (ranks * c.gradient_accumulation_steps):
+            raise ValueError(
+                f"batch_size is {c.batch_size}; expected a multiple of {ranks * c.gradient_accumulation_steps}, the ranks "
+                "times gradient_accumulation_steps"
+            )
+        if c.mixed_precision == "fp16" and self.accelerator.device.type == "cpu":
+            raise ValueError("mixed_precision is 'fp16'; expected no or bf16 on a CPU")
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank logs and saves."""
+        return self.accelerator.is_main_process
+
+    def params(self) -> dict[str, Any]:
+        """What trackers show as the run's parameters."""
+        p = self.monitor.protocol
+        return self.config.as_dict() | {
+            "probe_images": p.num_images,
+            "probe_views": p.num_views,
+            "protocol_digest": p.digest,
+            "data_sha256": self.data.train_sha256,
+            "heldout_sha256": self.data.heldout_sha256,
+            "num_parameters": self.num_parameters,
+            "feature_dim": self.monitor.dim,
+            "world_size": self.accelerator.num_processes,
+            "device": self.accelerator.device.type,
+            "torch_version": torch.__version__,
+        }
+
+    def measure(self) -> Report:
+        """The report of the state as it is; every rank takes part."""
+        step = self.state.images_seen
+        values: dict[str, float] = {}
+        loss = take_mean_loss(self.state, self.accelerator)
+        if loss is not None:
+            values["loss/train"] = loss
+        if self._trained_images:
+            values["perf/images_per_second"] = self._trained_images / self._trained_seconds
+        self._trained_seconds, self._trained_images = 0.0, 0
+        return self.monitor.measure(step).joined(self.generation.measure(step)).joined(Report(step, values))
+
+    def go(self, tracker: Tracker | None, console: Console, wants_stop: Callable[[], bool]) -> str:
+        """Train to the end of the schedule, or until asked to stop; returns FINISHED or KILLED."""
+        due = [step for step in self.schedule if step >= self.state.images_seen]
+        steps = train(self.state, self.data.train, self.config, self.accelerator)
+        since, trained = time.perf_counter(), 0
+        while due:
+            if self.state.images_seen == due[0]:
+                self._trained_seconds += time.perf_counter() - since
+                due.pop(0)
+                self._observe(tracker, console)
+                since = time.perf_counter()
+            elif self._agree(wants_stop(), trained):
+                self._save()
+                return "KILLED"
+            else:
+                next(steps)
+                trained += 1
+                self._trained_images += self.config.batch_size
+                console.step(self.state)
+        return "FINISHED"
+
+    def _observe(self, tracker: Tracker | None, console: Console) -> None:
+        report = self.measure()
+        if tracker is not None:
+            tracker.record(report)
+        console.measured(report)
+        self._save()
+
+    def _agree(self, mine: bool, trained: int) -> bool:
+        """Whether any rank wants to stop, the same answer on all of them."""
+        if self.accelerator.num_processes == 1:
+            return mine
+        if trained % STOP_EVERY_STEPS:
+            return False
+        flag = torch.tensor(float(mine), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, reduction="sum") > 0)
+
+    def _save(self) -> None:
+        if self.is_main:
+            save_checkpoint(self.output_dir, self.state, self.config, self.accelerator, self.monitor.state_dict())
+        self.accelerator.wait_for_everyone()
+
+    def end(self) -> None:
+        """Leave the process group, if there is one."""
+        self.accelerator.end_training()

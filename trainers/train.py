@@ -1,0 +1,150 @@
+"""One training run: `python -m trainers.train --preset digits --output-dir DIR`, also under torchrun and accelerate launch."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+import mlflow_icr
+from trainers.arguments import config_changes, parse_tags, train_parser
+from trainers.config import TrainConfig, config_from, load_config, preset_names
+
+if TYPE_CHECKING:
+    from mlflow_icr.tracking import MLflowSink
+    from trainers.run import Run
+
+CONFIG, MLFLOW_RUN = "config.yaml", "mlflow.json"
+
+
+class Stop:
+    """A wish to stop, from Ctrl-C or SIGTERM, that the loop can look at; the second one interrupts at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+
+
+def check_project() -> None:
+    """Refuse to run another clone's code: an editable install elsewhere would shadow this project."""
+    here, imported = Path(__file__).resolve().parents[1], Path(mlflow_icr.__file__).resolve().parents[1]
+    if here != imported:
+        raise ValueError(f"mlflow_icr comes from {imported}, but trainers from {here}; install this project: pip install -e .")
+
+
+def prepare_folder(output_dir: Path, config: TrainConfig | None, changes: Mapping[str, Any], resume: bool) -> TrainConfig:
+    """The configuration to run, after refusing an output folder that is taken or a resumption that does not fit."""
+    there = output_dir / CONFIG
+    if not resume:
+        assert config is not None
+        if (output_dir / "history.jsonl").exists() or there.exists():
+            raise ValueError(f"output_dir is {str(output_dir)!r}, which holds a run; expected a new folder, or --resume")
+        return config
+    if not there.exists():
+        raise ValueError(f"output_dir is {str(output_dir)!r}, which holds no {CONFIG}; --resume expects the folder of a run")
+    saved = config_from(yaml.safe_load(there.read_text()))
+    for key, value in changes.items():
+        if getattr(saved, key) != value:
+            raise ValueError(f"{key} is {value!r}, but the run to resume has {getattr(saved, key)!r}; expected the same")
+    return saved
+
+
+def run_is_mine() -> bool:
+    """Whether this process is the one that logs: rank 0, by what torchrun and accelerate set, before either is imported."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def configure(argv: Sequence[str] | None) -> tuple[TrainConfig, Path, dict[str, str], str | None, bool]:
+    """Everything that the command line says, checked. Raises ValueError for what cannot be."""
+    arguments = train_parser().parse_args(argv)
+    changes = config_changes(arguments)
+    if arguments.preset is None and not arguments.resume:
+        raise ValueError(f"preset is not given; expected one of {', '.join(preset_names())}")
+    config = None if arguments.preset is None else load_config(arguments.preset, changes)
+    if arguments.resume and arguments.preset is not None:
+        changes["preset"] = arguments.preset
+    tags = parse_tags(arguments.tag)
+    output_dir = Path(arguments.output_dir)
+    config = prepare_folder(output_dir, config, changes, arguments.resume)
+    check_project()
+    return config, output_dir, tags, arguments.run_name, arguments.resume
+
+
+def open_sinks(output_dir: Path, run_name: str | None, resume: bool) -> tuple[MLflowSink, list[Any]]:
+    """MLflow (the run of the folder where there is one) and TensorBoard."""
+    from mlflow_icr.tracking import MLflowSink, TensorBoardSink
+
+    noted = output_dir / MLFLOW_RUN
+    run_id = json.loads(noted.read_text())["run_id"] if resume and noted.exists() else None
+    sink = MLflowSink(run_id=run_id, run_name=run_name)
+    return sink, [sink, TensorBoardSink(output_dir / "tensorboard")]
+
+
+def train_run(run: Run, stop: Stop, output_dir: Path, tags: Mapping[str, str], run_name: str | None, resume: bool) -> str:
+    """Train, measure, record and save until the end or a wish to stop; returns FINISHED or KILLED."""
+    from mlflow_icr.tracking import Tracker
+    from trainers.console import Console
+
+    tracker = None
+    console = Console(run.config, shown=run.is_main)
+    if run.is_main:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / CONFIG).write_text(yaml.safe_dump(run.config.as_dict(), sort_keys=False))
+        sink, sinks = open_sinks(output_dir, run_name, resume)
+        tracker = Tracker(output_dir, sinks)
+        tracker.open(run.params(), tags)
+        if sink.run_id is not None:
+            place = {"run_id": sink.run_id, "experiment_id": sink.experiment_id}
+            (output_dir / MLFLOW_RUN).write_text(json.dumps(place))
+    status = "FAILED"
+    try:
+        status = run.go(tracker, console, lambda: stop.signal is not None)
+    except KeyboardInterrupt:
+        status = "KILLED"
+    finally:
+        console.close()
+        if tracker is not None:
+            console.summary(tracker.close(status), status, output_dir)
+    return status
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 2 for bad input, 128 + signal when stopped."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    try:
+        config, output_dir, tags, run_name, resume = configure(argv)
+        stop = Stop()
+        from trainers.run import Run  # torch, diffusers and accelerate, once the input is known to be good
+
+        run = Run(config, output_dir, resume=resume)
+    except (ValueError, OSError) as error:
+        if run_is_mine():
+            print(f"trainers.train: error: {error}", file=sys.stderr)
+        return 2
+    status = train_run(run, stop, output_dir, tags, run_name, resume)
+    run.end()
+    if status == "FINISHED":
+        return 0
+    return 128 + (stop.signal or signal.SIGINT)
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
+    started = time.monotonic()
+    sys.exit(main())

@@ -24,7 +24,9 @@ class OneLineParser(argparse.ArgumentParser):
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse; `mlflow run -P num_images=64` hands on --num_images."""
         given = list(sys.argv[1:] if args is None else args)
-        flags = [f"{a.split('=', 1)[0].replace('_', '-')}{a[len(a.split('=', 1)[0]) :]}" if a.startswith("--") else a for a in given]
+        flags = [
+            f"{a.split('=', 1)[0].replace('_', '-')}{a[len(a.split('=', 1)[0]) :]}" if a.startswith("--") else a for a in given
+        ]
         parsed, unknown = self.parse_known_args(flags, namespace)
         if unknown:
             known = sorted(option[2:] for option in self._option_string_actions if option.startswith("--"))
@@ -102,7 +104,9 @@ def config_changes(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def train_parser() -> OneLineParser:
     """The command line of `python -m trainers.train`."""
-    parser = OneLineParser(prog="trainers.train", description="Train a diffusion model on limited data, with ICR.", allow_abbrev=False)
+    parser = OneLineParser(
+        prog="trainers.train", description="Train a diffusion model on limited data, with ICR.", allow_abbrev=False
+    )
     parser.add_argument("--preset", help=f"one of {', '.join(preset_names())}")
     parser.add_argument("--output-dir", required=True, help="folder for history.jsonl, checkpoints/, tensorboard/, config.yaml")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")

@@ -72,7 +72,14 @@ class TrainConfig:
                 object.__setattr__(self, name, float(value))
             elif str(hint).startswith("tuple") and isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
-        for name in ("resolution", "num_images", "batch_size", "layers_per_block", "gradient_accumulation_steps", "num_samples"):
+        for name in (
+            "resolution",
+            "num_images",
+            "batch_size",
+            "layers_per_block",
+            "gradient_accumulation_steps",
+            "num_samples",
+        ):
             if getattr(self, name) < 1:
                 refuse(name, "a whole number >= 1")
         for name in ("total_kimg", "learning_rate", "ema_halflife_kimg", "p_std", "sigma_data", "first_measurement_kimg"):

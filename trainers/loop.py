@@ -88,7 +88,9 @@ def new_state(network: nn.Module, config: TrainConfig, accelerator: Accelerator)
     """A network at the start of its training, on the accelerator's device."""
     ema = copy.deepcopy(network).requires_grad_(False).eval().to(accelerator.device)
     # One kernel for all parameters, where the device has one; the numbers are Adam's.
-    optimizer = torch.optim.Adam(network.parameters(), lr=config.learning_rate, fused=accelerator.device.type in ("cpu", "cuda"))
+    optimizer = torch.optim.Adam(
+        network.parameters(), lr=config.learning_rate, fused=accelerator.device.type in ("cpu", "cuda")
+    )
     network, optimizer = accelerator.prepare(network, optimizer)
     return TrainState(network, ema, optimizer, loss_sum=torch.zeros((), dtype=torch.float64, device=accelerator.device))
 

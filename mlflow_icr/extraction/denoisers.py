@@ -16,9 +16,11 @@ class Denoiser(Protocol):
     """
 
     @property
-    def network(self) -> nn.Module: ...
+    def network(self) -> nn.Module:
+        """The network that a call runs."""
 
-    def __call__(self, x: Tensor, sigma: Tensor | float) -> Tensor: ...
+    def __call__(self, x: Tensor, sigma: Tensor | float) -> Tensor:
+        """The clean image that is seen in x."""
 
 
 class EDMDenoiser:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 ALIASES = "mid, mid-1, mid+1, ..., decoder"
 
 
-class _Reached(Exception):
+class _Reached(Exception):  # noqa: N818 - not an error
     """Ends the forward pass at the tapped layer; never leaves this module."""
 
 

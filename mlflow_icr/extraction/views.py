@@ -153,12 +153,8 @@ def make_views(
     batch, shape = clean.shape[0], tuple(clean.shape[1:])
     if batch == 0:
         return clean.new_empty(0, num_views, *shape)
-    draws = _draw(
-        [int(i) for i in indices for _ in range(num_views)], list(range(num_views)) * batch, seed, shape
-    )
-    views = _resample(
-        clean.repeat_interleave(num_views, 0), _sampling_matrices(draws.uniform, level, shape[1], shape[2])
-    )
+    draws = _draw([int(i) for i in indices for _ in range(num_views)], list(range(num_views)) * batch, seed, shape)
+    views = _resample(clean.repeat_interleave(num_views, 0), _sampling_matrices(draws.uniform, level, shape[1], shape[2]))
     if level >= 3:
         views = _jitter(views, draws.uniform)
     views = views * 2 - 1 + sigma * draws.noise.to(device)

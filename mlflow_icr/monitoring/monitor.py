@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -105,7 +106,7 @@ class ICRMonitor:
         with Tap(denoiser.network, self.protocol.layer) as tap:
             for views in self._views(sigma, _device_of(denoiser)):
                 x = views.flatten(0, 1)
-                features = tap(lambda x=x: denoiser(x, sigma)).view(len(views), k, -1)  # (B, K, D)
+                features = tap(partial(denoiser, x, sigma)).view(len(views), k, -1)  # (B, K, D)
                 plain.update(features)
                 scaled.update(normalize(features, dim=-1) if self.protocol.normalisation == "l2" else features)
         return plain.all_reduce(), scaled.all_reduce()
@@ -158,7 +159,8 @@ class ICRMonitor:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take the references of an earlier run of this protocol; the inverse of `state_dict`."""
         p = self.protocol
-        assert p.num_images is not None and p.num_views is not None
+        assert p.num_images is not None
+        assert p.num_views is not None
         self._references = {
             section: InvariantSpectrum(torch.zeros_like(sigma), sigma, p.num_images, p.num_views, p.ridge)
             for section, sigma in state.items()

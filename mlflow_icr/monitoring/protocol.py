@@ -57,13 +57,17 @@ class Protocol:
         object.__setattr__(self, "sigmas", tuple(float(s) for s in sigmas))
         _require(len(set(self.sigmas)) == len(self.sigmas), "sigmas", self.sigmas, "different numbers")
         levels = ", ".join(map(str, AUGMENTATION_LEVELS))
-        _require(self.augmentation_level in AUGMENTATION_LEVELS, "augmentation_level", self.augmentation_level, f"one of {levels}")
+        _require(
+            self.augmentation_level in AUGMENTATION_LEVELS, "augmentation_level", self.augmentation_level, f"one of {levels}"
+        )
         n, k = self.num_images, self.num_views
         _require(n is None or (_whole(n) and n >= 2), "num_images", n, "a whole number >= 2, or None for all")
         _require(k is None or (_whole(k) and k >= 2), "num_views", k, "a whole number >= 2, or None for automatic")
         _require(_whole(self.seed) and self.seed >= 0, "seed", self.seed, "a whole number >= 0")
         _require(isinstance(self.ridge, (int, float)) and 0 <= self.ridge < math.inf, "ridge", self.ridge, "a number >= 0")
-        _require(self.normalisation in NORMALISATIONS, "normalisation", self.normalisation, f"one of {', '.join(NORMALISATIONS)}")
+        _require(
+            self.normalisation in NORMALISATIONS, "normalisation", self.normalisation, f"one of {', '.join(NORMALISATIONS)}"
+        )
 
     def resolve(self, *, images: int, dim: int) -> Protocol:
         """This protocol with its numbers of images and views fixed, for `images` images and a layer of width `dim`.

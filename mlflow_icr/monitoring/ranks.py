@@ -16,7 +16,7 @@ def world() -> tuple[int, int]:
 
 def gather_rows(mine: Tensor, total: int) -> Tensor:
     """All `total` rows on every rank, in order, where rank r of W holds rows r, r + W, r + 2W, ..."""
-    rank, ranks = world()
+    _, ranks = world()
     if ranks == 1:
         return mine
     each = -(-total // ranks)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
+
+import numpy as np
 
 from mlflow_icr.monitoring.report import Report
 
@@ -65,11 +68,7 @@ class MLflowSink:
         now = time.time_ns() // 1_000_000
         self._send(lambda: self._log(report.values, report.step, now))
         for key, picture in report.figures.items():
-            self._send(
-                lambda key=key, picture=picture: self._client.log_image(
-                    self.run_id, picture, key=key, step=report.step, timestamp=now, synchronous=True
-                )
-            )
+            self._send(partial(self._picture, key, picture, report.step, now))
         if report.absent:
             self._send(lambda: self._explain(report.absent))
 
@@ -79,6 +78,9 @@ class MLflowSink:
         metrics = [Metric(key, value, timestamp, step) for key, value in values.items()]
         for start in range(0, len(metrics), 1000):  # the store's limit for one batch
             self._client.log_batch(self.run_id, metrics=metrics[start : start + 1000])
+
+    def _picture(self, key: str, picture: np.ndarray, step: int, timestamp: int) -> None:
+        self._client.log_image(self.run_id, picture, key=key, step=step, timestamp=timestamp, synchronous=True)
 
     def _explain(self, absent: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
@@ -94,6 +96,10 @@ class MLflowSink:
     def artifact(self, path: str, folder: str | None = None) -> None:
         """Upload a file into the run's artifacts."""
         self._send(lambda: self._client.log_artifact(self.run_id, path, folder))
+
+    def note(self, markdown: str) -> None:
+        """Set the description that the run's page shows."""
+        self._send(lambda: self._client.set_tag(self.run_id, "mlflow.note.content", markdown))
 
     def close(self, status: str) -> None:
         """End the run with a status, unless it was somebody else's active run."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -49,9 +50,9 @@ class Tracker:
     def open(self, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
         """Open every sink and write to it what the journal has and it has not."""
         for sink in self.sinks:
-            self._guard(sink, lambda sink=sink: sink.open(params, tags))
+            self._guard(sink, partial(sink.open, params, tags))
             if self.journal.rows:
-                self._guard(sink, lambda sink=sink: self._replay(sink))
+                self._guard(sink, partial(self._replay, sink))
 
     def _replay(self, sink: Sink) -> None:
         there = sink.recorded_steps()
@@ -72,7 +73,7 @@ class Tracker:
                 logger.warning("%s is not measured: %s", key, why)
         self.journal.append(report)
         for sink in self.sinks:
-            self._guard(sink, lambda sink=sink: sink.write(report))
+            self._guard(sink, partial(sink.write, report))
 
     def close(self, status: str) -> dict[str, float]:
         """Write the summary of the history, which is returned, and close every sink with the run's status."""
@@ -80,8 +81,8 @@ class Tracker:
         step = max(self.journal.steps, default=0)
         for sink in self.sinks:
             if values:
-                self._guard(sink, lambda sink=sink: sink.summary(values, step))
-            self._guard(sink, lambda sink=sink: sink.close(status))
+                self._guard(sink, partial(sink.summary, values, step))
+            self._guard(sink, partial(sink.close, status))
         return values
 
     def _guard(self, sink: Sink, call: Callable[[], None]) -> None:
@@ -97,4 +98,4 @@ class Tracker:
                     type(error).__name__,
                     self.journal.path,
                 )
-            logger.debug("%s failed", sink.name, exc_info=type(error))
+            logger.debug("%s failed", sink.name, exc_info=error)

@@ -1,0 +1,53 @@
+# Python >= 3.10 and pip are all that this needs; every target makes .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+UI_PORT ?= 5000
+TENSORBOARD_PORT ?= 6006
+
+.PHONY: .venv demo test slow lint format ui benchmarks screenshots clean
+
+.venv: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "PYTHON is $(PYTHON), $$($(PYTHON) --version 2>&1); expected Python >= 3.10 (make PYTHON=python3.11 ...)"; exit 2; }
+	@# Debian splits ensurepip off its Python: there, the pip of that Python fills the environment.
+	$(PYTHON) -m venv --clear .venv || { $(PYTHON) -m venv --clear --without-pip .venv && \
+	  $(PYTHON) -m pip --python .venv/bin/python install pip; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# The main job: a model that turns from generalizing to memorizing, and a control that does not.
+demo: .venv
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/mlflow run . --env-manager local
+
+test: .venv
+	$(BIN)/python -m pytest
+
+slow: .venv
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# MLflow UI and TensorBoard on what the demo left; Ctrl-C ends both.
+ui: .venv
+	@PATH="$(CURDIR)/$(BIN):$$PATH" UI_PORT=$(UI_PORT) TENSORBOARD_PORT=$(TENSORBOARD_PORT) $(BIN)/python -m trainers.experiments.ui
+
+benchmarks: .venv
+	$(BIN)/python benchmarks/measurement.py
+	$(BIN)/python benchmarks/trainer.py
+
+# The pictures in README.md, from the latest demo; needs Chromium (Debian: apt install chromium).
+screenshots: .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[screenshots]'
+	$(BIN)/python docs/screenshots.py
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

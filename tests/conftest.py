@@ -1,0 +1,52 @@
+"""Shared by all tests."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported: small problems on two cores are slowed down by more threads than they have work for.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import numpy as np
+import pytest
+import torch
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(20260609)
+
+
+@pytest.fixture(autouse=True)
+def _no_tracking_leaks(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test logs into somebody's server, or into this folder."""
+    for variable in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db")
+
+
+@pytest.fixture(scope="session")
+def small_unet() -> torch.nn.Module:
+    """A randomly initialised UNet2DModel for 1x8x8 images, D = 32 at its decoder."""
+    from diffusers import UNet2DModel
+
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        norm_num_groups=4,
+        add_attention=False,
+    )
+
+
+@pytest.fixture
+def digits() -> torch.Tensor:
+    """64 digits, (64, 1, 8, 8) uint8."""
+    from sklearn.datasets import load_digits
+
+    return torch.from_numpy((load_digits().images[:64] * 255 / 16).round().astype(np.uint8))[:, None]

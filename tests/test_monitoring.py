@@ -1,0 +1,245 @@
+"""Protocol, monitors, schedule and summary."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mlflow_icr import (
+    EDMDenoiser,
+    GenerationMonitor,
+    ICRMonitor,
+    Protocol,
+    Report,
+    geometric_schedule,
+    icr,
+    make_views,
+    summarise,
+)
+from mlflow_icr.extraction.taps import Tap
+from mlflow_icr.monitoring.grid import image_grid
+
+PROTOCOL = Protocol(num_images=48, num_views=4)
+
+
+def test_the_report_is_the_formula_on_the_tapped_features(small_unet: nn.Module, digits: torch.Tensor) -> None:
+    denoiser = EDMDenoiser(small_unet)
+    report = ICRMonitor(denoiser, digits, PROTOCOL, batch_size=32).measure(640)
+    views = make_views(digits[:48], range(48), num_views=4, sigma=0.29, seed=0, level=3)
+    with Tap(small_unet, "up_blocks.0") as tap:
+        features = tap(lambda: denoiser(views.flatten(0, 1), 0.29)).view(48, 4, -1)
+    raw, scaled = icr(features), icr(torch.nn.functional.normalize(features, dim=-1))
+    expected = {
+        "repr/icr": raw.icr,
+        "repr/icr_debiased": raw.icr_debiased,
+        "repr/indefinite_fraction": raw.indefinite_fraction,
+        "repr/trace_invariant": scaled.trace_invariant,
+        "repr/trace_residual": scaled.trace_residual,
+        "repr/fisher_residual_energy": scaled.fisher_residual_energy,
+        "repr/fisher_invariant_energy": scaled.fisher_invariant_energy,
+        "repr/fisher_residual_growth": 1,
+    }
+    # Another batch size rounds float32 convolutions differently; an ill-conditioned covariance magnifies it.
+    assert {k: v for k, v in report.values.items() if k.startswith("repr/")} == pytest.approx(expected, rel=1e-3)
+    assert report.values["perf/measure_seconds"] > 0
+    assert report.step == 640
+    assert report.absent == {}
+
+
+def test_measuring_twice_gives_the_same_and_changes_nothing(small_unet: nn.Module, digits: torch.Tensor) -> None:
+    small_unet.train()
+    torch.manual_seed(4)
+    state, weights = torch.get_rng_state(), {k: v.clone() for k, v in small_unet.state_dict().items()}
+    for cache in (512 * 2**20, 0):
+        monitor = ICRMonitor(EDMDenoiser(small_unet), digits, PROTOCOL, cache_bytes=cache)
+        first, second = (monitor.measure(step) for step in (1, 2))
+        keys = [key for key in first.values if key.startswith("repr/")]
+        assert [first.values[key] for key in keys] == [second.values[key] for key in keys]
+    assert small_unet.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(v, weights[k]) for k, v in small_unet.state_dict().items())
+    small_unet.eval()
+
+
+def test_ema_and_raw_weights_and_several_sigmas_are_told_apart(small_unet: nn.Module, digits: torch.Tensor) -> None:
+    import copy
+
+    other = copy.deepcopy(small_unet)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+    protocol = Protocol(sigmas=(0.29, 0.6), num_images=48, num_views=4)
+    values = ICRMonitor(EDMDenoiser(small_unet), digits, protocol, raw=EDMDenoiser(other)).measure(1).values
+    alone = {
+        "repr/icr": (small_unet, 0.29),
+        "repr_raw/icr": (other, 0.29),
+        "repr_sigma0.6/icr": (small_unet, 0.6),
+        "repr_raw_sigma0.6/icr": (other, 0.6),
+    }
+    assert len({values[key] for key in alone}) == 4
+    for key, (network, sigma) in alone.items():
+        one = Protocol(sigmas=(sigma,), num_images=48, num_views=4)
+        assert values[key] == ICRMonitor(EDMDenoiser(network), digits, one).measure(1).values["repr/icr"]
+
+
+def test_growth_is_relative_to_the_first_trained_measurement(small_unet: nn.Module, digits: torch.Tensor) -> None:
+    monitor = ICRMonitor(EDMDenoiser(small_unet), digits, PROTOCOL)
+    assert "repr/fisher_residual_growth" not in monitor.measure(0).values
+    assert monitor.measure(64).values["repr/fisher_residual_growth"] == pytest.approx(1, rel=1e-9)
+    again = ICRMonitor(EDMDenoiser(small_unet), digits, PROTOCOL)
+    state = {key: 4 * value for key, value in monitor.state_dict().items()}
+    again.load_state_dict(state)
+    assert again.measure(128).values["repr/fisher_residual_growth"] == pytest.approx(0.25, rel=1e-9)
+
+
+def test_the_number_of_views_follows_the_width(small_unet: nn.Module, digits: torch.Tensor) -> None:
+    protocol = ICRMonitor(EDMDenoiser(small_unet), digits, Protocol(num_images=20)).protocol
+    assert protocol.num_views == 8  # the smallest K with 19 (K - 1) >= 4 x 32
+    assert Protocol().resolve(images=5000, dim=64).num_views == 2
+
+
+def test_what_cannot_be_computed_is_absent_with_its_reason(small_unet: nn.Module, digits: torch.Tensor) -> None:
+    few = ICRMonitor(EDMDenoiser(small_unet), digits, Protocol(num_images=10, num_views=2)).measure(1)
+    assert [key for key in few.values if key.startswith("repr/")] == []
+    assert "9 degrees of freedom for D = 32" in few.absent["repr/icr"]
+    ridge = ICRMonitor(EDMDenoiser(small_unet), digits, Protocol(num_images=10, num_views=2, ridge=1e-3)).measure(1)
+    assert 0 < ridge.values["repr/icr"] < 2
+    assert "ridge" in ridge.absent["repr/icr_debiased"]
+    monitor = ICRMonitor(EDMDenoiser(small_unet), digits, PROTOCOL)
+    with torch.no_grad():
+        weight = small_unet.conv_in.weight
+        kept = weight.clone()
+        weight.fill_(float("nan"))
+        diverged = monitor.measure(1)
+        weight.copy_(kept)
+    assert "repr/icr" not in diverged.values
+    assert "NaN" in diverged.absent["repr/icr"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"layer": ""}, "layer is ''; expected a module path or an alias"),
+        ({"sigmas": ()}, "sigmas is (); expected positive finite numbers"),
+        ({"sigmas": (0.3, -1)}, "sigmas is (0.3, -1)"),
+        ({"sigmas": (0.3, 0.3)}, "different numbers"),
+        ({"augmentation_level": 0}, "augmentation_level is 0; expected one of 1, 2, 3, 4, 5"),
+        ({"num_images": 1}, "num_images is 1; expected a whole number >= 2, or None for all"),
+        ({"num_views": 2.5}, "num_views is 2.5; expected a whole number >= 2, or None for automatic"),
+        ({"seed": -1}, "seed is -1"),
+        ({"ridge": float("nan")}, "ridge is nan"),
+        ({"normalisation": "l1"}, "normalisation is 'l1'; expected one of l2, none"),
+    ],
+)
+def test_impossible_protocols_are_refused(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Protocol(**fields)  # type: ignore[arg-type]
+
+
+def test_protocols_are_frozen_and_their_digest_is_theirs(small_unet: nn.Module, digits: torch.Tensor) -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        PROTOCOL.seed = 3  # type: ignore[misc]
+    assert Protocol(sigmas=0.29).digest == Protocol(sigmas=(0.29,)).digest  # type: ignore[arg-type]
+    changed = [
+        dataclasses.replace(PROTOCOL, **{k: v})
+        for k, v in {"seed": 1, "num_views": 3, "sigmas": (0.1,), "layer": "mid"}.items()
+    ]
+    assert len({p.digest for p in [PROTOCOL, *changed]}) == 5
+    with pytest.raises(ValueError, match="num_images is 65; expected 2 to 64, the number of images given"):
+        ICRMonitor(EDMDenoiser(small_unet), digits, Protocol(num_images=65))
+    with pytest.raises(ValueError, match="layer is 'middle'"):
+        ICRMonitor(EDMDenoiser(small_unet), digits, Protocol(layer="middle"))
+
+
+def test_reports_hold_finite_values_only() -> None:
+    with pytest.raises(ValueError, match="repr/icr is nan"):
+        Report(1, {"repr/icr": float("nan")})
+    with pytest.raises(ValueError, match="step is -1"):
+        Report(-1, {})
+    with pytest.raises(ValueError, match="both a value and a reason"):
+        Report(1, {"a": 1.0}, absent={"a": "no"})
+    joined = Report(8, {"a": 1.0}, protocol_digest="x").joined(Report(8, {"b": 2.0}, absent={"c": "why"}))
+    assert joined.flat() == {"images_seen": 8, "a": 1.0, "b": 2.0}
+    assert (joined.absent, joined.protocol_digest) == ({"c": "why"}, "x")
+    with pytest.raises(ValueError, match="step 8 and step 9"):
+        joined.joined(Report(9, {}))
+
+
+def test_the_schedule_is_geometric_in_images_seen() -> None:
+    points = geometric_schedule(1_000_000, first=1000, count=13, granularity=1)
+    assert points[0] == 0
+    assert (points[1], points[-1]) == (1000, 1_000_000)
+    ratios = np.divide(points[2:], points[1:-1])
+    np.testing.assert_allclose(ratios, 1000 ** (1 / 12), rtol=1e-3)  # rounded to whole images
+    batches = geometric_schedule(130_000, first=2000, count=17, granularity=64)
+    assert all(p % 64 == 0 for p in batches)
+    assert batches[-1] == 130_048
+    assert len(batches) == 18
+    assert geometric_schedule(10, first=1, count=50, granularity=5) == (0, 5, 10)
+    for bad in (
+        {"first": 0, "count": 3},
+        {"first": 11, "count": 3},
+        {"first": 1, "count": 1},
+        {"first": 1, "count": 2, "granularity": 0},
+    ):
+        with pytest.raises(ValueError, match="expected"):
+            geometric_schedule(10, **bad)
+
+
+def rows(icrs: list[float], ratios: list[float]) -> list[dict[str, float]]:
+    return [
+        {"images_seen": i * 10, "repr/icr": a, "mem/ratio_l2": b} for i, (a, b) in enumerate(zip(icrs, ratios, strict=True))
+    ]
+
+
+def test_summaries() -> None:
+    full = summarise(rows([0.9, 0.8, 0.7, 0.7, 0.8, 0.9], [0, 0, 0.06, 0.05, 0.2, 0.5]))
+    # The onset is where the ratio *stays* above 0.05; of two equal minima the first is meant.
+    assert full == {"icr_min": 0.7, "icr_min_images_seen": 20, "mem_onset_images_seen": 40, "lead_images": 20}
+    assert summarise(rows([0.9, 0.8], [0, 0.04])) == {"icr_min": 0.8, "icr_min_images_seen": 10}
+    assert summarise([{"images_seen": 5, "mem/ratio_l2": 1.0}]) == {"mem_onset_images_seen": 5}
+    assert summarise([]) == {}
+
+
+def test_generated_images_are_judged(small_unet: nn.Module, digits: torch.Tensor) -> None:
+    class Copier:
+        """A denoiser that knows two images only, and sees the nearer of them in everything."""
+
+        network = small_unet
+
+        def __call__(self, x: torch.Tensor, sigma: object) -> torch.Tensor:
+            known = digits[:2].float() / 127.5 - 1
+            return known[torch.cdist(x.flatten(1), known.flatten(1)).argmin(1)]
+
+    copier = GenerationMonitor(Copier(), digits[:40], digits[40:], num_samples=80, num_steps=8)
+    report = copier.measure(7)
+    assert report.values["mem/ratio_l2"] == 1
+    assert "24 on one" in report.absent["gen/fd_pixels"]
+    assert {tuple(i.flatten().tolist()) for i in copier.sample()} == {tuple(i.flatten().tolist()) for i in digits[:2]}
+    picture = report.figures["samples"]
+    assert picture.dtype == np.uint8
+    assert picture.shape == (4 * 50 - 2, 16 * 50 - 2, 3)
+
+    small_unet.train()
+    untrained = GenerationMonitor(EDMDenoiser(small_unet), digits[:40], num_samples=70, num_steps=3)
+    first, second = untrained.measure(0), untrained.measure(1)
+    assert first.values["mem/ratio_l2"] == 0
+    assert np.array_equal(first.figures["samples"], second.figures["samples"])
+    assert "no held-out images" in first.absent["gen/fd_pixels"]
+    assert small_unet.training
+    small_unet.eval()
+
+
+def test_grids_place_images_row_by_row() -> None:
+    images = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 1, 60, 60) * 10
+    grid = image_grid(images, 3)
+    assert grid.shape == (122, 184, 3)
+    assert [int(grid[30, c, 0]) for c in (30, 92, 154)] == [0, 10, 20]
+    assert [int(grid[92, c, 0]) for c in (30, 92, 154)] == [30, 40, 255]
+    with pytest.raises(ValueError, match="N >= 1"):
+        image_grid(images[:0], 3)

@@ -1,0 +1,212 @@
+"""A model on few images and a control on many, with the same budget: one turns from generalizing to memorizing."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from mlflow_icr.monitoring.summary import summarise
+from trainers.arguments import OneLineParser, add_config_flags, config_changes
+from trainers.config import TrainConfig, load_config, preset_names
+from trainers.data import load_images
+from trainers.experiments.address import chart_address, without_secrets
+from trainers.experiments.siblings import Sibling, run_siblings
+from trainers.train import Stop, check_project
+
+logger = logging.getLogger(__name__)
+
+AUTO = "auto"
+COLUMNS = {
+    "num_images": "training images",
+    "icr_min": "lowest ICR",
+    "icr_min_images_seen": "at images seen",
+    "icr_end": "ICR at the end",
+    "mem_ratio_end": "copies at the end",
+    "mem_onset_images_seen": "copies begin at",
+    "lead_images": "lead in images",
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """The two configurations, the study's name and its folder."""
+
+    name: str
+    folder: Path
+    configs: Mapping[str, TrainConfig]  # by role
+    parallel: int
+
+
+def _parser() -> OneLineParser:
+    parser = OneLineParser(
+        prog="generalization_to_memorization",
+        description=__doc__,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--preset", default="digits", help=f"one of {', '.join(preset_names())}")
+    parser.add_argument(
+        "--control-images", default=AUTO, help="training images of the control; auto takes all but the held-out"
+    )
+    parser.add_argument("--output-dir", default=AUTO, help="folder of the study; auto makes a new one in outputs/")
+    parser.add_argument("--max-parallel", default="2", help="runs at the same time")
+    add_config_flags(parser)
+    return parser
+
+
+def _count(name: str, text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise ValueError(f"{name} is {text!r}; expected a whole number >= 1")
+    return int(text)
+
+
+def plan(argv: Sequence[str] | None) -> Study:
+    """The study that a command line asks for. Raises ValueError for what cannot be, before anything runs."""
+    arguments = _parser().parse_args(argv)
+    changes = config_changes(arguments)
+    limited = load_config(arguments.preset, changes)
+    available = len(load_images(limited.data, limited.resolution, limited.data_split)) - limited.num_heldout
+    wanted = available if arguments.control_images == AUTO else _count("control_images", arguments.control_images)
+    if not limited.num_images < wanted <= available:
+        raise ValueError(
+            f"control_images is {wanted} and num_images {limited.num_images}; expected num_images < control_images <= "
+            f"{available}, the images of {limited.data!r} less {limited.num_heldout} held out"
+        )
+    # Subsets nest, so the control has the limited run's images too: both are measured on the same images and views.
+    probe = min(limited.probe_images, limited.num_images)
+    control = load_config(arguments.preset, {**changes, "num_images": wanted, "probe_images": probe})
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{limited.preset}-n{limited.num_images}-seed{limited.seed}"
+    folder = Path("outputs") / name if arguments.output_dir == AUTO else Path(arguments.output_dir)
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"output_dir is {str(folder)!r}, which is not empty; expected a new folder")
+    check_project()
+    return Study(name, folder, {"limited": limited, "control": control}, _count("max_parallel", arguments.max_parallel))
+
+
+def _flags(study: Study, role: str, config: TrainConfig) -> list[str]:
+    flags = [f"--preset={config.preset}", f"--output-dir={study.folder / role}", f"--run-name={role} n={config.num_images}"]
+    flags += [f"--tag=study={study.name}", f"--tag=role={role}"]
+    for key, value in config.as_dict().items():
+        if key != "preset":
+            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            flags.append(f"--{key.replace('_', '-')}={text}")
+    return flags
+
+
+def _table(study: Study, histories: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, dict[str, float]]:
+    table = {}
+    for role, rows in histories.items():
+        found = {"num_images": float(study.configs[role].num_images), **summarise(rows)}
+        for name, key in (("icr_end", "repr/icr"), ("mem_ratio_end", "mem/ratio_l2")):
+            if rows and key in rows[-1]:
+                found[name] = rows[-1][key]
+        table[role] = found
+    return table
+
+
+def _cell(key: str, row: Mapping[str, float]) -> str:
+    if key not in row:
+        return "-"
+    return f"{row[key]:.3f}" if key in ("icr_min", "icr_end", "mem_ratio_end") else f"{row[key]:,.0f}"
+
+
+def _text(table: Mapping[str, Mapping[str, float]]) -> str:
+    """The table as aligned Markdown, which reads well in a terminal too."""
+    rows = [["", *COLUMNS.values()]] + [[role, *(_cell(key, row) for key in COLUMNS)] for role, row in table.items()]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
+    rule = "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def _try(what: str, call: Callable[[], object]) -> None:
+    """The study's results are in its folder: a tracking server that does not answer is told of, and that is all."""
+    try:
+        call()
+    except Exception as error:
+        logger.warning("MLflow does not take %s (%s)", what, type(error).__name__)
+
+
+def conclude(study: Study) -> tuple[dict[str, dict[str, float]], list[Path]]:
+    """Draw and tabulate what the runs left; returns the table and the files in the study's folder."""
+    from mlflow_icr.tracking import read_history
+    from trainers.experiments.figure import study_figure
+
+    histories = {
+        role: read_history(study.folder / role) for role in study.configs if (study.folder / role / "history.jsonl").exists()
+    }
+    table = _table(study, histories)
+    names = {role: f"{role}: {study.configs[role].num_images} images" for role in histories}
+    first = next(iter(study.configs.values()))
+    title = f"{first.data}, {first.total_kimg:g} thousand images seen, seed {first.seed}"
+    picture, sheet = study.folder / "study.png", study.folder / "study.csv"
+    study_figure({names[role]: rows for role, rows in histories.items()}, title).savefig(picture, dpi=130)
+    with sheet.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["run", *COLUMNS], extrasaction="ignore", restval="")
+        writer.writeheader()
+        writer.writerows({"run": role, **row} for role, row in table.items())
+    return table, [picture, sheet]
+
+
+def run_study(study: Study, stop: Stop) -> int:
+    """Train both runs and conclude, in an MLflow run of the study's own; returns the exit status."""
+    import mlflow
+
+    from mlflow_icr.tracking import MLflowSink
+
+    study.folder.mkdir(parents=True, exist_ok=True)
+    sink = MLflowSink(run_name=study.name)
+    first = study.configs["limited"]
+    params = {"preset": first.preset, "num_images": first.num_images, "total_kimg": first.total_kimg, "seed": first.seed}
+    # Opening it first also makes the tables of a fresh local store, which two runs at once would both try.
+    _try("the study's run", lambda: sink.open(params, {"role": "study", "study_name": study.name}))
+    siblings = [Sibling(role, _flags(study, role, config), study.folder / role) for role, config in study.configs.items()]
+    ended = run_siblings(siblings, study.parallel, lambda: stop.signal is not None)
+    status = (
+        "FINISHED" if set(ended) == set(study.configs) and not any(ended.values()) else "KILLED" if stop.signal else "FAILED"
+    )
+    table, files = conclude(study)
+    metrics = {f"{role}/{key}": value for role, row in table.items() for key, value in row.items()}
+    _try("the summary", lambda: sink.summary(metrics, first.total_images))
+    for path in files:
+        _try(path.name, partial(sink.artifact, str(path)))
+    address = chart_address(mlflow.get_tracking_uri(), sink.experiment_id or "0", study.name)
+    _try("the note", lambda: sink.note(f"{_text(table)}\n\n[Both curves]({address})\n\nRuns: `tags.study = '{study.name}'`"))
+    _try("the end of the study's run", lambda: sink.close(status))
+    _say(study, status, table, address, mlflow.get_tracking_uri())
+    return 0 if status == "FINISHED" else 128 + (stop.signal or 0) if stop.signal else 1
+
+
+def _say(study: Study, status: str, table: Mapping[str, Mapping[str, float]], address: str, tracking_uri: str) -> None:
+    print(f"\n{_text(table)}\n")
+    print(f"figure       {study.folder / 'study.png'}")
+    print(f"MLflow       {address}")
+    if not tracking_uri.startswith(("http://", "https://")):
+        print(f"             (after: make ui, or mlflow ui --backend-store-uri {without_secrets(tracking_uri)})")
+    print(f"TensorBoard  tensorboard --logdir {study.folder}")
+    if status != "FINISHED":
+        print(f"{status}: not all runs came to their end; the first error is above", file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 1 when a run failed, 2 for bad input, 128 + signal when stopped."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    try:
+        study = plan(argv)
+    except (ValueError, OSError) as error:
+        print(f"generalization_to_memorization: error: {error}", file=sys.stderr)
+        return 2
+    try:
+        return run_study(study, Stop())
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

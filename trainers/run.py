@@ -28,6 +28,8 @@ class Run:
 
     def __init__(self, config: TrainConfig, output_dir: Path, *, resume: bool = False) -> None:
         self.config, self.output_dir = config, output_dir
+        if config.mixed_precision == "fp16" and not torch.cuda.is_available():
+            raise ValueError("mixed_precision is 'fp16'; expected no or bf16 where there is no CUDA device")
         self.accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
@@ -75,8 +77,6 @@ class Run:
                 f"batch_size is {c.batch_size}; expected a multiple of {ranks * c.gradient_accumulation_steps}, the ranks "
                 "times gradient_accumulation_steps"
             )
-        if c.mixed_precision == "fp16" and self.accelerator.device.type == "cpu":
-            raise ValueError("mixed_precision is 'fp16'; expected no or bf16 on a CPU")
 
     @property
     def is_main(self) -> bool:

@@ -13,7 +13,10 @@ HPARAM_METRICS = ("repr/icr", "repr/fisher_residual_energy", "mem/ratio_l2", "ge
 
 
 class TensorBoardSink:
-    """Writes event files into one folder, flushed after every measurement. Use it on the main process only."""
+    """Writes event files into one folder, flushed after every measurement. Use it on the main process only.
+
+    Scalars are float32 there: the plain kind, which every reader of event files knows.
+    """
 
     name = "TensorBoard"
 
@@ -47,7 +50,7 @@ class TensorBoardSink:
     def write(self, report: Report) -> None:
         """Add a report's values as scalars and its pictures as images."""
         for key, value in report.values.items():
-            self._writer.add_scalar(key, value, report.step, double_precision=True)
+            self._writer.add_scalar(key, value, report.step)
         for key, picture in report.figures.items():
             self._writer.add_image(key, picture, report.step, dataformats="HWC")
         for key, why in report.absent.items():
@@ -57,7 +60,7 @@ class TensorBoardSink:
     def summary(self, values: Mapping[str, float], step: int) -> None:
         """Add the summary metrics at the last step."""
         for key, value in values.items():
-            self._writer.add_scalar(key, value, step, double_precision=True)
+            self._writer.add_scalar(key, value, step)
 
     def close(self, status: str) -> None:
         """Close the event file."""

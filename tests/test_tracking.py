@@ -1,0 +1,259 @@
+"""One report, three places: journal, MLflow and TensorBoard hold the same."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlflow_icr import Report
+from mlflow_icr.tracking import Journal, MLflowSink, TensorBoardSink, Tracker, read_history
+
+# Values that lose bits in float32, or in a decimal of few digits.
+ODD = [0.1 + 0.2, 1 / 3, 1e-300, 3e38, -0.0, 123456789.123456789, 2**53 + 1.0]
+
+
+def report(step: int, seed: int = 0) -> Report:
+    values = {"repr/icr": ODD[step % 7], "mem/ratio_l2": step / 1000, "perf/images_per_second": 1 / (step + 1)}
+    picture = np.random.default_rng(step + seed).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    return Report(step, values, {"samples": picture}, {"gen/fd_pixels": "too few"}, "abc")
+
+
+def tensorboard_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Every scalar in the event files, without the reader's reservoir."""
+    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+
+    found: dict[str, list[tuple[int, float]]] = {}
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        for event in LegacyEventFileLoader(str(path)).Load():
+            for value in event.summary.value:
+                if value.HasField("simple_value"):
+                    found.setdefault(value.tag, []).append((event.step, value.simple_value))
+    return found
+
+
+def mlflow_scalars(run_id: str) -> dict[str, list[tuple[int, float]]]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient()
+    keys = client.get_run(run_id).data.metrics
+    return {key: sorted((m.step, m.value) for m in client.get_metric_history(run_id, key)) for key in keys}
+
+
+def as_float32(scalars: dict[str, list[tuple[int, float]]]) -> dict[str, list[tuple[int, float]]]:
+    return {key: [(step, float(np.float32(value))) for step, value in series] for key, series in scalars.items()}
+
+
+def journal_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    found: dict[str, list[tuple[int, float]]] = {}
+    for row in read_history(folder):
+        for key, value in row.items():
+            if key != "images_seen":
+                found.setdefault(key, []).append((int(row["images_seen"]), value))
+    return found
+
+
+def test_a_value_is_the_same_everywhere(tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    sink = MLflowSink(run_name="three places")
+    tracker = Tracker(tmp_path, [sink, TensorBoardSink(tmp_path / "tensorboard")])
+    tracker.open({"seed": 3, "sigmas": [0.29]}, {"study": "s"})
+    for step in range(7):
+        tracker.record(report(step))
+    journal = journal_scalars(tmp_path)
+    assert sorted(journal) == ["mem/ratio_l2", "perf/images_per_second", "repr/icr"]
+    assert [v for _, v in journal["repr/icr"]] == ODD
+    assert sink.run_id is not None
+    assert mlflow_scalars(sink.run_id) == journal
+    assert tensorboard_scalars(tmp_path / "tensorboard") == as_float32(journal)  # flushed: nobody closed anything yet
+
+    summary = tracker.close("FINISHED")
+    run = MlflowClient().get_run(sink.run_id)
+    assert run.info.status == "FINISHED"
+    assert {key: run.data.metrics[key] for key in summary} == summary
+    assert (run.data.params["seed"], run.data.params["sigmas"], run.data.tags["study"]) == ("3", "[0.29]", "s")
+    assert run.data.tags["absent.gen/fd_pixels"] == "too few"
+    assert "gen/fd_pixels" not in run.data.metrics
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    assert [e.step for e in events.Images("samples")] == list(range(7))
+    assert "_hparams_/session_start_info" in events.Tags()["tensors"] or events.summary_metadata["_hparams_/session_start_info"]
+    assert [p.name for p in (tmp_path / "tensorboard").iterdir() if p.is_dir()] == []  # hparams are the run's own
+
+
+def test_pictures_reach_mlflow_unchanged_with_their_step(tmp_path: Path) -> None:
+    import mlflow
+    from mlflow import MlflowClient
+    from PIL import Image
+
+    sink = MLflowSink()
+    tracker = Tracker(tmp_path, [sink])
+    tracker.open({}, {})
+    tracker.record(report(640))
+    tracker.close("FINISHED")
+    files = [f.path for f in MlflowClient().list_artifacts(sink.run_id, "images") if f.path.endswith(".png")]
+    assert len(files) == 1
+    assert re.match(r"images/samples\Wstep\W640\W", files[0])
+    local = mlflow.artifacts.download_artifacts(run_id=sink.run_id, artifact_path=files[0], dst_path=str(tmp_path / "down"))
+    assert np.array_equal(np.asarray(Image.open(local)), report(640).figures["samples"])
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "images/samples/000000000640.png")), report(640).figures["samples"])
+
+
+def test_the_run_of_the_project_is_adopted_with_its_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient()
+    run = client.create_run("0")
+    client.log_param(run.info.run_id, "learning_rate", "1e-4")  # as `mlflow run -P learning_rate=1e-4` does, as text
+    monkeypatch.setenv("MLFLOW_RUN_ID", run.info.run_id)
+    sink = MLflowSink(run_name="not used")
+    sink.open({"learning_rate": 0.0001, "seed": 1}, {})
+    sink.write(report(1))
+    sink.close("KILLED")
+    there = client.get_run(run.info.run_id)
+    assert sink.run_id == run.info.run_id
+    assert there.data.params == {"learning_rate": "1e-4", "seed": "1"}
+    assert there.info.status == "KILLED"
+    assert there.info.run_name == run.info.run_name
+    assert len(client.search_runs(["0"])) == 1
+
+
+def test_an_active_run_is_used_and_left_open(tmp_path: Path) -> None:
+    import mlflow
+
+    with mlflow.start_run() as run:
+        sink = MLflowSink()
+        sink.open({"a": 1}, {})
+        sink.write(report(2))
+        sink.close("FINISHED")
+        active = mlflow.active_run()
+        assert active is not None
+        assert active.info.run_id == run.info.run_id == sink.run_id
+        mlflow.log_metric("mine", 1)
+
+
+def test_resuming_brings_every_sink_up_to_the_journal(tmp_path: Path) -> None:
+    sink = MLflowSink()
+    tracker = Tracker(tmp_path, [sink, TensorBoardSink(tmp_path / "tensorboard")])
+    tracker.open({}, {})
+    for step in (0, 1, 2):
+        tracker.record(report(step))
+    tracker.sinks = []  # a kill after the journal's row, before the sinks heard of it
+    tracker.record(report(3))
+
+    import mlflow
+
+    mlflow.end_run()
+    again = MLflowSink(run_id=sink.run_id)
+    resumed = Tracker(tmp_path, [again, TensorBoardSink(tmp_path / "tensorboard")])
+    resumed.open({}, {})
+    resumed.record(report(3, seed=9))  # measured again on the way: the journal has it already
+    resumed.record(report(4))
+    resumed.close("FINISHED")
+    journal = journal_scalars(tmp_path)
+    assert [step for step, _ in journal["repr/icr"]] == [0, 1, 2, 3, 4]
+    stored = mlflow_scalars(sink.run_id)  # type: ignore[arg-type]
+    assert {key: stored[key] for key in journal} == journal
+    shown = tensorboard_scalars(tmp_path / "tensorboard")
+    assert {key: shown[key] for key in journal} == as_float32(journal)
+
+
+def test_a_dead_server_costs_nothing_but_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import mlflow
+
+    store = os.environ["MLFLOW_TRACKING_URI"]
+    dead = "http://user:hunter2@127.0.0.1:9"  # the discard port: nothing listens
+    for variable in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR"):
+        monkeypatch.setenv(variable, "0")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", dead)
+    sink = MLflowSink()
+    tracker = Tracker(tmp_path, [sink, TensorBoardSink(tmp_path / "tensorboard")])
+    with caplog.at_level(logging.WARNING, "mlflow_icr"):
+        tracker.open({"seed": 1}, {"study": "s"})
+        tracker.record(report(1))
+        tracker.record(report(2))
+    warnings = [r.getMessage() for r in caplog.records if "MLflow" in r.getMessage()]
+    assert len(warnings) == 1
+    assert "training goes on" in warnings[0]
+    assert "hunter2" not in caplog.text
+    assert tensorboard_scalars(tmp_path / "tensorboard") == as_float32(journal_scalars(tmp_path))
+
+    # The server comes back: what it missed arrives first, in order and once.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    tracker.record(report(3))
+    assert sink.run_id is not None
+    assert mlflow_scalars(sink.run_id) == journal_scalars(tmp_path)
+    run = mlflow.MlflowClient().get_run(sink.run_id)
+    assert (run.data.params["seed"], run.data.tags["study"]) == ("1", "s")
+    tracker.close("FINISHED")
+
+
+def test_the_journal_is_on_the_disk_before_the_trackers_are_called(tmp_path: Path) -> None:
+    seen = []
+
+    class Late:
+        name = "late"
+
+        def open(self, params: object, tags: object) -> None: ...
+        def recorded_steps(self) -> set[int]:
+            return set()
+
+        def write(self, r: Report) -> None:
+            seen.append(read_history(tmp_path)[-1]["images_seen"] == r.step)
+
+        def summary(self, values: object, step: int) -> None: ...
+        def close(self, status: str) -> None: ...
+
+    tracker = Tracker(tmp_path, [Late()])
+    for step in (0, 5):
+        tracker.record(report(step))
+    assert seen == [True, True]
+
+
+def test_a_torn_last_line_is_not_a_row_and_does_not_spoil_the_next(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.append(report(0))
+    journal.append(report(1))
+    with journal.path.open("a") as file:
+        file.write('{"images_seen": 2, "repr/i')
+    assert [row["images_seen"] for row in read_history(tmp_path)] == [0, 1]
+    resumed = Journal(tmp_path)
+    resumed.append(report(2))
+    assert [row["images_seen"] for row in read_history(tmp_path)] == [0, 1, 2]
+    # A row that only lacks its newline was measured, and stays.
+    journal.path.write_bytes(journal.path.read_bytes()[:-1])
+    whole = Journal(tmp_path)
+    whole.append(report(3))
+    assert [row["images_seen"] for row in read_history(tmp_path)] == [0, 1, 2, 3]
+
+
+def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
+    (tmp_path / "history.jsonl").write_text('{"images_seen": 0}\nnonsense\n{"images_seen": 2}\n')
+    with pytest.raises(ValueError, match=r"history.jsonl, line 2: not a measurement"):
+        read_history(tmp_path)
+
+
+def test_a_full_disk_leaves_whole_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(tmp_path)
+    journal.append(report(0))
+    with monkeypatch.context() as full:
+
+        def no_space(descriptor: int) -> None:
+            raise OSError(28, "No space left on device")
+
+        full.setattr(os, "fsync", no_space)
+        with pytest.raises(OSError, match="No space left"):
+            journal.append(report(1))
+    journal.append(report(2))
+    lines = journal.path.read_text().splitlines()
+    assert [json.loads(line)["images_seen"] for line in lines] == [0, 2]

@@ -1,0 +1,354 @@
+"""The trainer: bad input, a whole run, stopping, resuming, ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+from PIL import Image
+from safetensors.torch import load_file
+
+from mlflow_icr.tracking import read_history
+from tests.test_tracking import as_float32, journal_scalars, mlflow_scalars, tensorboard_scalars
+from trainers import train
+from trainers.config import PRESETS, load_config, preset_names
+from trainers.data import load_data
+from trainers.edm import build_network, edm_loss
+from trainers.loop import Order, draw_batch, ema_beta, new_state
+from trainers.loop import train as steps_of
+
+SHORT = [
+    "--preset=digits", "--num-images=32", "--total-kimg=1.2", "--first-measurement-kimg=0.3", "--measurements=3",
+    "--block-channels=16,32", "--num-samples=72", "--sample-steps=4", "--batch-size=32", "--probe-views=4",
+]  # fmt: skip
+
+
+def run(output_dir: Path, *flags: str, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "trainers.train", *SHORT, f"--output-dir={output_dir}", *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)  # type: ignore[call-overload,no-any-return]
+
+
+def measured(folder: Path) -> list[dict[str, float]]:
+    """The history without what depends on the machine's speed."""
+    return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in read_history(folder)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """One uninterrupted short run, and its store."""
+    folder = tmp_path_factory.mktemp("whole")
+    store = f"sqlite:///{folder}/mlflow.db"
+    done = run(folder / "run", "--tag=study=s1", env=os.environ | {"MLFLOW_TRACKING_URI": store})
+    assert done.returncode == 0, done.stderr
+    assert "finished: lowest ICR" in done.stdout
+    return folder / "run", store
+
+
+def test_a_run_leaves_what_the_readme_says(whole: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    folder, store = whole
+    rows = read_history(folder)
+    assert [row["images_seen"] for row in rows] == [0, 320, 608, 1216]
+    keys = {
+        "repr/icr", "repr/icr_debiased", "repr/indefinite_fraction", "repr/trace_invariant", "repr/trace_residual",
+        "repr/fisher_residual_energy", "repr/fisher_invariant_energy", "repr/fisher_residual_growth", "mem/ratio_l2",
+        "gen/fd_pixels", "loss/train", "perf/images_per_second", "perf/measure_seconds", "perf/generate_seconds",
+    }  # fmt: skip
+    assert set(rows[-1]) == keys | {"images_seen"}
+    assert rows[-1]["loss/train"] < rows[1]["loss/train"]
+    assert yaml.safe_load((folder / "config.yaml").read_text())["num_images"] == 32
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    (info,) = MlflowClient().search_runs(["0"])
+    assert info.info.status == "FINISHED"
+    assert info.data.tags["study"] == "s1"
+    assert info.info.run_id == json.loads((folder / "mlflow.json").read_text())["run_id"]
+    assert re.fullmatch("[0-9a-f]{64}", info.data.params["data_sha256"])
+    journal = journal_scalars(folder)
+    stored, shown = mlflow_scalars(info.info.run_id), tensorboard_scalars(folder / "tensorboard")
+    assert {key: stored[key] for key in journal} == journal
+    assert {key: shown[key] for key in journal} == as_float32(journal)
+    assert info.data.metrics["icr_min"] == min(row["repr/icr"] for row in rows)
+
+
+def test_plain_diffusers_samples_a_checkpoint(whole: tuple[Path, str]) -> None:
+    code = (
+        "import sys, torch; from diffusers import DiffusionPipeline; p = DiffusionPipeline.from_pretrained(sys.argv[1]);"
+        "x = p(batch_size=2, num_inference_steps=18, generator=torch.manual_seed(0), output_type='np').images;"
+        "print(type(p).__name__, x.shape, 0 <= x.min() <= x.max() <= 1)"
+    )
+    folder = whole[0] / "checkpoints" / "000000001216"
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=300)
+    assert "ConsistencyModelPipeline (2, 8, 8, 1) True" in done.stdout, done.stderr
+    assert not [path for path in whole[0].rglob("*") if path.suffix in {".bin", ".pt", ".pth", ".pkl", ".ckpt"}]
+
+
+def test_the_command_line_measures_a_checkpoint_as_the_run_did(whole: tuple[Path, str], tmp_path: Path) -> None:
+    data = load_data("digits", resolution=8, num_images=32, num_heldout=197, seed=0)
+    for i, image in enumerate(data.train):
+        Image.fromarray(image[0].numpy()).save(tmp_path / f"{i:03d}.png")
+    command = [sys.executable, "-m", "mlflow_icr.cli", "measure", str(whole[0] / "checkpoints" / "000000001216")]
+    done = subprocess.run([*command, "--data", str(tmp_path), "--num-views", "4"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["repr/icr"] == pytest.approx(read_history(whole[0])[-1]["repr/icr"], rel=1e-4)
+    missing = subprocess.run([*command[:-1], str(tmp_path), "--data", str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert missing.returncode == 2
+    assert "expected a diffusers folder" in missing.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_goes_on_as_if_it_had_not(whole: tuple[Path, str], tmp_path: Path, number: signal.Signals) -> None:
+    from mlflow import MlflowClient
+
+    command = [sys.executable, "-m", "trainers.train", *SHORT, f"--output-dir={tmp_path}"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "history.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.3)
+    child.send_signal(number)
+    _, errors = child.communicate(timeout=120)
+    assert child.returncode == 128 + number, errors
+    client = MlflowClient()
+    run_id = json.loads((tmp_path / "mlflow.json").read_text())["run_id"]
+    assert client.get_run(run_id).info.status == "KILLED"
+    assert len(measured(tmp_path)) < 4
+
+    done = run(tmp_path, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert measured(tmp_path) == measured(whole[0])
+    assert client.get_run(run_id).info.status == "FINISHED"
+    assert len(client.search_runs(["0"])) == 1
+    a, b = (load_file(folder / "checkpoints/000000001216/state.safetensors") for folder in (whole[0], tmp_path))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    journal, shown = journal_scalars(tmp_path), tensorboard_scalars(tmp_path / "tensorboard")
+    assert {key: shown[key] for key in journal} == as_float32(journal)
+    stored = mlflow_scalars(run_id)
+    assert {key: stored[key] for key in journal} == journal
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(whole: tuple[Path, str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "trainers.train", *SHORT, f"--output-dir={tmp_path}"]
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("checkpoints/000000000320")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    child.kill()
+    child.wait()
+    done = run(tmp_path, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert measured(tmp_path) == measured(whole[0])
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_two_ranks_train_one_run(whole: tuple[Path, str], tmp_path: Path, launcher: str) -> None:
+    from mlflow import MlflowClient
+
+    launch = {
+        "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29611", "-m"],
+        "accelerate": ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=29612", "-m"],
+    }[launcher]
+    command = [sys.executable, *launch, "trainers.train", *SHORT, f"--output-dir={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert len(MlflowClient().search_runs(["0"])) == 1
+    assert MlflowClient().search_runs(["0"])[0].data.params["world_size"] == "2"
+    one, two = measured(whole[0]), measured(tmp_path)
+    assert [row.keys() for row in one] == [row.keys() for row in two]
+    for a, b in zip(one, two, strict=True):
+        # The same images, noise and views; gradients are summed in another order, in float32, over 38 steps.
+        for key in ("loss/train", "repr/icr", "repr/trace_residual"):
+            if key in a:
+                assert b[key] == pytest.approx(a[key], rel=2e-3), (key, a["images_seen"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--preset=digit"], r"preset is 'digit'; did you mean digits\?; expected one of cifar10-4096, digits, fashion-mnist, mnist5k"),
+        ([], r"preset is not given; expected one of cifar10-4096, digits"),
+        (["--preset=digits", "--learning-rat=1"], r"flag is 'learning-rat'; did you mean learning-rate\?"),
+        (["--preset=digits", "--num-images=ten"], "num_images is 'ten'; expected a whole number"),
+        (["--preset=digits", "--num-images=1700"], "num_images is 1700 and num_heldout 197; expected at most 1797 together"),
+        (["--preset=digits", "--num-images=1"], "num_images is 1; expected at least 2"),
+        (["--preset=digits", "--total-kimg=0"], "total_kimg is 0.0; expected a positive number"),
+        (["--preset=digits", "--total-kimg=1"], "first_measurement_kimg is 2.0; expected at most total_kimg, 1"),
+        (["--preset=digits", "--mixed-precision=fp8"], "mixed_precision is 'fp8'; expected one of no, bf16, fp16"),
+        (["--preset=digits", "--mixed-precision=fp16"], "mixed_precision is 'fp16'; expected no or bf16 where there is no CUDA device"),
+        (["--preset=digits", "--gradient-accumulation-steps=7"], "batch_size is 48; expected a multiple of .*, 7"),
+        (["--preset=digits", "--resolution=9"], "resolution is 9; expected a multiple of 2 for 2 blocks"),
+        (["--preset=digits", "--block-channels=30"], "block_channels is .30,.; expected positive multiples of 8"),
+        (["--preset=digits", "--attention-resolutions=5"], "attention_resolutions is .5,.; expected some of 8, 4"),
+        (["--preset=digits", "--augmentation-level=9"], "augmentation_level is 9; expected one of 1, 2, 3, 4, 5"),
+        (["--preset=digits", "--probe-views=1"], "probe_views is 1; expected a whole number >= 2"),
+        (["--preset=digits", "--layer=up_block.0"], r"layer is 'up_block.0'.*did you mean up_blocks.0"),
+        (["--preset=digits", "--data=/nonexistent"], "data is '/nonexistent', which is neither one of digits"),
+        (["--preset=digits", "--tag=study"], "tag is 'study'; expected KEY=VALUE"),
+        (["--preset=digits", "--resume"], "holds no config.yaml; --resume expects the folder of a run"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, flags: list[str], message: str
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for number in (signal.SIGINT, signal.SIGTERM):  # main() takes these over; the test runner wants them back
+        monkeypatch.setattr(train.signal, "signal", lambda *_: None)
+        assert signal.getsignal(number) is not None
+    output_dir = tmp_path / "run"
+    try:
+        status = train.main([*flags, f"--output-dir={output_dir}"])
+    except SystemExit as error:
+        status = error.code  # type: ignore[assignment]
+    assert status == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert len(lines) == 1
+    assert re.search(message, lines[0]), lines[0]
+    assert not output_dir.exists()
+
+
+def test_a_taken_folder_and_a_different_resumption_are_refused(whole: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main([*SHORT, f"--output-dir={whole[0]}"]) == 2
+    assert "which holds a run; expected a new folder, or --resume" in capsys.readouterr().err
+    assert train.main([*SHORT, f"--output-dir={whole[0]}", "--resume", "--seed=3"]) == 2
+    assert "seed is 3, but the run to resume has 0; expected the same" in capsys.readouterr().err
+
+
+def test_unknown_keys_in_a_configuration_are_refused(whole: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = yaml.safe_load((whole[0] / "config.yaml").read_text()) | {"learning_rte": 1}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    assert train.main([f"--output-dir={tmp_path}", "--resume"]) == 2
+    assert "configuration key is 'learning_rte'; did you mean learning_rate?" in capsys.readouterr().err
+
+
+def test_presets_are_whole_and_the_papers_is_the_papers() -> None:
+    assert preset_names() == ["cifar10-4096", "digits", "fashion-mnist", "mnist5k"]
+    for name in preset_names():
+        config = load_config(name, {})
+        assert config.protocol().layer == "decoder"
+        assert set(yaml.safe_load((PRESETS / f"{name}.yaml").read_text())) <= set(config.as_dict())
+    paper = load_config("cifar10-4096", {})
+    assert (paper.num_images, paper.protocol().num_images, paper.protocol().num_views) == (4096, 4096, 2)
+    assert (paper.p_mean, paper.p_std, paper.sigma_data, paper.batch_size) == (-1.2, 1.2, 0.5, 512)
+    assert paper.total_kimg == 200_000
+    with torch.device("meta"):
+        network = build_network(paper, 3)
+    assert 40e6 < sum(p.numel() for p in network.parameters()) < 80e6  # DDPM++ has 56M (Karras et al. 2022, appendix F)
+
+
+def test_the_loss_is_edms_at_initialisation() -> None:
+    """With D = 0 the weighted error is (sigma^2 + sd^2) / (sigma sd)^2 x^2; with F = 0 it is 1/sd^2 of what F should say."""
+
+    class Zero:
+        network = torch.nn.Identity()
+
+        def __call__(self, x: torch.Tensor, sigma: object) -> torch.Tensor:
+            return torch.zeros_like(x)
+
+    x = torch.full((2, 1, 2, 2), 3.0)
+    sigma = torch.tensor([0.5, 2.0])
+    expected = np.mean([9 * (0.25 + 0.25) / 0.0625, 9 * (4 + 0.25) / 1.0])
+    assert float(edm_loss(Zero(), x, sigma, torch.zeros_like(x), 0.5)) == pytest.approx(expected)
+
+
+def test_noise_and_order_are_functions_of_the_seed_and_the_images_seen() -> None:
+    config = load_config("digits", {"num_images": 50, "batch_size": 20})
+    images = torch.arange(50, dtype=torch.uint8).view(50, 1, 1, 1)
+    seen = np.concatenate([draw_batch(images, Order(50, 0), config, at).images.flatten().numpy() for at in range(0, 100, 20)])
+    assert sorted(seen[:50]) == sorted(seen[50:]) == list(range(50))  # epochs, without gaps across batches
+    assert not np.array_equal(seen[:50], seen[50:])
+    a, b, c = (draw_batch(images, Order(50, 0), config, at) for at in (40, 40, 60))
+    assert torch.equal(a.noise, b.noise)
+    assert torch.equal(a.sigma, b.sigma)
+    assert not torch.equal(a.noise, c.noise)
+    logs = torch.cat([draw_batch(images, Order(50, 0), config, 20 * i).sigma for i in range(500)]).log()
+    assert float(logs.mean()) == pytest.approx(-1.2, abs=4 * 1.2 / 100)
+    assert float(logs.std()) == pytest.approx(1.2, rel=4 / (2 * 10_000) ** 0.5)
+
+
+def test_accumulation_changes_nothing_but_rounding() -> None:
+    data = load_data("digits", resolution=8, num_images=40, num_heldout=0, seed=0)
+    results = []
+    for parts in (1, 4):
+        config = load_config("digits", {"batch_size": 32, "block_channels": [16, 32], "gradient_accumulation_steps": parts})
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=parts)
+        state = new_state(build_network(config, 1), config, accelerator)
+        steps = steps_of(state, data.train, config, accelerator)
+        for _ in range(5):
+            next(steps)
+        assert state.images_seen == 160
+        results.append((float(state.loss_sum) / state.loss_steps, torch.cat([p.flatten() for p in state.ema.parameters()])))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    torch.testing.assert_close(results[0][1], results[1][1], atol=2e-4, rtol=0)  # Adam's first steps magnify rounding
+
+
+def test_ema_halflife_is_edms() -> None:
+    config = load_config("digits", {"batch_size": 64, "ema_halflife_kimg": 1, "ema_rampup_ratio": 0.05})
+    assert ema_beta(config, 10_000) == pytest.approx(0.5 ** (64 / 500))
+    assert ema_beta(config, 10**6) == pytest.approx(0.5 ** (64 / 1000))
+
+
+def test_subsets_nest_and_held_out_images_are_the_same() -> None:
+    small, large = (load_data("digits", resolution=8, num_images=n, num_heldout=197, seed=1) for n in (64, 1600))
+    assert torch.equal(large.train[:64], small.train)
+    assert torch.equal(large.heldout, small.heldout)
+    assert small.train_sha256 != large.train_sha256
+    again = load_data("digits", resolution=8, num_images=64, num_heldout=197, seed=1)
+    assert again.train_sha256 == small.train_sha256
+    everything = torch.cat([large.train, large.heldout])
+    assert len(everything) == 1797
+
+
+def test_image_folders(tmp_path: Path, rng: np.random.Generator) -> None:
+    grey, colour = tmp_path / "grey", tmp_path / "colour"
+    for folder in (grey, colour / "sub"):
+        folder.mkdir(parents=True)
+    pixels = rng.integers(0, 256, (5, 8, 12), dtype=np.uint8)
+    for i, array in enumerate(pixels):
+        Image.fromarray(array).save(grey / f"{i}.png")
+        Image.fromarray(array).convert("RGB").save(colour / "sub" / f"{i}.png")
+    Image.fromarray(pixels[0].astype(np.uint16) * 257).save(grey / "9.png")
+    data = load_data(str(grey), resolution=8, num_images=6, num_heldout=0, seed=0)
+    assert data.train.shape == (6, 1, 8, 8)
+    found = {image.numpy().tobytes() for image in data.train[:, 0]}
+    assert found == {np.ascontiguousarray(array[:, 2:10]).tobytes() for array in pixels}  # the 16-bit copy is the 8-bit image
+    assert load_data(str(colour), resolution=4, num_images=5, num_heldout=0, seed=0).train.shape == (5, 3, 4, 4)
+    (grey / "broken.png").write_bytes((grey / "0.png").read_bytes()[:60])
+    with pytest.raises(ValueError, match=r"1 of 7 images cannot be read: .*broken.png"):
+        load_data(str(grey), resolution=8, num_images=5, num_heldout=0, seed=0)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="a folder without images"):
+        load_data(str(tmp_path / "empty"), resolution=8, num_images=5, num_heldout=0, seed=0)
+
+
+def test_mnist_comes_with_its_package() -> None:
+    data = load_data("mnist5k", resolution=16, num_images=300, num_heldout=100, seed=0)
+    assert data.train.shape == (300, 1, 16, 16)
+    assert 20 < data.train.float().mean() < 45  # MNIST's mean grey value is 33
+
+
+def test_datasets_are_loaded_by_name(tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    arrays = rng.integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
+    table = datasets.Dataset.from_dict(
+        {"label": list(range(6)), "img": [Image.fromarray(a) for a in arrays]},
+        features=datasets.Features({"label": datasets.Value("int64"), "img": datasets.Image()}),
+    )
+    (tmp_path / "set").mkdir()
+    table.to_parquet(tmp_path / "set" / "train.parquet")
+    monkeypatch.setattr(Path, "is_dir", lambda self: False)  # a local set stands in for a hub's: `datasets` loads both by name
+    data = load_data(str(tmp_path / "set"), resolution=8, num_images=6, num_heldout=0, seed=0)
+    assert {i.numpy().tobytes() for i in data.train.permute(0, 2, 3, 1).contiguous()} == {a.tobytes() for a in arrays}

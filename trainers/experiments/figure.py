@@ -55,7 +55,7 @@ def study_figure(histories: Mapping[str, Rows], title: str) -> Figure:
                 f" {text}\n {at:.0f} kimg", (at, 1), xycoords=("data", "axes fraction"), va="top", color=colour, fontsize=9
             )
     panels[0].set_title(title)
-    panels[0].legend(frameon=False, loc="upper right")
+    panels[0].legend(frameon=False, loc="lower left")
     panels[1].set_ylim(-0.02, 1.02)
     panels[2].set_yscale("log")
     panels[-1].set_xscale("log")

@@ -1,0 +1,76 @@
+"""The pictures in README.md, from the newest study in `outputs/`: its figure, the MLflow UI and TensorBoard.
+
+Starts both servers on free ports, opens the address that the study printed in headless Chromium, and saves what is there.
+Fails when a page does not show the curves.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+from pathlib import Path
+
+from playwright.sync_api import Page, sync_playwright
+
+from trainers.experiments.address import chart_address
+from trainers.experiments.ui import start, stop
+
+PICTURES = Path(__file__).parent / "images"
+CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+QUIET += ["--disable-component-update", "--disable-sync"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def newest_study() -> Path:
+    studies = sorted(Path("outputs").glob("*/study.png"), key=lambda path: path.stat().st_mtime)
+    if not studies:
+        sys.exit("there is no finished study in outputs/; run make demo first")
+    return studies[-1].parent
+
+
+def shoot_mlflow(page: Page, port: int, study: str, experiment_id: str) -> None:
+    address = chart_address("sqlite:///mlflow.db", experiment_id, study).replace("127.0.0.1:5000", f"127.0.0.1:{port}")
+    page.goto(address)
+    page.get_by_text("mem/ratio_l2", exact=True).first.wait_for(timeout=60_000)
+    page.wait_for_timeout(3000)  # the charts draw themselves in
+    page.screenshot(path=PICTURES / "mlflow.png")
+
+
+def shoot_tensorboard(page: Page, port: int) -> None:
+    page.goto(f"http://127.0.0.1:{port}/?darkMode=false#timeseries&tagFilter=%5E(repr%2Ficr%7Cmem%2Fratio_l2%7Crepr%2Ffisher_residual_energy)%24")
+    page.locator("scalar-card").nth(2).wait_for(timeout=60_000)
+    page.wait_for_timeout(3000)
+    page.screenshot(path=PICTURES / "tensorboard.png")
+
+
+def main() -> None:
+    import json
+
+    folder = newest_study()
+    place = json.loads((folder / "limited" / "mlflow.json").read_text())
+    PICTURES.mkdir(exist_ok=True)
+    shutil.copyfile(folder / "study.png", PICTURES / "study.png")
+    mlflow_port, tensorboard_port = free_port(), free_port()
+    servers = start(folder, mlflow_port, tensorboard_port)
+    try:
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+            page = browser.new_page(viewport={"width": 1600, "height": 1000})
+            shoot_mlflow(page, mlflow_port, folder.name, place["experiment_id"])
+            shoot_tensorboard(page, tensorboard_port)
+            browser.close()
+    finally:
+        stop(servers)
+    print(*sorted(PICTURES.iterdir()), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

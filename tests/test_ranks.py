@@ -1,0 +1,81 @@
+"""Sharded equals whole: moments and monitors on several processes (gloo)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import distributed as dist
+from torch import multiprocessing, nn
+
+from mlflow_icr import EDMDenoiser, GenerationMonitor, ICRMonitor, Protocol, ViewMoments, icr
+from tests.features import covariance, gaussian_features
+
+RANKS = 3
+PROTOCOL = Protocol(num_images=47, num_views=4)  # not a multiple of the ranks
+
+
+def _moments(rank: int, folder: str) -> dict[str, object]:
+    h = torch.load(f"{folder}/features.pt", weights_only=True)
+    moments = ViewMoments(2, h.shape[-1])
+    # Uneven shares, and a rank with nothing.
+    shares = [slice(0, 70), slice(70, 70), slice(70, None)]
+    moments.update(h[shares[rank]]).all_reduce()
+    spectrum = moments.spectrum()
+    return {"n": moments.num_images, "icr": spectrum.icr, "sigma_xi": spectrum.sigma_residual, "sigma_s": spectrum.sigma_invariant}
+
+
+def _monitors(rank: int, folder: str) -> dict[str, object]:
+    network, images = torch.load(f"{folder}/model.pt", weights_only=False)  # written by this test
+    denoiser = EDMDenoiser(network)
+    report = ICRMonitor(denoiser, images, PROTOCOL).measure(5)
+    samples = GenerationMonitor(denoiser, images[:40], images[40:], num_samples=71, num_steps=4)
+    return {"values": {**report.values, **samples.measure(5).values}, "samples": samples.sample()}
+
+
+def _work(rank: int, job: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
+    torch.save({"moments": _moments, "monitors": _monitors}[job](rank, folder), f"{folder}/result{rank}.pt")
+    dist.destroy_process_group()
+
+
+def spawn(job: str, folder: Path) -> list[dict[str, object]]:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    multiprocessing.spawn(_work, (job, str(folder)), nprocs=RANKS)
+    return [torch.load(folder / f"result{rank}.pt", weights_only=True) for rank in range(RANKS)]
+
+
+def test_moments_of_all_ranks_are_those_of_all_images(tmp_path: Path, rng: np.random.Generator) -> None:
+    h = torch.from_numpy(gaussian_features(rng, 200, 2, covariance(rng, 9), covariance(rng, 9), mean=1e3))
+    torch.save(h, tmp_path / "features.pt")
+    whole = icr(h)
+    results = spawn("moments", tmp_path)
+    for result in results:
+        assert result["n"] == 200
+        # float64 with a mean of 1000 standard deviations: 1e-16 x 1e3, and sums of 200 terms
+        assert result["icr"] == pytest.approx(whole.icr, rel=1e-11)
+        torch.testing.assert_close(result["sigma_xi"], whole.sigma_residual, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(result["sigma_s"], whole.sigma_invariant, rtol=1e-10, atol=1e-12)
+        assert result["icr"] == results[0]["icr"]
+
+
+def test_monitors_of_all_ranks_report_what_one_reports(tmp_path: Path, small_unet: nn.Module, digits: torch.Tensor) -> None:
+    torch.save((small_unet, digits), tmp_path / "model.pt")
+    denoiser = EDMDenoiser(small_unet)
+    alone = ICRMonitor(denoiser, digits, PROTOCOL).measure(5).values
+    samples = GenerationMonitor(denoiser, digits[:40], digits[40:], num_samples=71, num_steps=4).sample()
+    results = spawn("monitors", tmp_path)
+    for result in results:
+        values = result["values"]
+        assert isinstance(values, dict)
+        shown = {key: value for key, value in values.items() if not key.startswith("perf/")}
+        assert shown == {k: v for k, v in results[0]["values"].items() if not k.startswith("perf/")}  # type: ignore[attr-defined]
+        for key, value in alone.items():
+            if key.startswith("repr/"):
+                assert values[key] == pytest.approx(value, rel=1e-3), key  # float32 convolutions in other batches
+        # In order, whole, and none twice: at most a rounding of one grey value apart.
+        assert (result["samples"].int() - samples.int()).abs().max() <= 1  # type: ignore[attr-defined]

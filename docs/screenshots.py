@@ -6,6 +6,7 @@ Fails when a page does not show the curves.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -36,24 +37,36 @@ def newest_study() -> Path:
     return studies[-1].parent
 
 
+SHOWN = "repr/icr$|mem/ratio_l2|fisher_residual_energy"
+
+
 def shoot_mlflow(page: Page, port: int, study: str, experiment_id: str) -> None:
-    address = chart_address("sqlite:///mlflow.db", experiment_id, study).replace("127.0.0.1:5000", f"127.0.0.1:{port}")
-    page.goto(address)
-    page.get_by_text("mem/ratio_l2", exact=True).first.wait_for(timeout=60_000)
+    """The page that the study prints, narrowed down to three charts."""
+    page.set_viewport_size({"width": 1400, "height": 1180})
+    page.goto(chart_address("sqlite:///mlflow.db", experiment_id, study).replace("127.0.0.1:5000", f"127.0.0.1:{port}"))
+    page.get_by_text("2 matching runs").wait_for(timeout=90_000)
+    assistant = page.get_by_text("MLflow Assistant").first
+    if assistant.is_visible():
+        assistant.locator("xpath=ancestor::div[.//button][1]").get_by_role("button").last.click()
+    page.get_by_placeholder("Search metric charts").fill(SHOWN)
+    for run in ("limited n=128", "control n=1600"):
+        page.get_by_text(f"{run} (repr/icr)").first.wait_for(timeout=60_000)  # both curves in one chart
     page.wait_for_timeout(3000)  # the charts draw themselves in
     page.screenshot(path=PICTURES / "mlflow.png")
 
 
 def shoot_tensorboard(page: Page, port: int) -> None:
-    page.goto(f"http://127.0.0.1:{port}/?darkMode=false#timeseries&tagFilter=%5E(repr%2Ficr%7Cmem%2Fratio_l2%7Crepr%2Ffisher_residual_energy)%24")
+    """The time series page, narrowed down to the same three."""
+    page.set_viewport_size({"width": 1400, "height": 620})
+    page.goto(f"http://127.0.0.1:{port}/?smoothing=0#timeseries")
+    page.get_by_role("combobox", name="Filter tags (regex)").fill(SHOWN)
+    page.get_by_role("button", name="Settings").last.click()  # fold the settings away
     page.locator("scalar-card").nth(2).wait_for(timeout=60_000)
-    page.wait_for_timeout(3000)
+    page.wait_for_timeout(4000)
     page.screenshot(path=PICTURES / "tensorboard.png")
 
 
 def main() -> None:
-    import json
-
     folder = newest_study()
     place = json.loads((folder / "limited" / "mlflow.json").read_text())
     PICTURES.mkdir(exist_ok=True)
@@ -63,7 +76,7 @@ def main() -> None:
     try:
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
-            page = browser.new_page(viewport={"width": 1600, "height": 1000})
+            page = browser.new_page()
             shoot_mlflow(page, mlflow_port, folder.name, place["experiment_id"])
             shoot_tensorboard(page, tensorboard_port)
             browser.close()

@@ -19,7 +19,9 @@ STUDIES = [tuple(map(int, study.split(":"))) for study in os.environ.get("ICR_DE
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("num_images", "seed"), STUDIES)
-def test_the_limited_run_turns_before_it_copies_and_the_control_does_not_copy(tmp_path: Path, num_images: int, seed: int) -> None:
+def test_the_limited_run_turns_before_it_copies_and_the_control_does_not_copy(
+    tmp_path: Path, num_images: int, seed: int
+) -> None:
     from mlflow import MlflowClient
 
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}

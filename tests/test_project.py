@@ -39,7 +39,9 @@ def test_every_dependency_is_in_the_constraints_and_is_a_range() -> None:
     assert {name.lower() for name in names} <= set(constraints)
 
 
-def test_the_ten_lines_of_the_readme_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_ten_lines_of_the_readme_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     block = re.search(r"<!-- ten lines -->\n```python\n(.*?)```", README, re.S)
     assert block
     code = block.group(1)

@@ -25,7 +25,12 @@ def _moments(rank: int, folder: str) -> dict[str, object]:
     shares = [slice(0, 70), slice(70, 70), slice(70, None)]
     moments.update(h[shares[rank]]).all_reduce()
     spectrum = moments.spectrum()
-    return {"n": moments.num_images, "icr": spectrum.icr, "sigma_xi": spectrum.sigma_residual, "sigma_s": spectrum.sigma_invariant}
+    return {
+        "n": moments.num_images,
+        "icr": spectrum.icr,
+        "sigma_xi": spectrum.sigma_residual,
+        "sigma_s": spectrum.sigma_invariant,
+    }
 
 
 def _monitors(rank: int, folder: str) -> dict[str, object]:

@@ -85,7 +85,13 @@ def test_a_failing_sibling_ends_the_study_with_its_error(tmp_path: Path, monkeyp
         "from trainers.train import Stop; real = g.plan(sys.argv[1:-1]);"
         "sys.exit(g.run_study(dataclasses.replace(real, folder=Path(sys.argv[-1])), Stop()))"
     )
-    flags = ["--num-images=32", "--control-images=64", "--total-kimg=400", f"--output-dir={tmp_path / 'other'}", str(study.folder)]
+    flags = [
+        "--num-images=32",
+        "--control-images=64",
+        "--total-kimg=400",
+        f"--output-dir={tmp_path / 'other'}",
+        str(study.folder),
+    ]
     done = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert "[control] trainers.train: error: output_dir is" in done.stdout
@@ -98,7 +104,13 @@ def test_a_failing_sibling_ends_the_study_with_its_error(tmp_path: Path, monkeyp
 def test_a_stopped_study_stops_its_runs(tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
-    command = [sys.executable, "-m", "trainers.experiments.generalization_to_memorization", "--num-images=32", "--total-kimg=400"]
+    command = [
+        sys.executable,
+        "-m",
+        "trainers.experiments.generalization_to_memorization",
+        "--num-images=32",
+        "--total-kimg=400",
+    ]
     child = subprocess.Popen(
         [*command, f"--output-dir={tmp_path / 'study'}"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -103,7 +103,9 @@ def test_the_command_line_measures_a_checkpoint_as_the_run_did(whole: tuple[Path
     done = subprocess.run([*command, "--data", str(tmp_path), "--num-views", "4"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["repr/icr"] == pytest.approx(read_history(whole[0])[-1]["repr/icr"], rel=1e-4)
-    missing = subprocess.run([*command[:-1], str(tmp_path), "--data", str(tmp_path)], capture_output=True, text=True, timeout=300)
+    missing = subprocess.run(
+        [*command[:-1], str(tmp_path), "--data", str(tmp_path)], capture_output=True, text=True, timeout=300
+    )
     assert missing.returncode == 2
     assert "expected a diffusers folder" in missing.stderr
 
@@ -159,7 +161,14 @@ def test_two_ranks_train_one_run(whole: tuple[Path, str], tmp_path: Path, launch
 
     launch = {
         "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29611", "-m"],
-        "accelerate": ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=29612", "-m"],
+        "accelerate": [
+            "-m",
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            "--num_processes=2",
+            "--main_process_port=29612",
+            "-m",
+        ],
     }[launcher]
     command = [sys.executable, *launch, "trainers.train", *SHORT, f"--output-dir={tmp_path}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -219,14 +228,18 @@ def test_bad_input_is_one_line_before_any_work(
     assert not output_dir.exists()
 
 
-def test_a_taken_folder_and_a_different_resumption_are_refused(whole: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_taken_folder_and_a_different_resumption_are_refused(
+    whole: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert train.main([*SHORT, f"--output-dir={whole[0]}"]) == 2
     assert "which holds a run; expected a new folder, or --resume" in capsys.readouterr().err
     assert train.main([*SHORT, f"--output-dir={whole[0]}", "--resume", "--seed=3"]) == 2
     assert "seed is 3, but the run to resume has 0; expected the same" in capsys.readouterr().err
 
 
-def test_unknown_keys_in_a_configuration_are_refused(whole: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_keys_in_a_configuration_are_refused(
+    whole: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     values = yaml.safe_load((whole[0] / "config.yaml").read_text()) | {"learning_rte": 1}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
     assert train.main([f"--output-dir={tmp_path}", "--resume"]) == 2

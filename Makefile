@@ -41,6 +41,7 @@ ui: .venv
 	@PATH="$(CURDIR)/$(BIN):$$PATH" UI_PORT=$(UI_PORT) TENSORBOARD_PORT=$(TENSORBOARD_PORT) $(BIN)/python -m trainers.experiments.ui
 
 benchmarks: .venv
+	$(BIN)/python benchmarks/import_time.py
 	$(BIN)/python benchmarks/measurement.py
 	$(BIN)/python benchmarks/trainer.py
 

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
-# Before torch is imported: small problems on two cores are slowed down by more threads than they have work for.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
-
 import numpy as np
 import pytest
 import torch

@@ -116,9 +116,12 @@ def test_what_cannot_be_computed_is_absent_with_its_reason(small_unet: nn.Module
         kept = weight.clone()
         weight.fill_(float("nan"))
         diverged = monitor.measure(1)
+        samples = GenerationMonitor(EDMDenoiser(small_unet), digits, num_samples=4, num_steps=2).measure(1)
         weight.copy_(kept)
     assert "repr/icr" not in diverged.values
     assert "NaN" in diverged.absent["repr/icr"]
+    assert "4 of 4 samples hold NaN" in samples.absent["mem/ratio_l2"]
+    assert samples.values == {}
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,8 @@ def test_a_failing_sibling_ends_the_study_with_its_error(tmp_path: Path, monkeyp
     (study.folder / "control").mkdir(parents=True)
     (study.folder / "control" / "config.yaml").write_text("{}")
     code = (
-        "import sys, dataclasses; from pathlib import Path; from trainers.experiments import generalization_to_memorization as g;"
+        "import sys, dataclasses; from pathlib import Path;"
+        "from trainers.experiments import generalization_to_memorization as g;"
         "from trainers.train import Stop; real = g.plan(sys.argv[1:-1]);"
         "sys.exit(g.run_study(dataclasses.replace(real, folder=Path(sys.argv[-1])), Stop()))"
     )
@@ -98,7 +99,7 @@ def test_a_failing_sibling_ends_the_study_with_its_error(tmp_path: Path, monkeyp
     assert "FAILED: not all runs came to their end" in done.stderr
     status = {run.data.tags["role"]: run.info.status for run in MlflowClient().search_runs(["0"])}
     assert status["study"] == "FAILED"
-    assert status.get("limited", "KILLED") == "KILLED"  # asked to stop, by now or before it had a run
+    assert status.get("limited", "KILLED") == "KILLED"  # asked to stop, maybe before it had a run
 
 
 def test_a_stopped_study_stops_its_runs(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import sys
-import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,7 +27,10 @@ CONFIG, MLFLOW_RUN = "config.yaml", "mlflow.json"
 
 
 class Stop:
-    """A wish to stop, from Ctrl-C or SIGTERM, that the loop can look at; the second one interrupts at once."""
+    """A wish to stop, from Ctrl-C or SIGTERM, that the loop can look at; a second Ctrl-C interrupts at once.
+
+    A SIGTERM after a Ctrl-C is the same wish: `mlflow run` sends one when the terminal has sent the other.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -36,9 +38,9 @@ class Stop:
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
+        if self.signal == number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal = number
+        self.signal = self.signal or number
 
 
 def check_project() -> None:
@@ -137,7 +139,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if run_is_mine():
             print(f"trainers.train: error: {error}", file=sys.stderr)
         return 2
-    status = train_run(run, stop, output_dir, tags, run_name, resume)
+    try:
+        status = train_run(run, stop, output_dir, tags, run_name, resume)
+    except OSError as error:  # a full disk, most of all: what was measured before is whole, and so is the last checkpoint
+        print(f"trainers.train: error: {error}; go on with --resume when that is mended", file=sys.stderr)
+        return 1
     run.end()
     if status == "FINISHED":
         return 0
@@ -146,5 +152,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
-    started = time.monotonic()
     sys.exit(main())

@@ -57,7 +57,7 @@ class GenerationMonitor:
         self.num_samples, self.num_steps, self.seed, self.batch_size = num_samples, num_steps, seed, batch_size
 
     def sample(self) -> Tensor:
-        """The samples, (num_samples, C, H, W) uint8 on the CPU."""
+        """The samples, (num_samples, C, H, W) uint8 on the CPU. Raises ValueError when one is not finite."""
         network = self.denoiser.network
         device = next((p.device for p in network.parameters()), torch.device("cpu"))
         flags = [(module, module.training) for module in network.modules()]
@@ -65,6 +65,7 @@ class GenerationMonitor:
         rank, ranks = world()
         mine = list(range(rank, self.num_samples, ranks))
         images = torch.empty(len(mine), *self.shape, dtype=torch.uint8, device=device)
+        finite = torch.ones(len(mine), 1, dtype=torch.uint8, device=device)
         try:
             for start in range(0, len(mine), self.batch_size):
                 noise = np.stack(
@@ -74,16 +75,23 @@ class GenerationMonitor:
                     ]
                 )
                 x = heun_sample(self.denoiser, torch.from_numpy(noise).to(device), num_steps=self.num_steps)
+                finite[start : start + len(x)] = x.isfinite().flatten(1).all(1, keepdim=True)
                 images[start : start + len(x)] = to_uint8(x.nan_to_num())
         finally:
             for module, training in flags:
                 module.training = training
+        broken = int((gather_rows(finite, self.num_samples) == 0).sum())
+        if broken:
+            raise ValueError(f"{broken} of {self.num_samples} samples hold NaN or Inf")
         return gather_rows(images, self.num_samples).cpu()
 
     def measure(self, step: int) -> Report:
         """The report at `step` images seen: `mem/ratio_l2`, `gen/fd_pixels`, and a picture of the first samples."""
         started = time.perf_counter()
-        images = self.sample()
+        try:
+            images = self.sample()
+        except ValueError as error:  # training has diverged, and goes on if it wants to
+            return Report(step, {}, absent=dict.fromkeys(("mem/ratio_l2", "gen/fd_pixels"), str(error)))
         fake = as_unit_interval(images).flatten(1)
         values = {"mem/ratio_l2": memorization_ratio(fake, self.train).value}
         absent = {}

@@ -81,13 +81,9 @@ class Journal:
         return {int(row["images_seen"]) for row in self.rows}
 
     def append(self, report: Report) -> None:
-        """Write a report's pictures and then its row, flushed and fsynced. Raises OSError when the disk does not take it."""
+        """Write a report's row, flushed and fsynced, then its pictures. Raises OSError when the disk does not take them."""
         from PIL import Image  # an image library is only needed where something is recorded
 
-        for key, picture in report.figures.items():
-            path = self.picture(key, report.step)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(picture).save(path)
         row = report.flat()
         new = not self.path.exists()
         with self.path.open("a", encoding="utf-8") as file:
@@ -102,6 +98,10 @@ class Journal:
         if new:
             _sync_folder(self.folder)
         self.rows.append(row)
+        for key, picture in report.figures.items():
+            path = self.picture(key, report.step)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(path)
 
     def picture(self, key: str, step: int) -> Path:
         """Where the picture of a key at a step is kept."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LOOK_EVERY_SECONDS = 0.2
-GRACE_SECONDS = 60.0  # for a child that was asked to stop: its measurement in progress, its checkpoint
+GRACE_SECONDS = 300.0  # for a child that was asked to stop: its measurement in progress, its checkpoint
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,17 @@ class Sibling:
     output_dir: Path
 
 
+def _cores() -> int:
+    """The cores that this process may use; not all systems tell that, and then all there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _environment(parallel: int) -> dict[str, str]:
     """The children's: a run of their own each, and a fair share of the cores."""
     environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_RUN_ID"}
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // parallel)))
+    # With more threads than cores, those that wait burn what those that work need, and training crawls.
+    given = environment.get("OMP_NUM_THREADS", "")
+    environment["OMP_NUM_THREADS"] = str(max(1, (int(given) if given.isdigit() else _cores()) // parallel))
     environment["PYTHONUNBUFFERED"] = "1"
     return environment
 
@@ -38,42 +45,58 @@ def _tell(name: str, width: int, child: subprocess.Popen[str]) -> None:
         print(f"[{name:{width}}] {line}", end="", flush=True)
 
 
+def _start(sibling: Sibling, environment: Mapping[str, str], width: int) -> tuple[subprocess.Popen[str], threading.Thread]:
+    child = subprocess.Popen(
+        [sys.executable, "-m", "trainers.train", *sibling.flags],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # Ctrl-C reaches us alone, and we ask the children once
+    )
+    teller = threading.Thread(target=_tell, args=(sibling.name, width, child), daemon=True)
+    teller.start()
+    return child, teller
+
+
+def _end(children: Mapping[str, subprocess.Popen[str]]) -> None:
+    """Ask children to stop, and wait for that; kill those that do not in time."""
+    for child in children.values():
+        child.terminate()
+    deadline = time.monotonic() + GRACE_SECONDS
+    for child in children.values():
+        try:
+            child.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
 def run_siblings(siblings: Sequence[Sibling], parallel: int, wants_stop: Callable[[], bool]) -> Mapping[str, int]:
     """Train all of them, `parallel` at a time; returns the exit status of each that was started, by its name.
 
     When one fails, or `wants_stop` says so, the others are asked to stop as by SIGTERM, and no further one starts.
     """
     width = max(len(sibling.name) for sibling in siblings)
-    waiting, running, ended = list(siblings), {}, {}  # type: ignore[var-annotated]
+    environment = _environment(min(parallel, len(siblings)))
+    waiting = list(siblings)
+    children: dict[str, subprocess.Popen[str]] = {}
     tellers = []
-    asked_at: float | None = None
-    while running or (waiting and asked_at is None):
-        while waiting and len(running) < parallel and asked_at is None:
-            sibling = waiting.pop(0)
-            child = subprocess.Popen(
-                [sys.executable, "-m", "trainers.train", *sibling.flags],
-                env=_environment(min(parallel, len(siblings))),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                start_new_session=True,  # Ctrl-C reaches us alone, and we ask the children once
-            )
-            tellers.append(threading.Thread(target=_tell, args=(sibling.name, width, child), daemon=True))
-            tellers[-1].start()
-            running[sibling.name] = child
-        time.sleep(LOOK_EVERY_SECONDS)
-        for name, child in list(running.items()):
-            if child.poll() is not None:
-                ended[name] = child.returncode
-                del running[name]
-        if asked_at is None and (wants_stop() or any(ended.values())):
-            asked_at = time.monotonic()
-            for child in running.values():
-                child.terminate()
-        elif asked_at is not None and time.monotonic() - asked_at > GRACE_SECONDS:
-            for child in running.values():
-                child.kill()
-    for teller in tellers:
-        teller.join()
-    return ended
+    try:
+        while True:
+            running = [child for child in children.values() if child.poll() is None]
+            failed = any(child.returncode for child in children.values())
+            if failed or wants_stop() or not (waiting or running):
+                break
+            if waiting and len(running) < parallel:
+                sibling = waiting.pop(0)
+                children[sibling.name], teller = _start(sibling, environment, width)
+                tellers.append(teller)
+            else:
+                time.sleep(LOOK_EVERY_SECONDS)
+    finally:
+        _end(children)
+        for teller in tellers:
+            teller.join()
+    return {name: child.returncode for name, child in children.items()}

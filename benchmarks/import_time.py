@@ -1,0 +1,28 @@
+"""What `import mlflow_icr` costs over `import torch`, each in a fresh process, in turn; the ratio is the median of the pairs'."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+
+
+def seconds(module: str) -> float:
+    """Seconds that a fresh interpreter takes to import a module, its own start included in neither."""
+    code = f"import time; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)"
+    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", type=int, default=11)
+    seconds("mlflow_icr")  # reads the files into the cache
+    pairs = [(seconds("mlflow_icr"), seconds("torch")) for _ in range(parser.parse_args().pairs)]
+    ours, torchs = (statistics.median(side) for side in zip(*pairs, strict=True))
+    ratio = statistics.median(a / b for a, b in pairs)
+    print(f"import mlflow_icr {ours:.2f} s  import torch {torchs:.2f} s  ratio {ratio:.3f} (goal: at most 1.10)")
+
+
+if __name__ == "__main__":
+    main()

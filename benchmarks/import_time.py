@@ -1,4 +1,4 @@
-"""What `import mlflow_icr` costs over `import torch`, each in a fresh process, in turn; the ratio is the median of the pairs'."""
+"""What `import mlflow_icr` costs over `import torch`, each in a fresh process, in turn; the ratio is the pairs' median."""
 
 from __future__ import annotations
 

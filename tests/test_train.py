@@ -187,7 +187,7 @@ def test_two_ranks_train_one_run(whole: tuple[Path, str], tmp_path: Path, launch
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--preset=digit"], r"preset is 'digit'; did you mean digits\?; expected one of cifar10-4096, digits, fashion-mnist, mn"),
+        (["--preset=digit"], r"preset is 'digit'; did you mean digits\?; expected one of cifar10-4096, digits, fashion-mnist"),
         ([], r"preset is not given; expected one of cifar10-4096, digits"),
         (["--preset=digits", "--learning-rat=1"], r"flag is 'learning-rat'; did you mean learning-rate\?"),
         (["--preset=digits", "--num-images=ten"], "num_images is 'ten'; expected a whole number"),

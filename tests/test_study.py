@@ -21,8 +21,8 @@ from trainers.experiments.figure import study_figure
 
 ROOT = Path(__file__).parents[1]
 SHORT = [
-    "-P", "num_images=32", "-P", "control_images=64", "-P", "total_kimg=0.6", "-P", "first_measurement_kimg=0.3",
-    "-P", "measurements=2", "-P", "block_channels=16,32", "-P", "num_samples=72", "-P", "sample_steps=4",
+    "-P", "num_images=32", "-P", "first_measurement_kimg=0.3", "-P", "measurements=2", "-P", "block_channels=16,32",
+    "-P", "num_samples=72", "-P", "sample_steps=4",
 ]  # fmt: skip
 
 
@@ -37,7 +37,9 @@ def mlflow_run(*flags: str, **options: object) -> subprocess.Popen[str]:
 def test_mlflow_run_makes_two_siblings_and_a_study(tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
-    child = mlflow_run("-P", f"output_dir={tmp_path / 'study'}", "-P", "seed=4")
+    child = mlflow_run(
+        "-P", f"output_dir={tmp_path / 'study'}", "-P", "seed=4", "-P", "control_images=64", "-P", "total_kimg=0.6"
+    )
     output, _ = child.communicate(timeout=400)
     assert child.returncode == 0, output
     client = MlflowClient()
@@ -124,6 +126,23 @@ def test_a_stopped_study_stops_its_runs(tmp_path: Path) -> None:
     status = {run.data.tags["role"]: run.info.status for run in MlflowClient().search_runs(["0"])}
     assert status == {"study": "KILLED", "limited": "KILLED", "control": "KILLED"}
     assert all(list(tmp_path.glob(f"study/{role}/checkpoints/[0-9]*/state.safetensors")) for role in ("limited", "control"))
+
+
+def test_ctrl_c_under_mlflow_run_leaves_a_checkpoint_and_an_ended_run(tmp_path: Path) -> None:
+    """The terminal sends SIGINT to the whole group, and MLflow sends SIGTERM after it: together one wish to stop."""
+    from mlflow import MlflowClient
+
+    child = mlflow_run("-e", "train", "-P", f"output_dir={tmp_path / 'run'}", "-P", "total_kimg=400", start_new_session=True)
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "run" / "history.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(child.pid, signal.SIGINT)
+    output, _ = child.communicate(timeout=120)
+    (run,) = MlflowClient().search_runs(["0"])
+    assert "killed: lowest ICR" in output
+    assert run.info.status == "FAILED"  # ours was KILLED; `mlflow run`, interrupted, has the last word on the run it made
+    assert run.data.params["total_kimg"] == "400"  # as the command line says it, not as 400.0
+    assert list(tmp_path.glob("run/checkpoints/[0-9]*/state.safetensors"))
 
 
 @pytest.mark.parametrize(

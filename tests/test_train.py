@@ -23,7 +23,7 @@ from mlflow_icr.tracking import read_history
 from tests.test_tracking import as_float32, journal_scalars, mlflow_scalars, tensorboard_scalars
 from trainers import train
 from trainers.config import PRESETS, load_config, preset_names
-from trainers.data import load_data
+from trainers.data import _named, load_data
 from trainers.edm import build_network, edm_loss
 from trainers.loop import Order, draw_batch, ema_beta, new_state
 from trainers.loop import train as steps_of
@@ -352,7 +352,7 @@ def test_mnist_comes_with_its_package() -> None:
     assert 20 < data.train.float().mean() < 45  # MNIST's mean grey value is 33
 
 
-def test_datasets_are_loaded_by_name(tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_datasets_are_loaded_by_name(tmp_path: Path, rng: np.random.Generator) -> None:
     import datasets
 
     arrays = rng.integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
@@ -362,6 +362,8 @@ def test_datasets_are_loaded_by_name(tmp_path: Path, rng: np.random.Generator, m
     )
     (tmp_path / "set").mkdir()
     table.to_parquet(tmp_path / "set" / "train.parquet")
-    monkeypatch.setattr(Path, "is_dir", lambda self: False)  # a local set stands in for a hub's: `datasets` loads both by name
-    data = load_data(str(tmp_path / "set"), resolution=8, num_images=6, num_heldout=0, seed=0)
-    assert {i.numpy().tobytes() for i in data.train.permute(0, 2, 3, 1).contiguous()} == {a.tobytes() for a in arrays}
+    # A local set stands in for a hub's: `datasets` loads both by their name, and a folder of images this is not.
+    images = _named(str(tmp_path / "set"), "train", 8)
+    assert {i.numpy().tobytes() for i in images.permute(0, 2, 3, 1).contiguous()} == {a.tobytes() for a in arrays}
+    with pytest.raises(ValueError, match=r"load with split 'test'"):
+        _named(str(tmp_path / "set"), "test", 8)

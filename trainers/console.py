@@ -19,11 +19,12 @@ LOSS_EVERY_SECONDS = 2.0  # reading the loss waits for the device
 class Console:
     """Progress with images/s, loss and the latest ICR; one line for every measurement."""
 
-    def __init__(self, config: TrainConfig, *, shown: bool) -> None:
+    def __init__(self, config: TrainConfig, *, shown: bool, images_seen: int = 0) -> None:
         self.shown = shown
         self.batch_size = config.batch_size
         self.bar = tqdm(
-            total=config.total_images,
+            total=-(-config.total_images // config.batch_size) * config.batch_size,  # whole batches
+            initial=images_seen,  # of a resumed run, which would count as trained in no time
             unit="img",
             unit_scale=True,
             disable=not (shown and sys.stderr.isatty()),

@@ -104,7 +104,7 @@ def train_run(run: Run, stop: Stop, output_dir: Path, tags: Mapping[str, str], r
     from trainers.console import Console
 
     tracker = None
-    console = Console(run.config, shown=run.is_main)
+    console = Console(run.config, shown=run.is_main, images_seen=run.state.images_seen)
     if run.is_main:
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / CONFIG).write_text(yaml.safe_dump(run.config.as_dict(), sort_keys=False))

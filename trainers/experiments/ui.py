@@ -79,7 +79,8 @@ def main() -> int:
     except (ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell starts background jobs with it ignored
+        signal.signal(number, signal.default_int_handler)
     view = "#/experiments/0/runs?workflowType=machine_learning&compareRunsMode=CHART"
     print(f"MLflow       http://{HOST}:{mlflow_port}/{view}")
     print(f"TensorBoard  http://{HOST}:{tensorboard_port}/", flush=True)

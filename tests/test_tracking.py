@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -193,9 +195,36 @@ def test_a_dead_server_costs_nothing_but_a_warning(
     tracker.record(report(3))
     assert sink.run_id is not None
     assert mlflow_scalars(sink.run_id) == journal_scalars(tmp_path)
-    run = mlflow.MlflowClient().get_run(sink.run_id)
+    client = mlflow.MlflowClient()
+    run = client.get_run(sink.run_id)
     assert (run.data.params["seed"], run.data.tags["study"]) == ("1", "s")
+    pictures = [f.path for f in client.list_artifacts(sink.run_id, "images") if f.path.endswith(".png")]
+    assert len(pictures) == 3  # also those of the measurements that the server missed
     tracker.close("FINISHED")
+    assert client.get_run(sink.run_id).info.status == "FINISHED"
+
+
+def test_a_server_that_fails_between_start_and_parameters_gets_them_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    sink = MLflowSink()
+    tracker = Tracker(tmp_path, [sink])
+    with monkeypatch.context() as failing:
+
+        def refuse(*_: object, **__: object) -> None:
+            raise ConnectionError("gone")
+
+        failing.setattr(mlflow.MlflowClient, "log_batch", refuse)
+        tracker.open({"seed": 1}, {})
+        tracker.record(report(1))
+    tracker.record(report(2))
+    tracker.close("FINISHED")
+    (run,) = mlflow.MlflowClient().search_runs(["0"])
+    assert (run.data.params["seed"], run.info.status) == ("1", "FINISHED")
+    stored = mlflow_scalars(run.info.run_id)
+    assert {key: stored[key] for key in journal_scalars(tmp_path)} == journal_scalars(tmp_path)
 
 
 def test_the_journal_is_on_the_disk_before_the_trackers_are_called(tmp_path: Path) -> None:
@@ -257,3 +286,26 @@ def test_a_full_disk_leaves_whole_rows(tmp_path: Path, monkeypatch: pytest.Monke
     journal.append(report(2))
     lines = journal.path.read_text().splitlines()
     assert [json.loads(line)["images_seen"] for line in lines] == [0, 2]
+
+
+def test_a_partial_write_is_taken_back(tmp_path: Path) -> None:
+    """A real limit on the file's size, which cuts a row in the middle, as a full disk does."""
+    code = """
+import resource, sys
+from mlflow_icr import Report
+from mlflow_icr.tracking import Journal, read_history
+
+journal = Journal(sys.argv[1])
+journal.append(Report(0, {"repr/icr": 0.5}))
+size = journal.path.stat().st_size
+resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, resource.RLIM_INFINITY))
+try:
+    journal.append(Report(1, {"repr/icr": 0.25, "mem/ratio_l2": 0.125}))
+except OSError:
+    print("refused", journal.path.stat().st_size - size)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+journal.append(Report(2, {"repr/icr": 0.75}))
+print([row["images_seen"] for row in read_history(sys.argv[1])], sorted(journal.steps))
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == ["refused 0", "[0, 2] [0, 2]"], done.stderr

@@ -22,6 +22,26 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _append_line(path: Path, line: str) -> None:
+    """Append a line and fsync it, or leave the file as it was. Raises OSError.
+
+    Unbuffered: a file object would keep what a full disk did not take, and write it when it is closed, after the cut.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        start = os.fstat(descriptor).st_size
+        try:
+            left = line.encode()
+            while left:
+                left = left[os.write(descriptor, left) :]
+            os.fsync(descriptor)
+        except OSError:
+            os.ftruncate(descriptor, start)  # half a row would spoil the ones after it
+            raise
+    finally:
+        os.close(descriptor)
+
+
 def read_history(path: Path | str) -> list[dict[str, float]]:
     """The rows of a `history.jsonl`, or of the output folder that holds one, in the order of writing.
 
@@ -86,15 +106,7 @@ class Journal:
 
         row = report.flat()
         new = not self.path.exists()
-        with self.path.open("a", encoding="utf-8") as file:
-            start = file.tell()
-            try:
-                file.write(json.dumps(row) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            except OSError:
-                os.truncate(self.path, start)  # half a row would hide the ones after it
-                raise
+        _append_line(self.path, json.dumps(row) + "\n")
         if new:
             _sync_folder(self.folder)
         self.rows.append(row)

@@ -35,11 +35,10 @@ class MLflowSink:
 
     def open(self, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
         """Find or make the run, and log what it does not have yet."""
-        self._send(lambda: self._start(params, tags))
+        self._send(self._start, partial(self._describe, params, tags))
 
-    def _start(self, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
+    def _start(self) -> None:
         import mlflow
-        from mlflow.entities import Param, RunTag
 
         run = mlflow.active_run() if self.run_id is None and "MLFLOW_RUN_ID" not in os.environ else None
         self._owned = run is None
@@ -49,6 +48,11 @@ class MLflowSink:
             run = mlflow.start_run(run_id=self.run_id, run_name=None if adopted else self.run_name)
         self._client = mlflow.MlflowClient()
         self.run_id, self.experiment_id = run.info.run_id, run.info.experiment_id
+
+    def _describe(self, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
+        from mlflow.entities import Param, RunTag
+
+        assert self.run_id is not None
         there = self._client.get_run(self.run_id).data.params
         new = [Param(key, str(value)[:6000]) for key, value in params.items() if key not in there]
         run_tags = [RunTag(key, value) for key, value in tags.items()]
@@ -66,11 +70,11 @@ class MLflowSink:
     def write(self, report: Report) -> None:
         """Log a report's values in one batch, then its pictures and the reasons for what is absent."""
         now = time.time_ns() // 1_000_000
-        self._send(lambda: self._log(report.values, report.step, now))
-        for key, picture in report.figures.items():
-            self._send(partial(self._picture, key, picture, report.step, now))
+        calls = [partial(self._log, report.values, report.step, now)]
+        calls += [partial(self._picture, key, picture, report.step, now) for key, picture in report.figures.items()]
         if report.absent:
-            self._send(lambda: self._explain(report.absent))
+            calls.append(partial(self._explain, report.absent))
+        self._send(*calls)
 
     def _log(self, values: Mapping[str, float], step: int, timestamp: int) -> None:
         from mlflow.entities import Metric
@@ -106,14 +110,14 @@ class MLflowSink:
         import mlflow
 
         try:
-            self._send(lambda: None)
+            self._send()
         finally:
             if self._owned and self.run_id is not None and not self._pending:
                 mlflow.end_run(status)
 
-    def _send(self, call: Callable[[], None]) -> None:
-        """Do everything that is waiting, oldest first, then this; what fails waits for the next time."""
-        self._pending.append(call)
+    def _send(self, *calls: Callable[[], None]) -> None:
+        """Do everything that is waiting, oldest first, then these; what fails, and what follows, waits for the next time."""
+        self._pending.extend(calls)
         while self._pending:
             self._pending[0]()
             self._pending.pop(0)

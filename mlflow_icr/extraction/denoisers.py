@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -21,6 +23,23 @@ class Denoiser(Protocol):
 
     def __call__(self, x: Tensor, sigma: Tensor | float) -> Tensor:
         """The clean image that is seen in x."""
+
+
+def device_of(denoiser: Denoiser) -> torch.device:
+    """Where a denoiser's network lives; the CPU when it has no parameters."""
+    return next((p.device for p in denoiser.network.parameters()), torch.device("cpu"))
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """A context in which a network is in evaluation mode; each module's training flag is as it was found afterwards."""
+    flags = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
 
 
 class EDMDenoiser:

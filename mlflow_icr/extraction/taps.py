@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from mlflow_icr.extraction.denoisers import evaluating
 
 ALIASES = "mid, mid-1, mid+1, ..., decoder"
 
@@ -103,11 +106,10 @@ class Tap:
         self._output: Any = None
 
     def __enter__(self) -> Tap:
-        self._flags = [(module, module.training) for module in self.network.modules()]
         devices = {p.device for p in self.network.parameters() if p.device.type == "cuda"}
-        self._rng = torch.random.fork_rng(devices=[d.index for d in devices if d.index is not None])
-        self._rng.__enter__()
-        self.network.eval()
+        self._found = ExitStack()
+        self._found.enter_context(torch.random.fork_rng(devices=[d.index for d in devices if d.index is not None]))
+        self._found.enter_context(evaluating(self.network))
         self._handle = self.network.get_submodule(self.layer).register_forward_hook(self._reach)
         return self
 
@@ -131,6 +133,4 @@ class Tap:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._handle.remove()
-        for module, training in self._flags:
-            module.training = training
-        self._rng.__exit__(kind, error, trace)
+        self._found.close()

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlflow_icr.extraction.denoisers import Denoiser
+from mlflow_icr.extraction.denoisers import Denoiser, device_of, evaluating
 from mlflow_icr.extraction.keyed import keyed_generator
 from mlflow_icr.extraction.samplers import heun_sample
 from mlflow_icr.extraction.views import as_unit_interval
@@ -58,15 +58,12 @@ class GenerationMonitor:
 
     def sample(self) -> Tensor:
         """The samples, (num_samples, C, H, W) uint8 on the CPU. Raises ValueError when one is not finite."""
-        network = self.denoiser.network
-        device = next((p.device for p in network.parameters()), torch.device("cpu"))
-        flags = [(module, module.training) for module in network.modules()]
-        network.eval()
+        device = device_of(self.denoiser)
         rank, ranks = world()
         mine = list(range(rank, self.num_samples, ranks))
         images = torch.empty(len(mine), *self.shape, dtype=torch.uint8, device=device)
         finite = torch.ones(len(mine), 1, dtype=torch.uint8, device=device)
-        try:
+        with evaluating(self.denoiser.network):
             for start in range(0, len(mine), self.batch_size):
                 noise = np.stack(
                     [
@@ -77,9 +74,6 @@ class GenerationMonitor:
                 x = heun_sample(self.denoiser, torch.from_numpy(noise).to(device), num_steps=self.num_steps)
                 finite[start : start + len(x)] = x.isfinite().flatten(1).all(1, keepdim=True)
                 images[start : start + len(x)] = to_uint8(x.nan_to_num())
-        finally:
-            for module, training in flags:
-                module.training = training
         broken = int((gather_rows(finite, self.num_samples) == 0).sum())
         if broken:
             raise ValueError(f"{broken} of {self.num_samples} samples hold NaN or Inf")

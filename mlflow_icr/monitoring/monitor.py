@@ -10,19 +10,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mlflow_icr.extraction.denoisers import Denoiser
+from mlflow_icr.extraction.denoisers import Denoiser, device_of
 from mlflow_icr.extraction.taps import Tap
 from mlflow_icr.extraction.views import as_unit_interval, make_views
 from mlflow_icr.monitoring.protocol import Protocol
-from mlflow_icr.monitoring.ranks import world
+from mlflow_icr.monitoring.ranks import sum_over_ranks, world
 from mlflow_icr.monitoring.report import Report
 from mlflow_icr.representation import InvariantSpectrum, ViewMoments
 
+RATIOS = ("icr", "icr_debiased", "indefinite_fraction")
 ENERGIES = ("trace_invariant", "trace_residual", "fisher_residual_energy", "fisher_invariant_energy")
-
-
-def _device_of(denoiser: Denoiser) -> torch.device:
-    return next((p.device for p in denoiser.network.parameters()), torch.device("cpu"))
+GROWTH = "fisher_residual_growth"
 
 
 class ICRMonitor:
@@ -63,7 +61,7 @@ class ICRMonitor:
     def _width(self, image: Tensor, protocol: Protocol) -> int:
         """D of the tapped layer, from one image."""
         sigma = protocol.sigmas[0]
-        view = make_views(image, [0], num_views=1, sigma=sigma, seed=0, device=_device_of(self.denoiser))[0]
+        view = make_views(image, [0], num_views=1, sigma=sigma, seed=0, device=device_of(self.denoiser))[0]
         with Tap(self.denoiser.network, protocol.layer) as tap:
             return int(tap(lambda: self.denoiser(view, sigma)).shape[1])
 
@@ -99,16 +97,23 @@ class ICRMonitor:
             self._cache[sigma] = kept
 
     def _moments(self, denoiser: Denoiser, sigma: float) -> tuple[ViewMoments, ViewMoments]:
-        """Moments of the features as they are, and of the normalised ones."""
+        """Moments of the features as they are, and of the normalised ones. Raises ValueError when some are not finite."""
         k = self.protocol.num_views
         assert k is not None
-        plain, scaled = ViewMoments(k, self.dim), ViewMoments(k, self.dim)
+        plain, scaled, broken = ViewMoments(k, self.dim), ViewMoments(k, self.dim), 0
         with Tap(denoiser.network, self.protocol.layer) as tap:
-            for views in self._views(sigma, _device_of(denoiser)):
+            for views in self._views(sigma, device_of(denoiser)):
                 x = views.flatten(0, 1)
                 features = tap(partial(denoiser, x, sigma)).view(len(views), k, -1)  # (B, K, D)
+                finite = features.isfinite().flatten(1).all(1)
+                broken += int((~finite).sum())
+                features = features[finite]
                 plain.update(features)
                 scaled.update(normalize(features, dim=-1) if self.protocol.normalisation == "l2" else features)
+        # All ranks find out together: one that raised alone would leave the others waiting for its moments.
+        broken = sum_over_ranks(broken, device_of(denoiser))
+        if broken:
+            raise ValueError(f"features hold NaN or Inf in {broken} of {len(self.images)} images")
         return plain.all_reduce(), scaled.all_reduce()
 
     def _section(self, section: str, denoiser: Denoiser, sigma: float, step: int) -> tuple[dict[str, float], dict[str, str]]:
@@ -117,7 +122,7 @@ class ICRMonitor:
         try:
             plain, scaled = self._moments(denoiser, sigma)
         except ValueError as error:  # features that are not finite: training has diverged, and goes on if it wants to
-            return {}, {f"{section}/icr": str(error)}
+            return {}, {f"{section}/{name}": str(error) for name in (*RATIOS, *ENERGIES, GROWTH)}
         try:
             spectrum = plain.spectrum(self.protocol.ridge)
             values[f"{section}/icr"] = spectrum.icr
@@ -126,15 +131,15 @@ class ICRMonitor:
                 values[f"{section}/icr_debiased"] = spectrum.icr_debiased
             absent.update({f"{section}/{name}": why for name, why in spectrum.unavailable.items()})
         except ValueError as error:
-            absent.update({f"{section}/{name}": str(error) for name in ("icr", "icr_debiased", "indefinite_fraction")})
+            absent.update({f"{section}/{name}": str(error) for name in RATIOS})
         try:
             energies = scaled.spectrum(self.protocol.ridge)
             values.update({f"{section}/{name}": getattr(energies, name) for name in ENERGIES})
             if step > 0:
                 reference = self._references.setdefault(section, energies)
-                values[f"{section}/fisher_residual_growth"] = energies.fisher_residual_growth(reference)
+                values[f"{section}/{GROWTH}"] = energies.fisher_residual_growth(reference)
         except ValueError as error:
-            absent.update({f"{section}/{name}": str(error) for name in (*ENERGIES, "fisher_residual_growth")})
+            absent.update({f"{section}/{name}": str(error) for name in (*ENERGIES, GROWTH)})
         return values, absent
 
     def measure(self, step: int) -> Report:

@@ -11,8 +11,8 @@ from mlflow_icr.extraction.views import AUGMENTATION_LEVELS
 
 NORMALISATIONS = ("l2", "none")
 
-# Views are added until nu = (N-1)(K-1) reaches this many times D: there the debiased ICR's standard error is a few
-# thousandths, and the plug-in's bias about a fifth of the mean eigenvalue (`docs/structure.md`, "Formulas").
+# Views are added until nu = (N-1)(K-1) reaches this many times D: there the plug-in's inverse covariance is a third too
+# large, nu / (nu - D - 1) (`docs/structure.md`, "Formulas"); with fewer that factor, and the scatter with it, grows fast.
 DEGREES_PER_DIMENSION = 4
 
 

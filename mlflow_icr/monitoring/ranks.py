@@ -14,6 +14,15 @@ def world() -> tuple[int, int]:
     return 0, 1
 
 
+def sum_over_ranks(number: int, device: torch.device) -> int:
+    """The sum of each rank's number, the same on all of them."""
+    if world()[1] == 1:
+        return number
+    total = torch.tensor(number, device=device)
+    dist.all_reduce(total)
+    return int(total)
+
+
 def gather_rows(mine: Tensor, total: int) -> Tensor:
     """All `total` rows on every rank, in order, where rank r of W holds rows r, r + W, r + 2W, ..."""
     _, ranks = world()

@@ -76,7 +76,6 @@ def test_mlflow_run_makes_two_siblings_and_a_study(tmp_path: Path) -> None:
 def test_a_failing_sibling_ends_the_study_with_its_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow import MlflowClient
 
-    (tmp_path / "study" / "control").mkdir(parents=True)
     monkeypatch.chdir(ROOT)
     study = experiment.plan(["--num-images=32", "--control-images=64", "--total-kimg=400", f"--output-dir={tmp_path / 'new'}"])
     # What the plan cannot foresee: the folder is taken by the time that the control starts.
@@ -143,6 +142,22 @@ def test_ctrl_c_under_mlflow_run_leaves_a_checkpoint_and_an_ended_run(tmp_path: 
     assert run.info.status == "FAILED"  # ours was KILLED; `mlflow run`, interrupted, has the last word on the run it made
     assert run.data.params["total_kimg"] == "400"  # as the command line says it, not as 400.0
     assert list(tmp_path.glob("run/checkpoints/[0-9]*/state.safetensors"))
+
+
+def test_a_study_that_breaks_is_not_called_finished(tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    code = (
+        "import sys; from trainers.experiments import generalization_to_memorization as g;"
+        "from trainers.train import Stop; g.run_siblings = lambda *_: 1 / 0;"
+        "g.run_study(g.plan(sys.argv[1:]), Stop())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, f"--output-dir={tmp_path / 's'}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert "ZeroDivisionError" in done.stderr
+    (run,) = MlflowClient().search_runs(["0"])
+    assert run.info.status == "FAILED"
 
 
 @pytest.mark.parametrize(

@@ -213,9 +213,7 @@ def test_bad_input_is_one_line_before_any_work(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, flags: list[str], message: str
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for number in (signal.SIGINT, signal.SIGTERM):  # main() takes these over; the test runner wants them back
-        monkeypatch.setattr(train.signal, "signal", lambda *_: None)
-        assert signal.getsignal(number) is not None
+    monkeypatch.setattr(train.signal, "signal", lambda *_: None)  # the test runner keeps its own
     output_dir = tmp_path / "run"
     try:
         status = train.main([*flags, f"--output-dir={output_dir}"])
@@ -235,6 +233,13 @@ def test_a_taken_folder_and_a_different_resumption_are_refused(
     assert "which holds a run; expected a new folder, or --resume" in capsys.readouterr().err
     assert train.main([*SHORT, f"--output-dir={whole[0]}", "--resume", "--seed=3"]) == 2
     assert "seed is 3, but the run to resume has 0; expected the same" in capsys.readouterr().err
+
+
+def test_a_damaged_history_is_not_resumed(whole: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text((whole[0] / "config.yaml").read_text())
+    (tmp_path / "history.jsonl").write_text("nonsense\n" + (whole[0] / "history.jsonl").read_text())
+    assert train.main([f"--output-dir={tmp_path}", "--resume"]) == 2
+    assert re.search("error: .*history.jsonl, line 1: not a measurement", capsys.readouterr().err)
 
 
 def test_unknown_keys_in_a_configuration_are_refused(

@@ -11,8 +11,6 @@ from typing import Any, NoReturn, get_args, get_type_hints
 
 from trainers.config import TrainConfig, preset_names, refuse_unknown
 
-RUN_FLAGS = ("output-dir", "resume", "run-name", "tag")
-
 
 class OneLineParser(argparse.ArgumentParser):
     """A parser whose errors are one line, without the usage, and which knows --num_images and --num-images alike."""
@@ -76,12 +74,12 @@ def _converter(name: str, hint: Any) -> Callable[[str], Any]:
     return checked
 
 
-def add_config_flags(parser: argparse.ArgumentParser, skip: Sequence[str] = ()) -> None:
-    """One flag for every field of TrainConfig but those in `skip`; a flag that is not given leaves the preset's value."""
+def add_config_flags(parser: argparse.ArgumentParser) -> None:
+    """One flag for every field of TrainConfig but the preset; a flag that is not given leaves the preset's value."""
     hints = get_type_hints(TrainConfig)
     group = parser.add_argument_group("configuration", "each replaces the preset's value")
     for field in fields(TrainConfig):
-        if field.name == "preset" or field.name in skip:
+        if field.name == "preset":
             continue
         hint = hints[field.name]
         default = "" if field.default is MISSING else f"default {field.default}, unless the preset says otherwise"

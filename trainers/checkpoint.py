@@ -61,7 +61,7 @@ def save_checkpoint(
     scheduler = EDMDPMSolverMultistepScheduler(sigma_data=config.sigma_data)
     ConsistencyModelPipeline(unet=state.ema, scheduler=scheduler).save_pretrained(part)
     save_file(_tensors(state, accelerator, monitor), part / STATE)
-    progress = {"images_seen": state.images_seen, "loss_steps": state.loss_steps, "sigma_data": config.sigma_data}
+    progress = {"images_seen": state.images_seen, "loss_steps": state.loss_steps}
     (part / PROGRESS).write_text(json.dumps(progress))
     _sync(part)
     shutil.rmtree(folder, ignore_errors=True)

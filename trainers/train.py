@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 import mlflow_icr
+from mlflow_icr.tracking.journal import HISTORY, read_history
 from trainers.arguments import config_changes, parse_tags, train_parser
 from trainers.config import TrainConfig, config_from, load_config, preset_names
 
@@ -55,11 +56,13 @@ def prepare_folder(output_dir: Path, config: TrainConfig | None, changes: Mappin
     there = output_dir / CONFIG
     if not resume:
         assert config is not None
-        if (output_dir / "history.jsonl").exists() or there.exists():
+        if (output_dir / HISTORY).exists() or there.exists():
             raise ValueError(f"output_dir is {str(output_dir)!r}, which holds a run; expected a new folder, or --resume")
         return config
     if not there.exists():
         raise ValueError(f"output_dir is {str(output_dir)!r}, which holds no {CONFIG}; --resume expects the folder of a run")
+    if (output_dir / HISTORY).exists():
+        read_history(output_dir)  # refuses a damaged one now, not when the first measurement is to be added
     saved = config_from(yaml.safe_load(there.read_text()))
     for key, value in changes.items():
         if getattr(saved, key) != value:
@@ -98,6 +101,12 @@ def open_sinks(output_dir: Path, run_name: str | None, resume: bool) -> tuple[ML
     return sink, [sink, TensorBoardSink(output_dir / "tensorboard")]
 
 
+def note_run(sink: MLflowSink, output_dir: Path) -> None:
+    """Keep which MLflow run the folder belongs to, for a resumption."""
+    if sink.run_id is not None:
+        (output_dir / MLFLOW_RUN).write_text(json.dumps({"run_id": sink.run_id, "experiment_id": sink.experiment_id}))
+
+
 def train_run(run: Run, stop: Stop, output_dir: Path, tags: Mapping[str, str], run_name: str | None, resume: bool) -> str:
     """Train, measure, record and save until the end or a wish to stop; returns FINISHED or KILLED."""
     from mlflow_icr.tracking import Tracker
@@ -111,9 +120,7 @@ def train_run(run: Run, stop: Stop, output_dir: Path, tags: Mapping[str, str], r
         sink, sinks = open_sinks(output_dir, run_name, resume)
         tracker = Tracker(output_dir, sinks)
         tracker.open(run.params(), tags)
-        if sink.run_id is not None:
-            place = {"run_id": sink.run_id, "experiment_id": sink.experiment_id}
-            (output_dir / MLFLOW_RUN).write_text(json.dumps(place))
+        note_run(sink, output_dir)
     status = "FAILED"
     try:
         status = run.go(tracker, console, lambda: stop.signal is not None)
@@ -123,6 +130,7 @@ def train_run(run: Run, stop: Stop, output_dir: Path, tags: Mapping[str, str], r
         console.close()
         if tracker is not None:
             console.summary(tracker.close(status), status, output_dir)
+            note_run(sink, output_dir)  # where the server was away at the start, the run is younger than the training
     return status
 
 

@@ -166,21 +166,31 @@ def run_study(study: Study, stop: Stop) -> int:
     params = {"preset": first.preset, "num_images": first.num_images, "total_kimg": first.total_kimg, "seed": first.seed}
     # Opening it first also makes the tables of a fresh local store, which two runs at once would both try.
     _try("the study's run", lambda: sink.open(params, {"role": "study", "study_name": study.name}))
-    siblings = [Sibling(role, _flags(study, role, config), study.folder / role) for role, config in study.configs.items()]
-    ended = run_siblings(siblings, study.parallel, lambda: stop.signal is not None)
-    status = (
-        "FINISHED" if set(ended) == set(study.configs) and not any(ended.values()) else "KILLED" if stop.signal else "FAILED"
-    )
-    table, files = conclude(study)
-    metrics = {f"{role}/{key}": value for role, row in table.items() for key, value in row.items()}
-    _try("the summary", lambda: sink.summary(metrics, first.total_images))
-    for path in files:
-        _try(path.name, partial(sink.artifact, str(path)))
-    address = chart_address(mlflow.get_tracking_uri(), sink.experiment_id or "0", study.name)
-    _try("the note", lambda: sink.note(f"{_text(table)}\n\n[Both curves]({address})\n\nRuns: `tags.study = '{study.name}'`"))
-    _try("the end of the study's run", lambda: sink.close(status))
+    siblings = [Sibling(role, _flags(study, role, config)) for role, config in study.configs.items()]
+    status = "FAILED"
+    try:
+        ended = run_siblings(siblings, study.parallel, lambda: stop.signal is not None)
+        if len(ended) == len(siblings) and not any(ended.values()):
+            status = "FINISHED"
+        elif stop.signal:
+            status = "KILLED"
+        table, files = conclude(study)
+        metrics = {f"{role}/{key}": value for role, row in table.items() for key, value in row.items()}
+        _try("the summary", lambda: sink.summary(metrics, first.total_images))
+        for path in files:
+            _try(path.name, partial(sink.artifact, str(path)))
+        address = chart_address(mlflow.get_tracking_uri(), sink.experiment_id or "0", study.name)
+        note = f"{_text(table)}\n\n[Both curves]({address})\n\nRuns: `tags.study = '{study.name}'`"
+        _try("the note", lambda: sink.note(note))
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:  # whatever happens: MLflow would call a run FINISHED that its process left open
+        _try("the end of the study's run", lambda: sink.close(status))
     _say(study, status, table, address, mlflow.get_tracking_uri())
-    return 0 if status == "FINISHED" else 128 + (stop.signal or 0) if stop.signal else 1
+    if status == "FINISHED":
+        return 0
+    return 128 + stop.signal if stop.signal else 1
 
 
 def _say(study: Study, status: str, table: Mapping[str, Mapping[str, float]], address: str, tracking_uri: str) -> None:

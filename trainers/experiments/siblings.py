@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 LOOK_EVERY_SECONDS = 0.2
 GRACE_SECONDS = 300.0  # for a child that was asked to stop: its measurement in progress, its checkpoint
@@ -21,7 +20,6 @@ class Sibling:
 
     name: str
     flags: Sequence[str]
-    output_dir: Path
 
 
 def _cores() -> int:

@@ -5,26 +5,63 @@ The Invariant Contamination Ratio (ICR) of a denoiser's features, its energies, 
 
 from mlflow_icr.extraction import Denoiser, EDMDenoiser, heun_sample, make_views
 from mlflow_icr.generation import MemorizationRatio, frechet_distance, memorization_ratio
-from mlflow_icr.monitoring import GenerationMonitor, ICRMonitor, Protocol, Report, geometric_schedule, summarise
-from mlflow_icr.representation import InvariantSpectrum, ViewMoments, icr
+from mlflow_icr.monitoring import (
+    GenerationMonitor,
+    ICRMonitor,
+    LossMonitor,
+    Protocol,
+    Report,
+    geometric_schedule,
+    summarise,
+)
+from mlflow_icr.representation import (
+    ICRInterval,
+    InvariantSpectrum,
+    ViewMoments,
+    alignment,
+    class_separation,
+    effective_rank,
+    icr,
+    icr_interval,
+    knn_accuracy,
+    lidar,
+    linear_probe_accuracy,
+    rankme,
+    silhouette,
+    uniformity,
+    variability_ratio,
+)
 from mlflow_icr.version import __version__
 
 __all__ = [
     "Denoiser",
     "EDMDenoiser",
     "GenerationMonitor",
+    "ICRInterval",
     "ICRMonitor",
     "InvariantSpectrum",
+    "LossMonitor",
     "MemorizationRatio",
     "Protocol",
     "Report",
     "ViewMoments",
     "__version__",
+    "alignment",
+    "class_separation",
+    "effective_rank",
     "frechet_distance",
     "geometric_schedule",
     "heun_sample",
     "icr",
+    "icr_interval",
+    "knn_accuracy",
+    "lidar",
+    "linear_probe_accuracy",
     "make_views",
     "memorization_ratio",
+    "rankme",
+    "silhouette",
     "summarise",
+    "uniformity",
+    "variability_ratio",
 ]

@@ -368,7 +368,7 @@ def test_datasets_are_loaded_by_name(tmp_path: Path, rng: np.random.Generator) -
     (tmp_path / "set").mkdir()
     table.to_parquet(tmp_path / "set" / "train.parquet")
     # A local set stands in for a hub's: `datasets` loads both by their name, and a folder of images this is not.
-    images = _named(str(tmp_path / "set"), "train", 8)
+    images = _named(str(tmp_path / "set"), "train", 8).images
     assert {i.numpy().tobytes() for i in images.permute(0, 2, 3, 1).contiguous()} == {a.tobytes() for a in arrays}
     with pytest.raises(ValueError, match=r"load with split 'test'"):
         _named(str(tmp_path / "set"), "test", 8)

@@ -57,7 +57,10 @@ class TrainConfig:
     sigmas: tuple[float, ...] = (0.29,)
     augmentation_level: int = 3
     probe_images: int = 128
-    probe_views: int = 8
+    probe_views: int = 0  # 0 for as many as the layer's width needs
+    projection: int = 0  # principal directions that are read, 0 for all dimensions
+    shrinkage: str = "none"
+    companions: tuple[str, ...] = ()
     measure_raw: bool = False
     num_samples: int = 128
     sample_steps: int = 18
@@ -125,7 +128,9 @@ class TrainConfig:
             sigmas=self.sigmas,
             augmentation_level=self.augmentation_level,
             num_images=min(self.probe_images, self.num_images) if self.probe_images >= 2 else self.probe_images,
-            num_views=self.probe_views,
+            num_views=self.probe_views or None,
+            projection=self.projection or None,
+            shrinkage=self.shrinkage,
         )
 
     @property

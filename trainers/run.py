@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from mlflow_icr import EDMDenoiser, GenerationMonitor, ICRMonitor, Report, geometric_schedule
+from mlflow_icr import EDMDenoiser, GenerationMonitor, ICRMonitor, LossMonitor, Report, geometric_schedule
 from mlflow_icr.tracking import Tracker
 from trainers.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from trainers.config import TrainConfig
 from trainers.console import Console
 from trainers.data import load_data
-from trainers.edm import build_network
+from trainers.edm import build_network, edm_loss, training_sigma
 from trainers.loop import new_state, take_mean_loss, train
 
 # Ranks must stop at the same step; asking all of them after every step would make each wait for the others' hosts.
@@ -49,8 +50,15 @@ class Run:
         self.state = new_state(network, config, self.accelerator)
         ema = EDMDenoiser(self.state.ema, config.sigma_data)
         raw = EDMDenoiser(self.accelerator.unwrap_model(self.state.network), config.sigma_data) if config.measure_raw else None
-        self.monitor = ICRMonitor(ema, self.data.train, config.protocol(), raw=raw)
+        self.monitor = ICRMonitor(
+            ema, self.data.train, config.protocol(), raw=raw, companions=config.companions, labels=self.data.train_labels
+        )
         heldout = self.data.heldout if len(self.data.heldout) else None
+        self.losses = None
+        if heldout is not None:
+            loss = partial(edm_loss, ema, sigma_data=config.sigma_data)
+            draw = partial(training_sigma, p_mean=config.p_mean, p_std=config.p_std)
+            self.losses = LossMonitor(ema, loss, draw, self.data.train, heldout)
         self.generation = GenerationMonitor(
             ema,
             self.data.train,
@@ -94,6 +102,7 @@ class Run:
             "heldout_sha256": self.data.heldout_sha256,
             "num_parameters": self.num_parameters,
             "feature_dim": self.monitor.dim,
+            "probe_degrees_per_dimension": round(p.degrees_per_dimension(self.monitor.dim), 3),
             "world_size": self.accelerator.num_processes,
             "device": self.accelerator.device.type,
             "torch_version": torch.__version__,
@@ -109,7 +118,8 @@ class Run:
         if self._trained_images:
             values["perf/images_per_second"] = self._trained_images / self._trained_seconds
         self._trained_seconds, self._trained_images = 0.0, 0
-        return self.monitor.measure(step).joined(self.generation.measure(step)).joined(Report(step, values))
+        report = self.monitor.measure(step).joined(self.generation.measure(step)).joined(Report(step, values))
+        return report if self.losses is None else report.joined(self.losses.measure(step))
 
     def go(self, tracker: Tracker | None, console: Console, wants_stop: Callable[[], bool]) -> str:
         """Train to the end of the schedule, or until asked to stop; returns FINISHED or KILLED."""

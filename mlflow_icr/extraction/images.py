@@ -42,12 +42,27 @@ def stack_images(images: Iterable[Image.Image], resolution: int) -> Tensor:
     return stacked[:, None] if grey else stacked.permute(0, 3, 1, 2).contiguous()
 
 
+def image_paths(folder: Path | str) -> list[Path]:
+    """All image files below a folder, in the order of their paths."""
+    return sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+
+
+def folder_labels(folder: Path | str) -> Tensor | None:
+    """The class of each image of a folder, (N,) integers, where the images lie in one subfolder for each class; else None."""
+    folder = Path(folder)
+    names = [path.relative_to(folder).parts[:-1] for path in image_paths(folder)]
+    classes = sorted({parts[0] for parts in names if parts})
+    if len(classes) < 2 or not all(names):
+        return None
+    return torch.tensor([classes.index(parts[0]) for parts in names])
+
+
 def load_folder(folder: Path | str, resolution: int) -> Tensor:
     """All images below a folder, in the order of their paths, (N, C, resolution, resolution) uint8.
 
     Raises ValueError when there are none, or naming the files that cannot be read.
     """
-    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    paths = image_paths(folder)
     if not paths:
         raise ValueError(f"data is {str(folder)!r}, a folder without images ({', '.join(sorted(SUFFIXES))})")
     images, unreadable = [], []

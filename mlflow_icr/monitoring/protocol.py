@@ -10,10 +10,13 @@ from dataclasses import asdict, dataclass, replace
 from mlflow_icr.extraction.views import AUGMENTATION_LEVELS
 
 NORMALISATIONS = ("l2", "none")
+SHRINKAGES = ("none", "ledoit-wolf", "oas")
 
 # Views are added until nu = (N-1)(K-1) reaches this many times D: there the plug-in's inverse covariance is a third too
 # large, nu / (nu - D - 1) (`docs/structure.md`, "Formulas"); with fewer that factor, and the scatter with it, grows fast.
 DEGREES_PER_DIMENSION = 4
+# More views than this are never chosen unasked: a measurement costs one forward pass a view.
+MOST_AUTOMATIC_VIEWS = 64
 
 
 def _require(condition: bool, field: str, value: object, allowed: str) -> None:
@@ -31,7 +34,9 @@ class Protocol:
 
     `sigmas` are noise standard deviations (a single number is taken too): the first is logged under `repr/`, others under
     `repr_sigma<value>/`. `num_images` None means all images given; `num_views` None means as many as the layer's width needs.
-    `normalisation` is that of the features in traces and energies. Raises ValueError naming field, value and what is allowed.
+    `normalisation` is that of the features in traces and energies. Where views cannot be had, `projection` reads that many
+    principal directions of the features (fitted once), or `shrinkage` (ledoit-wolf, oas) conditions Sigma_xi. Raises
+    ValueError naming field, value and what is allowed.
     """
 
     layer: str = "decoder"
@@ -42,6 +47,8 @@ class Protocol:
     seed: int = 0
     ridge: float = 0.0
     normalisation: str = "l2"
+    projection: int | None = None
+    shrinkage: str = "none"
 
     def __post_init__(self) -> None:
         sigmas = self.sigmas
@@ -68,6 +75,10 @@ class Protocol:
         _require(
             self.normalisation in NORMALISATIONS, "normalisation", self.normalisation, f"one of {', '.join(NORMALISATIONS)}"
         )
+        p = self.projection
+        _require(p is None or (_whole(p) and p >= 1), "projection", p, "a whole number >= 1, or None")
+        _require(self.shrinkage in SHRINKAGES, "shrinkage", self.shrinkage, f"one of {', '.join(SHRINKAGES)}")
+        _require(self.ridge == 0 or self.shrinkage == "none", "ridge", self.ridge, "0 where shrinkage is given")
 
     def resolve(self, *, images: int, dim: int) -> Protocol:
         """This protocol with its numbers of images and views fixed, for `images` images and a layer of width `dim`.
@@ -76,8 +87,16 @@ class Protocol:
         """
         n = images if self.num_images is None else self.num_images
         _require(2 <= n <= images, "num_images", n, f"2 to {images}, the number of images given")
-        k = self.num_views or max(2, 1 + math.ceil(DEGREES_PER_DIMENSION * dim / (n - 1)))
+        _require(self.projection is None or self.projection <= dim, "projection", self.projection, f"at most {dim}, the width")
+        width = self.projection or dim
+        k = self.num_views or min(MOST_AUTOMATIC_VIEWS, max(2, 1 + math.ceil(DEGREES_PER_DIMENSION * width / (n - 1))))
         return replace(self, num_images=n, num_views=k)
+
+    def degrees_per_dimension(self, dim: int) -> float:
+        """nu / D = (N-1)(K-1) / D of a resolved protocol for a layer of width `dim`, or for its projection."""
+        assert self.num_images is not None
+        assert self.num_views is not None
+        return (self.num_images - 1) * (self.num_views - 1) / (self.projection or dim)
 
     @property
     def digest(self) -> str:

@@ -101,6 +101,12 @@ class ViewMoments:
         self.num_images = total
         return self
 
+    def centred(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Image means (B, D) and two-way centred residuals (B, K, D), float64, of some of the images seen, (B, K, D)."""
+        h = features.detach().to(self._mean_image.device, torch.float64)
+        t = h.mean(1)
+        return t - self._mean_image, h - t[:, None] - self._mean_offset
+
     def to(self, device: torch.device | str) -> ViewMoments:
         """Move the statistics to a device; returns self."""
         for name in ("_mean_image", "_mean_offset", "_scatter_image", "_scatter_residual"):
@@ -143,23 +149,40 @@ class ViewMoments:
         self._scatter_image, self._scatter_residual = scatter[0], scatter[1]
         return self.to(home)
 
+    def covariances(self) -> tuple[Tensor, Tensor]:
+        """Sigma_xi and Sigma_s, (D, D) each. Raises ValueError for fewer than 2 images."""
+        n, k = self.num_images, self.num_views
+        if n < 2:
+            raise ValueError(f"{n} image(s) seen; a covariance over images needs at least 2")
+        sigma_xi = self._scatter_residual / ((n - 1) * (k - 1))
+        return sigma_xi, self._scatter_image / (n - 1) - sigma_xi / k
+
     def spectrum(self, ridge: float = 0.0) -> InvariantSpectrum:
         """The invariant spectrum of the features seen so far, with `ridge` added to the residual covariance.
 
         Raises ValueError for fewer than 2 images, a negative ridge, or a singular residual covariance.
         """
-        n, k = self.num_images, self.num_views
-        if n < 2:
-            raise ValueError(f"{n} image(s) seen; a covariance over images needs at least 2")
-        sigma_xi = self._scatter_residual / ((n - 1) * (k - 1))
-        sigma_t = self._scatter_image / (n - 1)
+        sigma_xi, sigma_s = self.covariances()
         return InvariantSpectrum(
-            sigma_invariant=sigma_t - sigma_xi / k,
+            sigma_invariant=sigma_s,
             sigma_residual=sigma_xi,
-            num_images=n,
-            num_views=k,
+            num_images=self.num_images,
+            num_views=self.num_views,
             ridge=ridge,
         )
+
+
+def principal_directions(moments: ViewMoments, count: int) -> Tensor:
+    """The `count` directions of largest variance of the image means, (D, count), orthonormal columns.
+
+    Raises ValueError unless 1 <= count <= D, and for fewer than 2 images.
+    """
+    if not 1 <= count <= moments.dim:
+        raise ValueError(f"projection is {count}; expected 1 to {moments.dim}, the width of the layer")
+    sigma_xi, sigma_s = moments.covariances()
+    vectors = torch.linalg.eigh(sigma_s + sigma_xi / moments.num_views)[1].flip(1)[:, :count]
+    # An eigenvector's sign is arbitrary: its largest entry is made positive.
+    return vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
 
 
 def icr(features: Tensor, ridge: float = 0.0) -> InvariantSpectrum:

@@ -22,7 +22,8 @@ SMALLEST_PIVOT = 1e-12
 class InvariantSpectrum:
     """Invariant and residual covariance of some features, and what follows from the two.
 
-    `sigma_invariant` and `sigma_residual` are (D, D) float64; `num_images` is N, `num_views` is K.
+    `sigma_invariant` and `sigma_residual` are (D, D) float64; `num_images` is N, `num_views` is K; `shrinkage` says by which
+    share sigma_residual was drawn toward the identity before.
     Raises ValueError for a negative ridge and for a singular residual covariance (after adding the ridge).
     Source: Li et al. 2026, equations 3 to 5; the debiased value is ours (`docs/structure.md`, "Formulas").
     """
@@ -32,6 +33,7 @@ class InvariantSpectrum:
     num_images: int
     num_views: int
     ridge: float = 0.0
+    shrinkage: float = 0.0
     _cholesky: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -43,7 +45,7 @@ class InvariantSpectrum:
         """The Cholesky factor L of Sigma_xi + ridge I, (D, D), refused where it would be made of rounding."""
         n, k, d = self.num_images, self.num_views, self.dim
         remedy = "use more images or views, another layer, or ridge > 0"
-        if self.ridge == 0 and self.degrees_of_freedom < d:
+        if self.ridge == 0 and self.shrinkage == 0 and self.degrees_of_freedom < d:
             raise ValueError(
                 f"Sigma_xi is singular: {n} images in {k} views give (N-1)(K-1) = {self.degrees_of_freedom} degrees of "
                 f"freedom for D = {d} dimensions; {remedy}"
@@ -68,6 +70,11 @@ class InvariantSpectrum:
     def degrees_of_freedom(self) -> int:
         """nu = (N - 1)(K - 1), the degrees of freedom of the residual covariance."""
         return (self.num_images - 1) * (self.num_views - 1)
+
+    @cached_property
+    def inverse_residual(self) -> Tensor:
+        """(Sigma_xi + ridge I)^-1, (D, D)."""
+        return torch.cholesky_inverse(self._cholesky)
 
     @cached_property
     def _whitened(self) -> Tensor:
@@ -119,7 +126,9 @@ class InvariantSpectrum:
         """The values that cannot be computed from these features, each with its reason."""
         reasons = {}
         nu, d = self.degrees_of_freedom, self.dim
-        if self.ridge > 0:
+        if self.shrinkage > 0:
+            reasons["icr_debiased"] = f"the correction holds without shrinkage; Sigma_xi is shrunk by {self.shrinkage:.3g}"
+        elif self.ridge > 0:
             reasons["icr_debiased"] = f"the correction holds for ridge = 0; ridge is {self.ridge:g}"
         elif nu <= d + 1:
             reasons["icr_debiased"] = (

@@ -42,6 +42,17 @@ def _append_line(path: Path, line: str) -> None:
         os.close(descriptor)
 
 
+def arrays_path(output_dir: Path | str, step: int) -> Path:
+    """Where the numbers of each probe image at a step are kept."""
+    return Path(output_dir) / "probe" / f"{step:012d}.npz"
+
+
+def read_arrays(output_dir: Path | str, step: int) -> dict[str, np.ndarray]:
+    """The numbers of each probe image at a step, (N,) by key such as `repr/influence`. Raises FileNotFoundError."""
+    with np.load(arrays_path(output_dir, step), allow_pickle=False) as stored:
+        return {key: stored[key] for key in stored.files}
+
+
 def read_history(path: Path | str) -> list[dict[str, float]]:
     """The rows of a `history.jsonl`, or of the output folder that holds one, in the order of writing.
 
@@ -69,7 +80,7 @@ def read_history(path: Path | str) -> list[dict[str, float]]:
 
 
 class Journal:
-    """`history.jsonl` and `images/` of one output folder; an appended row is on the disk when `append` returns.
+    """`history.jsonl`, `images/` and `probe/` of one output folder; an appended row is on the disk when `append` returns.
 
     Raises ValueError when an earlier line of an existing history is not a row.
     """
@@ -101,7 +112,7 @@ class Journal:
         return {int(row["images_seen"]) for row in self.rows}
 
     def append(self, report: Report) -> None:
-        """Write a report's row, flushed and fsynced, then its pictures. Raises OSError when the disk does not take them."""
+        """Write a report's row, flushed and fsynced, then its pictures and arrays. Raises OSError when the disk is full."""
         from PIL import Image  # an image library is only needed where something is recorded
 
         row = report.flat()
@@ -114,6 +125,10 @@ class Journal:
             path = self.picture(key, report.step)
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(picture).save(path)
+        if report.arrays:
+            path = arrays_path(self.folder, report.step)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.savez_compressed(path, **report.arrays)  # type: ignore[arg-type]
 
     def picture(self, key: str, step: int) -> Path:
         """Where the picture of a key at a step is kept."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from mlflow_icr.monitoring.summary import summarise
 from trainers.arguments import OneLineParser, add_config_flags, config_changes
 from trainers.config import TrainConfig, load_config, preset_names
-from trainers.data import load_images
+from trainers.data import load_source
 from trainers.experiments.address import chart_address, without_secrets
 from trainers.experiments.siblings import Sibling, run_siblings
 from trainers.train import Stop, check_project
@@ -71,7 +71,7 @@ def plan(argv: Sequence[str] | None) -> Study:
     arguments = _parser().parse_args(argv)
     changes = config_changes(arguments)
     limited = load_config(arguments.preset, changes)
-    available = len(load_images(limited.data, limited.resolution, limited.data_split)) - limited.num_heldout
+    available = len(load_source(limited.data, limited.resolution, limited.data_split).images) - limited.num_heldout
     wanted = available if arguments.control_images == AUTO else _count("control_images", arguments.control_images)
     if not limited.num_images < wanted <= available:
         raise ValueError(

@@ -27,14 +27,14 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _environment(parallel: int) -> dict[str, str]:
+def environment(parallel: int) -> dict[str, str]:
     """The children's: a run of their own each, and a fair share of the cores."""
-    environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_RUN_ID"}
+    variables = {key: value for key, value in os.environ.items() if key != "MLFLOW_RUN_ID"}
     # With more threads than cores, those that wait burn what those that work need, and training crawls.
-    given = environment.get("OMP_NUM_THREADS", "")
-    environment["OMP_NUM_THREADS"] = str(max(1, (int(given) if given.isdigit() else _cores()) // parallel))
-    environment["PYTHONUNBUFFERED"] = "1"
-    return environment
+    given = variables.get("OMP_NUM_THREADS", "")
+    variables["OMP_NUM_THREADS"] = str(max(1, (int(given) if given.isdigit() else _cores()) // parallel))
+    variables["PYTHONUNBUFFERED"] = "1"
+    return variables
 
 
 def _tell(name: str, width: int, child: subprocess.Popen[str]) -> None:
@@ -43,10 +43,10 @@ def _tell(name: str, width: int, child: subprocess.Popen[str]) -> None:
         print(f"[{name:{width}}] {line}", end="", flush=True)
 
 
-def _start(sibling: Sibling, environment: Mapping[str, str], width: int) -> tuple[subprocess.Popen[str], threading.Thread]:
+def _start(sibling: Sibling, variables: Mapping[str, str], width: int) -> tuple[subprocess.Popen[str], threading.Thread]:
     child = subprocess.Popen(
         [sys.executable, "-m", "trainers.train", *sibling.flags],
-        env=environment,
+        env=variables,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -77,7 +77,7 @@ def run_siblings(siblings: Sequence[Sibling], parallel: int, wants_stop: Callabl
     When one fails, or `wants_stop` says so, the others are asked to stop as by SIGTERM, and no further one starts.
     """
     width = max(len(sibling.name) for sibling in siblings)
-    environment = _environment(min(parallel, len(siblings)))
+    variables = environment(min(parallel, len(siblings)))
     waiting = list(siblings)
     children: dict[str, subprocess.Popen[str]] = {}
     tellers = []
@@ -89,7 +89,7 @@ def run_siblings(siblings: Sequence[Sibling], parallel: int, wants_stop: Callabl
                 break
             if waiting and len(running) < parallel:
                 sibling = waiting.pop(0)
-                children[sibling.name], teller = _start(sibling, environment, width)
+                children[sibling.name], teller = _start(sibling, variables, width)
                 tellers.append(teller)
             else:
                 time.sleep(LOOK_EVERY_SECONDS)

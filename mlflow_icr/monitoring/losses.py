@@ -1,0 +1,69 @@
+"""The loss monitor: how well a denoiser does on its training images and on held-out ones, on the same noise at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mlflow_icr.extraction.denoisers import Denoiser, device_of, evaluating
+from mlflow_icr.extraction.keyed import keyed_generator
+from mlflow_icr.extraction.views import as_unit_interval
+from mlflow_icr.monitoring.report import Report
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # images (B, C, H, W) in [-1, 1], sigma (B,), unit noise: the mean loss
+KEYS = ("loss/train_eval", "loss/heldout", "loss/gap")
+
+
+class LossMonitor:
+    """Evaluates a loss without training on it: `loss/train_eval`, `loss/heldout`, and their difference `loss/gap`.
+
+    `loss(images, sigma, noise)` is the trainer's own, of `denoiser`; `draw(generator, count)` gives `count` noise levels.
+    `train` and `heldout` are (N, C, H, W), uint8 or floats in [0, 1]; up to `num_images` of each are used, in `draws` noises
+    each. Noise level and noise i are the same for both sets and at every step. Every rank computes the whole.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        loss: Loss,
+        draw: Callable[[np.random.Generator, int], Tensor],
+        train: Tensor,
+        heldout: Tensor,
+        *,
+        num_images: int = 256,
+        draws: int = 4,
+        seed: int = 0,
+        batch_size: int = 512,
+    ) -> None:
+        if num_images < 1 or draws < 1:
+            raise ValueError(f"num_images is {num_images} and draws {draws}; expected at least 1")
+        self.denoiser, self.loss, self.batch_size = denoiser, loss, batch_size
+        count = min(num_images, len(train), len(heldout))
+        self.sets = {
+            "loss/train_eval": (as_unit_interval(train[:count]) * 2 - 1).repeat(draws, 1, 1, 1),
+            "loss/heldout": (as_unit_interval(heldout[:count]) * 2 - 1).repeat(draws, 1, 1, 1),
+        }
+        generator = keyed_generator("loss", seed)
+        self.sigma = draw(generator, count * draws)
+        self.noise = torch.from_numpy(generator.standard_normal((count * draws, *train.shape[1:]), dtype=np.float32))
+
+    @torch.no_grad()
+    def measure(self, step: int) -> Report:
+        """The report at `step` images seen; weights and training flags stay as they are."""
+        values = {}
+        device = device_of(self.denoiser)
+        with evaluating(self.denoiser.network):
+            for key, images in self.sets.items():
+                total = 0.0
+                for start in range(0, len(images), self.batch_size):
+                    rows = slice(start, start + self.batch_size)
+                    part = images[rows].to(device)
+                    total += float(self.loss(part, self.sigma[rows].to(device), self.noise[rows].to(device))) * len(part)
+                values[key] = total / len(images)
+        if not all(np.isfinite(value) for value in values.values()):
+            return Report(step, {}, absent=dict.fromkeys(KEYS, "the loss is not finite"))
+        values["loss/gap"] = values["loss/heldout"] - values["loss/train_eval"]
+        return Report(step, values)

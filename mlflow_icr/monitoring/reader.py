@@ -1,0 +1,93 @@
+"""The reader: the features of a denoiser's layer on the protocol's views, this rank's share of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from mlflow_icr.extraction.denoisers import Denoiser, device_of
+from mlflow_icr.extraction.taps import Tap
+from mlflow_icr.extraction.views import as_unit_interval, make_views
+from mlflow_icr.monitoring.protocol import Protocol
+from mlflow_icr.monitoring.ranks import sum_over_ranks, world
+
+
+class FeatureReader:
+    """Reads (N, K, D) features of a fixed set of views; views are made once and kept while they fit into `cache_bytes`.
+
+    `images` (N, C, H, W) are those that `protocol` resolves to. Image i belongs to rank i modulo the number of ranks.
+    """
+
+    def __init__(self, denoiser: Denoiser, images: Tensor, protocol: Protocol, batch_size: int, cache_bytes: int) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; expected at least 1 view")
+        as_unit_interval(images)  # refuses what cannot be viewed now, not at the first measurement
+        self.batch_size, self.cache_bytes = batch_size, cache_bytes
+        self.dim = self._width(denoiser, images[:1], protocol)
+        self.protocol = protocol.resolve(images=len(images), dim=self.dim)
+        self.images = images[: self.protocol.num_images]
+        self._cache: dict[float, list[Tensor]] = {}
+
+    @staticmethod
+    def _width(denoiser: Denoiser, image: Tensor, protocol: Protocol) -> int:
+        """D of the tapped layer, from one image."""
+        sigma = protocol.sigmas[0]
+        view = make_views(image, [0], num_views=1, sigma=sigma, seed=0, device=device_of(denoiser))[0]
+        with Tap(denoiser.network, protocol.layer) as tap:
+            return int(tap(lambda: denoiser(view, sigma)).shape[1])
+
+    @property
+    def num_views(self) -> int:
+        """K."""
+        assert self.protocol.num_views is not None
+        return self.protocol.num_views
+
+    def views(self, sigma: float, device: torch.device) -> Iterator[Tensor]:
+        """This rank's views in batches (B, K, C, H, W), the same at every call."""
+        if sigma in self._cache:
+            yield from self._cache[sigma]
+            return
+        rank, ranks = world()
+        p, k = self.protocol, self.num_views
+        mine = list(range(rank, len(self.images), ranks))
+        kept: list[Tensor] | None = []
+        total = 4 * k * self.images[0].numel() * len(mine) * len(p.sigmas)
+        if total > self.cache_bytes:
+            kept = None
+        step = max(1, self.batch_size // k)
+        for start in range(0, len(mine), step):
+            indices = mine[start : start + step]
+            views = make_views(
+                self.images[indices],
+                indices,
+                num_views=k,
+                sigma=sigma,
+                seed=p.seed,
+                level=p.augmentation_level,
+                device=device,
+            )
+            if kept is not None:
+                kept.append(views)
+            yield views
+        if kept is not None:
+            self._cache[sigma] = kept
+
+    def read(self, denoiser: Denoiser, sigma: float) -> Tensor:
+        """Features of this rank's images, (N of this rank, K, D), in the network's dtype, on its device.
+
+        Raises ValueError, on all ranks, when some features of some rank are not finite.
+        """
+        parts = []
+        device = device_of(denoiser)
+        with Tap(denoiser.network, self.protocol.layer) as tap:
+            for views in self.views(sigma, device):
+                parts.append(tap(partial(denoiser, views.flatten(0, 1), sigma)).view(len(views), self.num_views, -1))
+        features = torch.cat(parts) if parts else torch.empty(0, self.num_views, self.dim, device=device)
+        # All ranks find out together: one that raised alone would leave the others waiting for its moments.
+        broken = sum_over_ranks(int((~features.isfinite().flatten(1).all(1)).sum()), device)
+        if broken:
+            raise ValueError(f"features hold NaN or Inf in {broken} of {len(self.images)} images")
+        return features

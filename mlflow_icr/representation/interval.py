@@ -1,0 +1,148 @@
+"""How sure an ICR is: a confidence interval from one number for each image, without resampling.
+
+An image is left out of the residual covariance before its own means and residuals are judged by it. With A the inverse of
+Sigma_xi without image n, and t[n], r[n, k] centred, three terms of each image say everything, each in O(K D^2):
+
+    between[n] = t[n]' A t[n] / D                             estimates  m tr(Sigma_xi^-1 Sigma_t) / D
+    within[n]  = sum_k r[n,k]' A r[n,k] / ((K-1) D)           estimates  m, by how much a sampled inverse is too large
+    spread[n]  = sum_k r[n,k]' A Sigma_t A r[n,k] / ((K-1) D) how the residuals of n move the inverse
+
+m is (nu)/(nu - D - 1) for Gaussian features, which is what `InvariantSpectrum.icr_debiased` divides by, and larger where
+residuals have heavy tails. Here it is measured, so mean(between) / mean(within) - 1 / K is a mean eigenvalue without the
+plug-in's bias for any features whose residuals are scale mixtures of Gaussians (multivariate t among them). Leaving out
+is exact and cheap: n takes K rows out of the scatter, a K x K update of its inverse (Sherman, Morrison & Woodbury).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mlflow_icr.representation.moments import ViewMoments
+from mlflow_icr.representation.spectrum import InvariantSpectrum
+
+CHUNK = 2**24  # float64 numbers held at a time, 128 MiB
+
+
+@dataclass(frozen=True, eq=False)
+class ICRInterval:
+    """A debiased ICR with its confidence interval and what each image has to do with it.
+
+    `value` is the closed-form debiased ICR, exact for Gaussian features; `centre` the leave-one-image-out estimate, on which
+    the interval from `low` to `high` is built (and which it is widened from to hold `value`); `standard_error` that of
+    `centre`; `influence` (N,) float64: how much each image raises the ICR, of mean 0, its deviation over sqrt(N) being the
+    standard error. All are ICR units. Source: `docs/structure.md`, "Formulas".
+    """
+
+    value: float
+    low: float
+    high: float
+    standard_error: float
+    influence: Tensor
+    centre: float
+    level: float
+
+
+def _student_t(level: float, degrees: int) -> float:
+    """The t with P(|T| <= t) = level."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(degrees, (1 + level) / 2))
+
+
+def leave_one_out_terms(moments: ViewMoments, features: Tensor) -> Tensor:
+    """between, within and spread of some images, (B, 3) float64, for features (B, K, D) that `moments` were updated with.
+
+    Any part of the images will do, so that ranks and batches can share the work. Raises ValueError when the residual
+    covariance is singular, also without one of the images.
+    """
+    spectrum = moments.spectrum()
+    n, k, d = moments.num_images, moments.num_views, moments.dim
+    nu, nu_without = (n - 1) * (k - 1), (n - 2) * (k - 1)
+    if nu_without < d:
+        raise ValueError(f"needs (N-2)(K-1) >= D to leave an image out; N = {n}, K = {k} give {nu_without}, D = {d}")
+    inverse = spectrum.inverse_residual  # (D, D)
+    sigma_t = spectrum.sigma_invariant + spectrum.sigma_residual / k
+    grow = n / (n - 1)  # an image is n / (n - 1) times as far from the mean of the others as from the mean of all
+    eye = torch.eye(k, dtype=torch.float64, device=inverse.device)
+    parts = []
+    for h in features.split(max(1, CHUNK // (k * d))):
+        t, r = moments.centred(h)  # (B, D), (B, K, D)
+        ra = r @ inverse  # (B, K, D)
+        gram = ra @ r.mT  # (B, K, K)
+        keep = torch.linalg.inv(eye - gram * (grow / nu))  # (I - leverage)^-1, (B, K, K)
+        cross = ra @ t[:, :, None]  # (B, K, 1)
+        between = ((t @ inverse) * t).sum(1) + (cross.mT @ keep @ cross)[:, 0, 0] * (grow / nu)
+        within = (gram @ keep).diagonal(dim1=1, dim2=2).sum(1) / (k - 1)
+        spread = (keep @ (ra @ sigma_t @ ra.mT) @ keep).diagonal(dim1=1, dim2=2).sum(1) / (k - 1)
+        parts.append(torch.stack([between, within, spread], 1) * (grow * nu_without / nu / d))
+    return torch.cat(parts) if parts else torch.empty(0, 3, dtype=torch.float64, device=inverse.device)
+
+
+def interval_from_terms(spectrum: InvariantSpectrum, terms: Tensor, level: float = 0.95) -> ICRInterval:
+    """The interval of a spectrum from the `leave_one_out_terms` of all its N images, (N, 3), in their order.
+
+    Raises ValueError when the spectrum has no debiased ICR, saying why, or for a level outside (0, 1).
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}; expected a number between 0 and 1, such as 0.95")
+    value = spectrum.icr_debiased
+    if value is None:
+        raise ValueError(spectrum.unavailable["icr_debiased"])
+    n, k = spectrum.num_images, spectrum.num_views
+    between, within, spread = terms.unbind(1)
+    inflation = within.mean()
+    total = between.mean() / inflation  # tr(Sigma_xi^-1 Sigma_t) / D
+    # The derivative of `total` at each image, with both parts of mean `total`: what an image adds between images, less what
+    # its residuals take away through the inverse.
+    slope = between / inflation - spread * (total / spread.mean())
+    eigenvalue = float(total) - 1 / k
+    error = float(slope.std()) / n**0.5
+    reach = _student_t(level, n - 1) * error
+
+    def ratio(mean_eigenvalue: float) -> float:
+        return 1 / (1 + max(0.0, mean_eigenvalue))
+
+    centre = ratio(eigenvalue)
+    return ICRInterval(
+        value=value,
+        low=min(value, ratio(eigenvalue + reach)),
+        high=max(value, ratio(eigenvalue - reach)),
+        standard_error=centre**2 * error,
+        influence=-(centre**2) * slope,
+        centre=centre,
+        level=level,
+    )
+
+
+def icr_interval(features: Tensor, level: float = 0.95) -> ICRInterval:
+    """The debiased ICR of features (N, K, D) with its confidence interval and the influence of every image on it.
+
+    Costs O(N K D^2), without resampling. Raises ValueError for wrong shapes, a level outside (0, 1), and for features too
+    few for a debiased value: (N-2)(K-1) >= D and (N-1)(K-1) > D + 1 are needed.
+    """
+    if features.ndim != 3:
+        raise ValueError(f"features have shape {tuple(features.shape)}; expected (N, K, D): images, views, dimensions")
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}; expected a number between 0 and 1, such as 0.95")
+    moments = ViewMoments(features.shape[1], features.shape[2]).update(features)
+    spectrum = moments.spectrum()
+    if spectrum.icr_debiased is None:
+        raise ValueError(f"icr_debiased {spectrum.unavailable['icr_debiased']}")
+    return interval_from_terms(spectrum, leave_one_out_terms(moments, features), level)
+
+
+def paired_difference(influence_a: Tensor, influence_b: Tensor, difference: float, level: float = 0.95) -> tuple[float, float]:
+    """The confidence interval of `difference`, ICR b less ICR a of the same N images and views, from both influences (N,).
+
+    What the two have in common (a hard image is hard at both steps) cancels. Raises ValueError for different lengths.
+    """
+    if influence_a.shape != influence_b.shape or influence_a.ndim != 1:
+        raise ValueError(
+            f"influences have shapes {tuple(influence_a.shape)} and {tuple(influence_b.shape)}; expected the same images"
+        )
+    n = len(influence_a)
+    reach = _student_t(level, n - 1) * float((influence_b.double() - influence_a.double()).std()) / n**0.5
+    return difference - reach, difference + reach

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mlflow_icr.extraction.denoisers import Denoiser
 from mlflow_icr.monitoring.companions import check_companions
+from mlflow_icr.monitoring.errors import ErrorReader
 from mlflow_icr.monitoring.protocol import Protocol
 from mlflow_icr.monitoring.reader import FeatureReader
 from mlflow_icr.monitoring.report import Report
@@ -40,6 +41,7 @@ class ICRMonitor:
     ) -> None:
         check_companions(companions, labels is not None)
         self.reader = FeatureReader(denoiser, images, protocol or Protocol(), batch_size, cache_bytes)
+        self.errors = ErrorReader(self.reader.images, self.protocol, batch_size)
         self._networks = {"repr": denoiser} | ({} if raw is None else {"repr_raw": raw})
         self.sections: dict[tuple[str, float], Section] = {}
         for place, sigma in enumerate(self.protocol.sigmas):
@@ -70,7 +72,7 @@ class ICRMonitor:
             except ValueError as error:  # not finite: training has diverged, and goes on if it wants to
                 absent.update({f"{section.name}/{key}": str(error) for key in (*ALL, *section.companions)})
                 continue
-            found = section.read(features, step)
+            found = section.read(features, self.errors.read(self._networks[prefix], sigma), step)
             values.update(found.values)
             absent.update(found.absent)
             arrays.update(found.arrays)

@@ -19,10 +19,12 @@ from mlflow_icr.representation.interval import (
 from mlflow_icr.representation.moments import ViewMoments, icr, principal_directions
 from mlflow_icr.representation.probes import knn_accuracy, linear_probe_accuracy, silhouette
 from mlflow_icr.representation.spectrum import InvariantSpectrum
+from mlflow_icr.representation.view_error import ViewErrorRatio, view_error_ratio
 
 __all__ = [
     "ICRInterval",
     "InvariantSpectrum",
+    "ViewErrorRatio",
     "ViewMoments",
     "alignment",
     "class_separation",
@@ -40,4 +42,5 @@ __all__ = [
     "silhouette",
     "uniformity",
     "variability_ratio",
+    "view_error_ratio",
 ]

@@ -38,7 +38,7 @@ class ValidationRun:
         """The command line of `trainers.train`."""
         return [
             f"--preset={self.preset}", f"--num-images={self.num_images}", f"--seed={self.seed}",
-            f"--total-kimg={self.total_kimg:g}", "--measurements=24", "--probe-images=256", f"--companions={LABEL_FREE}",
+            f"--total-kimg={self.total_kimg:g}", "--measurements=20", "--probe-images=256", f"--companions={LABEL_FREE}",
             "--num-samples=128", *([] if self.preset == "digits" else ["--resolution=12"]), f"--output-dir={output_dir}", f"--run-name={self.name}", "--tag=study=validation",
             f"--tag=role={'rich' if self.rich else 'limited'}",
         ]  # fmt: skip
@@ -46,9 +46,9 @@ class ValidationRun:
 
 def digits_runs() -> Iterator[ValidationRun]:
     """20 limited runs and 20 rich ones, each seed once."""
-    # Copies of N digits begin after some 450 N images; the budgets go well past that.
-    limited = [(64, 50)] * 4 + [(128, 90)] * 6 + [(256, 170)] * 6 + [(512, 320)] * 4
-    budgets = [130] * 12 + [240] * 8
+    # Copies of N digits begin after some 350 to 450 N images; the budgets go past that.
+    limited = [(64, 36)] * 4 + [(128, 75)] * 6 + [(256, 150)] * 6 + [(512, 300)] * 4
+    budgets = [120] * 14 + [240] * 6
     for seed in range(20):
         # 7 and 20 share no factor: sizes and budgets are mixed over the seeds, so that both halves of them hold all.
         num_images, kimg = limited[7 * seed % 20]
@@ -59,10 +59,10 @@ def digits_runs() -> Iterator[ValidationRun]:
 def other_runs() -> Iterator[ValidationRun]:
     """Four limited and two rich runs of each other set, at 12x12."""
     for preset, rich_images in (("mnist5k", 4000), ("fashion-mnist", 8000)):
-        for seed, (num_images, kimg) in enumerate([(64, 70), (128, 130), (64, 70), (128, 130)]):
+        for seed, (num_images, kimg) in enumerate([(64, 60), (128, 110), (64, 60), (128, 110)]):
             yield ValidationRun(preset, num_images, 1000 + seed, kimg, rich=False)
         for seed in range(2):
-            yield ValidationRun(preset, rich_images, 2000 + seed, 130, rich=True)
+            yield ValidationRun(preset, rich_images, 2000 + seed, 110, rich=True)
 
 
 def all_runs() -> list[ValidationRun]:

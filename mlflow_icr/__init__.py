@@ -11,12 +11,16 @@ from mlflow_icr.monitoring import (
     LossMonitor,
     Protocol,
     Report,
+    Verdict,
+    compare,
     geometric_schedule,
     summarise,
+    verdict,
 )
 from mlflow_icr.representation import (
     ICRInterval,
     InvariantSpectrum,
+    ViewErrorRatio,
     ViewMoments,
     alignment,
     class_separation,
@@ -30,6 +34,7 @@ from mlflow_icr.representation import (
     silhouette,
     uniformity,
     variability_ratio,
+    view_error_ratio,
 )
 from mlflow_icr.version import __version__
 
@@ -44,10 +49,13 @@ __all__ = [
     "MemorizationRatio",
     "Protocol",
     "Report",
+    "Verdict",
+    "ViewErrorRatio",
     "ViewMoments",
     "__version__",
     "alignment",
     "class_separation",
+    "compare",
     "effective_rank",
     "frechet_distance",
     "geometric_schedule",
@@ -64,4 +72,6 @@ __all__ = [
     "summarise",
     "uniformity",
     "variability_ratio",
+    "verdict",
+    "view_error_ratio",
 ]

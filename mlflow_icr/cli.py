@@ -12,8 +12,8 @@ from mlflow_icr.version import __version__
 
 
 def _summary(arguments: argparse.Namespace) -> int:
+    from mlflow_icr.monitoring.series import read_history
     from mlflow_icr.monitoring.summary import summarise
-    from mlflow_icr.tracking.journal import read_history
 
     print(json.dumps(summarise(read_history(arguments.folder)), indent=2))
     return 0
@@ -42,6 +42,25 @@ def _measure(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _verdict(arguments: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from mlflow_icr.monitoring.verdict import verdict
+
+    found = verdict(arguments.folder)
+    print(json.dumps(asdict(found), indent=2) if arguments.json else found.text.replace("**", "").replace("\n\n", "\n"))
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from mlflow_icr.monitoring.compare import compare
+
+    print(json.dumps(asdict(compare(arguments.step_a, arguments.step_b, folder=arguments.folder)), indent=2))
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mlflow-icr", description="Is a diffusion model still learning, or copying?")
     parser.add_argument("--version", action="version", version=__version__)
@@ -63,6 +82,17 @@ def _parser() -> argparse.ArgumentParser:
     summary = commands.add_parser("summary", help="lowest ICR, onset of copies and lead of a run's history, as JSON")
     summary.add_argument("folder", type=Path, help="an output folder, or its history.jsonl")
     summary.set_defaults(run=_summary)
+
+    verdict = commands.add_parser("verdict", help="what a run's history says: generalizing, turning, memorizing or undecided")
+    verdict.add_argument("folder", type=Path, help="an output folder, or its history.jsonl")
+    verdict.add_argument("--json", action="store_true", help="all fields, as JSON")
+    verdict.set_defaults(run=_verdict)
+
+    compare = commands.add_parser("compare", help="debiased ICR of a run at step B less step A, paired by image, as JSON")
+    compare.add_argument("folder", type=Path, help="an output folder")
+    compare.add_argument("step_a", type=int, metavar="A", help="images seen")
+    compare.add_argument("step_b", type=int, metavar="B", help="images seen")
+    compare.set_defaults(run=_compare)
     return parser
 
 

@@ -152,7 +152,7 @@ def test_what_cannot_be_is_refused(rng: np.random.Generator) -> None:
     h = torch.from_numpy(rng.standard_normal((20, 2, 30)))
     with pytest.raises(ValueError, match="19 degrees of freedom for D = 30"):
         icr_interval(h)
-    with pytest.raises(ValueError, match="needs .N-1..K-1. > D . 1"):
+    with pytest.raises(ValueError, match=r"needs \(N-1\)\(K-1\) > D \+ 1"):
         icr_interval(torch.from_numpy(rng.standard_normal((21, 2, 19))))
     with pytest.raises(ValueError, match="level is 95; expected a number between 0 and 1"):
         icr_interval(torch.from_numpy(rng.standard_normal((40, 2, 5))), level=95)

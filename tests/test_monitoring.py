@@ -18,6 +18,7 @@ from mlflow_icr import (
     Report,
     geometric_schedule,
     icr,
+    icr_interval,
     make_views,
     summarise,
 )
@@ -34,8 +35,14 @@ def test_the_report_is_the_formula_on_the_tapped_features(small_unet: nn.Module,
     with Tap(small_unet, "up_blocks.0") as tap:
         features = tap(lambda: denoiser(views.flatten(0, 1), 0.29)).view(48, 4, -1)
     raw, scaled = icr(features), icr(torch.nn.functional.normalize(features, dim=-1))
+    interval = icr_interval(features)
     expected = {
         "repr/icr": raw.icr,
+        "repr/icr_low": interval.low,
+        "repr/icr_high": interval.high,
+        "repr/icr_rise": 0,  # the first is the lowest
+        "repr/icr_rise_low": 0,
+        "repr/icr_rise_high": 0,
         "repr/icr_debiased": raw.icr_debiased,
         "repr/indefinite_fraction": raw.indefinite_fraction,
         "repr/trace_invariant": scaled.trace_invariant,
@@ -45,7 +52,14 @@ def test_the_report_is_the_formula_on_the_tapped_features(small_unet: nn.Module,
         "repr/fisher_residual_growth": 1,
     }
     # Another batch size rounds float32 convolutions differently; an ill-conditioned covariance magnifies it.
-    assert {k: v for k, v in report.values.items() if k.startswith("repr/")} == pytest.approx(expected, rel=1e-3)
+    found = {k: v for k, v in report.values.items() if k.startswith("repr/") and "view_error" not in k}
+    assert found == pytest.approx(expected, rel=1e-3)
+    influence = interval.influence.float().numpy()
+    np.testing.assert_allclose(report.arrays["repr/influence"], influence, atol=2e-2 * np.abs(influence).max())
+    unit = torch.nn.functional.normalize(features.double(), dim=-1).numpy()
+    residuals = unit - unit.mean(1, keepdims=True) - unit.mean(0) + unit.mean((0, 1))
+    shares = (residuals**2).sum((1, 2)) / (residuals**2).sum()
+    np.testing.assert_allclose(report.arrays["repr/residual_share"], shares, rtol=1e-2)
     assert report.values["perf/measure_seconds"] > 0
     assert report.step == 640
     assert report.absent == {}
@@ -92,7 +106,7 @@ def test_growth_is_relative_to_the_first_trained_measurement(small_unet: nn.Modu
     assert "repr/fisher_residual_growth" not in monitor.measure(0).values
     assert monitor.measure(64).values["repr/fisher_residual_growth"] == pytest.approx(1, rel=1e-9)
     again = ICRMonitor(EDMDenoiser(small_unet), digits, PROTOCOL)
-    state = {key: 4 * value for key, value in monitor.state_dict().items()}
+    state = monitor.state_dict() | {"repr/reference": 4 * monitor.state_dict()["repr/reference"]}
     again.load_state_dict(state)
     assert again.measure(128).values["repr/fisher_residual_growth"] == pytest.approx(0.25, rel=1e-9)
 
@@ -105,7 +119,7 @@ def test_the_number_of_views_follows_the_width(small_unet: nn.Module, digits: to
 
 def test_what_cannot_be_computed_is_absent_with_its_reason(small_unet: nn.Module, digits: torch.Tensor) -> None:
     few = ICRMonitor(EDMDenoiser(small_unet), digits, Protocol(num_images=10, num_views=2)).measure(1)
-    assert [key for key in few.values if key.startswith("repr/")] == []
+    assert all("view_error" in key for key in few.values if key.startswith("repr/"))
     assert "9 degrees of freedom for D = 32" in few.absent["repr/icr"]
     ridge = ICRMonitor(EDMDenoiser(small_unet), digits, Protocol(num_images=10, num_views=2, ridge=1e-3)).measure(1)
     assert 0 < ridge.values["repr/icr"] < 2
@@ -138,6 +152,9 @@ def test_what_cannot_be_computed_is_absent_with_its_reason(small_unet: nn.Module
         ({"seed": -1}, "seed is -1"),
         ({"ridge": float("nan")}, "ridge is nan"),
         ({"normalisation": "l1"}, "normalisation is 'l1'; expected one of l2, none"),
+        ({"projection": 0}, "projection is 0; expected a whole number >= 1, or None"),
+        ({"shrinkage": "lw"}, "shrinkage is 'lw'; expected one of none, ledoit-wolf, oas"),
+        ({"shrinkage": "oas", "ridge": 0.1}, "ridge is 0.1; expected 0 where shrinkage is given"),
     ],
 )
 def test_impossible_protocols_are_refused(fields: dict[str, object], message: str) -> None:

@@ -41,9 +41,9 @@ def _monitors(rank: int, folder: str) -> dict[str, object]:
     # One image that only one rank sees makes features that are not finite: all ranks must say so, and none may hang.
     monitor = ICRMonitor(denoiser, images, PROTOCOL)
     if rank == 1:
-        views = list(monitor._views(0.29, torch.device("cpu")))
+        views = list(monitor.reader.views(0.29, torch.device("cpu")))
         views[0][0] = float("nan")
-        monitor._cache[0.29] = views
+        monitor.reader._cache[0.29] = views
     assert "NaN or Inf in 1 of 47 images" in monitor.measure(6).absent["repr/icr"]
     return {"values": {**report.values, **samples.measure(5).values}, "samples": samples.sample()}
 

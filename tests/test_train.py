@@ -62,7 +62,10 @@ def test_a_run_leaves_what_the_readme_says(whole: tuple[Path, str], monkeypatch:
     rows = read_history(folder)
     assert [row["images_seen"] for row in rows] == [0, 320, 608, 1216]
     keys = {
-        "repr/icr", "repr/icr_debiased", "repr/indefinite_fraction", "repr/trace_invariant", "repr/trace_residual",
+        "repr/icr", "repr/icr_debiased", "repr/icr_low", "repr/icr_high", "repr/icr_rise", "repr/icr_rise_low",
+        "repr/icr_rise_high", "repr/view_error_ratio", "repr/view_error_ratio_low", "repr/view_error_ratio_high",
+        "loss/train_eval", "loss/heldout", "loss/gap",
+        "repr/indefinite_fraction", "repr/trace_invariant", "repr/trace_residual",
         "repr/fisher_residual_energy", "repr/fisher_invariant_energy", "repr/fisher_residual_growth", "mem/ratio_l2",
         "gen/fd_pixels", "loss/train", "perf/images_per_second", "perf/measure_seconds", "perf/generate_seconds",
     }  # fmt: skip

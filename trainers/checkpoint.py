@@ -16,13 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mlflow_icr import Verdict
 from trainers.config import TrainConfig
 from trainers.loop import TrainState
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-STATE, PROGRESS = "state.safetensors", "progress.json"
+STATE, PROGRESS, TURNING = "state.safetensors", "progress.json", "turning.json"
 KEPT_STATES = 2  # the newest, and the one before it in case the newest cannot be read
 
 
@@ -70,6 +71,17 @@ def save_checkpoint(
     for old in sorted(output_dir.glob(f"checkpoints/[0-9]*/{STATE}"))[:-KEPT_STATES]:
         old.unlink()
     return folder
+
+
+def mark_turning(output_dir: Path, found: Verdict) -> None:
+    """Write `checkpoints/turning.json`, which names the checkpoint to keep, once a verdict has found a turn."""
+    if found.turning_images_seen is None:
+        return
+    path = output_dir / "checkpoints" / TURNING
+    part = path.with_name(f".{TURNING}.part")
+    content = found.summary() | {"state": found.state, "checkpoint": f"{found.checkpoint_images_seen:012d}"}
+    part.write_text(json.dumps(content, indent=2) + "\n")
+    part.rename(path)
 
 
 def latest_checkpoint(output_dir: Path) -> Path | None:

@@ -15,6 +15,7 @@ from mlflow_icr import Protocol
 
 PRESETS = Path(__file__).parent / "presets"
 MIXED_PRECISIONS = ("no", "bf16", "fp16")
+STOPPING = ("", "turning", "memorizing")  # each later one is past the earlier
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class TrainConfig:
     shrinkage: str = "none"
     companions: tuple[str, ...] = ()
     measure_raw: bool = False
+    stop_on: str = ""  # a verdict that ends the training: turning, memorizing, or empty for none
     num_samples: int = 128
     sample_steps: int = 18
 
@@ -108,6 +110,8 @@ class TrainConfig:
             refuse("attention_resolutions", f"some of {', '.join(map(str, levels))}, the resolutions of the blocks")
         if self.batch_size % self.gradient_accumulation_steps:
             refuse("batch_size", f"a multiple of gradient_accumulation_steps, {self.gradient_accumulation_steps}")
+        if self.stop_on not in STOPPING:
+            refuse("stop_on", f"one of {', '.join(STOPPING[1:])}, or empty")
         if self.measurements < 2:
             refuse("measurements", "at least 2")
         if self.first_measurement_kimg > self.total_kimg:

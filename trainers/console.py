@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from mlflow_icr import Report
+from mlflow_icr import Report, Verdict
 from trainers.config import TrainConfig
 from trainers.loop import TrainState
 
@@ -47,7 +47,13 @@ class Console:
         v = report.values
         if "repr/icr" in v:
             self._icr = f", ICR {v['repr/icr']:.3f}"
-        names = {"repr/icr": "ICR", "repr/icr_debiased": "debiased", "mem/ratio_l2": "copies", "gen/fd_pixels": "FD(pixels)"}
+        names = {
+            "repr/icr": "ICR",
+            "repr/icr_debiased": "debiased",
+            "repr/view_error_ratio": "view errors",
+            "mem/ratio_l2": "copies",
+            "gen/fd_pixels": "FD(pixels)",
+        }
         parts = [f"{name} {v[key]:.3f}" for key, name in names.items() if key in v]
         if "loss/train" in v:
             parts.append(f"loss {v['loss/train']:.3f}")
@@ -60,12 +66,16 @@ class Console:
             self.bar.write(text, file=sys.stdout)
             sys.stdout.flush()
 
+    def stopped(self, found: Verdict) -> None:
+        """Say why training ends before its budget."""
+        self._line(f"stops: {found.state}; {'; '.join(found.evidence)}")
+
     def close(self) -> None:
         """Take the bar away."""
         self.bar.close()
 
-    def summary(self, values: Mapping[str, float], status: str, output_dir: Path) -> None:
-        """Say in one line what the history shows."""
+    def summary(self, values: Mapping[str, float], found: Verdict, status: str, output_dir: Path) -> None:
+        """Say in two lines what the history shows."""
         parts = []
         if "icr_min" in values:
             parts.append(f"lowest ICR {values['icr_min']:.3f} at {values['icr_min_images_seen'] / 1000:.1f} kimg")
@@ -75,4 +85,12 @@ class Console:
                 parts.append(f"a lead of {values['lead_images'] / 1000:.1f} kimg")
         elif parts:
             parts.append("no copies so far")
+        verdict = f"verdict: {found.state}"
+        if found.turning_images_seen is not None:
+            assert found.low is not None
+            assert found.high is not None
+            between = f"{found.low / 1000:.1f} to {found.high / 1000:.1f}"
+            verdict += f", turned at {found.turning_images_seen / 1000:.1f} kimg ({between})"
+            verdict += f"; keep checkpoints/{found.checkpoint_images_seen:012d}"
+        self._line(verdict)
         self._line(f"{status.lower()}: {', '.join(parts) or 'nothing measured'}; everything is in {output_dir}")

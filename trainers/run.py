@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from mlflow_icr import EDMDenoiser, GenerationMonitor, ICRMonitor, LossMonitor, Report, geometric_schedule
+from mlflow_icr import EDMDenoiser, GenerationMonitor, ICRMonitor, LossMonitor, Report, geometric_schedule, verdict
+from mlflow_icr.monitoring.series import HISTORY, read_history
 from mlflow_icr.tracking import Tracker
-from trainers.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from trainers.config import TrainConfig
+from trainers.checkpoint import latest_checkpoint, load_checkpoint, mark_turning, save_checkpoint
+from trainers.config import STOPPING, TrainConfig
 from trainers.console import Console
 from trainers.data import load_data
 from trainers.edm import build_network, edm_loss, training_sigma
@@ -76,6 +77,8 @@ class Run:
             folder = latest_checkpoint(output_dir)
             if folder is not None:  # else the run ended before its first one, and starts anew
                 self.monitor.load_state_dict(load_checkpoint(folder, self.state, self.accelerator))
+        # Of what the verdict reads, on every rank the same.
+        self.rows = list(read_history(output_dir)) if resume and (output_dir / HISTORY).exists() else []
         self._trained_seconds, self._trained_images = 0.0, 0
 
     def _check_ranks(self) -> None:
@@ -131,6 +134,9 @@ class Run:
                 self._trained_seconds += time.perf_counter() - since
                 due.pop(0)
                 self._observe(tracker, console)
+                if self._stops():
+                    console.stopped(verdict(self.rows))
+                    return "FINISHED"
                 since = time.perf_counter()
             elif self._agree(wants_stop(), trained):
                 self._save()
@@ -144,10 +150,18 @@ class Run:
 
     def _observe(self, tracker: Tracker | None, console: Console) -> None:
         report = self.measure()
+        self.rows.append(report.flat())
         if tracker is not None:
             tracker.record(report)
         console.measured(report)
         self._save()
+
+    def _stops(self) -> bool:
+        """Whether the verdict is the one to stop on, or past it."""
+        if not self.config.stop_on:
+            return False
+        state = verdict(self.rows).state
+        return state in STOPPING[STOPPING.index(self.config.stop_on) :]
 
     def _agree(self, mine: bool, trained: int) -> bool:
         """Whether any rank wants to stop, the same answer on all of them."""
@@ -161,6 +175,7 @@ class Run:
     def _save(self) -> None:
         if self.is_main:
             save_checkpoint(self.output_dir, self.state, self.config, self.accelerator, self.monitor.state_dict())
+            mark_turning(self.output_dir, verdict(self.rows))
         self.accelerator.wait_for_everyone()
 
     def end(self) -> None:

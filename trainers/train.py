@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 import mlflow_icr
-from mlflow_icr.tracking.journal import HISTORY, read_history
+from mlflow_icr.monitoring.series import HISTORY, read_history
 from trainers.arguments import config_changes, parse_tags, train_parser
 from trainers.config import TrainConfig, config_from, load_config, preset_names
 
@@ -129,7 +129,8 @@ def train_run(run: Run, stop: Stop, output_dir: Path, tags: Mapping[str, str], r
     finally:
         console.close()
         if tracker is not None:
-            console.summary(tracker.close(status), status, output_dir)
+            found = tracker.verdict
+            console.summary(tracker.close(status), found, status, output_dir)
             note_run(sink, output_dir)  # where the server was away at the start, the run is younger than the training
     return status
 

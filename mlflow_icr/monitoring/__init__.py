@@ -1,5 +1,6 @@
-"""When to measure and what it means: protocol, monitors, report, summary."""
+"""When to measure and what it means: protocol, monitors, report, verdict."""
 
+from mlflow_icr.monitoring.compare import Comparison, compare
 from mlflow_icr.monitoring.generation import GenerationMonitor
 from mlflow_icr.monitoring.losses import LossMonitor
 from mlflow_icr.monitoring.monitor import ICRMonitor
@@ -7,5 +8,19 @@ from mlflow_icr.monitoring.protocol import Protocol
 from mlflow_icr.monitoring.report import Report
 from mlflow_icr.monitoring.schedule import geometric_schedule
 from mlflow_icr.monitoring.summary import summarise
+from mlflow_icr.monitoring.verdict import Thresholds, Verdict, verdict
 
-__all__ = ["GenerationMonitor", "ICRMonitor", "LossMonitor", "Protocol", "Report", "geometric_schedule", "summarise"]
+__all__ = [
+    "Comparison",
+    "GenerationMonitor",
+    "ICRMonitor",
+    "LossMonitor",
+    "Protocol",
+    "Report",
+    "Thresholds",
+    "Verdict",
+    "compare",
+    "geometric_schedule",
+    "summarise",
+    "verdict",
+]

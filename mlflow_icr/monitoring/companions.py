@@ -14,7 +14,7 @@ FOLDS = 5  # of the cross-validation of labelled probes
 
 
 def _folds(features: Tensor, labels: Tensor, score: Callable[[Tensor, Tensor, Tensor, Tensor], float]) -> float:
-    """Mean score of `score(train, labels, test, labels)` over folds of the images (N, D), in an order that is always the same."""
+    """Mean score of `score(train, labels, test, labels)` over folds of the images (N, D), always the same folds."""
     order = torch.from_numpy(keyed_generator("folds", 0).permutation(len(features)))
     scores = []
     for fold in range(FOLDS):

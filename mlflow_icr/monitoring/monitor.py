@@ -6,10 +6,12 @@ import time
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from mlflow_icr.extraction.denoisers import Denoiser
 from mlflow_icr.monitoring.companions import check_companions
+from mlflow_icr.monitoring.compare import Comparison, difference_of
 from mlflow_icr.monitoring.errors import ErrorReader
 from mlflow_icr.monitoring.protocol import Protocol
 from mlflow_icr.monitoring.reader import FeatureReader
@@ -43,6 +45,7 @@ class ICRMonitor:
         self.reader = FeatureReader(denoiser, images, protocol or Protocol(), batch_size, cache_bytes)
         self.errors = ErrorReader(self.reader.images, self.protocol, batch_size)
         self._networks = {"repr": denoiser} | ({} if raw is None else {"repr_raw": raw})
+        self._measured: dict[int, tuple[float, Tensor]] = {}  # debiased ICR and influences (N,) by step
         self.sections: dict[tuple[str, float], Section] = {}
         for place, sigma in enumerate(self.protocol.sigmas):
             suffix = "" if place == 0 else f"_sigma{sigma:g}"
@@ -76,8 +79,21 @@ class ICRMonitor:
             values.update(found.values)
             absent.update(found.absent)
             arrays.update(found.arrays)
+        if "repr/influence" in arrays:
+            self._measured[step] = values["repr/icr_debiased"], torch.from_numpy(arrays["repr/influence"])
         values["perf/measure_seconds"] = time.perf_counter() - started
         return Report(step, values, absent=absent, arrays=arrays, protocol_digest=self.protocol.digest)
+
+    def compare(self, step_a: int, step_b: int, level: float = 0.95) -> Comparison:
+        """The debiased ICR at step b less that at step a, two steps that this monitor measured, with its interval.
+
+        For steps of an earlier process, see the function `compare`. Raises ValueError for a step without an interval.
+        """
+        for name, step in (("step_a", step_a), ("step_b", step_b)):
+            if step not in self._measured:
+                known = ", ".join(map(str, self._measured)) or "none"
+                raise ValueError(f"{name} is {step}; expected a step that was measured with an interval: {known}")
+        return difference_of(self._measured[step_a], self._measured[step_b], level)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What growth, rise and projection are relative to, so that a resumed run goes on with the same."""

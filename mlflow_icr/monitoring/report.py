@@ -14,7 +14,8 @@ class Report:
     """Values, pictures and absences of one measurement at `step` images seen.
 
     `values` are finite floats by key, `figures` uint8 pictures (H, W, 3) by key, `arrays` one number for each probe image (N,)
-    by key, `absent` reasons by the key that could not be computed. Raises ValueError for a negative step, a value that is not finite, or a key both there and absent.
+    by key, `absent` reasons by the key that could not be computed. Raises ValueError for a negative step, a value that is
+    not finite, or a key both there and absent.
     """
 
     step: int

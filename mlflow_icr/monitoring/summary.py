@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from mlflow_icr.monitoring.series import series
+
 # A ratio this small is within the noise of a few hundred samples, and within what near-duplicates in a data set cause.
 ONSET_RATIO = 0.05
-
-
-def _series(history: Iterable[Mapping[str, float]], key: str) -> list[tuple[int, float]]:
-    """(images seen, value) of the rows that hold the key, in order; a step written twice counts with its last row."""
-    return sorted({int(row["images_seen"]): float(row[key]) for row in history if key in row}.items())
 
 
 def summarise(history: Iterable[Mapping[str, float]]) -> dict[str, float]:
@@ -21,13 +18,13 @@ def summarise(history: Iterable[Mapping[str, float]]) -> dict[str, float]:
     """
     rows = list(history)
     result: dict[str, float] = {}
-    icr = _series(rows, "repr/icr")
+    icr = series(rows, "repr/icr")
     if icr:
         at, lowest = min(icr, key=lambda point: (point[1], point[0]))
         result["icr_min"] = lowest
         result["icr_min_images_seen"] = at
     onset = None
-    for at, ratio in reversed(_series(rows, "mem/ratio_l2")):
+    for at, ratio in reversed(series(rows, "mem/ratio_l2")):
         if ratio <= ONSET_RATIO:
             break
         onset = at

@@ -115,7 +115,7 @@ def check_labels(labels: Tensor, count: int) -> Tensor:
     """Labels (count,) of integers. Raises ValueError for other shapes or dtypes."""
     if labels.shape != (count,) or labels.is_floating_point():
         raise ValueError(
-            f"labels have shape {tuple(labels.shape)} and dtype {labels.dtype}; expected ({count},) integers, one for each image"
+            f"labels have shape {tuple(labels.shape)} and dtype {labels.dtype}; expected ({count},) integers, one an image"
         )
     return labels
 

@@ -1,8 +1,9 @@
 """Where results go: the journal, and from it MLflow and TensorBoard."""
 
-from mlflow_icr.tracking.journal import Journal, read_history
+from mlflow_icr.monitoring.series import read_arrays, read_history
+from mlflow_icr.tracking.journal import Journal
 from mlflow_icr.tracking.mlflow_sink import MLflowSink
 from mlflow_icr.tracking.tensorboard_sink import TensorBoardSink
 from mlflow_icr.tracking.tracker import Sink, Tracker
 
-__all__ = ["Journal", "MLflowSink", "Sink", "TensorBoardSink", "Tracker", "read_history"]
+__all__ = ["Journal", "MLflowSink", "Sink", "TensorBoardSink", "Tracker", "read_arrays", "read_history"]

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from mlflow_icr.monitoring.report import Report
-
-HISTORY = "history.jsonl"
+from mlflow_icr.monitoring.series import HISTORY, arrays_path, read_history
 
 
 def _sync_folder(folder: Path) -> None:
@@ -40,43 +39,6 @@ def _append_line(path: Path, line: str) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-def arrays_path(output_dir: Path | str, step: int) -> Path:
-    """Where the numbers of each probe image at a step are kept."""
-    return Path(output_dir) / "probe" / f"{step:012d}.npz"
-
-
-def read_arrays(output_dir: Path | str, step: int) -> dict[str, np.ndarray]:
-    """The numbers of each probe image at a step, (N,) by key such as `repr/influence`. Raises FileNotFoundError."""
-    with np.load(arrays_path(output_dir, step), allow_pickle=False) as stored:
-        return {key: stored[key] for key in stored.files}
-
-
-def read_history(path: Path | str) -> list[dict[str, float]]:
-    """The rows of a `history.jsonl`, or of the output folder that holds one, in the order of writing.
-
-    A torn last line, which a kill or a full disk can leave, is not a row. Raises FileNotFoundError when there is no
-    history, ValueError naming the line when another line is not a row.
-    """
-    path = Path(path)
-    if path.is_dir():
-        path = path / HISTORY
-    rows = []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines, 1):
-        if not line:
-            continue
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict) or not isinstance(row.get("images_seen"), int):
-                raise ValueError("no images_seen")
-        except ValueError as error:
-            if number == len(lines):  # the text did not end in a newline: the line was never finished
-                break
-            raise ValueError(f"{path}, line {number}: not a measurement ({error})") from None
-        rows.append(row)
-    return rows
 
 
 class Journal:

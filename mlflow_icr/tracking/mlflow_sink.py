@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 
 from mlflow_icr.monitoring.report import Report
+from mlflow_icr.monitoring.verdict import Verdict
 
 # MLflow's defaults make one call to a dead server block for minutes (7 retries, 120 s each); measurements must not.
 PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
@@ -96,6 +97,15 @@ class MLflowSink:
         """Log the summary metrics at the last step."""
         now = time.time_ns() // 1_000_000
         self._send(lambda: self._log(values, step, now))
+
+    def verdict(self, verdict: Verdict, step: int) -> None:
+        """Set the verdict's tags, which a run table can be filtered by."""
+        from mlflow.entities import RunTag
+
+        tags = {"verdict": verdict.state, "verdict.text": verdict.text}
+        tags |= {f"verdict.{key}": f"{value:.0f}" for key, value in verdict.summary().items()}
+        entities = [RunTag(key, value[:8000]) for key, value in tags.items()]
+        self._send(lambda: self._client.log_batch(self.run_id, tags=entities))
 
     def artifact(self, path: str, folder: str | None = None) -> None:
         """Upload a file into the run's artifacts."""

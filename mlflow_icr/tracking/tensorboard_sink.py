@@ -7,9 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from mlflow_icr.monitoring.report import Report
+from mlflow_icr.monitoring.verdict import Verdict
 
 # What TensorBoard's hparams table shows as metrics of a run.
-HPARAM_METRICS = ("repr/icr", "repr/fisher_residual_energy", "mem/ratio_l2", "gen/fd_pixels", "icr_min", "lead_images")
+HPARAM_METRICS = (
+    "repr/icr",
+    "repr/fisher_residual_energy",
+    "mem/ratio_l2",
+    "gen/fd_pixels",
+    "icr_min",
+    "turning_images_seen",
+    "lead_images",
+)
 
 
 class TensorBoardSink:
@@ -61,6 +70,11 @@ class TensorBoardSink:
         """Add the summary metrics at the last step."""
         for key, value in values.items():
             self._writer.add_scalar(key, value, step)
+
+    def verdict(self, verdict: Verdict, step: int) -> None:
+        """Add the verdict as text at the step that it was found at."""
+        self._writer.add_text("verdict", verdict.text, step)
+        self._writer.flush()
 
     def close(self, status: str) -> None:
         """Close the event file."""

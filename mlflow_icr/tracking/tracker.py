@@ -10,6 +10,7 @@ from typing import Protocol
 
 from mlflow_icr.monitoring.report import Report
 from mlflow_icr.monitoring.summary import summarise
+from mlflow_icr.monitoring.verdict import Verdict, verdict
 from mlflow_icr.tracking.journal import Journal
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,9 @@ class Sink(Protocol):
 
     def summary(self, values: Mapping[str, float], step: int) -> None:
         """Set the summary metrics of the run."""
+
+    def verdict(self, verdict: Verdict, step: int) -> None:
+        """Show what the history says so far."""
 
     def close(self, status: str) -> None:
         """Finish: FINISHED, FAILED or KILLED."""
@@ -72,12 +76,19 @@ class Tracker:
                 self._told.add(key)
                 logger.warning("%s is not measured: %s", key, why)
         self.journal.append(report)
+        found = verdict(self.journal.rows)
         for sink in self.sinks:
             self._guard(sink, partial(sink.write, report))
+            self._guard(sink, partial(sink.verdict, found, report.step))
+
+    @property
+    def verdict(self) -> Verdict:
+        """What the history says so far."""
+        return verdict(self.journal.rows)
 
     def close(self, status: str) -> dict[str, float]:
         """Write the summary of the history, which is returned, and close every sink with the run's status."""
-        values = summarise(self.journal.rows)
+        values = summarise(self.journal.rows) | self.verdict.summary()
         step = max(self.journal.steps, default=0)
         for sink in self.sinks:
             if values:

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlflow_icr.tracking.journal import HISTORY
+from mlflow_icr.monitoring.series import HISTORY
 from trainers.experiments.siblings import environment
 from trainers.train import CONFIG
 
@@ -39,7 +39,9 @@ class ValidationRun:
         return [
             f"--preset={self.preset}", f"--num-images={self.num_images}", f"--seed={self.seed}",
             f"--total-kimg={self.total_kimg:g}", "--measurements=20", "--probe-images=256", f"--companions={LABEL_FREE}",
-            "--num-samples=128", *([] if self.preset == "digits" else ["--resolution=12"]), f"--output-dir={output_dir}", f"--run-name={self.name}", "--tag=study=validation",
+            "--num-samples=128",
+            *([] if self.preset == "digits" else ["--resolution=12"]),
+            f"--output-dir={output_dir}", f"--run-name={self.name}", "--tag=study=validation",
             f"--tag=role={'rich' if self.rich else 'limited'}",
         ]  # fmt: skip
 

@@ -7,8 +7,12 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mlflow_icr.version import __version__
+
+# Those of Li et al. 2026, figure 2, for EDM; here so that --help does not wait for torch.
+SIGMAS = (0.01, 0.02, 0.06, 0.14, 0.3, 0.59, 1.09, 1.92, 3.26)
 
 
 def _summary(arguments: argparse.Namespace) -> int:
@@ -61,6 +65,39 @@ def _compare(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _sweep_noise(arguments: argparse.Namespace) -> int:
+    import csv
+    from dataclasses import asdict, fields
+
+    from mlflow_icr.extraction.images import folder_labels, load_folder
+    from mlflow_icr.extraction.pipelines import load_denoiser
+    from mlflow_icr.monitoring.plots import sweep_figure
+    from mlflow_icr.monitoring.protocol import Protocol
+    from mlflow_icr.monitoring.sweep import SweepPoint, sweep_noise
+
+    denoiser, resolution = load_denoiser(arguments.checkpoint)
+    images, labels = load_folder(arguments.data, resolution), folder_labels(arguments.data)
+    test: dict[str, Any] = {}
+    if arguments.test_data is not None:
+        test_labels = folder_labels(arguments.test_data)
+        if labels is None or test_labels is None:
+            raise ValueError("test_data is given, but a folder has no classes; expected one subfolder for each class in both")
+        test = {"test_images": load_folder(arguments.test_data, resolution), "test_labels": test_labels}
+    protocol = Protocol(augmentation_level=arguments.augmentation_level, num_views=arguments.num_views, seed=arguments.seed)
+    sweep = sweep_noise(
+        denoiser, images, sigmas=arguments.sigma, layers=arguments.layers, protocol=protocol, labels=labels, **test
+    )
+    if arguments.output_dir is not None:
+        arguments.output_dir.mkdir(parents=True, exist_ok=True)
+        sweep_figure({arguments.checkpoint.name: sweep}).savefig(arguments.output_dir / "sweep.png", dpi=130)
+        with (arguments.output_dir / "sweep.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, [field.name for field in fields(SweepPoint)])
+            writer.writeheader()
+            writer.writerows(asdict(point) for point in sweep.points)
+    print(json.dumps(sweep.as_dict(), indent=2))
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mlflow-icr", description="Is a diffusion model still learning, or copying?")
     parser.add_argument("--version", action="version", version=__version__)
@@ -78,6 +115,18 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("--ridge", type=float, default=0.0)
     measure.add_argument("--images-seen", type=int, default=0, help="written into the result as it is given")
     measure.set_defaults(run=_measure)
+
+    sweep = commands.add_parser("sweep-noise", help="ICR over noise levels and layers of a saved pipeline: where to look")
+    sweep.add_argument("checkpoint", type=Path, help="a diffusers folder")
+    sweep.add_argument("--data", type=Path, required=True, help="folder of training images; subfolders are classes")
+    sweep.add_argument("--test-data", type=Path, help="labelled images for the linear probe; default: cross-validation")
+    sweep.add_argument("--sigma", type=float, nargs="+", default=list(SIGMAS), help="noise standard deviations")
+    sweep.add_argument("--layers", nargs="+", default=[], help="default: all blocks of the network")
+    sweep.add_argument("--augmentation-level", type=int, default=3)
+    sweep.add_argument("--num-views", type=int, help="default: as many as the widest layer needs")
+    sweep.add_argument("--seed", type=int, default=0)
+    sweep.add_argument("--output-dir", type=Path, help="where sweep.png and sweep.csv go")
+    sweep.set_defaults(run=_sweep_noise)
 
     summary = commands.add_parser("summary", help="lowest ICR, onset of copies and lead of a run's history, as JSON")
     summary.add_argument("folder", type=Path, help="an output folder, or its history.jsonl")

@@ -3,7 +3,7 @@
 from mlflow_icr.extraction.denoisers import Denoiser, EDMDenoiser
 from mlflow_icr.extraction.keyed import keyed_generator
 from mlflow_icr.extraction.samplers import heun_sample
-from mlflow_icr.extraction.taps import Tap, pool, resolve_layer
+from mlflow_icr.extraction.taps import Tap, middle_layers, pool, resolve_layer
 from mlflow_icr.extraction.views import AUGMENTATION_LEVELS, as_unit_interval, make_views
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "heun_sample",
     "keyed_generator",
     "make_views",
+    "middle_layers",
     "pool",
     "resolve_layer",
 ]

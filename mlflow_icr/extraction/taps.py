@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -93,44 +94,57 @@ def pool(output: Any) -> Tensor:
     raise ValueError(f"the tapped layer gives {what}; expected (B, C, H, W), (B, T, D) or (B, D)")
 
 
+def middle_layers(network: nn.Module) -> list[str]:
+    """The network's blocks in the order of the data: of a U-Net down, middle and up, of a transformer all; else empty."""
+    stages = _stages(unwrap(network))
+    return [] if stages is None else stages[0]
+
+
 class Tap:
-    """A context in which a network is in evaluation mode and each call stops at one layer.
+    """A context in which a network is in evaluation mode and each call stops at one layer, or at the last of several.
 
     On leaving, every module's training flag and the random number generators are as they were found. Raises ValueError
-    when the layer does not exist, RuntimeError when a call does not reach it.
+    when a layer does not exist, RuntimeError when a call does not reach it.
     """
 
-    def __init__(self, network: nn.Module, layer: str) -> None:
+    def __init__(self, network: nn.Module, *layers: str) -> None:
         self.network = unwrap(network)
-        self.layer = resolve_layer(self.network, layer)
-        self._output: Any = None
+        self.layers = [resolve_layer(self.network, layer) for layer in layers]
+        self._outputs: dict[str, Tensor] = {}
 
     def __enter__(self) -> Tap:
         devices = {p.device for p in self.network.parameters() if p.device.type == "cuda"}
         self._found = ExitStack()
         self._found.enter_context(torch.random.fork_rng(devices=[d.index for d in devices if d.index is not None]))
         self._found.enter_context(evaluating(self.network))
-        self._handle = self.network.get_submodule(self.layer).register_forward_hook(self._reach)
+        for layer in dict.fromkeys(self.layers):
+            handle = self.network.get_submodule(layer).register_forward_hook(partial(self._reach, layer))
+            self._found.callback(handle.remove)
         return self
 
-    def _reach(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        self._output = output
-        raise _Reached
+    def _reach(self, layer: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._outputs[layer] = pool(output)
+        if len(self._outputs) == len(set(self.layers)):
+            raise _Reached
 
-    def __call__(self, forward: Callable[[], Any]) -> Tensor:
-        """Pooled features (B, D) float32 of the layer during `forward()`, which is left as soon as they are there."""
+    def each(self, forward: Callable[[], Any]) -> list[Tensor]:
+        """Pooled features (B, D) float32 of every layer during `forward()`, which is left as soon as they are there."""
+        self._outputs = {}
         try:
             with torch.no_grad():
                 forward()
         except _Reached:
-            return pool(self._output)
+            return [self._outputs[layer] for layer in self.layers]
         finally:
-            self._output = None
+            self._outputs, missing = {}, [layer for layer in self.layers if layer not in self._outputs]
         raise RuntimeError(
-            f"the forward pass ended without reaching layer {self.layer!r} of {type(self.network).__name__}: the denoiser "
+            f"the forward pass ended without reaching layer {missing[0]!r} of {type(self.network).__name__}: the denoiser "
             "runs another module, or a compiled copy of this one (tap the network as it was before torch.compile)"
         )
 
+    def __call__(self, forward: Callable[[], Any]) -> Tensor:
+        """Pooled features (B, D) float32 of the one layer during `forward()`."""
+        return self.each(forward)[0]
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._handle.remove()
         self._found.close()

@@ -8,6 +8,7 @@ from mlflow_icr.monitoring.protocol import Protocol
 from mlflow_icr.monitoring.report import Report
 from mlflow_icr.monitoring.schedule import geometric_schedule
 from mlflow_icr.monitoring.summary import summarise
+from mlflow_icr.monitoring.sweep import NoiseSweep, sweep_noise
 from mlflow_icr.monitoring.verdict import Thresholds, Verdict, verdict
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "GenerationMonitor",
     "ICRMonitor",
     "LossMonitor",
+    "NoiseSweep",
     "Protocol",
     "Report",
     "Thresholds",
@@ -22,5 +24,6 @@ __all__ = [
     "compare",
     "geometric_schedule",
     "summarise",
+    "sweep_noise",
     "verdict",
 ]

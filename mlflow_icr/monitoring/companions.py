@@ -13,7 +13,7 @@ from mlflow_icr.representation import companions, probes
 FOLDS = 5  # of the cross-validation of labelled probes
 
 
-def _folds(features: Tensor, labels: Tensor, score: Callable[[Tensor, Tensor, Tensor, Tensor], float]) -> float:
+def cross_validated(features: Tensor, labels: Tensor, score: Callable[[Tensor, Tensor, Tensor, Tensor], float]) -> float:
     """Mean score of `score(train, labels, test, labels)` over folds of the images (N, D), always the same folds."""
     order = torch.from_numpy(keyed_generator("folds", 0).permutation(len(features)))
     scores = []
@@ -40,8 +40,8 @@ LABELLED: dict[str, Callable[[Tensor, Tensor], float]] = {
     "nc1_classes": companions.variability_ratio,
     "class_separation": companions.class_separation,
     "silhouette": lambda x, y: probes.silhouette(_first_view(x), y),
-    "linear_probe_accuracy": lambda x, y: _folds(_first_view(x), y, probes.linear_probe_accuracy),
-    "knn_accuracy": lambda x, y: _folds(_first_view(x), y, probes.knn_accuracy),
+    "linear_probe_accuracy": lambda x, y: cross_validated(_first_view(x), y, probes.linear_probe_accuracy),
+    "knn_accuracy": lambda x, y: cross_validated(_first_view(x), y, probes.knn_accuracy),
 }
 NAMES = (*LABEL_FREE, *LABELLED)
 

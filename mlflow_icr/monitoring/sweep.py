@@ -1,0 +1,219 @@
+"""Where to look: ICR over noise levels and layers, and with labels the accuracy of a linear probe beside it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mlflow_icr.extraction.denoisers import Denoiser, device_of
+from mlflow_icr.extraction.keyed import keyed_generator
+from mlflow_icr.extraction.taps import Tap, middle_layers
+from mlflow_icr.extraction.views import as_unit_interval, make_views
+from mlflow_icr.monitoring.companions import cross_validated
+from mlflow_icr.monitoring.protocol import Protocol
+from mlflow_icr.representation import icr_interval, linear_probe_accuracy
+
+# Those of Li et al. 2026, figure 2, for EDM.
+SIGMAS = (0.01, 0.02, 0.06, 0.14, 0.3, 0.59, 1.09, 1.92, 3.26)
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """One layer at one sigma: debiased ICR with its 95 % interval, accuracy of a linear probe; None where `absent` says why."""
+
+    sigma: float
+    layer: str
+    dim: int
+    icr: float | None
+    low: float | None
+    high: float | None
+    accuracy: float | None
+    absent: str = ""
+
+
+@dataclass(frozen=True)
+class NoiseSweep:
+    """The points of a sweep, and what they say: the best sigma of each layer, and the best layer."""
+
+    points: tuple[SweepPoint, ...]
+    num_images: int
+    num_views: int
+
+    @property
+    def layers(self) -> list[str]:
+        """In the order of the data."""
+        return list(dict.fromkeys(p.layer for p in self.points))
+
+    @property
+    def sigmas(self) -> list[float]:
+        """Ascending."""
+        return sorted({p.sigma for p in self.points})
+
+    def of(self, layer: str) -> list[SweepPoint]:
+        """The points of a layer by ascending sigma."""
+        return sorted((p for p in self.points if p.layer == layer), key=lambda p: p.sigma)
+
+    def _measured(self, layer: str) -> list[SweepPoint]:
+        return [p for p in self.of(layer) if p.icr is not None]
+
+    def sigma_star(self, layer: str) -> float | None:
+        """The sigma with the lowest ICR of a layer; None where none was measured."""
+        found = self._measured(layer)
+        return min(found, key=lambda p: p.icr or 0.0).sigma if found else None
+
+    def most_accurate_sigma(self, layer: str) -> float | None:
+        """The sigma with the highest probe accuracy of a layer; None without labels."""
+        found = [p for p in self.of(layer) if p.accuracy is not None]
+        return max(found, key=lambda p: p.accuracy or 0.0).sigma if found else None
+
+    def has_window(self, layer: str) -> bool:
+        """Whether ICR over sigma is U-shaped beyond doubt: the lowest interval is below those of both end points."""
+        found = self._measured(layer)
+        if len(found) < 3:
+            return False
+        lowest = min(found, key=lambda p: p.icr or 0.0)
+        assert lowest.high is not None
+        return all(end.low is not None and end.low > lowest.high for end in (found[0], found[-1]))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, as plain values."""
+        found = {
+            layer: {
+                "sigma_star": self.sigma_star(layer),
+                "most_accurate_sigma": self.most_accurate_sigma(layer),
+                "has_window": self.has_window(layer),
+            }
+            for layer in self.layers
+        }
+        return {
+            "best_layer": self.best_layer,
+            "layers": found,
+            "num_images": self.num_images,
+            "num_views": self.num_views,
+            "points": [asdict(point) for point in self.points],
+        }
+
+    @property
+    def best_layer(self) -> str | None:
+        """The layer whose ICR gets lowest, at its own best sigma; None where nothing was measured."""
+        found = [p for p in self.points if p.icr is not None]
+        return min(found, key=lambda p: p.icr or 0.0).layer if found else None
+
+
+def _views_needed(dims: Sequence[int], num_images: int, protocol: Protocol) -> int:
+    resolved = protocol.resolve(images=num_images, dim=max(dims)).num_views
+    assert resolved is not None
+    return resolved
+
+
+def _noised(images: Tensor, start: int, sigma: float, seed: int, device: torch.device) -> Tensor:
+    """Images as they are, (B, C, H, W) in [-1, 1], plus noise that is keyed by their place in the set."""
+    noise = np.stack(
+        [
+            keyed_generator("probe", seed, start + i).standard_normal(tuple(images.shape[1:]), dtype=np.float32)
+            for i in range(len(images))
+        ]
+    )
+    return as_unit_interval(images).to(device) * 2 - 1 + sigma * torch.from_numpy(noise).to(device)
+
+
+class _Sweeper:
+    """Reads all layers in one pass of each batch."""
+
+    def __init__(self, denoiser: Denoiser, images: Tensor, layers: Sequence[str], protocol: Protocol, batch_size: int) -> None:
+        self.denoiser, self.images, self.layers, self.batch_size = denoiser, images, list(layers), batch_size
+        self.device = device_of(denoiser)
+        with Tap(denoiser.network, *self.layers) as tap:
+            x = as_unit_interval(images[:1]).to(self.device)
+            self.dims = [f.shape[1] for f in tap.each(lambda: denoiser(x, 1.0))]
+            self.names = tap.layers
+        self.num_views = _views_needed(self.dims, len(images), protocol)
+        self.protocol = protocol
+
+    def _batches(self, sigma: float) -> Iterator[Tensor]:
+        p, k = self.protocol, self.num_views
+        step = max(1, self.batch_size // k)
+        for start in range(0, len(self.images), step):
+            indices = list(range(start, min(start + step, len(self.images))))
+            yield make_views(
+                self.images[indices],
+                indices,
+                num_views=k,
+                sigma=sigma,
+                seed=p.seed,
+                level=p.augmentation_level,
+                device=self.device,
+            ).flatten(0, 1)
+
+    def views(self, sigma: float) -> list[Tensor]:
+        """Features (N, K, D) of each layer on views."""
+        return [f.view(len(self.images), self.num_views, -1) for f in self._read(self._batches(sigma), sigma)]
+
+    def plain(self, images: Tensor, sigma: float, seed: int) -> list[Tensor]:
+        """Features (N, D) of each layer on noised images that are not augmented."""
+        step = self.batch_size
+        batches = (_noised(images[i : i + step], i, sigma, seed, self.device) for i in range(0, len(images), step))
+        return self._read(batches, sigma)
+
+    def _read(self, batches: Iterator[Tensor], sigma: float) -> list[Tensor]:
+        parts: list[list[Tensor]] = [[] for _ in self.layers]
+        with Tap(self.denoiser.network, *self.layers) as tap:
+            for x in batches:
+                for mine, features in zip(parts, tap.each(partial(self.denoiser, x, sigma)), strict=True):
+                    mine.append(features)
+        return [torch.cat(mine) for mine in parts]
+
+
+def sweep_noise(
+    denoiser: Denoiser,
+    images: Tensor,
+    *,
+    sigmas: Sequence[float] = SIGMAS,
+    layers: Sequence[str] = (),
+    protocol: Protocol | None = None,
+    labels: Tensor | None = None,
+    test_images: Tensor | None = None,
+    test_labels: Tensor | None = None,
+    batch_size: int = 512,
+) -> NoiseSweep:
+    """ICR, with intervals, of each layer at each sigma, from one forward pass of each noised batch for all layers.
+
+    `images` are (N, C, H, W), uint8 or floats in [0, 1]; layers default to all blocks of the network. With `labels` (N,) a
+    linear probe is trained on features of noised, unaugmented images, and scored on `test_images` with `test_labels`, or
+    without these by five-fold cross-validation. Of `protocol`, views, augmentation and seed are used. Raises ValueError for
+    sigmas, layers, labels or sets that do not fit. Source: Li et al. 2026, figures 2, 9 and 14.
+    """
+    if not sigmas or not all(0 < s < math.inf for s in sigmas):
+        raise ValueError(f"sigmas is {tuple(sigmas)}; expected positive finite numbers")
+    if labels is not None and len(labels) != len(images):
+        raise ValueError(f"labels has {len(labels)} entries for {len(images)} images; expected one for each")
+    if (test_images is None) != (test_labels is None) or (test_labels is not None and labels is None):
+        raise ValueError("test_images and test_labels go together, and need labels")
+    layers = list(layers) or middle_layers(denoiser.network)
+    if not layers:
+        raise ValueError(f"layers is empty, and {type(denoiser.network).__name__} has no blocks that are known; name some")
+    sweeper = _Sweeper(denoiser, images, layers, protocol or Protocol(), batch_size)
+    points = []
+    for sigma in sorted(set(sigmas)):
+        accuracies: list[float | None] = [None] * len(layers)
+        if labels is not None:
+            train = sweeper.plain(images, sigma, 0)
+            if test_images is None or test_labels is None:
+                accuracies = [cross_validated(f.cpu(), labels, linear_probe_accuracy) for f in train]
+            else:
+                test = sweeper.plain(test_images, sigma, 1)
+                accuracies = [linear_probe_accuracy(a, labels, b, test_labels) for a, b in zip(train, test, strict=True)]
+        for name, features, accuracy in zip(sweeper.names, sweeper.views(sigma), accuracies, strict=True):
+            try:
+                found = icr_interval(features)
+                points.append(SweepPoint(sigma, name, features.shape[2], found.value, found.low, found.high, accuracy))
+            except ValueError as error:
+                points.append(SweepPoint(sigma, name, features.shape[2], None, None, None, accuracy, str(error)))
+    return NoiseSweep(tuple(points), len(images), sweeper.num_views)

@@ -65,6 +65,21 @@ def _compare(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _rank_images(arguments: argparse.Namespace) -> int:
+    import csv
+
+    from mlflow_icr.monitoring.ranking import rank_folder
+
+    images, classes = rank_folder(arguments.folder, arguments.step)
+    rows = classes if arguments.classes else images[: arguments.top]
+    if not rows:
+        raise ValueError(f"folder is {str(arguments.folder)!r}, whose training images have no classes")
+    writer = csv.DictWriter(sys.stdout, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return 0
+
+
 def _sweep_noise(arguments: argparse.Namespace) -> int:
     import csv
     from dataclasses import asdict, fields
@@ -136,6 +151,13 @@ def _parser() -> argparse.ArgumentParser:
     verdict.add_argument("folder", type=Path, help="an output folder, or its history.jsonl")
     verdict.add_argument("--json", action="store_true", help="all fields, as JSON")
     verdict.set_defaults(run=_verdict)
+
+    ranking = commands.add_parser("rank-images", help="training images by their share in the residual energy, as CSV")
+    ranking.add_argument("folder", type=Path, help="an output folder")
+    ranking.add_argument("--step", type=int, help="images seen; default: the newest measurement")
+    ranking.add_argument("--top", type=int, help="default: all")
+    ranking.add_argument("--classes", action="store_true", help="classes instead of images, where there are labels")
+    ranking.set_defaults(run=_rank_images)
 
     compare = commands.add_parser("compare", help="debiased ICR of a run at step B less step A, paired by image, as JSON")
     compare.add_argument("folder", type=Path, help="an output folder")

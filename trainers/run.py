@@ -12,7 +12,10 @@ import torch
 from accelerate import Accelerator
 
 from mlflow_icr import EDMDenoiser, GenerationMonitor, ICRMonitor, LossMonitor, Report, geometric_schedule, verdict
-from mlflow_icr.monitoring.series import HISTORY, read_history
+from mlflow_icr.monitoring.grid import image_tiles
+from mlflow_icr.monitoring.neighbours import invariant_part, residual_part
+from mlflow_icr.monitoring.ranking import rank_classes, rank_images
+from mlflow_icr.monitoring.series import HISTORY, arrays_path, read_arrays, read_history
 from mlflow_icr.tracking import Tracker
 from trainers.checkpoint import latest_checkpoint, load_checkpoint, mark_turning, save_checkpoint
 from trainers.config import STOPPING, TrainConfig
@@ -23,6 +26,7 @@ from trainers.loop import new_state, take_mean_loss, train
 
 # Ranks must stop at the same step; asking all of them after every step would make each wait for the others' hosts.
 STOP_EVERY_STEPS = 8
+PROJECTOR_IMAGES = 1000  # more make one sprite that browsers are slow with
 
 
 class Run:
@@ -52,7 +56,13 @@ class Run:
         ema = EDMDenoiser(self.state.ema, config.sigma_data)
         raw = EDMDenoiser(self.accelerator.unwrap_model(self.state.network), config.sigma_data) if config.measure_raw else None
         self.monitor = ICRMonitor(
-            ema, self.data.train, config.protocol(), raw=raw, companions=config.companions, labels=self.data.train_labels
+            ema,
+            self.data.train,
+            config.protocol(),
+            raw=raw,
+            companions=config.companions,
+            labels=self.data.train_labels,
+            pictures=True,
         )
         heldout = self.data.heldout if len(self.data.heldout) else None
         self.losses = None
@@ -177,6 +187,26 @@ class Run:
             save_checkpoint(self.output_dir, self.state, self.config, self.accelerator, self.monitor.state_dict())
             mark_turning(self.output_dir, verdict(self.rows))
         self.accelerator.wait_for_everyone()
+
+    def conclude(self, tracker: Tracker) -> None:
+        """Which images: tables of the newest measurement, and its vectors for the projector; on the main process."""
+        if not tracker.journal.rows:
+            return
+        step = int(tracker.journal.rows[-1]["images_seen"])
+        if not arrays_path(self.output_dir, step).exists():  # the features were not finite
+            return
+        arrays = read_arrays(self.output_dir, step)
+        if "repr/residual_share" in arrays:
+            tracker.table("training_images", rank_images(arrays), step)
+            tracker.table("classes", rank_classes(arrays), step)
+        features, labels = self.monitor.features, self.monitor.labels
+        if features is None:
+            return
+        features = features[:PROJECTOR_IMAGES]
+        shown = image_tiles(self.data.train[: len(features)])
+        texts = [str(i) if labels is None else f"{i}: class {int(labels[i])}" for i in range(len(features))]
+        for name, vectors in (("s", invariant_part(features)), ("xi", residual_part(features))):
+            tracker.embedding(name, vectors.float().cpu().numpy(), shown, texts, step)
 
     def end(self) -> None:
         """Leave the process group, if there is one."""

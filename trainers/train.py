@@ -129,6 +129,8 @@ def train_run(run: Run, stop: Stop, output_dir: Path, tags: Mapping[str, str], r
     finally:
         console.close()
         if tracker is not None:
+            if status != "FAILED":
+                run.conclude(tracker)
             found = tracker.verdict
             console.summary(tracker.close(status), found, status, output_dir)
             note_run(sink, output_dir)  # where the server was away at the start, the run is younger than the training

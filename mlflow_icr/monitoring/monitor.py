@@ -13,7 +13,9 @@ from mlflow_icr.extraction.denoisers import Denoiser
 from mlflow_icr.monitoring.companions import check_companions
 from mlflow_icr.monitoring.compare import Comparison, difference_of
 from mlflow_icr.monitoring.errors import ErrorReader
+from mlflow_icr.monitoring.neighbours import neighbour_pictures, residual_wall
 from mlflow_icr.monitoring.protocol import Protocol
+from mlflow_icr.monitoring.ranks import gather_rows
 from mlflow_icr.monitoring.reader import FeatureReader
 from mlflow_icr.monitoring.report import Report
 from mlflow_icr.monitoring.section import ALL, Section
@@ -24,9 +26,10 @@ class ICRMonitor:
 
     `denoiser` is read (give the EMA weights: they are what one samples from), and `raw` too where given, under
     `repr_raw/`. `images` are (N, C, H, W), uint8 or floats in [0, 1]; the protocol's first num_images of them are used.
-    `companions` names further measures to log; some need `labels`, (N,) integers. Views are made once and kept while they
-    take no more than `cache_bytes`. Under torch.distributed every rank calls `measure`, takes its share of the images, and
-    gets the same report. Raises ValueError for images, companions or a protocol that do not fit.
+    `companions` names further measures to log; some need `labels`, (N,) integers. With `pictures` every report shows nearest
+    images by invariant and residual part, and the images with the largest shares of the residual energy. Views are made once
+    and kept while they take no more than `cache_bytes`. Under torch.distributed every rank calls `measure`, takes its share
+    of the images, and gets the same report. Raises ValueError for images, companions or a protocol that do not fit.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class ICRMonitor:
         raw: Denoiser | None = None,
         companions: Sequence[str] = (),
         labels: Tensor | None = None,
+        pictures: bool = False,
         batch_size: int = 512,
         cache_bytes: int = 512 * 2**20,
     ) -> None:
@@ -45,13 +49,14 @@ class ICRMonitor:
         self.reader = FeatureReader(denoiser, images, protocol or Protocol(), batch_size, cache_bytes)
         self.errors = ErrorReader(self.reader.images, self.protocol, batch_size)
         self._networks = {"repr": denoiser} | ({} if raw is None else {"repr_raw": raw})
+        self.pictures, self.labels = pictures, None if labels is None else labels[: self.protocol.num_images]
+        self.features: Tensor | None = None  # (N, K, D) of the last measurement of `repr`, where pictures need them
         self._measured: dict[int, tuple[float, Tensor]] = {}  # debiased ICR and influences (N,) by step
         self.sections: dict[tuple[str, float], Section] = {}
         for place, sigma in enumerate(self.protocol.sigmas):
             suffix = "" if place == 0 else f"_sigma{sigma:g}"
             for prefix in self._networks:
-                mine = None if labels is None else labels[: self.protocol.num_images]
-                self.sections[prefix, sigma] = Section(prefix + suffix, self.protocol, companions, mine)
+                self.sections[prefix, sigma] = Section(prefix + suffix, self.protocol, companions, self.labels)
 
     @property
     def protocol(self) -> Protocol:
@@ -68,7 +73,8 @@ class ICRMonitor:
         started = time.perf_counter()
         values: dict[str, float] = {}
         absent: dict[str, str] = {}
-        arrays: dict[str, np.ndarray] = {}
+        arrays: dict[str, np.ndarray] = {} if self.labels is None else {"label": self.labels.numpy()}
+        figures: dict[str, np.ndarray] = {}
         for (prefix, sigma), section in self.sections.items():
             try:
                 features = self.reader.read(self._networks[prefix], sigma)
@@ -79,10 +85,19 @@ class ICRMonitor:
             values.update(found.values)
             absent.update(found.absent)
             arrays.update(found.arrays)
+            if self.pictures and section.name == "repr":
+                figures.update(self._pictures(features, found.arrays))
         if "repr/influence" in arrays:
             self._measured[step] = values["repr/icr_debiased"], torch.from_numpy(arrays["repr/influence"])
         values["perf/measure_seconds"] = time.perf_counter() - started
-        return Report(step, values, absent=absent, arrays=arrays, protocol_digest=self.protocol.digest)
+        return Report(step, values, figures, absent, self.protocol.digest, arrays)
+
+    def _pictures(self, features: Tensor, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        self.features = gather_rows(features, len(self.reader.images))
+        found = neighbour_pictures(self.features, self.reader.images, self.protocol)
+        if "repr/residual_share" in arrays:
+            found["largest_residuals"] = residual_wall(arrays, self.reader.images)
+        return found
 
     def compare(self, step_a: int, step_b: int, level: float = 0.95) -> Comparison:
         """The debiased ICR at step b less that at step a, two steps that this monitor measured, with its interval.

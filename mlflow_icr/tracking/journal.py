@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +93,18 @@ class Journal:
             path = arrays_path(self.folder, report.step)
             path.parent.mkdir(parents=True, exist_ok=True)
             np.savez_compressed(path, **report.arrays)  # type: ignore[arg-type]
+
+    def write_table(self, name: str, rows: Sequence[Mapping[str, object]]) -> Path:
+        """Write `tables/<name>.csv`, whole or not at all; returns its path."""
+        path = self.folder / "tables" / f"{name}.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.part")
+        with part.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        part.rename(path)
+        return path
 
     def picture(self, key: str, step: int) -> Path:
         """Where the picture of a key at a step is kept."""

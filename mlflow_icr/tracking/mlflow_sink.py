@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -30,6 +31,7 @@ class MLflowSink:
         self.run_name = run_name
         self.experiment_id: str | None = None
         self._owned = True
+        self._tables: list[str] = []
         self._pending: list[Callable[[], None]] = []
         for variable, value in PATIENCE.items():
             os.environ.setdefault(variable, value)
@@ -106,6 +108,22 @@ class MLflowSink:
         tags |= {f"verdict.{key}": f"{value:.0f}" for key, value in verdict.summary().items()}
         entities = [RunTag(key, value[:8000]) for key, value in tags.items()]
         self._send(lambda: self._client.log_batch(self.run_id, tags=entities))
+
+    def table(self, name: str, rows: Sequence[Mapping[str, object]], step: int) -> None:
+        """Log `tables/<name>.json`, which the run's page shows as a table."""
+        columns = {key: [row[key] for row in rows] for key in rows[0]}
+        content = {"columns": list(columns), "data": [list(row) for row in zip(*columns.values(), strict=True)]}
+        path = f"tables/{name}.json"
+        self._tables = sorted({*self._tables, path})
+        marks = json.dumps([{"path": table, "type": "table"} for table in self._tables])
+        # As mlflow.log_table does it; that one would append to a table of the same name, and a resumed run has one.
+        self._send(
+            lambda: self._client.log_dict(self.run_id, content, path),
+            lambda: self._client.set_tag(self.run_id, "mlflow.loggedArtifacts", marks),
+        )
+
+    def embedding(self, name: str, vectors: np.ndarray, images: np.ndarray, labels: Sequence[str], step: int) -> None:
+        """Nothing: MLflow has no projector."""
 
     def artifact(self, path: str, folder: str | None = None) -> None:
         """Upload a file into the run's artifacts."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from mlflow_icr.monitoring.report import Report
 from mlflow_icr.monitoring.verdict import Verdict
@@ -19,6 +21,7 @@ HPARAM_METRICS = (
     "turning_images_seen",
     "lead_images",
 )
+TABLE_ROWS = 50
 
 
 class TensorBoardSink:
@@ -75,6 +78,21 @@ class TensorBoardSink:
         """Add the verdict as text at the step that it was found at."""
         self._writer.add_text("verdict", verdict.text, step)
         self._writer.flush()
+
+    def table(self, name: str, rows: Sequence[Mapping[str, object]], step: int) -> None:
+        """Add the first rows of a table as text, in Markdown."""
+        lines = ["| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
+        for row in rows[:TABLE_ROWS]:
+            cells = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values())
+            lines.append("| " + " | ".join(cells) + " |")
+        self._writer.add_text(f"tables/{name}", "\n".join(lines), step)
+
+    def embedding(self, name: str, vectors: np.ndarray, images: np.ndarray, labels: Sequence[str], step: int) -> None:
+        """Add vectors (N, D) with thumbnails to the projector."""
+        from torch import from_numpy
+
+        thumbnails = from_numpy(images).permute(0, 3, 1, 2).float() / 255
+        self._writer.add_embedding(from_numpy(vectors), list(labels), thumbnails, global_step=step, tag=name)
 
     def close(self, status: str) -> None:
         """Close the event file."""

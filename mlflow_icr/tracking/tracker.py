@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from mlflow_icr.monitoring.report import Report
 from mlflow_icr.monitoring.summary import summarise
 from mlflow_icr.monitoring.verdict import Verdict, verdict
@@ -35,6 +37,12 @@ class Sink(Protocol):
 
     def verdict(self, verdict: Verdict, step: int) -> None:
         """Show what the history says so far."""
+
+    def table(self, name: str, rows: Sequence[Mapping[str, object]], step: int) -> None:
+        """Show a table; all rows have the same keys."""
+
+    def embedding(self, name: str, vectors: np.ndarray, images: np.ndarray, labels: Sequence[str], step: int) -> None:
+        """Show vectors (N, D) with their images (N, H, W, 3) uint8 and texts, where the place can."""
 
     def close(self, status: str) -> None:
         """Finish: FINISHED, FAILED or KILLED."""
@@ -80,6 +88,19 @@ class Tracker:
         for sink in self.sinks:
             self._guard(sink, partial(sink.write, report))
             self._guard(sink, partial(sink.verdict, found, report.step))
+
+    def table(self, name: str, rows: Sequence[Mapping[str, object]], step: int) -> None:
+        """Write a table to `tables/<name>.csv` in the folder and to every sink; nothing for no rows."""
+        if not rows:
+            return
+        self.journal.write_table(name, rows)
+        for sink in self.sinks:
+            self._guard(sink, partial(sink.table, name, rows, step))
+
+    def embedding(self, name: str, vectors: np.ndarray, images: np.ndarray, labels: Sequence[str], step: int) -> None:
+        """Show vectors (N, D) with thumbnails (N, H, W, 3) uint8 in every sink that can."""
+        for sink in self.sinks:
+            self._guard(sink, partial(sink.embedding, name, vectors, images, labels, step))
 
     @property
     def verdict(self) -> Verdict:

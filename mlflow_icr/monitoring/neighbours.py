@@ -1,0 +1,71 @@
+"""Pictures of what the two parts of a representation hold: nearest images by the invariant part s and by the residual xi."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from mlflow_icr.extraction.views import as_unit_interval, make_views
+from mlflow_icr.monitoring.grid import image_grid
+from mlflow_icr.monitoring.protocol import Protocol
+
+ANCHORS, NEIGHBOURS = 6, 9
+WALL = 64  # images of the wall, in rows of 16
+
+
+def invariant_part(features: Tensor) -> Tensor:
+    """s (N, D) of features (N, K, D): the mean over views, centred over images."""
+    s = features.double().mean(1)
+    return s - s.mean(0)
+
+
+def residual_part(features: Tensor, view: int = 0) -> Tensor:
+    """xi (N, D) of one view of features (N, K, D): what it differs by from the image's mean, centred over images."""
+    xi = features[:, view].double() - features.double().mean(1)
+    return xi - xi.mean(0)
+
+
+def nearest(vectors: Tensor, anchors: Tensor, count: int) -> Tensor:
+    """The `count` nearest rows of `vectors` (N, D) to each anchor, by cosine, without the anchor itself, (A, count)."""
+    z = normalize(vectors, dim=-1)
+    similarity = z[anchors] @ z.T
+    similarity[torch.arange(len(anchors)), anchors] = -torch.inf
+    return similarity.topk(min(count, len(z) - 1), dim=1).indices
+
+
+def anchor_images(count: int) -> Tensor:
+    """A few images that are spread over the probe, the same at every step."""
+    return torch.linspace(0, count - 1, min(ANCHORS, count)).round().long()
+
+
+def neighbour_pictures(features: Tensor, images: Tensor, protocol: Protocol) -> dict[str, np.ndarray]:
+    """Grids with an anchor at the left of each row and its nearest images after it, (H, W, 3) uint8 by key.
+
+    `features` (N, K, D) are of `images` (N, C, H, W). `neighbours_s` shows images near in s: they should show the same
+    thing. `neighbours_xi` shows first views near in xi: they should share crop, flip and brightness. Source: Li et al. 2026,
+    figures 1 and 6.
+    """
+    features = features.cpu()
+    anchors = anchor_images(len(features))
+    images = (as_unit_interval(images) * 255).round().to(torch.uint8)
+    views = make_views(images, range(len(images)), num_views=1, sigma=0, seed=protocol.seed, level=protocol.augmentation_level)[
+        :, 0
+    ]
+    shown = {"neighbours_s": images, "neighbours_xi": ((views.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)}
+    vectors = {"neighbours_s": invariant_part(features), "neighbours_xi": residual_part(features)}
+    found = {}
+    for key, z in vectors.items():
+        rows = torch.cat([anchors[:, None], nearest(z, anchors, NEIGHBOURS)], 1)  # (A, 1 + count)
+        found[key] = image_grid(shown[key][rows.flatten()], rows.shape[1])
+    return found
+
+
+def residual_wall(arrays: Mapping[str, np.ndarray], images: Tensor) -> np.ndarray:
+    """The images (N, C, H, W) with the largest shares of the residual energy, the largest first, (H, W, 3) uint8."""
+    order = np.argsort(-arrays["repr/residual_share"], kind="stable")[:WALL]
+    shown = (as_unit_interval(images) * 255).round().to(torch.uint8)[torch.from_numpy(order.copy())]
+    return image_grid(shown, 16)

@@ -4,7 +4,7 @@ BIN := .venv/bin
 UI_PORT ?= 5000
 TENSORBOARD_PORT ?= 6006
 
-.PHONY: .venv demo test slow lint format ui benchmarks screenshots clean
+.PHONY: .venv demo test slow lint format ui benchmarks validate screenshots clean
 
 .venv: .venv/.installed
 
@@ -44,6 +44,11 @@ benchmarks: .venv
 	$(BIN)/python benchmarks/import_time.py
 	$(BIN)/python benchmarks/measurement.py
 	$(BIN)/python benchmarks/trainer.py
+
+# docs/validation.md from trainings and simulations; takes hours, and goes on where it was stopped. Needs Fashion-MNIST
+# (Debian: apt install dataset-fashion-mnist).
+validate: .venv
+	$(BIN)/python -m trainers.experiments.validation
 
 # The pictures in README.md, from the latest demo; needs Chromium (Debian: apt install chromium).
 screenshots: .venv

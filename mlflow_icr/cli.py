@@ -24,7 +24,7 @@ def _summary(arguments: argparse.Namespace) -> int:
 
 
 def _measure(arguments: argparse.Namespace) -> int:
-    from mlflow_icr.extraction.images import load_folder
+    from mlflow_icr.extraction.images import folder_labels, load_folder
     from mlflow_icr.extraction.pipelines import load_denoiser
     from mlflow_icr.monitoring import ICRMonitor, Protocol
 
@@ -37,8 +37,11 @@ def _measure(arguments: argparse.Namespace) -> int:
         num_views=arguments.num_views,
         seed=arguments.seed,
         ridge=arguments.ridge,
+        projection=arguments.projection,
+        shrinkage=arguments.shrinkage,
     )
-    monitor = ICRMonitor(denoiser, load_folder(arguments.data, resolution), protocol)
+    images, labels = load_folder(arguments.data, resolution), folder_labels(arguments.data)
+    monitor = ICRMonitor(denoiser, images, protocol, companions=arguments.companions, labels=labels)
     report = monitor.measure(arguments.images_seen)
     print(json.dumps(report.flat() | {"protocol_digest": report.protocol_digest}, indent=2))
     for key, why in report.absent.items():
@@ -128,6 +131,9 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("--num-views", type=int, help="default: as many as the layer's width needs")
     measure.add_argument("--seed", type=int, default=0)
     measure.add_argument("--ridge", type=float, default=0.0)
+    measure.add_argument("--projection", type=int, help="read this many principal directions, where views are too few")
+    measure.add_argument("--shrinkage", default="none", help="of the residual covariance: none, ledoit-wolf or oas")
+    measure.add_argument("--companions", nargs="+", default=[], help="further measures, such as alignment rankme lidar")
     measure.add_argument("--images-seen", type=int, default=0, help="written into the result as it is given")
     measure.set_defaults(run=_measure)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mlflow_icr import summarise
+from mlflow_icr import summarise, verdict
 from mlflow_icr.tracking import read_history
 from tests.test_tracking import as_float32, journal_scalars, mlflow_scalars, tensorboard_scalars
 
@@ -43,6 +43,11 @@ def test_the_limited_run_turns_before_it_copies_and_the_control_does_not_copy(
     assert end["repr/fisher_residual_energy"] >= 1.3 * lowest["repr/fisher_residual_energy"]
     assert found["lead_images"] > 0
     assert max(row["mem/ratio_l2"] for row in control) <= 0.02
+    said = verdict(limited)
+    assert said.state == "memorizing"
+    assert said.turning_images_seen is not None
+    assert said.turning_images_seen < found["mem_onset_images_seen"]
+    assert verdict(control).state == "generalizing"
 
     for role in ("limited", "control"):
         (run,) = MlflowClient().search_runs(["0"], f"tags.role = '{role}'")

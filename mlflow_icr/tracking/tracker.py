@@ -87,7 +87,11 @@ class Tracker:
         found = verdict(self.journal.rows)
         for sink in self.sinks:
             self._guard(sink, partial(sink.write, report))
-            self._guard(sink, partial(sink.verdict, found, report.step))
+            self._guard(sink, partial(self._tell, sink, found, report.step))
+
+    @staticmethod
+    def _tell(sink: Sink, found: Verdict, step: int) -> None:
+        sink.verdict(found, step)
 
     def table(self, name: str, rows: Sequence[Mapping[str, object]], step: int) -> None:
         """Write a table to `tables/<name>.csv` in the folder and to every sink; nothing for no rows."""

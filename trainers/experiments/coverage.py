@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import csv
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import torch
@@ -88,6 +91,7 @@ class Coverage:
     deviation: float  # standard deviation of the centre
     standard_error: float
     coverage: float
+    repeats: int
 
     @property
     def degrees_per_dimension(self) -> float:
@@ -121,11 +125,33 @@ def measure_coverage(family: Family, n: int, k: int, d: int, repeats: int, seed:
         float(centres.std(ddof=1)),
         float(errors.mean()),
         float(inside_all.mean()),
+        repeats,
     )
 
 
-def all_coverages(repeats: int) -> Iterator[Coverage]:
-    """Every family at every size."""
+def read_coverages(path: Path) -> list[Coverage]:
+    """The rows of a table that `simulate_missing` wrote; none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open() as file:
+        hints = get_type_hints(Coverage)
+        return [Coverage(**{key: hints[key](value) for key, value in row.items()}) for row in csv.DictReader(file)]
+
+
+def simulate_missing(path: Path, repeats: int) -> None:
+    """Add every family at every size to a CSV table, one row after the other; what is there with so many draws stays."""
+    rows = [row for row in read_coverages(path) if row.repeats == repeats]
+    there = {(row.family, row.n, row.k, row.d) for row in rows}
+    path.parent.mkdir(parents=True, exist_ok=True)
     for family in FAMILIES:
         for n, k, d in SIZES:
-            yield measure_coverage(family, n, k, d, repeats)
+            if (family.name, n, k, d) in there:
+                continue
+            rows.append(measure_coverage(family, n, k, d, repeats))
+            part = path.with_name(f".{path.name}.part")
+            with part.open("w", newline="") as file:
+                writer = csv.DictWriter(file, [field.name for field in fields(Coverage)], lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(asdict(row) for row in rows)
+            part.rename(path)
+            print(f"simulated {family.name}, N = {n}, K = {k}, D = {d}: {rows[-1].coverage:.3f}", flush=True)

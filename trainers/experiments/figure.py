@@ -1,11 +1,12 @@
-"""The picture of a study: contamination, copies and residual energy of its runs over images seen."""
+"""The picture of a study: contamination, verdict, copies and residual energy of its runs over images seen."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from mlflow_icr import summarise
+from mlflow_icr import summarise, verdict
+from mlflow_icr.monitoring.plots import COLOURS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,54 +15,69 @@ if TYPE_CHECKING:
 Rows = Sequence[Mapping[str, float]]
 
 PANELS = (
-    ("repr/icr", "ICR\n(low is clean)"),
+    ("repr/icr_debiased", "ICR, debiased\n(low is clean)"),
+    ("repr/view_error_ratio", "view error ratio"),
     ("mem/ratio_l2", "share of samples\nthat are copies"),
     ("repr/fisher_residual_energy", "residual energy along\nFisher directions"),
 )
-COLOURS = ("#c2410c", "#1d4ed8", "#15803d", "#7e22ce")  # told apart in grey and by the colour-blind, in this order
+BANDS = {
+    "repr/icr_debiased": ("repr/icr_low", "repr/icr_high"),
+    "repr/view_error_ratio": ("repr/view_error_ratio_low", "repr/view_error_ratio_high"),
+}
+LOGARITHMIC = ("repr/view_error_ratio", "repr/fisher_residual_energy")
 
 
-def _draw(axes: Axes, rows: Rows, key: str, **style: object) -> None:
+def _draw(axes: Axes, rows: Rows, key: str, colour: str, name: str) -> None:
     # An untrained network is off every scale, and 0 images off a logarithmic axis.
     points = [(row["images_seen"] / 1000, row[key]) for row in rows if key in row and row["images_seen"] > 0]
     if points:
-        axes.plot(*zip(*points, strict=True), **style)  # type: ignore[arg-type]
+        axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=3.5, label=name)
+    low, high = BANDS.get(key, ("", ""))
+    band = [(row["images_seen"] / 1000, row[low], row[high]) for row in rows if low in row and row["images_seen"] > 0]
+    if band:
+        at, below, above = zip(*band, strict=True)
+        axes.fill_between(at, below, above, color=colour, alpha=0.15, linewidth=0)
+
+
+def _mark(panels: Sequence[Axes], at: float, text: str, colour: str, panel: int, style: str) -> None:
+    for axes in panels:
+        axes.axvline(at, color=colour, linestyle=style, linewidth=1)
+    panels[panel].annotate(
+        f" {text}\n {at:.0f} kimg", (at, 1), xycoords=("data", "axes fraction"), va="top", color=colour, fontsize=9
+    )
 
 
 def study_figure(histories: Mapping[str, Rows], title: str) -> Figure:
-    """ICR, `mem/ratio_l2` and Fisher residual energy of each run, one panel below the other, over images seen.
+    """Debiased ICR and view error ratio with intervals, copies and Fisher residual energy of each run over images seen.
 
-    Dotted lines mark a run's lowest ICR and the onset of copies, where it has one.
+    A dashed line and a band mark where a run's verdict dates its turn, a dotted line where copies begin.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 8.5), layout="constrained")
+    figure = Figure(figsize=(8, 10.5), layout="constrained")
     panels = figure.subplots(len(PANELS), 1, sharex=True)
     for (name, rows), colour in zip(histories.items(), COLOURS, strict=False):
+        said = verdict(rows)
         for axes, (key, label) in zip(panels, PANELS, strict=True):
-            _draw(axes, rows, key, color=colour, marker="o", markersize=3.5, label=name)
+            _draw(axes, rows, key, colour, f"{name}: {said.state}")
             axes.set_ylabel(label)
-        found = summarise(rows)
-        if "mem_onset_images_seen" not in found or "icr_min_images_seen" not in found:
-            continue
-        for key, text, axes in (
-            ("icr_min_images_seen", "lowest ICR", panels[0]),
-            ("mem_onset_images_seen", "copies begin", panels[1]),
-        ):
-            at = found[key] / 1000
-            for every in panels:
-                every.axvline(at, color=colour, linestyle=":", linewidth=1)
-            axes.annotate(
-                f" {text}\n {at:.0f} kimg", (at, 1), xycoords=("data", "axes fraction"), va="top", color=colour, fontsize=9
-            )
+        if said.turning_images_seen is not None and said.low is not None and said.high is not None:
+            _mark(panels, said.turning_images_seen / 1000, "turn", colour, 1, "--")
+            for axes in panels:
+                axes.axvspan(max(said.low, 1) / 1000, said.high / 1000, color=colour, alpha=0.08, linewidth=0)
+        onset = summarise(rows).get("mem_onset_images_seen")
+        if onset is not None:
+            _mark(panels, onset / 1000, "copies begin", colour, 2, ":")
     panels[0].set_title(title)
     panels[0].legend(frameon=False, loc="lower left")
-    panels[1].set_ylim(-0.02, 1.02)
-    panels[2].set_yscale("log")
+    panels[2].set_ylim(-0.02, 1.02)
+    for axes, (key, _) in zip(panels, PANELS, strict=True):
+        if key in LOGARITHMIC:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.2)
     panels[-1].set_xscale("log")
     panels[-1].set_xlabel("images seen (thousands)")
     panels[-1].xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    for axes in panels:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.2)
     return figure

@@ -11,8 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from mlflow_icr.monitoring.summary import summarise
+from mlflow_icr.monitoring.verdict import verdict
 from trainers.arguments import OneLineParser, add_config_flags, config_changes
 from trainers.config import TrainConfig, load_config, preset_names
 from trainers.data import load_source
@@ -25,12 +27,13 @@ logger = logging.getLogger(__name__)
 AUTO = "auto"
 COLUMNS = {
     "num_images": "training images",
+    "verdict": "verdict",
+    "turning_images_seen": "turned at",
+    "mem_onset_images_seen": "copies begin at",
+    "mem_ratio_end": "copies at the end",
     "icr_min": "lowest ICR",
     "icr_min_images_seen": "at images seen",
     "icr_end": "ICR at the end",
-    "mem_ratio_end": "copies at the end",
-    "mem_onset_images_seen": "copies begin at",
-    "lead_images": "lead in images",
 }
 
 
@@ -99,10 +102,15 @@ def _flags(study: Study, role: str, config: TrainConfig) -> list[str]:
     return flags
 
 
-def _table(study: Study, histories: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, dict[str, float]]:
-    table = {}
+Cells = Mapping[str, Any]  # one run's row of the table: numbers, and the verdict's word
+
+
+def _table(study: Study, histories: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Cells]:
+    table: dict[str, Cells] = {}
     for role, rows in histories.items():
-        found = {"num_images": float(study.configs[role].num_images), **summarise(rows)}
+        said = verdict(rows)
+        found: dict[str, Any] = {"num_images": float(study.configs[role].num_images), **summarise(rows), **said.summary()}
+        found["verdict"] = said.state
         for name, key in (("icr_end", "repr/icr"), ("mem_ratio_end", "mem/ratio_l2")):
             if rows and key in rows[-1]:
                 found[name] = rows[-1][key]
@@ -110,13 +118,13 @@ def _table(study: Study, histories: Mapping[str, Sequence[Mapping[str, float]]])
     return table
 
 
-def _cell(key: str, row: Mapping[str, float]) -> str:
-    if key not in row:
-        return "-"
+def _cell(key: str, row: Cells) -> str:
+    if key not in row or isinstance(row[key], str):
+        return str(row.get(key, "-"))
     return f"{row[key]:.3f}" if key in ("icr_min", "icr_end", "mem_ratio_end") else f"{row[key]:,.0f}"
 
 
-def _text(table: Mapping[str, Mapping[str, float]]) -> str:
+def _text(table: Mapping[str, Cells]) -> str:
     """The table as aligned Markdown, which reads well in a terminal too."""
     rows = [["", *COLUMNS.values()]] + [[role, *(_cell(key, row) for key in COLUMNS)] for role, row in table.items()]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -125,7 +133,7 @@ def _text(table: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def _try(what: str, call: Callable[[], object]) -> None:
+def try_tracking(what: str, call: Callable[[], object]) -> None:
     """The study's results are in its folder: a tracking server that does not answer is told of, and that is all."""
     try:
         call()
@@ -133,7 +141,7 @@ def _try(what: str, call: Callable[[], object]) -> None:
         logger.warning("MLflow does not take %s (%s)", what, type(error).__name__)
 
 
-def conclude(study: Study) -> tuple[dict[str, dict[str, float]], list[Path]]:
+def conclude(study: Study) -> tuple[dict[str, Cells], list[Path]]:
     """Draw and tabulate what the runs left; returns the table and the files in the study's folder."""
     from mlflow_icr.tracking import read_history
     from trainers.experiments.figure import study_figure
@@ -165,7 +173,7 @@ def run_study(study: Study, stop: Stop) -> int:
     first = study.configs["limited"]
     params = {"preset": first.preset, "num_images": first.num_images, "total_kimg": first.total_kimg, "seed": first.seed}
     # Opening it first also makes the tables of a fresh local store, which two runs at once would both try.
-    _try("the study's run", lambda: sink.open(params, {"role": "study", "study_name": study.name}))
+    try_tracking("the study's run", lambda: sink.open(params, {"role": "study", "study_name": study.name}))
     siblings = [Sibling(role, _flags(study, role, config)) for role, config in study.configs.items()]
     status = "FAILED"
     try:
@@ -175,25 +183,25 @@ def run_study(study: Study, stop: Stop) -> int:
         elif stop.signal:
             status = "KILLED"
         table, files = conclude(study)
-        metrics = {f"{role}/{key}": value for role, row in table.items() for key, value in row.items()}
-        _try("the summary", lambda: sink.summary(metrics, first.total_images))
+        metrics = {f"{role}/{key}": value for role, row in table.items() for key, value in row.items() if key != "verdict"}
+        try_tracking("the summary", lambda: sink.summary(metrics, first.total_images))
         for path in files:
-            _try(path.name, partial(sink.artifact, str(path)))
+            try_tracking(path.name, partial(sink.artifact, str(path)))
         address = chart_address(mlflow.get_tracking_uri(), sink.experiment_id or "0", study.name)
         note = f"{_text(table)}\n\n[Both curves]({address})\n\nRuns: `tags.study = '{study.name}'`"
-        _try("the note", lambda: sink.note(note))
+        try_tracking("the note", lambda: sink.note(note))
     except KeyboardInterrupt:
         status = "KILLED"
         raise
     finally:  # whatever happens: MLflow would call a run FINISHED that its process left open
-        _try("the end of the study's run", lambda: sink.close(status))
+        try_tracking("the end of the study's run", lambda: sink.close(status))
     _say(study, status, table, address, mlflow.get_tracking_uri())
     if status == "FINISHED":
         return 0
     return 128 + stop.signal if stop.signal else 1
 
 
-def _say(study: Study, status: str, table: Mapping[str, Mapping[str, float]], address: str, tracking_uri: str) -> None:
+def _say(study: Study, status: str, table: Mapping[str, Cells], address: str, tracking_uri: str) -> None:
     print(f"\n{_text(table)}\n")
     print(f"figure       {study.folder / 'study.png'}")
     print(f"MLflow       {address}")

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainers.arguments import OneLineParser
+from trainers.experiments.coverage import simulate_missing
+from trainers.experiments.validation_report import read_outcomes, write_report
 from trainers.experiments.validation_runs import all_runs, train_missing
 
-RESULTS = Path(__file__).parents[2] / "docs" / "validation" / "runs"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,8 +19,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = OneLineParser(prog="validation", description=__doc__, allow_abbrev=False)
     parser.add_argument("--work-dir", default="outputs/validation", help="where runs are trained")
     parser.add_argument("--max-parallel", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=1000, help="draws of each simulation of the interval")
+    parser.add_argument("--report-only", action="store_true", help="write docs/validation.md from the results there are")
     arguments = parser.parse_args(argv)
-    failures = train_missing(all_runs(), Path(arguments.work_dir), RESULTS, arguments.max_parallel)
+    results = DOCS / "validation" / "runs"
+    failures = []
+    if not arguments.report_only:
+        failures = train_missing(all_runs(), Path(arguments.work_dir), results, arguments.max_parallel)
+        simulate_missing(DOCS / "validation" / "coverage.csv", arguments.repeats)
+    write_report(read_outcomes(results), all_runs(), DOCS)
     return 1 if failures else 0
 
 

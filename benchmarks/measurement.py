@@ -2,8 +2,8 @@
 
 Baseline: the same batches of views through the same network, left at the same layer, and nothing else. The two are timed in
 turn, several times; the ratio is the median of the pairs' ratios. The first measurement, which also makes the views, is
-printed beside it. A measurement has the interval and the view error ratio, whose 256 whole passes weigh most where images are few;
-companions and pictures are off.
+printed beside it. A measurement has the interval and the view error ratio, whose 256 whole passes weigh most where images are
+few; companions and pictures are off.
 """
 
 from __future__ import annotations

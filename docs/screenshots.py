@@ -37,7 +37,7 @@ def newest_study() -> Path:
     return studies[-1].parent
 
 
-SHOWN = "repr/icr$|mem/ratio_l2|fisher_residual_energy"
+SHOWN = "repr/icr$|mem/ratio_l2|view_error_ratio$"
 
 
 def shoot_mlflow(page: Page, port: int, study: str, experiment_id: str) -> None:

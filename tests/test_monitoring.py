@@ -14,6 +14,7 @@ from mlflow_icr import (
     EDMDenoiser,
     GenerationMonitor,
     ICRMonitor,
+    LossMonitor,
     Protocol,
     Report,
     geometric_schedule,
@@ -23,6 +24,7 @@ from mlflow_icr import (
     summarise,
 )
 from mlflow_icr.extraction.taps import Tap
+from mlflow_icr.monitoring.errors import ErrorReader
 from mlflow_icr.monitoring.grid import image_grid
 
 PROTOCOL = Protocol(num_images=48, num_views=4)
@@ -115,6 +117,13 @@ def test_the_number_of_views_follows_the_width(small_unet: nn.Module, digits: to
     protocol = ICRMonitor(EDMDenoiser(small_unet), digits, Protocol(num_images=20)).protocol
     assert protocol.num_views == 8  # the smallest K with 19 (K - 1) >= 4 x 32
     assert Protocol().resolve(images=5000, dim=64).num_views == 2
+    for n, d in ((300, 512), (64, 64), (2000, 1280), (4096, 512)):
+        resolved = Protocol().resolve(images=n, dim=d)
+        assert resolved.degrees_per_dimension(d) >= 4
+        fewer = dataclasses.replace(resolved, num_views=resolved.num_views - 1)  # type: ignore[operator]
+        assert resolved.num_views == 2 or fewer.degrees_per_dimension(d) < 4
+    assert Protocol().resolve(images=8, dim=512).num_views == 64  # the most that is chosen unasked
+    assert Protocol(projection=14).resolve(images=8, dim=512).num_views == 9  # 7 (K - 1) >= 4 x 14
 
 
 def test_what_cannot_be_computed_is_absent_with_its_reason(small_unet: nn.Module, digits: torch.Tensor) -> None:
@@ -210,6 +219,56 @@ def test_the_schedule_is_geometric_in_images_seen() -> None:
     ):
         with pytest.raises(ValueError, match="expected"):
             geometric_schedule(10, **bad)
+
+
+def test_losses_are_those_of_the_trainer_on_the_same_noise(small_unet: nn.Module, digits: torch.Tensor) -> None:
+    from functools import partial
+
+    from trainers.edm import edm_loss, training_sigma
+
+    denoiser = EDMDenoiser(small_unet)
+    loss, draw = partial(edm_loss, denoiser, sigma_data=0.5), partial(training_sigma, p_mean=-1.2, p_std=1.2)
+    monitor = LossMonitor(denoiser, loss, draw, digits[:20], digits[20:30], draws=2, batch_size=7)
+    values = monitor.measure(3).values
+    assert values == monitor.measure(4).values
+    assert values["loss/gap"] == values["loss/heldout"] - values["loss/train_eval"]
+    x = (digits[20:30].float() / 127.5 - 1).repeat(2, 1, 1, 1)
+    with torch.no_grad():
+        expected = float(loss(x, monitor.sigma, monitor.noise))
+    assert values["loss/heldout"] == pytest.approx(expected, rel=1e-5)  # float32 means of other batches
+    same = LossMonitor(denoiser, loss, draw, digits[:20], digits[:20]).measure(1).values
+    assert same["loss/gap"] == 0
+    with torch.no_grad():
+        kept = small_unet.conv_in.weight.clone()
+        small_unet.conv_in.weight.fill_(float("nan"))
+        broken = monitor.measure(5)
+        small_unet.conv_in.weight.copy_(kept)
+    assert broken.values == {}
+    assert broken.absent.keys() == {"loss/train_eval", "loss/heldout", "loss/gap"}
+    with pytest.raises(ValueError, match="draws 0; expected at least 1"):
+        LossMonitor(denoiser, loss, draw, digits, digits, draws=0)
+
+
+def test_denoising_errors_are_those_of_images_and_views(small_unet: nn.Module, digits: torch.Tensor) -> None:
+    """A denoiser that knows the training images exactly, and sees grey in everything else."""
+
+    class Knows:
+        network = small_unet
+
+        def __call__(self, x: torch.Tensor, sigma: object) -> torch.Tensor:
+            known = digits.float() / 127.5 - 1
+            distance, nearest = torch.cdist(x.flatten(1), known.flatten(1)).min(1)
+            return torch.where((distance < 0.2).view(-1, 1, 1, 1), known[nearest] + 0.01, torch.zeros_like(x))
+
+    protocol = Protocol(num_images=40, num_views=2, sigmas=(0.001,)).resolve(images=40, dim=32)
+    own, views = ErrorReader(digits[:40], protocol, batch_size=17).read(Knows(), 0.001)
+    assert own.shape == views.shape == (40,)
+    assert own.tolist() == pytest.approx([1e-4] * 40, rel=1e-3)
+    clean = make_views(digits[:40], range(40), num_views=7, sigma=0, seed=0)  # 7 x 40 is the first beyond 256
+    assert views.tolist() == pytest.approx(clean.square().flatten(2).mean(2).mean(1).tolist(), rel=0.05)
+    whole = ErrorReader(digits[:40], protocol, batch_size=512).read(EDMDenoiser(small_unet), 0.3)
+    parts = ErrorReader(digits[:40], protocol, batch_size=20).read(EDMDenoiser(small_unet), 0.3)
+    torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-7)
 
 
 def rows(icrs: list[float], ratios: list[float]) -> list[dict[str, float]]:

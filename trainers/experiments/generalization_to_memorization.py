@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mlflow_icr.monitoring.plots import COLOURS
 from mlflow_icr.monitoring.summary import summarise
 from mlflow_icr.monitoring.verdict import verdict
 from trainers.arguments import OneLineParser, add_config_flags, config_changes
@@ -94,7 +95,9 @@ def plan(argv: Sequence[str] | None) -> Study:
 
 def _flags(study: Study, role: str, config: TrainConfig) -> list[str]:
     flags = [f"--preset={config.preset}", f"--output-dir={study.folder / role}", f"--run-name={role} n={config.num_images}"]
-    flags += [f"--tag=study={study.name}", f"--tag=role={role}"]
+    # MLflow draws colours by chance, and two runs may get the same one; these are those of the figure.
+    colour = COLOURS[list(study.configs).index(role)]
+    flags += [f"--tag=study={study.name}", f"--tag=role={role}", f"--tag=mlflow.runColor={colour}"]
     for key, value in config.as_dict().items():
         if key != "preset":
             text = ",".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -36,7 +36,7 @@ def _moments(rank: int, folder: str) -> dict[str, object]:
 def _monitors(rank: int, folder: str) -> dict[str, object]:
     network, images = torch.load(f"{folder}/model.pt", weights_only=False)  # written by this test
     denoiser = EDMDenoiser(network)
-    report = ICRMonitor(denoiser, images, PROTOCOL).measure(5)
+    report = ICRMonitor(denoiser, images, PROTOCOL, companions=("rankme", "lidar"), pictures=True).measure(5)
     samples = GenerationMonitor(denoiser, images[:40], images[40:], num_samples=71, num_steps=4)
     # One image that only one rank sees makes features that are not finite: all ranks must say so, and none may hang.
     monitor = ICRMonitor(denoiser, images, PROTOCOL)
@@ -45,7 +45,10 @@ def _monitors(rank: int, folder: str) -> dict[str, object]:
         views[0][0] = float("nan")
         monitor.reader._cache[0.29] = views
     assert "NaN or Inf in 1 of 47 images" in monitor.measure(6).absent["repr/icr"]
-    return {"values": {**report.values, **samples.measure(5).values}, "samples": samples.sample()}
+    values = {**report.values, **samples.measure(5).values}
+    pictures = {key: torch.from_numpy(picture) for key, picture in report.figures.items()}
+    influence = torch.from_numpy(report.arrays["repr/influence"])
+    return {"values": values, "samples": samples.sample(), "pictures": pictures, "influence": influence}
 
 
 def _work(rank: int, job: str, folder: str) -> None:
@@ -78,7 +81,8 @@ def test_moments_of_all_ranks_are_those_of_all_images(tmp_path: Path, rng: np.ra
 def test_monitors_of_all_ranks_report_what_one_reports(tmp_path: Path, small_unet: nn.Module, digits: torch.Tensor) -> None:
     torch.save((small_unet, digits), tmp_path / "model.pt")
     denoiser = EDMDenoiser(small_unet)
-    alone = ICRMonitor(denoiser, digits, PROTOCOL).measure(5).values
+    report = ICRMonitor(denoiser, digits, PROTOCOL, companions=("rankme", "lidar"), pictures=True).measure(5)
+    alone, influence = report.values, torch.from_numpy(report.arrays["repr/influence"])
     samples = GenerationMonitor(denoiser, digits[:40], digits[40:], num_samples=71, num_steps=4).sample()
     results = spawn("monitors", tmp_path)
     for result in results:
@@ -89,5 +93,10 @@ def test_monitors_of_all_ranks_report_what_one_reports(tmp_path: Path, small_une
         for key, value in alone.items():
             if key.startswith("repr/"):
                 assert values[key] == pytest.approx(value, rel=1e-3), key  # float32 convolutions in other batches
+        assert result["pictures"].keys() == report.figures.keys()  # type: ignore[attr-defined]
+        for key, picture in results[0]["pictures"].items():  # type: ignore[attr-defined]
+            assert torch.equal(result["pictures"][key], picture)  # type: ignore[index]
+        spread = float(influence.abs().max())
+        torch.testing.assert_close(result["influence"], influence, rtol=0, atol=2e-2 * spread)
         # In order, whole, and none twice: at most a rounding of one grey value apart.
         assert (result["samples"].int() - samples.int()).abs().max() <= 1  # type: ignore[attr-defined]

@@ -143,6 +143,13 @@ def test_the_command_writes_table_and_figure(
     assert all(0 <= float(row["accuracy"]) <= 1 for row in rows)
     with Image.open(tmp_path / "out" / "sweep.png") as picture:
         assert picture.width > 500
+    measure = ["measure", str(tmp_path / "model"), "--data", str(tmp_path / "images"), "--num-views", "2", "--num-images", "20"]
+    assert main([*measure, "--shrinkage", "oas", "--companions", "rankme", "knn_accuracy"]) == 0
+    captured = capsys.readouterr()
+    assert {"repr/icr", "repr/rankme", "repr/knn_accuracy"} <= json.loads(captured.out).keys()
+    assert "repr/icr_debiased is absent: the correction holds without shrinkage" in captured.err
+    assert main([*measure, "--shrinkage", "none", "--projection", "99"]) == 2
+    assert "projection is 99; expected at most 32" in capsys.readouterr().err
     assert main([*command, "--test-data", str(tmp_path / "out")]) == 2
     assert "one subfolder for each class" in capsys.readouterr().err
 

@@ -31,8 +31,10 @@ class Thresholds:
     """Where evidence counts; the defaults are those of `docs/validation.md`."""
 
     elasticity: float = 0.6  # of the view error ratio, for a turn
+    # Below this the ratio is on its way from 1, where an untrained network's is, at whatever rate the first lessons take.
+    smallest_ratio: float = 2.0
     memorizing_ratio: float = 8.0  # view error ratio from which copies are to be expected
-    rise: float = 0.03  # of the debiased ICR, ICR units, for a turn
+    rise: float = 0.04  # of the debiased ICR, ICR units, for a turn
     memorizing_growth: float = 4.0  # of the Fisher residual energy since the lowest ICR, with twice that rise: copies
     window: float = 2.0  # images seen now over images seen at the start of the slope's window
     fewest_points: int = 3  # in a window
@@ -96,10 +98,15 @@ class _Evidence:
 
 @dataclass(frozen=True)
 class Slope:
-    """The elasticity at a measurement, with the bounds that the ratio's own intervals leave it; `since` starts its window."""
+    """The elasticity at a measurement, with the bounds that the ratio's own intervals leave it; `since` starts its window.
+
+    `ratio` is the view error ratio there, `reach` the half-width of its logarithm's interval.
+    """
 
     images_seen: int
     since: int
+    ratio: float
+    reach: float
     value: float
     low: float
     high: float
@@ -131,9 +138,9 @@ def elasticities(rows: Rows, thresholds: Thresholds | None = None) -> list[Slope
         square = sum((x - mean_x) ** 2 for x, _, _ in inside)
         slope = sum((x - mean_x) * y for x, y, _ in inside) / square
         reach = math.sqrt(sum(((x - mean_x) * h) ** 2 for x, _, h in inside)) / square
-        found.append(
-            Slope(round(math.exp(points[end][0])), round(math.exp(points[start][0])), slope, slope - reach, slope + reach)
-        )
+        now, since = (round(math.exp(points[place][0])) for place in (end, start))
+        _, log_ratio, half = points[end]
+        found.append(Slope(now, since, math.exp(log_ratio), half, slope, slope - reach, slope + reach))
     return found
 
 
@@ -144,17 +151,19 @@ def _ratio_turn(rows: Rows, t: Thresholds) -> _Evidence:
         return _Evidence(None, "the view error ratio has too few measurements for its rate")
     now = slopes[-1]
     says = f"view error ratio grows with the power {now.value:.2f} ({now.low:.2f} to {now.high:.2f}) of images seen"
-    sure = next((i for i, s in enumerate(slopes) if s.low > t.elasticity), None)
+    sure = next(
+        (i for i, s in enumerate(slopes) if s.low > t.elasticity and s.ratio > t.smallest_ratio * math.exp(s.reach)), None
+    )
     if sure is None:
-        says += f"; a turn is at more than {t.elasticity:g}"
-        return _Evidence(None, says, True, doubtful=now.value > t.elasticity)
+        says += f"; a turn is at more than {t.elasticity:g}, with a ratio of {t.smallest_ratio:g} or more"
+        return _Evidence(None, says, True, doubtful=now.value > t.elasticity and now.ratio > t.smallest_ratio)
     # Back from where it is sure to where the estimate crossed, and to the window before which it was surely below: the turn
     # that a slope shows is somewhere in its window.
     at = sure
-    while at > 0 and slopes[at - 1].value > t.elasticity:
+    while at > 0 and slopes[at - 1].value > t.elasticity and slopes[at - 1].ratio > t.smallest_ratio:
         at -= 1
     low = at
-    while low > 0 and slopes[low - 1].high > t.elasticity:
+    while low > 0 and slopes[low - 1].high > t.elasticity and slopes[low - 1].ratio > t.smallest_ratio:
         low -= 1
     evidence = f"view error ratio: from {slopes[at].images_seen:,} images seen on it grows faster than while learning"
     turn = _Turn(slopes[at].images_seen, slopes[low].since, slopes[sure].images_seen, evidence)

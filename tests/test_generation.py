@@ -9,7 +9,6 @@ import torch
 from scipy.spatial.distance import cdist
 
 from mlflow_icr import frechet_distance, memorization_ratio
-from mlflow_icr.generation import memorization
 
 
 def scipys(x: np.ndarray, y: np.ndarray) -> float:
@@ -76,15 +75,6 @@ def test_threshold_decides(rng: np.random.Generator) -> None:
     scores = memorization_ratio(fake, train).scores
     for threshold in (0.1, 1 / 3, 0.7, 1.0):
         assert memorization_ratio(fake, train, threshold).value == float((scores < threshold).double().mean())
-
-
-def test_blocks_do_not_matter(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake, train = torch.from_numpy(rng.standard_normal((50, 8))), torch.from_numpy(rng.standard_normal((33, 8)))
-    whole = memorization_ratio(fake, train)
-    monkeypatch.setattr(memorization, "CHUNK_BYTES", 3 * 8 * 33 * 8)
-    parts = memorization_ratio(fake, train)
-    assert torch.equal(whole.scores, parts.scores)
-    assert torch.equal(whole.nearest, parts.nearest)
 
 
 @pytest.mark.parametrize(

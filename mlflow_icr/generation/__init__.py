@@ -1,6 +1,44 @@
-"""What the samples say: distances between sets of embeddings, and copies (pure tensor maths)."""
+"""What the samples say: distances between sets of embeddings, diversity, and copies (pure tensor maths)."""
 
-from mlflow_icr.generation.frechet import frechet_distance
-from mlflow_icr.generation.memorization import MemorizationRatio, memorization_ratio
+from mlflow_icr.generation.diversity import inception_score, vendi_score
+from mlflow_icr.generation.frechet import frechet_distance, frechet_distance_infinity
+from mlflow_icr.generation.generalization import ct_score, fld, fld_gap, mifid
+from mlflow_icr.generation.kernel import kernel_distance
+from mlflow_icr.generation.manifold import density_coverage, precision_recall
+from mlflow_icr.generation.memorization import (
+    Authenticity,
+    CarliniRatio,
+    CopySimilarity,
+    Detection,
+    MemorizationRatio,
+    authenticity,
+    carlini_ratio,
+    copy_similarity,
+    memorization_ratio,
+)
+from mlflow_icr.generation.neighbours import Neighbours, k_nearest
 
-__all__ = ["MemorizationRatio", "frechet_distance", "memorization_ratio"]
+__all__ = [
+    "Authenticity",
+    "CarliniRatio",
+    "CopySimilarity",
+    "Detection",
+    "MemorizationRatio",
+    "Neighbours",
+    "authenticity",
+    "carlini_ratio",
+    "copy_similarity",
+    "ct_score",
+    "density_coverage",
+    "fld",
+    "fld_gap",
+    "frechet_distance",
+    "frechet_distance_infinity",
+    "inception_score",
+    "k_nearest",
+    "kernel_distance",
+    "memorization_ratio",
+    "mifid",
+    "precision_recall",
+    "vendi_score",
+]

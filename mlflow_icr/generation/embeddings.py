@@ -7,9 +7,10 @@ from torch import Tensor
 
 
 def check_embeddings(name: str, x: Tensor, *, at_least: int, like: Tensor | None = None) -> Tensor:
-    """`x` as finite float64 embeddings (N, D), N >= at_least, of the same D and on the same device as `like`.
+    """`x` as finite floating-point embeddings (N, D), N >= at_least, of the same D and on the same device as `like`.
 
-    Raises ValueError naming the argument, what it is and what is allowed.
+    Half precision becomes float32; float32 stays, since neighbours are searched in it and measured in float64. Raises
+    ValueError naming the argument, what it is and what is allowed.
     """
     if x.ndim != 2 or x.shape[1] < 1:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; expected (N, D)")
@@ -17,7 +18,8 @@ def check_embeddings(name: str, x: Tensor, *, at_least: int, like: Tensor | None
         raise ValueError(f"{name} has {x.shape[1]} dimensions where the other set has {like.shape[1]}; expected the same")
     if x.shape[0] < at_least:
         raise ValueError(f"{name} has {x.shape[0]} rows; expected at least {at_least}")
-    x = x.detach().to(torch.float64) if like is None else x.detach().to(like.device, torch.float64)
+    x = x.detach().to(x.device if like is None else like.device)
+    x = x if x.dtype in (torch.float32, torch.float64) else x.float() if x.is_floating_point() else x.double()
     if not bool(torch.isfinite(x).all()):
         raise ValueError(f"{name} holds NaN or Inf; expected finite values")
     return x

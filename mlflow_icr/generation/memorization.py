@@ -1,40 +1,78 @@
-"""Does a generated image copy a training image? Nearest-neighbour detectors on embeddings."""
+"""Does a generated image copy a training image? Nearest-neighbour detectors on embeddings.
+
+Each returns its `value`, a 95 % bootstrap interval over the generated images, and for each of them a score and the index of
+its nearest training image. A detector that finds nothing has the interval 0 to 0; of N images up to 3 / N may still be.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
+from mlflow_icr.generation.bootstrap import bootstrap_interval
 from mlflow_icr.generation.embeddings import check_embeddings
-
-CHUNK_BYTES = 256 * 2**20  # what one block of differences may take
+from mlflow_icr.generation.neighbours import k_nearest
 
 
 @dataclass(frozen=True, eq=False)
-class MemorizationRatio:
-    """How many of the generated images are copies: `value` in [0, 1], with each image's `scores` and `nearest` (N,)."""
+class Detection:
+    """What a detector found in N generated images: `value` with `low` and `high`, `scores` (N,), `nearest` (N,) in training.
+
+    What a score is, and which side of `threshold` is suspicious, the detector's docstring says.
+    """
 
     value: float
-    scores: Tensor  # (N,) distance to the nearest training image over distance to the second nearest
-    nearest: Tensor  # (N,) index of the nearest training image
+    low: float
+    high: float
+    scores: Tensor
+    nearest: Tensor
     threshold: float
 
 
-def two_nearest(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Euclidean distances (N, 2) from each row of x (N, D) to its two nearest rows of y (M, D), and their indices (N, 2).
+@dataclass(frozen=True, eq=False)
+class MemorizationRatio(Detection):
+    """Scores are distance to the nearest over distance to the second nearest training image; copies are below the threshold."""
 
-    Differences are taken in float64 before squaring, so that an exact copy is at distance 0; ties go to the lower index.
+
+@dataclass(frozen=True, eq=False)
+class CopySimilarity(Detection):
+    """Scores are cosines with the nearest training image; copies are above. `train_scores` (M,): each training image's own.
+
+    `train_value` is the share of training images that are as similar to another: what the data's duplicates explain.
     """
-    rows = max(1, CHUNK_BYTES // (8 * y.shape[0] * y.shape[1]))
-    distances, indices = [], []
-    for block in x.split(rows):
-        squared = (block[:, None] - y).square().sum(-1)  # (rows, M)
-        order = squared.sort(dim=1, stable=True)
-        distances.append(order.values[:, :2].sqrt())
-        indices.append(order.indices[:, :2])
-    return torch.cat(distances), torch.cat(indices)
+
+    train_scores: Tensor = field(default_factory=lambda: torch.empty(0))
+    train_value: float = float("nan")
+
+
+@dataclass(frozen=True, eq=False)
+class CarliniRatio(Detection):
+    """Scores are distance to the nearest over half the mean distance to the k nearest; copies are below the threshold."""
+
+
+@dataclass(frozen=True, eq=False)
+class Authenticity(Detection):
+    """Scores are distance to the nearest training image over that image's own nearest distance; authentic are above."""
+
+
+def _share(suspicious: Tensor) -> tuple[float, float, float]:
+    found = suspicious.double()
+    return (float(found.mean()), *bootstrap_interval(found))
+
+
+def _ratio(above: Tensor, below: Tensor) -> Tensor:
+    """above / below, 0 where both are 0: at distance 0 an image is a copy, also of a duplicate."""
+    return torch.where(below > 0, above / below, torch.where(above > 0, torch.inf, 0.0))
+
+
+def _pair(fake: Tensor, train: Tensor, at_least: int) -> tuple[Tensor, Tensor]:
+    return (
+        check_embeddings("fake", fake, at_least=1),
+        check_embeddings("train", train, at_least=at_least, like=fake),
+    )
 
 
 def memorization_ratio(fake: Tensor, train: Tensor, threshold: float = 1 / 3) -> MemorizationRatio:
@@ -46,8 +84,59 @@ def memorization_ratio(fake: Tensor, train: Tensor, threshold: float = 1 / 3) ->
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold is {threshold}; expected a number in (0, 1]")
-    fake = check_embeddings("fake", fake, at_least=1)
-    train = check_embeddings("train", train, at_least=2, like=fake)
-    distances, indices = two_nearest(fake, train)
-    scores = torch.where(distances[:, 1] > 0, distances[:, 0] / distances[:, 1], 0.0)
-    return MemorizationRatio(float((scores < threshold).double().mean()), scores, indices[:, 0], threshold)
+    fake, train = _pair(fake, train, 2)
+    found = k_nearest(fake, train, 2)
+    scores = _ratio(found.distances[:, 0], found.distances[:, 1])
+    return MemorizationRatio(*_share(scores < threshold), scores, found.indices[:, 0], threshold)
+
+
+def copy_similarity(fake: Tensor, train: Tensor, threshold: float = 0.6) -> CopySimilarity:
+    """The share of generated embeddings (N, D) whose largest cosine with a training embedding (M, D) exceeds the threshold.
+
+    In the embedding of a copy-detection network (SSCD) 0.6 means a copy; in others the threshold is another. Raises
+    ValueError for N < 1, M < 2, a zero embedding, or a threshold outside (-1, 1). Source: Pizzi et al. 2022; Li et al. 2026.
+    """
+    if not -1 < threshold < 1:
+        raise ValueError(f"threshold is {threshold}; expected a number in (-1, 1)")
+    fake, train = _pair(fake, train, 2)
+    for name, x in (("fake", fake), ("train", train)):
+        if not bool((x.abs().amax(1) > 0).all()):
+            raise ValueError(f"{name} holds an embedding that is all 0; a cosine needs a direction")
+    fake, train = normalize(fake.double(), dim=1), normalize(train.double(), dim=1)
+    # Of unit vectors the nearest is the most similar: cosine = 1 - distance^2 / 2.
+    found, own = k_nearest(fake, train, 1), k_nearest(train, train, 1, exclude_self=True)
+    scores, train_scores = (1 - near.distances[:, 0].square() / 2 for near in (found, own))
+    value = float((train_scores > threshold).double().mean())
+    return CopySimilarity(*_share(scores > threshold), scores, found.indices[:, 0], threshold, train_scores, value)
+
+
+def carlini_ratio(fake: Tensor, train: Tensor, k: int = 50, threshold: float = 1.0) -> CarliniRatio:
+    """The share of generated embeddings (N, D) nearer to a training embedding than half the mean distance to their k nearest.
+
+    The score is distance to the nearest / (0.5 x mean distance to the k nearest). Raises ValueError for N < 1, k outside
+    2 to M, or a threshold that is not positive. Source: Carlini et al. 2023, "Extracting training data from diffusion
+    models", section 5.1.
+    """
+    if not threshold > 0:
+        raise ValueError(f"threshold is {threshold}; expected a positive number")
+    fake, train = _pair(fake, train, 2)
+    if not 2 <= k <= len(train):
+        raise ValueError(f"k is {k}; expected 2 to {len(train)}, the number of training embeddings")
+    found = k_nearest(fake, train, k)
+    scores = _ratio(found.distances[:, 0], 0.5 * found.distances.mean(1))
+    return CarliniRatio(*_share(scores < threshold), scores, found.indices[:, 0], threshold)
+
+
+def authenticity(train: Tensor, fake: Tensor) -> Authenticity:
+    """The share of generated embeddings (N, D) that are authentic: farther from their nearest training embedding than it is
+    from its own nearest neighbour in training (M, D).
+
+    Times 100 this is AuthPct; the score is the ratio of the two distances, authentic above 1. Raises ValueError for N < 1 or
+    M < 2. Source: Alaa et al. 2022, "How faithful is your synthetic data?".
+    """
+    fake, train = _pair(fake, train, 2)
+    found, own = k_nearest(fake, train, 1), k_nearest(train, train, 1, exclude_self=True)
+    nearest = found.indices[:, 0]
+    scores = _ratio(found.distances[:, 0], own.distances[nearest, 0])
+    authentic = own.distances[nearest, 0] < found.distances[:, 0]
+    return Authenticity(*_share(authentic), scores, nearest, 1.0)

@@ -96,8 +96,11 @@ def interval_from_terms(spectrum: InvariantSpectrum, terms: Tensor, level: float
     inflation = within.mean()
     total = between.mean() / inflation  # tr(Sigma_xi^-1 Sigma_t) / D
     # The derivative of `total` at each image, with both parts of mean `total`: what an image adds between images, less what
-    # its residuals take away through the inverse.
-    slope = between / inflation - spread * (total / spread.mean())
+    # its residuals take away through the inverse. A sampled Sigma_t has more spread eigenvalues than the true one: with W
+    # whitened Sigma_t, E tr(W_hat^2) = tr(W^2) + tr(W)^2 / (N - 1), by which the second part would vary too much.
+    whitened = spectrum.whitened_means
+    noise = float(whitened.diagonal().sum().square() / whitened.square().sum()) / (n - 1)
+    slope = (between / inflation - total) - (spread * (total / spread.mean()) - total) * max(0.0, 1 - noise) ** 0.5
     eigenvalue = float(total) - 1 / k
     error = float(slope.std()) / n**0.5
     reach = _student_t(level, n - 1) * error

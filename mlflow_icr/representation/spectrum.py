@@ -83,6 +83,12 @@ class InvariantSpectrum:
         whole = torch.linalg.solve_triangular(self._cholesky, half.T, upper=False)
         return (whole + whole.T) / 2
 
+    @property
+    def whitened_means(self) -> Tensor:
+        """L^-1 Sigma_t L^-T, (D, D), for the covariance Sigma_t = Sigma_s + Sigma_xi / K of image means, and ridge 0."""
+        eye = torch.eye(self.dim, dtype=torch.float64, device=self.sigma_residual.device)
+        return self._whitened + eye / self.num_views
+
     @cached_property
     def _eigen(self) -> tuple[Tensor, Tensor]:
         values, vectors = torch.linalg.eigh(self._whitened)

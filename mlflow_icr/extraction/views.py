@@ -58,7 +58,7 @@ def _draw(indices: Sequence[int], views: Sequence[int], seed: int, shape: tuple[
 
 
 def as_unit_interval(images: Tensor) -> Tensor:
-    """Images (N, C, H, W) as float32 in [0, 1], from uint8 or from floats that already are.
+    """Images (N, C, H, W) as float32 in [0, 1], from uint8, from uint16, or from floats that already are.
 
     Raises ValueError for other shapes, dtypes or ranges.
     """
@@ -66,8 +66,10 @@ def as_unit_interval(images: Tensor) -> Tensor:
         raise ValueError(f"images have shape {tuple(images.shape)}; expected (N, C, H, W) with C >= 1")
     if images.dtype == torch.uint8:
         return images.float() / 255
+    if images.dtype == torch.uint16:
+        return images.to(torch.float32) / 65535
     if not images.is_floating_point():
-        raise ValueError(f"images have dtype {images.dtype}; expected uint8 in [0, 255] or floats in [0, 1]")
+        raise ValueError(f"images have dtype {images.dtype}; expected uint8 in [0, 255], uint16 or floats in [0, 1]")
     if images.numel():
         low, high = float(images.min()), float(images.max())
         if not (low >= 0 and high <= 1):  # also true for NaN

@@ -24,6 +24,12 @@ def _summary(arguments: argparse.Namespace) -> int:
 
 
 def _measure(arguments: argparse.Namespace) -> int:
+    if arguments.generated is not None:
+        return _measure_generated(arguments)
+    if arguments.checkpoint is None or arguments.data is None:
+        raise ValueError(
+            "checkpoint and data are not both given; expected CHECKPOINT --data FOLDER, or --generated and --train"
+        )
     from mlflow_icr.extraction.images import folder_labels, load_folder
     from mlflow_icr.extraction.pipelines import load_denoiser
     from mlflow_icr.monitoring import ICRMonitor, Protocol
@@ -46,6 +52,37 @@ def _measure(arguments: argparse.Namespace) -> int:
     print(json.dumps(report.flat() | {"protocol_digest": report.protocol_digest}, indent=2))
     for key, why in report.absent.items():
         print(f"{key} is absent: {why}", file=sys.stderr)
+    return 0
+
+
+def _measure_generated(arguments: argparse.Namespace) -> int:
+    from mlflow_icr.monitoring.posthoc import measure_generated
+
+    if arguments.train is None:
+        raise ValueError("train is not given; expected the images that the generator was trained on, to look for copies among")
+    found = measure_generated(
+        arguments.generated,
+        arguments.train,
+        arguments.heldout,
+        encoder=arguments.encoder,
+        weights=arguments.encoder_weights,
+        resolution=arguments.resolution,
+        say=lambda text: print(text, file=sys.stderr),
+    )
+    if arguments.output_dir is not None:
+        found.save(arguments.output_dir)
+    if arguments.run_id is not None:
+        from mlflow_icr.tracking import MLflowSink
+
+        sink = MLflowSink(run_id=arguments.run_id)
+        sink.open({}, {})
+        sink.write(found.report(arguments.images_seen))
+        sink.leave()
+    print(json.dumps(found.values, indent=2))
+    for key, why in found.absent.items():
+        print(f"{key} is absent: {why}", file=sys.stderr)
+    for key, text in found.warnings.items():
+        print(f"{key} is {text}", file=sys.stderr)
     return 0
 
 
@@ -121,9 +158,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    measure = commands.add_parser("measure", help="ICR of a saved EDM pipeline on a folder of its training images, as JSON")
-    measure.add_argument("checkpoint", type=Path, help="a diffusers folder, such as checkpoints/000000131072 of a run")
-    measure.add_argument("--data", type=Path, required=True, help="folder of training images")
+    measure = commands.add_parser(
+        "measure",
+        help="ICR of a saved EDM pipeline on its training images, or copies and distances of generated images, as JSON",
+    )
+    measure.add_argument(
+        "checkpoint", type=Path, nargs="?", help="a diffusers folder, such as checkpoints/000000131072 of a run"
+    )
+    measure.add_argument("--data", type=Path, help="folder of training images")
+    measure.add_argument("--generated", type=Path, help="generated images instead of a checkpoint: a folder, .zip or .npz")
+    measure.add_argument("--train", type=Path, help="with --generated: the training images, likewise")
+    measure.add_argument("--heldout", type=Path, help="with --generated: images that were not trained on, likewise")
+    measure.add_argument("--encoder", default="pixels", help="with --generated: pixels, inception, sscd, dinov2, clip, ...")
+    measure.add_argument("--encoder-weights", type=Path, help="its file, or folder")
+    measure.add_argument("--resolution", type=int, help="with --generated: side in pixels, where images differ in size")
+    measure.add_argument("--output-dir", type=Path, help="with --generated: where scores.csv and the wall of pairs go")
+    measure.add_argument("--run-id", help="with --generated: an MLflow run to log to as well, at --images-seen")
     measure.add_argument("--layer", default="decoder")
     measure.add_argument("--sigma", type=float, nargs="+", default=[0.29], help="noise standard deviations")
     measure.add_argument("--augmentation-level", type=int, default=3)

@@ -299,7 +299,13 @@ def test_generated_images_are_judged(small_unet: nn.Module, digits: torch.Tensor
     copier = GenerationMonitor(Copier(), digits[:40], digits[40:], num_samples=80, num_steps=8)
     report = copier.measure(7)
     assert report.values["mem/ratio_l2"] == 1
-    assert "24 on one" in report.absent["gen/fd_pixels"]
+    assert (report.values["mem/ratio_l2_low"], report.values["mem/authpct"]) == (1, 0)
+    assert "of 80 and 24 images in 64 dimensions: too few for a covariance" in report.warnings["gen/fd_pixels"]
+    assert report.values["gen/fd_gap_pixels"] == report.values["gen/fd_pixels"] - report.values["gen/fd_train_pixels"]
+    assert report.values["gen/vendi"] <= 2
+    assert report.figures["nearest"].shape == (4 * 50 - 2, 8 * 50 - 2, 3)
+    top, below = report.figures["nearest"][:48, :48], report.figures["nearest"][50:98, :48]
+    assert np.array_equal(top, below)  # a copy above what it copies
     assert {tuple(i.flatten().tolist()) for i in copier.sample()} == {tuple(i.flatten().tolist()) for i in digits[:2]}
     picture = report.figures["samples"]
     assert picture.dtype == np.uint8
@@ -309,6 +315,8 @@ def test_generated_images_are_judged(small_unet: nn.Module, digits: torch.Tensor
     untrained = GenerationMonitor(EDMDenoiser(small_unet), digits[:40], num_samples=70, num_steps=3)
     first, second = untrained.measure(0), untrained.measure(1)
     assert first.values["mem/ratio_l2"] == 0
+    judged = {k: v for k, v in first.values.items() if not k.startswith("perf/")}
+    assert judged == {k: v for k, v in second.values.items() if not k.startswith("perf/")}
     assert np.array_equal(first.figures["samples"], second.figures["samples"])
     assert "no held-out images" in first.absent["gen/fd_pixels"]
     assert small_unet.training

@@ -68,7 +68,13 @@ def test_a_run_leaves_what_the_readme_says(whole: tuple[Path, str], monkeypatch:
         "repr/indefinite_fraction", "repr/trace_invariant", "repr/trace_residual",
         "repr/fisher_residual_energy", "repr/fisher_invariant_energy", "repr/fisher_residual_growth", "mem/ratio_l2",
         "gen/fd_pixels", "loss/train", "perf/images_per_second", "perf/measure_seconds", "perf/generate_seconds",
+        "mem/ratio_l2_low", "mem/ratio_l2_high", "mem/authpct", "mem/authpct_low", "mem/authpct_high", "mem/ct",
+        "gen/num_samples", "gen/vendi", "gen/fd_train_pixels", "gen/fd_gap_pixels", "gen/kid_pixels", "gen/kid_pixels_std",
+        "gen/kid_train_pixels", "gen/kid_train_pixels_std", "gen/precision", "gen/recall", "gen/density", "gen/coverage",
+        "gen/fld",
     }  # fmt: skip
+    assert set(rows[-1]) - {"mem/ct"} == keys - {"mem/ct"}  # C_T needs samples in the cells of held-out images
+    keys = set(rows[-1]) - {"images_seen"}
     assert set(rows[-1]) == keys | {"images_seen"}
     assert rows[-1]["loss/train"] < rows[1]["loss/train"]
     assert yaml.safe_load((folder / "config.yaml").read_text())["num_images"] == 32

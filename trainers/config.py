@@ -64,6 +64,8 @@ class TrainConfig:
     companions: tuple[str, ...] = ()
     measure_raw: bool = False
     stop_on: str = ""  # a verdict that ends the training: turning, memorizing, or empty for none
+    encoder: str = "pixels"
+    encoder_weights: str = ""
     num_samples: int = 128
     sample_steps: int = 18
 

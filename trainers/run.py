@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from mlflow_icr import EDMDenoiser, GenerationMonitor, ICRMonitor, LossMonitor, Report, geometric_schedule, verdict
+from mlflow_icr.extraction.encoders import load_encoder
 from mlflow_icr.monitoring.grid import image_tiles
 from mlflow_icr.monitoring.neighbours import invariant_part, residual_part
 from mlflow_icr.monitoring.ranking import rank_classes, rank_images
@@ -74,6 +75,12 @@ class Run:
             ema,
             self.data.train,
             heldout,
+            encoder=load_encoder(
+                config.encoder,
+                weights=config.encoder_weights or None,
+                shape=self.data.train.shape[1:],
+                device=self.accelerator.device,
+            ),
             num_samples=config.num_samples,
             num_steps=config.sample_steps,
         )

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import io
+import zipfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -65,17 +69,84 @@ def load_folder(folder: Path | str, resolution: int) -> Tensor:
     paths = image_paths(folder)
     if not paths:
         raise ValueError(f"data is {str(folder)!r}, a folder without images ({', '.join(sorted(SUFFIXES))})")
+    images, unreadable = _open_all((str(path), path) for path in paths)
+    if unreadable:
+        raise ValueError(f"{len(unreadable)} of {len(paths)} images cannot be read: {named(unreadable)}")
+    return stack_images(images, resolution)
+
+
+def named(unreadable: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(unreadable) - 5} more" if len(unreadable) > 5 else ""
+    return f"{'; '.join(unreadable[:5])}{more}"
+
+
+def _open_all(sources: Iterable[tuple[str, Path | IO[bytes]]]) -> tuple[list[Image.Image], list[str]]:
+    """Images, and the names of those that cannot be read with the reason."""
     images, unreadable = [], []
-    for path in paths:
+    for name, source in sources:
         try:
-            with Image.open(path) as image:
+            with Image.open(source) as image:
                 image.load()
                 images.append(image.copy())
         except (UnidentifiedImageError, OSError) as error:
-            unreadable.append(f"{path} ({error})")
-    if unreadable:
-        more = f" and {len(unreadable) - 5} more" if len(unreadable) > 5 else ""
-        raise ValueError(f"{len(unreadable)} of {len(paths)} images cannot be read: {'; '.join(unreadable[:5])}{more}")
+            unreadable.append(f"{name} ({error})")
+    return images, unreadable
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Images (N, C, side, side) uint8 that somebody made, and the names of those that could not be read, with the reason."""
+
+    images: Tensor
+    unreadable: list[str]
+
+
+def read_images(path: Path | str, resolution: int | None = None) -> ImageSet:
+    """The images of a folder, of a `.zip` of image files, or of a `.npz` whose first array is one of images.
+
+    Arrays are (N, H, W), (N, H, W, 1 or 3) or (N, 1 or 3, H, W), uint8; files are taken in the order of their names. Larger
+    ones are cropped to a square and shrunk to `resolution`; without one all must have the same side already. Nothing is
+    unpickled. Raises ValueError when there are no images, sides differ, or an array is not of uint8.
+    """
+    path = Path(path)
+    if path.suffix == ".npz" and path.is_file():
+        return ImageSet(_fitted(_from_arrays(path), path, resolution), [])
+    if path.suffix == ".zip" and path.is_file():
+        with zipfile.ZipFile(path) as archive:
+            names = sorted(name for name in archive.namelist() if Path(name).suffix.lower() in SUFFIXES)
+            images, unreadable = _open_all((name, io.BytesIO(archive.read(name))) for name in names)
+    elif path.is_dir():
+        images, unreadable = _open_all((str(found), found) for found in image_paths(path))
+    else:
+        raise ValueError(f"{str(path)!r} is neither a folder, nor a .zip or .npz file of images")
+    if not images:
+        why = f"; {len(unreadable)} cannot be read: {named(unreadable)}" if unreadable else ""
+        raise ValueError(f"{str(path)!r} holds no images ({', '.join(sorted(SUFFIXES))}){why}")
+    return ImageSet(_fitted(images, path, resolution), unreadable)
+
+
+def _from_arrays(path: Path) -> list[Image.Image]:
+    with np.load(path, allow_pickle=False) as arrays:
+        values = arrays[arrays.files[0]]
+    if values.ndim == 4 and values.shape[1] in (1, 3) and values.shape[3] not in (1, 3):
+        values = values.transpose(0, 2, 3, 1)
+    if values.ndim == 4 and values.shape[3] == 1:
+        values = values[..., 0]
+    if values.dtype != np.uint8 or values.ndim not in (3, 4) or (values.ndim == 4 and values.shape[3] != 3) or not len(values):
+        raise ValueError(
+            f"{str(path)!r} holds {values.dtype} {values.shape}; expected uint8 (N, H, W), (N, H, W, 3) or (N, 3, H, W)"
+        )
+    return [Image.fromarray(image) for image in values]
+
+
+def _fitted(images: Sequence[Image.Image], path: Path, resolution: int | None) -> Tensor:
+    if resolution is None:
+        sizes = sorted({image.size for image in images})
+        if len(sizes) > 1 or sizes[0][0] != sizes[0][1]:
+            shown = ", ".join(f"{width}x{height}" for width, height in sizes[:5])
+            raise ValueError(f"{str(path)!r} holds images of {shown} pixels; expected squares of one size, or --resolution")
+        resolution = sizes[0][0]
     return stack_images(images, resolution)
 
 

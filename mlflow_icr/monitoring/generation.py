@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from mlflow_icr.extraction.denoisers import Denoiser, device_of, evaluating
+from mlflow_icr.extraction.encoders import Encoder, load_encoder
 from mlflow_icr.extraction.keyed import keyed_generator
 from mlflow_icr.extraction.samplers import heun_sample
 from mlflow_icr.extraction.views import as_unit_interval
-from mlflow_icr.generation import frechet_distance, memorization_ratio
+from mlflow_icr.generation import memorization_ratio
 from mlflow_icr.monitoring.grid import image_grid
+from mlflow_icr.monitoring.judgement import copy_wall, judge
 from mlflow_icr.monitoring.ranks import gather_rows, world
 from mlflow_icr.monitoring.report import Report
 
@@ -29,8 +31,9 @@ class GenerationMonitor:
     """Measures what a denoiser generates against its training images and, where there are any, held-out ones.
 
     `train` (N, C, H, W) and `heldout` (M, C, H, W) are uint8 or floats in [0, 1]. Sample i starts from the same noise at every
-    step (keyed by seed and i), so that pictures can be compared. Samples are judged as uint8, on their pixels. Under
-    torch.distributed the ranks share the sampling and get the same report. Raises ValueError for sets that do not fit.
+    step (keyed by seed and i), so that pictures can be compared. Samples are judged as uint8: copies by their pixels, and
+    everything by the embeddings of `encoder`, which are pixels too unless one is given. Under torch.distributed the ranks
+    share sampling and encoding and get the same report. Raises ValueError for sets that do not fit.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class GenerationMonitor:
         train: Tensor,
         heldout: Tensor | None = None,
         *,
+        encoder: Encoder | None = None,
         num_samples: int = 128,
         num_steps: int = 18,
         seed: int = 0,
@@ -52,8 +56,12 @@ class GenerationMonitor:
             raise ValueError(f"heldout images are {tuple(heldout.shape[1:])}, training images {tuple(train.shape[1:])}")
         self.denoiser = denoiser
         self.shape = tuple(train.shape[1:])
-        self.train = as_unit_interval(train).flatten(1)
-        self.heldout = None if heldout is None or len(heldout) < 2 else as_unit_interval(heldout).flatten(1)
+        self.images = train
+        self.encoder = encoder or load_encoder("pixels", shape=self.shape)
+        # As samples are judged, in 8 bits; float32 is exact for them.
+        self.pixels = as_unit_interval(train).flatten(1)
+        self.heldout_images = None if heldout is None or len(heldout) < 2 else heldout
+        self._embedded: tuple[Tensor, Tensor | None] | None = None
         self.num_samples, self.num_steps, self.seed, self.batch_size = num_samples, num_steps, seed, batch_size
 
     def sample(self) -> Tensor:
@@ -79,23 +87,37 @@ class GenerationMonitor:
             raise ValueError(f"{broken} of {self.num_samples} samples hold NaN or Inf")
         return gather_rows(images, self.num_samples).cpu()
 
+    def _encode(self, images: Tensor) -> Tensor:
+        """Embeddings (N, dim) of images that every rank has, each rank encoding its share."""
+        rank, ranks = world()
+        mine = self.encoder(images[rank::ranks]).to(device_of(self.denoiser))
+        return gather_rows(mine, len(images)).cpu()
+
+    def _real(self) -> tuple[Tensor, Tensor | None]:
+        """Embeddings of training and held-out images, made once."""
+        if self._embedded is None:
+            heldout = None if self.heldout_images is None else self._encode(self.heldout_images)
+            self._embedded = self._encode(self.images), heldout
+        return self._embedded
+
     def measure(self, step: int) -> Report:
-        """The report at `step` images seen: `mem/ratio_l2`, `gen/fd_pixels`, and a picture of the first samples."""
+        """The report at `step` images seen: `mem/*`, `gen/*`, pictures of the first samples and of the likeliest copies."""
         started = time.perf_counter()
+        keys = ("mem/ratio_l2", f"gen/fd_{self.encoder.name}")
         try:
             images = self.sample()
         except ValueError as error:  # training has diverged, and goes on if it wants to
-            return Report(step, {}, absent=dict.fromkeys(("mem/ratio_l2", "gen/fd_pixels"), str(error)))
-        fake = as_unit_interval(images).flatten(1)
-        values = {"mem/ratio_l2": memorization_ratio(fake, self.train).value}
-        absent = {}
-        smallest, dim = min(len(fake), len(self.heldout) if self.heldout is not None else 0), fake.shape[1]
-        if self.heldout is None:
-            absent["gen/fd_pixels"] = "there are no held-out images to compare with"
-        elif smallest <= dim:
-            absent["gen/fd_pixels"] = f"needs more than {dim} images on both sides, the number of pixels; {smallest} on one"
-        else:
-            values["gen/fd_pixels"] = frechet_distance(fake, self.heldout)
-        values["perf/generate_seconds"] = time.perf_counter() - started
-        figures = {"samples": image_grid(images[: GRID_COLUMNS * GRID_ROWS], GRID_COLUMNS)}
-        return Report(step, values, figures, absent)
+            return Report(step, {}, absent=dict.fromkeys(keys, str(error)))
+        train, heldout = self._real()
+        found = judge(self._encode(images), train, heldout, self.encoder.name)
+        copies = memorization_ratio(as_unit_interval(images).flatten(1), self.pixels)
+        found.detection("mem/ratio_l2", copies)
+        if self.encoder.name == "pixels":  # it would be the same number again
+            for end in ("", "_low", "_high"):
+                found.values.pop(f"mem/ratio_pixels{end}")
+        found.values["perf/generate_seconds"] = time.perf_counter() - started
+        figures = {
+            "samples": image_grid(images[: GRID_COLUMNS * GRID_ROWS], GRID_COLUMNS),
+            "nearest": copy_wall(images, self.images, copies),
+        }
+        return Report(step, found.values, figures, found.absent, warnings=found.warnings)

@@ -31,6 +31,7 @@ class MLflowSink:
         self.run_name = run_name
         self.experiment_id: str | None = None
         self._owned = True
+        self._found_status = "FINISHED"
         self._tables: list[str] = []
         self._pending: list[Callable[[], None]] = []
         for variable, value in PATIENCE.items():
@@ -45,6 +46,8 @@ class MLflowSink:
 
         run = mlflow.active_run() if self.run_id is None and "MLFLOW_RUN_ID" not in os.environ else None
         self._owned = run is None
+        if self.run_id is not None:  # start_run would call a finished run RUNNING
+            self._found_status = mlflow.MlflowClient().get_run(self.run_id).info.status
         if run is None:
             adopted = self.run_id is not None or "MLFLOW_RUN_ID" in os.environ
             # An adopted run keeps the name that `mlflow run` gave it.
@@ -71,12 +74,13 @@ class MLflowSink:
         return {metric.step for key in keys for metric in self._client.get_metric_history(self.run_id, key)}
 
     def write(self, report: Report) -> None:
-        """Log a report's values in one batch, then its pictures and the reasons for what is absent."""
+        """Log a report's values in one batch, then its pictures, the reasons for what is absent, and warnings."""
         now = time.time_ns() // 1_000_000
         calls = [partial(self._log, report.values, report.step, now)]
         calls += [partial(self._picture, key, picture, report.step, now) for key, picture in report.figures.items()]
-        if report.absent:
-            calls.append(partial(self._explain, report.absent))
+        for kind, texts in (("absent", report.absent), ("warning", report.warnings)):
+            if texts:
+                calls.append(partial(self._explain, kind, texts))
         self._send(*calls)
 
     def _log(self, values: Mapping[str, float], step: int, timestamp: int) -> None:
@@ -89,10 +93,10 @@ class MLflowSink:
     def _picture(self, key: str, picture: np.ndarray, step: int, timestamp: int) -> None:
         self._client.log_image(self.run_id, picture, key=key, step=step, timestamp=timestamp, synchronous=True)
 
-    def _explain(self, absent: Mapping[str, str]) -> None:
+    def _explain(self, kind: str, texts: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
 
-        tags = [RunTag(f"absent.{key}", why[:8000]) for key, why in absent.items()]
+        tags = [RunTag(f"{kind}.{key}", text[:8000]) for key, text in texts.items()]
         self._client.log_batch(self.run_id, tags=tags[:100])
 
     def summary(self, values: Mapping[str, float], step: int) -> None:
@@ -142,6 +146,17 @@ class MLflowSink:
         finally:
             if self._owned and self.run_id is not None and not self._pending:
                 mlflow.end_run(status)
+
+    def leave(self) -> None:
+        """Send what is waiting and let go of a run without ending it, such as one that somebody else has finished.
+
+        Its status stays what it was before `open`.
+        """
+        import mlflow
+
+        self._send()
+        if self._owned and self.run_id is not None:
+            mlflow.end_run(self._found_status)
 
     def _send(self, *calls: Callable[[], None]) -> None:
         """Do everything that is waiting, oldest first, then these; what fails, and what follows, waits for the next time."""

@@ -67,6 +67,8 @@ class TensorBoardSink:
             self._writer.add_image(key, picture, report.step, dataformats="HWC")
         for key, why in report.absent.items():
             self._writer.add_text(f"absent/{key}", why, report.step)
+        for key, text in report.warnings.items():
+            self._writer.add_text(f"warning/{key}", text, report.step)
         self._writer.flush()
 
     def summary(self, values: Mapping[str, float], step: int) -> None:

@@ -83,6 +83,10 @@ class Tracker:
             if key not in self._told:
                 self._told.add(key)
                 logger.warning("%s is not measured: %s", key, why)
+        for key, text in report.warnings.items():
+            if f"warning {key}" not in self._told:
+                self._told.add(f"warning {key}")
+                logger.warning("%s is %s", key, text)
         self.journal.append(report)
         found = verdict(self.journal.rows)
         for sink in self.sinks:

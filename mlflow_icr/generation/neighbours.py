@@ -1,9 +1,10 @@
 """Exact nearest neighbours in bounded memory: float32 products find candidates, float64 differences decide.
 
 A squared distance from a matrix product, |x|^2 - 2 x.y + |y|^2, costs little and is off by a rounding error that the norms
-bound. So the product only proposes: the k + SPARE smallest are measured again as differences in float64, where an exact copy is
-at distance 0, and sorted by distance, then index. A row whose k-th distance is not surely below all that was not proposed (as
-when more than SPARE duplicates share it) is measured in full. The result is that of brute force in float64, ties included.
+bound. So the product only proposes: of the k + SPARE smallest, those that might be among the k nearest are measured again as
+differences in float64, where an exact copy is at distance 0, and sorted by distance, then index. A row of which something that
+was not proposed might be as near (as when more than SPARE duplicates share a distance) is measured in full. The result is that
+of brute force in float64, ties included.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SPARE = 8
+SPARE = 24
+# A centre nearer to the origin than this many times the rows' own spread is not worth a copy of them all.
+FAR = 2.0
 BUDGET_BYTES = 2**30  # what a search may take beside its inputs
 
 
@@ -38,15 +41,39 @@ def _exact(x: Tensor, y: Tensor, k: int, skip: Tensor | None, budget: int) -> tu
     return torch.stack([values for values, _ in found]), torch.stack([indices for _, indices in found])
 
 
-def _propose(x: Tensor, y: Tensor, centre: Tensor, count: int, skip: Tensor | None, columns: int) -> tuple[Tensor, Tensor]:
-    """The `count` rows of y with the smallest approximate squared distances to each row of x, (B, count) each."""
-    a = (x - centre).float()
-    norms = a.square().sum(1, keepdim=True)
+def _centre(y: Tensor) -> Tensor | None:
+    """A point amid the rows (D,), where norms around the origin would drown their differences; else None."""
+    some = y[:: max(1, y.shape[0] // 1024)]
+    centre = some.mean(0)
+    far = float(centre.square().sum()) > FAR**2 * float((some - centre).square().sum(1).mean())
+    return centre if far else None
+
+
+def _around(x: Tensor, centre: Tensor | None) -> Tensor:
+    return (x if centre is None else x - centre).float()
+
+
+def _squared_norms(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=1).square()
+
+
+def _propose(
+    x: Tensor, y: Tensor, centre: Tensor | None, count: int, skip: Tensor | None, columns: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The `count` rows of y with the smallest approximate squared distances to each row of x, (B, count) each, ascending.
+
+    Also how far each of these distances may be off, (B, 1).
+    """
+    a = _around(x, centre)
+    norms = _squared_norms(a)[:, None]
+    widest = 0.0
     best: Tensor | None = None
     places: Tensor | None = None
     for start in range(0, y.shape[0], columns):
-        b = (y[start : start + columns] - centre).float()
-        squared = torch.addmm(b.square().sum(1), a, b.T, alpha=-2).add_(norms)
+        b = _around(y[start : start + columns], centre)
+        sizes = _squared_norms(b)
+        widest = max(widest, float(sizes.max()))
+        squared = torch.addmm(sizes, a, b.T, alpha=-2)  # less |x|^2, which changes no order
         if skip is not None:
             inside = (skip >= start) & (skip < start + b.shape[0])
             rows = inside.nonzero()[:, 0]
@@ -60,7 +87,10 @@ def _propose(x: Tensor, y: Tensor, centre: Tensor, count: int, skip: Tensor | No
         best, places = values, indices
     assert best is not None
     assert places is not None
-    return best, places
+    # A float32 sum of D products is off by at most D eps / 2 times the sum of their sizes (Higham 2002, section 3.1), which for
+    # 2 x.y and both norms is (|x| + |y|)^2; what remains is rounding of single values, a few eps.
+    margin = (x.shape[1] / 2 + 8) * torch.finfo(torch.float32).eps * (norms.double().sqrt() + widest**0.5).square()
+    return best + norms, places, margin
 
 
 def k_nearest(x: Tensor, y: Tensor, k: int, *, exclude_self: bool = False, budget_bytes: int = BUDGET_BYTES) -> Neighbours:
@@ -77,24 +107,21 @@ def k_nearest(x: Tensor, y: Tensor, k: int, *, exclude_self: bool = False, budge
     # Half of the budget for a block of y and the products with it, the rest for the candidates' differences in float64.
     columns = max(count + 1, min(y.shape[0], budget_bytes // 4 // (4 * d)))
     rows = max(1, min(x.shape[0], budget_bytes // 4 // (4 * columns), budget_bytes // 4 // (4 * d)))
-    centre = y.mean(0, dtype=torch.float64).to(y.dtype)  # far from the origin, norms would drown the differences
-    widest = max(float((part - centre).square().sum(1).max()) for part in y.split(columns)) ** 0.5
+    centre = _centre(y)
     distances, indices = [], []
     for start in range(0, x.shape[0], rows):
         part = x[start : start + rows]
         skip = torch.arange(start, start + len(part), device=x.device) if exclude_self else None
-        approximate, places = _propose(part, y, centre, count, skip, columns)
-        squared = _measure(part, y, places, budget_bytes)
+        approximate, places, margin = _propose(part, y, centre, count, skip, columns)
+        # Whatever is nearer than the k-th is at most two errors above it.
+        near = approximate.double() <= approximate[:, k - 1 : k].double() + 2 * margin
+        squared = _measure(part, y, places, near, budget_bytes)
         # By distance, then by index: a stable sort of what is already in the order of indices.
         by_index = torch.sort(places, dim=1)
         order = torch.sort(squared.gather(1, by_index.indices), stable=True, dim=1)
         squared, places = order.values[:, :k], by_index.values.gather(1, order.indices)[:, :k]
         if count < offered:
-            # A float32 sum of D products is off by at most D eps times the sum of their sizes (Higham 2002, section 3.1),
-            # here twice |x| |y| and the norms; rounding the centred values adds as much again.
-            sizes = (part - centre).double().square().sum(1).sqrt() + widest
-            margin = 2 * (d + 4) * torch.finfo(torch.float32).eps * sizes.square()
-            doubtful = approximate.max(1).values.double() - margin <= squared[:, -1]
+            doubtful = approximate[:, -1].double() - margin[:, 0] <= squared[:, -1]
             if bool(doubtful.any()):
                 mine = None if skip is None else skip[doubtful]
                 squared[doubtful], places[doubtful] = _exact(part[doubtful], y, k, mine, budget_bytes)
@@ -103,11 +130,14 @@ def k_nearest(x: Tensor, y: Tensor, k: int, *, exclude_self: bool = False, budge
     return Neighbours(torch.cat(distances), torch.cat(indices))
 
 
-def _measure(x: Tensor, y: Tensor, places: Tensor, budget: int) -> Tensor:
-    """Squared distances from rows of x (B, D) to their candidates in y, (B, count), by differences in float64."""
-    step = max(1, budget // 4 // (16 * places.shape[1] * y.shape[1]))
+def _measure(x: Tensor, y: Tensor, places: Tensor, near: Tensor, budget: int) -> Tensor:
+    """Squared distances (B, count) from rows of x to their candidates in y, by differences in float64; inf where not `near`."""
+    squared = torch.full(places.shape, torch.inf, dtype=torch.float64, device=x.device)
+    rows, columns = near.nonzero(as_tuple=True)
+    step = max(1, budget // 4 // (16 * y.shape[1]))
     parts = [
-        (y[some].double() - row[:, None].double()).square_().sum(-1)
-        for row, some in zip(x.split(step), places.split(step), strict=True)
+        (y[places[row, column]].double() - x[row].double()).square_().sum(1)
+        for row, column in zip(rows.split(step), columns.split(step), strict=True)
     ]
-    return torch.cat(parts)
+    squared[rows, columns] = torch.cat(parts)
+    return squared

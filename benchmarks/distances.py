@@ -1,0 +1,130 @@
+"""What distances, neighbours and encoders cost over what they cannot do without, and over the usual ways.
+
+- `frechet_distance` against scipy's `sqrtm` of the covariances' product, and against torchmetrics' eigenvalues of it, all from
+  the same float64 embeddings to the value.
+- `memorization_ratio` against the bare float32 matrix product of the two sets, which is the limit, and against
+  `torch.cdist` with `topk`; the largest tensor that a search makes, against its budget.
+- An encoder against the bare forward pass of its network on tensors that are ready.
+
+Each pair is timed in turn in this process; the ratio is the median of the pairs' ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import scipy.linalg
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mlflow_icr import frechet_distance, memorization_ratio
+from mlflow_icr.extraction.encoders import load_encoder
+from mlflow_icr.generation.neighbours import BUDGET_BYTES
+
+
+def timed(call: Callable[[], object]) -> tuple[float, object]:
+    started = time.perf_counter()
+    result = call()
+    return time.perf_counter() - started, result
+
+
+def pairs(name: str, ours: Callable[[], object], theirs: Callable[[], object], goal: str, repeats: int) -> None:
+    found = [(timed(ours)[0], timed(theirs)[0]) for _ in range(repeats)]
+    mine, other = (statistics.median(side) for side in zip(*found, strict=True))
+    ratio = statistics.median(a / b for a, b in found)
+    print(f"{name:64} ours {mine:7.2f} s  theirs {other:7.2f} s  ratio {ratio:.3f} (goal: {goal})", flush=True)
+
+
+def scipys(x: Tensor, y: Tensor) -> float:
+    cx, cy = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
+    root = scipy.linalg.sqrtm(cx @ cy)
+    return float(((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(cx + cy - 2 * root.real))
+
+
+def torchmetrics_way(x: Tensor, y: Tensor) -> float:
+    from torchmetrics.image.fid import _compute_fid
+
+    return float(_compute_fid(x.mean(0), x.T.cov(), y.mean(0), y.T.cov()))
+
+
+def frechet(n: int, dim: int, repeats: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(dim, dim, generator=generator, dtype=torch.float64) * torch.linspace(1, 0.05, dim, dtype=torch.float64)
+    x, y = (torch.randn(n, dim, generator=generator, dtype=torch.float64) @ mix + shift for shift in (0.0, 0.1))
+    values = [frechet_distance(x, y), scipys(x, y), torchmetrics_way(x, y)]
+    print(f"Frechet distance, N = {n}, D = {dim}: ours {values[0]:.10g}, scipy {values[1]:.10g}, torchmetrics {values[2]:.10g}")
+    pairs("  against scipy's sqrtm", lambda: frechet_distance(x, y), lambda: scipys(x, y), "at most 0.1", repeats)
+    pairs("  against torchmetrics", lambda: frechet_distance(x, y), lambda: torchmetrics_way(x, y), "at most 0.33", repeats)
+
+
+class Largest(TorchDispatchMode):
+    """The largest storage that is made inside."""
+
+    def __init__(self, *given: Tensor) -> None:
+        super().__init__()
+        self.given = {z.untyped_storage().data_ptr() for z in given}
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        for part in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(part, Tensor) and part.untyped_storage().data_ptr() not in self.given:
+                self.bytes = max(self.bytes, part.untyped_storage().nbytes())
+        return result
+
+
+def cdist_way(x: Tensor, y: Tensor) -> float:
+    near = torch.cdist(x, y).topk(2, largest=False).values
+    return float((near[:, 0] / near[:, 1] < 1 / 3).double().mean())
+
+
+def neighbours(n: int, m: int, dim: int, repeats: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.rand(rows, dim, generator=generator) for rows in (n, m))
+    name = f"memorization_ratio, {n} x {m} of {dim} values"
+    pairs(f"{name}, bare product", lambda: memorization_ratio(x, y), lambda: x @ y.T, "at most 1.3", repeats)
+    pairs(f"{name}, cdist and topk", lambda: memorization_ratio(x, y), lambda: cdist_way(x, y), "at most 1", repeats)
+
+
+def memory(n: int, m: int, dim: int) -> None:
+    x, y = torch.rand(n, dim), torch.rand(m, dim)
+    with Largest(x, y) as largest:
+        memorization_ratio(x, y)
+    share = largest.bytes / BUDGET_BYTES
+    print(
+        f"memorization_ratio, {n} x {m} of {dim} values: largest tensor {share:.2f} of the budget (goal: at most 1)", flush=True
+    )
+
+
+def encoding(repeats: int) -> None:
+    encoder = load_encoder("efficientnet_lite0")
+    images = torch.randint(256, (512, 3, 32, 32), dtype=torch.uint8)
+    ready = [encoder._prepare(batch.float() / 255) for batch in images.split(encoder.batch_size)]
+
+    @torch.no_grad()
+    def bare() -> None:
+        for batch in ready:
+            encoder._network(batch)
+
+    pairs("efficientnet_lite0 on 512 images, bare forward passes", lambda: encoder(images), bare, "at most 1.1", repeats)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--small", action="store_true", help="sizes that take seconds")
+    arguments = parser.parse_args()
+    scale = 10 if arguments.small else 1
+    encoding(arguments.repeats)
+    neighbours(2000 // scale, 20_000 // scale, 3072, arguments.repeats)
+    memory(10_000 // scale, 50_000 // scale, 3072)
+    frechet(10_000 // scale, 2048 // scale, arguments.repeats)
+
+
+if __name__ == "__main__":
+    main()

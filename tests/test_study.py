@@ -191,22 +191,29 @@ def test_a_folder_with_something_in_it_is_refused(tmp_path: Path, capsys: pytest
     assert "which is not empty; expected a new folder" in capsys.readouterr().err
 
 
-def test_the_figure_shows_each_run_and_its_turn() -> None:
-    steps = [0, 1000, 10_000, 100_000, 200_000]
+def test_the_figure_shows_each_run_its_turn_and_its_intervals() -> None:
+    steps = [0, *(1000 * 2**i for i in range(8))]
+    icrs = [0.9, 0.85, 0.8, 0.75, 0.7, 0.72, 0.75, 0.78, 0.8]
     limited = [
-        {"images_seen": s, "repr/icr": i, "mem/ratio_l2": m, "repr/fisher_residual_energy": e}
-        for s, i, m, e in zip(steps, [0.9, 0.8, 0.7, 0.75, 0.8], [0, 0, 0, 0.3, 0.6], [9, 1, 2, 5, 9], strict=True)
-    ]
-    control = [{"images_seen": s, "repr/icr": 0.7, "mem/ratio_l2": 0.0} for s in steps]
+        {
+            "images_seen": s, "repr/icr_debiased": i, "repr/icr_low": i - 0.01, "repr/icr_high": i + 0.01,
+            "repr/icr_rise_low": i - 0.71, "mem/ratio_l2": 0.0 if s < 100_000 else 0.3, "repr/fisher_residual_energy": 1e-5 * i,
+        }
+        for s, i in zip(steps, icrs, strict=True)
+    ]  # fmt: skip
+    control = [{"images_seen": s, "repr/icr_debiased": 0.7, "mem/ratio_l2": 0.0} for s in steps]
     figure = study_figure({"limited: 8 images": limited, "control: 64 images": control}, "a title")
-    icr_panel, copies, energy = figure.axes
+    icr_panel, ratio, copies, energy = figure.axes
     assert icr_panel.get_title() == "a title"
-    assert [text.get_text() for text in icr_panel.get_legend().get_texts()] == ["limited: 8 images", "control: 64 images"]
+    legend = [text.get_text() for text in icr_panel.get_legend().get_texts()]
+    assert legend == ["limited: 8 images: turning", "control: 64 images: generalizing"]
     curves = [line for line in icr_panel.lines if len(line.get_xdata()) > 2]
-    assert [list(line.get_ydata()) for line in curves] == [[0.8, 0.7, 0.75, 0.8], [0.7] * 4]
-    assert list(curves[0].get_xdata()) == [1, 10, 100, 200]
-    assert "10 kimg" in icr_panel.texts[0].get_text()
-    assert "100 kimg" in copies.texts[0].get_text()
+    assert [list(line.get_ydata()) for line in curves] == [icrs[1:], [0.7] * 8]
+    assert list(curves[0].get_xdata()) == [s / 1000 for s in steps[1:]]
+    (band,) = icr_panel.collections
+    assert band.get_paths()[0].get_extents().y0 == pytest.approx(0.69)
+    assert "8 kimg" in ratio.texts[0].get_text()  # the lowest ICR
+    assert "128 kimg" in copies.texts[0].get_text()
     assert len([line for line in energy.lines if len(line.get_xdata()) > 2]) == 1  # the control has none, and gets no line
 
 

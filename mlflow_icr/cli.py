@@ -74,10 +74,10 @@ def _measure_generated(arguments: argparse.Namespace) -> int:
     if arguments.run_id is not None:
         from mlflow_icr.tracking import MLflowSink
 
-        sink = MLflowSink(run_id=arguments.run_id)
+        sink = MLflowSink(run_id=arguments.run_id, joins=True)
         sink.open({}, {})
         sink.write(found.report(arguments.images_seen))
-        sink.leave()
+        sink.close("FINISHED")
     print(json.dumps(found.values, indent=2))
     for key, why in found.absent.items():
         print(f"{key} is absent: {why}", file=sys.stderr)

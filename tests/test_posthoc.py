@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import zipfile
 from pathlib import Path
 
@@ -127,6 +128,11 @@ def test_it_can_be_logged_to_a_finished_run(sets: dict[str, Path], capsys: pytes
     assert found.info.status == "FINISHED"
     assert found.data.tags["absent.gen/fd_pixels"] == "there are no held-out images to compare with"
     assert mlflow.active_run() is None
+    running = client.create_run("0").info.run_id  # another process is at it
+    assert main([*command[:-1], running]) == 0
+    found = client.get_run(running)
+    assert (found.info.status, found.info.end_time) == ("RUNNING", None)
+    assert "mem/ratio_l2" in found.data.metrics
 
 
 def test_sets_of_different_kinds_are_refused(sets: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,6 +154,13 @@ def test_a_judgement_is_the_metrics_by_their_keys(rng: np.random.Generator) -> N
     assert alone.absent["gen/precision"] == "there are no held-out images to compare with"
     assert 0 <= alone.values["mem/copies_sscd"] <= 1
     assert alone.values.keys().isdisjoint(alone.absent)
+    one = judge(fake[:1], train, heldout, "net")
+    for key in ("gen/kid_net", "gen/fd_net", "gen/fd_train_net", "gen/fd_gap_net"):
+        assert one.absent[key] == "needs at least 2 images on both sides; 1 on one"
+    assert one.values["mem/ratio_net"] in (0, 1)
+    far = judge(1e55 * fake, train, heldout, "net")
+    assert all(math.isfinite(value) for value in far.values.values())
+    assert "it is inf" in far.absent["gen/kid_net"]
     few = judge(fake[:4], train, heldout, "net")
     assert "needs more than 5" in few.absent["gen/recall"]
     assert "no cell holds" in few.absent["mem/ct"]

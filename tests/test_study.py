@@ -233,3 +233,29 @@ def test_the_project_file_names_the_entry_points() -> None:
     project = yaml.safe_load((ROOT / "MLproject").read_text())
     assert project["entry_points"]["main"] == project["entry_points"]["generalization_to_memorization"]
     assert {"main", "train"} <= set(project["entry_points"])
+
+
+def test_the_noise_window_sweeps_what_the_study_left(tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    command = [
+        sys.executable, "-m", "trainers.experiments.noise_window", "--preset=digits", "--num-images=32", "--control-images=64",
+        "--total-kimg=0.6", "--first-measurement-kimg=0.3", "--measurements=2", "--block-channels=16,32", "--num-samples=8",
+        "--sample-steps=2", f"--output-dir={tmp_path / 'study'}",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "study" / "noise_window.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    models = {row["model"] for row in rows}
+    assert models == {"control, at the end (624)", "limited, at the end (624)"}  # there was no turn yet
+    assert len(rows) == 2 * 9 * 5  # models, sigmas, blocks of the network
+    for name in models:
+        mine = [row for row in rows if row["model"] == name and row["layer"] == "up_blocks.0"]
+        lowest = min(mine, key=lambda row: float(row["icr"]))
+        assert f"{name}: up_blocks.0" in done.stdout
+        assert f"lowest ICR at sigma {float(lowest['sigma']):g}" in done.stdout
+        assert all(0 <= float(row["accuracy"]) <= 1 for row in mine)
+    (run,) = MlflowClient().search_runs(["0"], "tags.role = 'noise_window'")
+    assert run.info.status == "FINISHED"
+    assert {f.path for f in MlflowClient().list_artifacts(run.info.run_id)} >= {"noise_window.png", "noise_window.csv"}

@@ -9,12 +9,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
 
 from mlflow_icr import Report
-from mlflow_icr.tracking import Journal, MLflowSink, TensorBoardSink, Tracker, read_history
+from mlflow_icr.tracking import Journal, MLflowSink, TensorBoardSink, Tracker, read_arrays, read_history
 
 # Values that lose bits in float32, or in a decimal of few digits.
 ODD = [0.1 + 0.2, 1 / 3, 1e-300, 3e38, -0.0, 123456789.123456789, 2**53 + 1.0]
@@ -267,6 +268,26 @@ def test_a_torn_last_line_is_not_a_row_and_does_not_spoil_the_next(tmp_path: Pat
     whole = Journal(tmp_path)
     whole.append(report(3))
     assert [row["images_seen"] for row in read_history(tmp_path)] == [0, 1, 2, 3]
+
+
+def test_a_file_that_the_disk_does_not_take_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half an archive would be read as the influences of a measurement."""
+    journal = Journal(tmp_path)
+    values = np.linspace(0, 1, 50, dtype=np.float32)
+
+    def half(file: IO[bytes], **arrays: np.ndarray) -> None:
+        file.write(b"PK half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez_compressed", half)
+    with pytest.raises(OSError, match="No space left"):
+        journal.append(Report(3, {"repr/icr": 0.5}, arrays={"repr/influence": values}))
+    assert [row["images_seen"] for row in read_history(tmp_path)] == [3]
+    with pytest.raises(FileNotFoundError):
+        read_arrays(tmp_path, 3)
+    monkeypatch.undo()
+    journal.append(Report(4, {"repr/icr": 0.5}, arrays={"repr/influence": values}))
+    assert np.array_equal(read_arrays(tmp_path, 4)["repr/influence"], values)
 
 
 def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:

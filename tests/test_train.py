@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 
+from mlflow_icr import verdict
 from mlflow_icr.tracking import read_history
 from tests.test_tracking import as_float32, journal_scalars, mlflow_scalars, tensorboard_scalars
 from trainers import train
@@ -42,6 +44,19 @@ def run(output_dir: Path, *flags: str, **options: object) -> subprocess.Complete
 def measured(folder: Path) -> list[dict[str, float]]:
     """The history without what depends on the machine's speed."""
     return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in read_history(folder)]
+
+
+def tensorboard_texts(folder: Path) -> dict[str, str]:
+    """The last text of every tag."""
+    from tensorboard.backend.event_processing.event_accumulator import TENSORS, EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={TENSORS: 0})
+    events.Reload()
+    return {
+        tag: events.Tensors(tag)[-1].tensor_proto.string_val[0].decode()
+        for tag in events.Tags()["tensors"]
+        if tag.endswith("text_summary")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +99,30 @@ def test_a_run_leaves_what_the_readme_says(whole: tuple[Path, str], monkeypatch:
     assert info.data.tags["study"] == "s1"
     assert info.info.run_id == json.loads((folder / "mlflow.json").read_text())["run_id"]
     assert re.fullmatch("[0-9a-f]{64}", info.data.params["data_sha256"])
+    said = verdict(folder)
+    assert info.data.tags["verdict"] == said.state
+    assert info.data.tags["verdict.text"] == said.text
+    assert info.data.metrics["checkpoint_images_seen"] == said.checkpoint_images_seen == 1216
+    table = json.loads(Path(MlflowClient().download_artifacts(info.info.run_id, "tables/training_images.json")).read_text())
+    with (folder / "tables" / "training_images.csv").open() as file:
+        written = list(csv.DictReader(file))
+    shares = [row[table["columns"].index("residual_share")] for row in table["data"]]
+    assert shares == sorted(shares, reverse=True)
+    assert shares == [float(row["residual_share"]) for row in written]
+    assert len(shares) == 32
+    assert "tables/training_images.json" in info.data.tags["mlflow.loggedArtifacts"]
+    texts = tensorboard_texts(folder / "tensorboard")
+    assert texts["verdict/text_summary"] == said.text
+    assert texts["tables/classes/text_summary"].startswith("| label | images | relative_share | influence |")
+    for name in ("s", "xi"):
+        vectors = np.loadtxt(folder / "tensorboard" / "01216" / name / "tensors.tsv")
+        assert vectors.shape == (32, 32)
+        with Image.open(folder / "tensorboard" / "01216" / name / "sprite.png") as sprite:
+            assert sprite.size == (6 * 48, 6 * 48)
+    assert {path.parent.name for path in folder.glob("images/*/000000001216.png")} == {
+        "samples", "nearest", "neighbours_s", "neighbours_xi", "largest_residuals",
+    }  # fmt: skip
+
     journal = journal_scalars(folder)
     stored, shown = mlflow_scalars(info.info.run_id), tensorboard_scalars(folder / "tensorboard")
     assert {key: stored[key] for key in journal} == journal
@@ -380,3 +419,23 @@ def test_datasets_are_loaded_by_name(tmp_path: Path, rng: np.random.Generator) -
     assert {i.numpy().tobytes() for i in images.permute(0, 2, 3, 1).contiguous()} == {a.tobytes() for a in arrays}
     with pytest.raises(ValueError, match=r"load with split 'test'"):
         _named(str(tmp_path / "set"), "test", 8)
+
+
+def test_trackers_are_told_of_the_end_when_the_disk_takes_no_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    from trainers.run import Run
+
+    def full(self: Run, tracker: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Run, "conclude", full)
+    signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        assert train.main([*SHORT, "--total-kimg=0.3", f"--output-dir={tmp_path / 'run'}"]) == 1
+    finally:
+        for number, handler in signals.items():
+            signal.signal(number, handler)
+    (run,) = MlflowClient().search_runs(["0"])
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["icr_min"] > 0

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mlflow_icr.extraction import keyed_generator
 from mlflow_icr.extraction.images import content_hash, folder_labels, load_folder, stack_images
+from trainers.config import TrainConfig
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts its files
 EMBEDDED = ("digits", "mnist5k", "fashion-mnist")
@@ -133,4 +134,16 @@ def load_data(data: str, *, resolution: int, num_images: int, num_heldout: int, 
         content_hash(heldout),
         None if labels is None else labels[first],
         None if labels is None else labels[last],
+    )
+
+
+def data_of(config: TrainConfig) -> DataSet:
+    """The images of a configuration. Raises ValueError as `load_data`."""
+    return load_data(
+        config.data,
+        resolution=config.resolution,
+        num_images=config.num_images,
+        num_heldout=config.num_heldout,
+        seed=config.seed,
+        split=config.data_split,
     )

@@ -21,7 +21,7 @@ from mlflow_icr.tracking import Tracker
 from trainers.checkpoint import latest_checkpoint, load_checkpoint, mark_turning, save_checkpoint
 from trainers.config import STOPPING, TrainConfig
 from trainers.console import Console
-from trainers.data import load_data
+from trainers.data import data_of
 from trainers.edm import build_network, edm_loss, training_sigma
 from trainers.loop import new_state, take_mean_loss, train
 
@@ -43,14 +43,7 @@ class Run:
             cpu=not torch.cuda.is_available() and not torch.backends.mps.is_available(),
         )
         self._check_ranks()
-        self.data = load_data(
-            config.data,
-            resolution=config.resolution,
-            num_images=config.num_images,
-            num_heldout=config.num_heldout,
-            seed=config.seed,
-            split=config.data_split,
-        )
+        self.data = data_of(config)
         network = build_network(config, self.data.train.shape[1])
         self.num_parameters = sum(p.numel() for p in network.parameters())
         self.state = new_state(network, config, self.accelerator)

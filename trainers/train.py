@@ -129,11 +129,13 @@ def train_run(run: Run, stop: Stop, output_dir: Path, tags: Mapping[str, str], r
     finally:
         console.close()
         if tracker is not None:
-            if status != "FAILED":
-                run.conclude(tracker)
-            found = tracker.verdict
-            console.summary(tracker.close(status), found, status, output_dir)
-            note_run(sink, output_dir)  # where the server was away at the start, the run is younger than the training
+            try:
+                if status != "FAILED":
+                    run.conclude(tracker)
+            finally:  # a full disk may take no table: every tracker is told how the run ended all the same
+                found = tracker.verdict
+                console.summary(tracker.close(status), found, status, output_dir)
+                note_run(sink, output_dir)  # where the server was away at the start, the run is younger than the training
     return status
 
 

@@ -9,6 +9,7 @@ has, and whose SHA-256 is checked where there is one official file.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -294,7 +295,8 @@ def load_encoder(
         path = Path(name.removeprefix("torchscript:"))
         if not path.is_file():
             raise ValueError(f"encoder is {name!r}, and {str(path)!r} is no file; expected a TorchScript file")
-        return _script(f"torchscript_{path.stem}", path, _file_sha256(path), device, batch_size)
+        # The name becomes part of metric keys, which trackers want plain.
+        return _script(f"torchscript_{re.sub('[^A-Za-z0-9_.-]', '_', path.stem)}", path, _file_sha256(path), device, batch_size)
     if name == "inception":
         return _inception(*_weights_file(name, weights), device, batch_size)
     if name == "sscd":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -41,6 +42,12 @@ class Judgement:
     absent: dict[str, str] = field(default_factory=dict)
     warnings: dict[str, str] = field(default_factory=dict)
 
+    def finite(self) -> Judgement:
+        """The same, with values that overflowed among what is absent."""
+        for key in [key for key, value in self.values.items() if not math.isfinite(value)]:
+            self.absent[key] = f"it is {self.values.pop(key)}: the embeddings are too far apart, or all the same"
+        return self
+
     def detection(self, key: str, found: Detection, scale: float = 1.0) -> None:
         """Enter a detector's value with its interval."""
         self.values |= {key: scale * found.value, f"{key}_low": scale * found.low, f"{key}_high": scale * found.high}
@@ -72,21 +79,29 @@ def judge(fake: Tensor, train: Tensor, heldout: Tensor | None, encoder: str) -> 
         why = "there are no held-out images to compare with"
         keys = [f"gen/{key}_{encoder}" for key in ("kid", "fd", "fd_gap")] + [f"gen/{key}" for key in WITH_HELDOUT]
         found.absent |= dict.fromkeys([*keys, "mem/ct"], why)
-        return found
+        return found.finite()
     _against(fake, heldout, "", encoder, found)
-    found.values[f"gen/fd_gap_{encoder}"] = found.values[f"gen/fd_{encoder}"] - found.values[f"gen/fd_train_{encoder}"]
-    _with_heldout(fake, train, heldout, encoder, found)
-    return found
+    gap, near, far = (f"gen/fd{middle}_{encoder}" for middle in ("_gap", "", "_train"))
+    if {near, far} <= found.values.keys():
+        found.values[gap] = found.values[near] - found.values[far]
+    else:
+        found.absent[gap] = found.absent[near]
+    _with_heldout(fake, train, heldout, found)
+    return found.finite()
 
 
 def _against(fake: Tensor, real: Tensor, which: str, encoder: str, found: Judgement) -> None:
     """Kernel and Frechet distance to one set of real images."""
     middle = f"_{which}" if which else ""
     smallest = min(len(fake), len(real))
+    keys = (f"gen/kid{middle}_{encoder}", f"gen/fd{middle}_{encoder}")
+    if smallest < 2:
+        found.absent |= dict.fromkeys(keys, f"needs at least 2 images on both sides; {smallest} on one")
+        return
     mean, std = kernel_distance(fake, real, subset_size=min(KERNEL_SUBSET, smallest))
-    found.values[f"gen/kid{middle}_{encoder}"] = mean
-    found.values[f"gen/kid{middle}_{encoder}_std"] = std
-    key = f"gen/fd{middle}_{encoder}"
+    found.values[keys[0]] = mean
+    found.values[f"{keys[0]}_std"] = std
+    key = keys[1]
     found.values[key] = frechet_distance(fake, real)
     if smallest <= fake.shape[1]:
         found.warnings[key] = (
@@ -95,7 +110,7 @@ def _against(fake: Tensor, real: Tensor, which: str, encoder: str, found: Judgem
         )
 
 
-def _with_heldout(fake: Tensor, train: Tensor, heldout: Tensor, encoder: str, found: Judgement) -> None:
+def _with_heldout(fake: Tensor, train: Tensor, heldout: Tensor, found: Judgement) -> None:
     """What needs held-out images beside the distances."""
     if min(len(fake), len(heldout)) > DENSITY_NEIGHBOURS:
         pairs = (

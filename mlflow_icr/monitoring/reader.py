@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -13,6 +13,30 @@ from mlflow_icr.extraction.taps import Tap
 from mlflow_icr.extraction.views import as_unit_interval, make_views
 from mlflow_icr.monitoring.protocol import Protocol
 from mlflow_icr.monitoring.ranks import sum_over_ranks, world
+
+
+def view_batches(
+    images: Tensor,
+    indices: Sequence[int],
+    num_views: int,
+    sigma: float,
+    protocol: Protocol,
+    batch_size: int,
+    device: torch.device,
+) -> Iterator[Tensor]:
+    """Views (B, K, C, H, W) of the images with these places in the set, some `batch_size` views at a time."""
+    step = max(1, batch_size // num_views)
+    for start in range(0, len(indices), step):
+        some = list(indices[start : start + step])
+        yield make_views(
+            images[some],
+            some,
+            num_views=num_views,
+            sigma=sigma,
+            seed=protocol.seed,
+            level=protocol.augmentation_level,
+            device=device,
+        )
 
 
 class FeatureReader:
@@ -57,18 +81,7 @@ class FeatureReader:
         total = 4 * k * self.images[0].numel() * len(mine) * len(p.sigmas)
         if total > self.cache_bytes:
             kept = None
-        step = max(1, self.batch_size // k)
-        for start in range(0, len(mine), step):
-            indices = mine[start : start + step]
-            views = make_views(
-                self.images[indices],
-                indices,
-                num_views=k,
-                sigma=sigma,
-                seed=p.seed,
-                level=p.augmentation_level,
-                device=device,
-            )
+        for views in view_batches(self.images, mine, k, sigma, p, self.batch_size, device):
             if kept is not None:
                 kept.append(views)
             yield views

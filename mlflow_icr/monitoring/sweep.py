@@ -15,9 +15,10 @@ from torch import Tensor
 from mlflow_icr.extraction.denoisers import Denoiser, device_of
 from mlflow_icr.extraction.keyed import keyed_generator
 from mlflow_icr.extraction.taps import Tap, middle_layers
-from mlflow_icr.extraction.views import as_unit_interval, make_views
+from mlflow_icr.extraction.views import as_unit_interval
 from mlflow_icr.monitoring.companions import cross_validated
 from mlflow_icr.monitoring.protocol import Protocol
+from mlflow_icr.monitoring.reader import view_batches
 from mlflow_icr.representation import icr_interval, linear_probe_accuracy
 
 # Those of Li et al. 2026, figure 2, for EDM.
@@ -137,24 +138,12 @@ class _Sweeper:
         self.num_views = _views_needed(self.dims, len(images), protocol)
         self.protocol = protocol
 
-    def _batches(self, sigma: float) -> Iterator[Tensor]:
-        p, k = self.protocol, self.num_views
-        step = max(1, self.batch_size // k)
-        for start in range(0, len(self.images), step):
-            indices = list(range(start, min(start + step, len(self.images))))
-            yield make_views(
-                self.images[indices],
-                indices,
-                num_views=k,
-                sigma=sigma,
-                seed=p.seed,
-                level=p.augmentation_level,
-                device=self.device,
-            ).flatten(0, 1)
-
     def views(self, sigma: float) -> list[Tensor]:
         """Features (N, K, D) of each layer on views."""
-        return [f.view(len(self.images), self.num_views, -1) for f in self._read(self._batches(sigma), sigma)]
+        everyone = range(len(self.images))
+        batches = view_batches(self.images, everyone, self.num_views, sigma, self.protocol, self.batch_size, self.device)
+        features = self._read((views.flatten(0, 1) for views in batches), sigma)
+        return [f.view(len(self.images), self.num_views, -1) for f in features]
 
     def plain(self, images: Tensor, sigma: float, seed: int) -> list[Tensor]:
         """Features (N, D) of each layer on noised images that are not augmented."""

@@ -23,7 +23,6 @@ from pathlib import Path
 from mlflow_icr.monitoring.series import Rows, rows_of, series
 
 GENERALIZING, TURNING, MEMORIZING, UNDECIDED = "generalizing", "turning", "memorizing", "undecided"
-STATES = (GENERALIZING, TURNING, MEMORIZING, UNDECIDED)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from mlflow_icr.representation.moments import ViewMoments
+from mlflow_icr.representation.quantile import student_t
 from mlflow_icr.representation.spectrum import InvariantSpectrum
 
 CHUNK = 2**24  # float64 numbers held at a time, 128 MiB
@@ -43,13 +44,6 @@ class ICRInterval:
     influence: Tensor
     centre: float
     level: float
-
-
-def _student_t(level: float, degrees: int) -> float:
-    """The t with P(|T| <= t) = level."""
-    from scipy.special import stdtrit
-
-    return float(stdtrit(degrees, (1 + level) / 2))
 
 
 def leave_one_out_terms(moments: ViewMoments, features: Tensor) -> Tensor:
@@ -103,7 +97,7 @@ def interval_from_terms(spectrum: InvariantSpectrum, terms: Tensor, level: float
     slope = (between / inflation - total) - (spread * (total / spread.mean()) - total) * max(0.0, 1 - noise) ** 0.5
     eigenvalue = float(total) - 1 / k
     error = float(slope.std()) / n**0.5
-    reach = _student_t(level, n - 1) * error
+    reach = student_t(level, n - 1) * error
 
     def ratio(mean_eigenvalue: float) -> float:
         return 1 / (1 + max(0.0, mean_eigenvalue))
@@ -147,5 +141,5 @@ def paired_difference(influence_a: Tensor, influence_b: Tensor, difference: floa
             f"influences have shapes {tuple(influence_a.shape)} and {tuple(influence_b.shape)}; expected the same images"
         )
     n = len(influence_a)
-    reach = _student_t(level, n - 1) * float((influence_b.double() - influence_a.double()).std()) / n**0.5
+    reach = student_t(level, n - 1) * float((influence_b.double() - influence_a.double()).std()) / n**0.5
     return difference - reach, difference + reach

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mlflow_icr.representation.quantile import student_t
+
 
 @dataclass(frozen=True)
 class ViewErrorRatio:
@@ -25,8 +27,6 @@ def view_error_ratio(image_errors: Tensor, view_errors: Tensor, level: float = 0
     training and held-out loss does, but without images held out. The interval is that of the logarithm, by the images'
     influences on it, with Student's t. Raises ValueError for other shapes, N < 2, or errors that are not positive and finite.
     """
-    from scipy.special import stdtrit
-
     if image_errors.shape != view_errors.shape or image_errors.ndim != 1 or len(image_errors) < 2:
         raise ValueError(
             f"errors have shapes {tuple(image_errors.shape)} and {tuple(view_errors.shape)}; expected (N,) twice, N >= 2"
@@ -38,5 +38,5 @@ def view_error_ratio(image_errors: Tensor, view_errors: Tensor, level: float = 0
         raise ValueError("errors are all 0; a ratio needs some")
     ratio = b.mean() / a.mean()
     error = (b / b.mean() - a / a.mean()).std() / len(a) ** 0.5  # of log ratio
-    reach = (error * float(stdtrit(len(a) - 1, (1 + level) / 2))).exp()
+    reach = (error * student_t(level, len(a) - 1)).exp()
     return ViewErrorRatio(float(ratio), float(ratio / reach), float(ratio * reach))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -41,6 +44,17 @@ def _append_line(path: Path, line: str) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def _write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Make a file that is there as a whole or not at all, also when the disk fills or the process is killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    with part.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
 
 
 class Journal:
@@ -87,23 +101,19 @@ class Journal:
         self.rows.append(row)
         for key, picture in report.figures.items():
             path = self.picture(key, report.step)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(picture).save(path)
+            _write_whole(path, partial(Image.fromarray(picture).save, format="png"))
         if report.arrays:
             path = arrays_path(self.folder, report.step)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            np.savez_compressed(path, **report.arrays)  # type: ignore[arg-type]
+            _write_whole(path, lambda file: np.savez_compressed(file, **report.arrays))  # type: ignore[arg-type]
 
     def write_table(self, name: str, rows: Sequence[Mapping[str, object]]) -> Path:
         """Write `tables/<name>.csv`, whole or not at all; returns its path."""
         path = self.folder / "tables" / f"{name}.csv"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.part")
-        with part.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-        part.rename(path)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+        _write_whole(path, lambda file: file.write(text.getvalue().encode()))
         return path
 
     def picture(self, key: str, step: int) -> Path:

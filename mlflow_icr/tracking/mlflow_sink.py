@@ -21,17 +21,20 @@ class MLflowSink:
     """Writes to the run that MLFLOW_RUN_ID or `run_id` names, to the active one, or to a new one.
 
     What the server does not take is kept, in order, and tried again with the next measurement and at the end. Parameters
-    that the run has already (those of `mlflow run -P`) stay as they are. Use it on the main process only.
+    that the run has already (those of `mlflow run -P`) stay as they are. With `joins`, results are added to the run of
+    `run_id` as it is: it is neither set running nor ended. Use it on the main process only.
     """
 
     name = "MLflow"
 
-    def __init__(self, run_id: str | None = None, run_name: str | None = None) -> None:
+    def __init__(self, run_id: str | None = None, run_name: str | None = None, *, joins: bool = False) -> None:
+        if joins and run_id is None:
+            raise ValueError("joins is True and run_id None; expected the run to join")
         self.run_id = run_id
+        self.joins = joins
         self.run_name = run_name
         self.experiment_id: str | None = None
         self._owned = True
-        self._found_status = "FINISHED"
         self._tables: list[str] = []
         self._pending: list[Callable[[], None]] = []
         for variable, value in PATIENCE.items():
@@ -44,10 +47,13 @@ class MLflowSink:
     def _start(self) -> None:
         import mlflow
 
-        run = mlflow.active_run() if self.run_id is None and "MLFLOW_RUN_ID" not in os.environ else None
+        if self.joins:
+            run = mlflow.MlflowClient().get_run(self.run_id)
+        elif self.run_id is None and "MLFLOW_RUN_ID" not in os.environ:
+            run = mlflow.active_run()
+        else:
+            run = None
         self._owned = run is None
-        if self.run_id is not None:  # start_run would call a finished run RUNNING
-            self._found_status = mlflow.MlflowClient().get_run(self.run_id).info.status
         if run is None:
             adopted = self.run_id is not None or "MLFLOW_RUN_ID" in os.environ
             # An adopted run keeps the name that `mlflow run` gave it.
@@ -146,17 +152,6 @@ class MLflowSink:
         finally:
             if self._owned and self.run_id is not None and not self._pending:
                 mlflow.end_run(status)
-
-    def leave(self) -> None:
-        """Send what is waiting and let go of a run without ending it, such as one that somebody else has finished.
-
-        Its status stays what it was before `open`.
-        """
-        import mlflow
-
-        self._send()
-        if self._owned and self.run_id is not None:
-            mlflow.end_run(self._found_status)
 
     def _send(self, *calls: Callable[[], None]) -> None:
         """Do everything that is waiting, oldest first, then these; what fails, and what follows, waits for the next time."""

@@ -21,7 +21,7 @@ from mlflow_icr.extraction.pipelines import load_denoiser
 from mlflow_icr.monitoring.plots import sweep_figure
 from mlflow_icr.monitoring.sweep import SweepPoint
 from trainers.config import TrainConfig
-from trainers.data import load_data
+from trainers.data import data_of
 from trainers.experiments.generalization_to_memorization import Study, plan, run_study, try_tracking
 from trainers.train import Stop
 
@@ -47,14 +47,7 @@ def checkpoints(study: Study) -> dict[str, Path]:
 def sweep_checkpoint(folder: Path, config: TrainConfig) -> NoiseSweep:
     """The sweep of one checkpoint on its own training images; the probe is scored on the held-out ones."""
     denoiser, _ = load_denoiser(folder)
-    data = load_data(
-        config.data,
-        resolution=config.resolution,
-        num_images=config.num_images,
-        num_heldout=config.num_heldout,
-        seed=config.seed,
-        split=config.data_split,
-    )
+    data = data_of(config)
     n = min(MOST_IMAGES, len(data.train))
     if data.train_labels is None:
         return sweep_noise(denoiser, data.train[:n])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -18,6 +21,17 @@ def _no_tracking_leaks(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest
     for variable in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_embeddings_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test reads or leaves embeddings in somebody's cache."""
+    before = os.environ.get("MLFLOW_ICR_CACHE")
+    os.environ["MLFLOW_ICR_CACHE"] = str(tmp_path_factory.mktemp("embeddings"))
+    yield
+    os.environ.pop("MLFLOW_ICR_CACHE")
+    if before is not None:
+        os.environ["MLFLOW_ICR_CACHE"] = before
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,9 @@ from mlflow_icr import (
 )
 from mlflow_icr.extraction.taps import Tap
 from mlflow_icr.monitoring.errors import ErrorReader
-from mlflow_icr.monitoring.grid import image_grid
+from mlflow_icr.monitoring.generation_plots import trade_off
+from mlflow_icr.monitoring.grid import CAPTION, image_grid
+from mlflow_icr.monitoring.schedule import every_nth
 
 PROTOCOL = Protocol(num_images=48, num_views=4)
 
@@ -303,9 +305,16 @@ def test_generated_images_are_judged(small_unet: nn.Module, digits: torch.Tensor
     assert "of 80 and 24 images in 64 dimensions: too few for a covariance" in report.warnings["gen/fd_pixels"]
     assert report.values["gen/fd_gap_pixels"] == report.values["gen/fd_pixels"] - report.values["gen/fd_train_pixels"]
     assert report.values["gen/vendi"] <= 2
-    assert report.figures["nearest"].shape == (4 * 50 - 2, 8 * 50 - 2, 3)
+    assert report.figures["nearest"].shape == (2 * (48 + 2 + 48 + CAPTION + 2) - 2, 8 * 50 - 2, 3)
     top, below = report.figures["nearest"][:48, :48], report.figures["nearest"][50:98, :48]
     assert np.array_equal(top, below)  # a copy above what it copies
+    assert (report.figures["nearest"][98 : 98 + CAPTION, :48] < 128).any()  # the ratio, in dark letters
+    known, x = digits[:40].flatten(1).double() / 255, copier.sample().flatten(1).double() / 255
+    expected = torch.cdist(x, known).min(1).values
+    np.testing.assert_allclose(report.distributions["mem/distance_pixels"], expected, atol=1e-6)
+    own = torch.cdist(known, known).fill_diagonal_(torch.inf).min(1).values
+    np.testing.assert_allclose(report.distributions["mem/distance_pixels_train"], own, rtol=1e-6)
+    assert report.figures["distances"].ndim == 3
     assert {tuple(i.flatten().tolist()) for i in copier.sample()} == {tuple(i.flatten().tolist()) for i in digits[:2]}
     picture = report.figures["samples"]
     assert picture.dtype == np.uint8
@@ -321,6 +330,27 @@ def test_generated_images_are_judged(small_unet: nn.Module, digits: torch.Tensor
     assert "no held-out images" in first.absent["gen/fd_pixels"]
     assert small_unet.training
     small_unet.eval()
+
+
+def test_quality_is_drawn_against_copies_where_both_were_measured() -> None:
+    rows = [{"images_seen": 0, "mem/ratio_l2": 0.0, "gen/fd_pixels": 50.0}]
+    rows += [{"images_seen": s, "mem/ratio_l2": s / 1000, "gen/fd_train_pixels": 9.0 - s / 100} for s in (100, 200)]
+    assert trade_off(rows[:2], "pixels") is None
+    train_alone = trade_off(rows, "pixels")
+    assert train_alone is not None
+    rows += [{"images_seen": s, "mem/ratio_l2": s / 1000, "gen/kid_pixels": -1e-3 * s} for s in (400, 800)]
+    both = trade_off([*rows, {"images_seen": 900}], "pixels")
+    assert both is not None
+    assert both.shape[1] == 2 * train_alone.shape[1]  # a panel each
+    assert trade_off([{"images_seen": 5, "repr/icr": 0.1}], "pixels") is None
+
+
+def test_a_sparser_schedule_keeps_the_end() -> None:
+    assert every_nth((0, 1, 2, 3, 4, 5), 2) == (1, 3, 5)
+    assert every_nth((0, 1, 2, 3), 1) == (0, 1, 2, 3)
+    assert every_nth((0, 7), 5) == (7,)
+    with pytest.raises(ValueError, match="n is 0; expected at least 1"):
+        every_nth((0,), 0)
 
 
 def test_grids_place_images_row_by_row() -> None:

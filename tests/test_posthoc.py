@@ -17,6 +17,8 @@ from torch import Tensor
 from mlflow_icr import frechet_distance, memorization_ratio
 from mlflow_icr.cli import main
 from mlflow_icr.extraction.images import read_images
+from mlflow_icr.generation import Reference
+from mlflow_icr.monitoring.grid import CAPTION
 from mlflow_icr.monitoring.judgement import judge
 
 
@@ -105,7 +107,7 @@ def test_the_command_judges_what_another_program_made(
     assert [float(row["distance_ratio"]) for row in rows] == sorted(copies.scores.tolist())
     assert {(int(row["generated"]), int(row["nearest_training"])) for row in rows[:5]} == {(i, i) for i in range(5)}
     with Image.open(tmp_path / "out" / "nearest.png") as wall:
-        assert wall.size == (8 * 50 - 2, 4 * 50 - 2)
+        assert wall.size == (8 * 50 - 2, 2 * (48 + 2 + 48 + CAPTION + 2) - 2)
     assert main(["measure", "--generated", str(sets["generated"])]) == 2
     assert "train is not given" in capsys.readouterr().err
     assert main(["measure"]) == 2
@@ -143,13 +145,14 @@ def test_sets_of_different_kinds_are_refused(sets: dict[str, Path], tmp_path: Pa
 
 def test_a_judgement_is_the_metrics_by_their_keys(rng: np.random.Generator) -> None:
     fake, train, heldout = (torch.from_numpy(rng.standard_normal((n, 6))) for n in (80, 90, 70))
+    train, heldout = Reference(train), Reference(heldout)
     found = judge(fake, train, heldout, "net")
     assert found.warnings == {}
     assert found.absent == {}
-    assert found.values["mem/ratio_net"] == memorization_ratio(fake, train).value
-    assert found.values["gen/fd_train_net"] == frechet_distance(fake, train)
+    assert found.values["mem/ratio_net"] == memorization_ratio(fake, train.embeddings).value
+    assert found.values["gen/fd_train_net"] == pytest.approx(frechet_distance(fake, train.embeddings), rel=1e-9)
     assert found.values["mem/carlini_low"] <= found.values["mem/carlini"] <= found.values["mem/carlini_high"]
-    alone = judge(fake[:4], train[:20], None, "sscd")
+    alone = judge(fake[:4], Reference(train.embeddings[:20]), None, "sscd")
     assert "needs 50 training images; there are 20" in alone.absent["mem/carlini"]
     assert alone.absent["gen/precision"] == "there are no held-out images to compare with"
     assert 0 <= alone.values["mem/copies_sscd"] <= 1

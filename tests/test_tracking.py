@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from mlflow_icr import Report
+from mlflow_icr.monitoring.series import read_distributions
 from mlflow_icr.tracking import Journal, MLflowSink, TensorBoardSink, Tracker, read_arrays, read_history
 
 # Values that lose bits in float32, or in a decimal of few digits.
@@ -108,6 +109,34 @@ def test_pictures_reach_mlflow_unchanged_with_their_step(tmp_path: Path) -> None
     local = mlflow.artifacts.download_artifacts(run_id=sink.run_id, artifact_path=files[0], dst_path=str(tmp_path / "down"))
     assert np.array_equal(np.asarray(Image.open(local)), report(640).figures["samples"])
     assert np.array_equal(np.asarray(Image.open(tmp_path / "images/samples/000000000640.png")), report(640).figures["samples"])
+
+
+def test_distributions_and_figures_are_kept_and_shown(tmp_path: Path) -> None:
+    """Also in a sink that was not there when they were recorded."""
+    from mlflow import MlflowClient
+    from tensorboard.backend.event_processing.event_accumulator import HISTOGRAMS, EventAccumulator
+
+    numbers = {10: np.linspace(0, 1, 500), 20: np.linspace(2, 4, 300)}
+    picture = report(1).figures["samples"]
+    tracker = Tracker(tmp_path, [])
+    tracker.open({}, {})
+    tracker.record(Report(10, {"repr/icr": 0.1}, distributions={"mem/distance_pixels": numbers[10]}))
+    sink = MLflowSink()
+    tracker = Tracker(tmp_path, [sink, TensorBoardSink(tmp_path / "tensorboard")])
+    tracker.open({}, {})
+    tracker.record(Report(20, {"repr/icr": 0.1}, distributions={"mem/distance_pixels": numbers[20]}))
+    for _ in range(2):
+        tracker.figure("trade_off", picture, 20)
+    tracker.close("FINISHED")
+    for step, values in numbers.items():
+        assert np.array_equal(read_distributions(tmp_path, step)["mem/distance_pixels"], values)
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={HISTOGRAMS: 0})
+    events.Reload()
+    found = {e.step: e.histogram_value for e in events.Histograms("mem/distance_pixels")}
+    assert {step: (h.num, h.min, h.max) for step, h in found.items()} == {10: (500, 0, 1), 20: (300, 2, 4)}
+    assert [e.step for e in events.Images("figures/trade_off")] == [20, 20]
+    assert [f.path for f in MlflowClient().list_artifacts(sink.run_id, "figures")] == ["figures/trade_off.png"]
+    assert (tmp_path / "figures" / "trade_off.png").exists()
 
 
 def test_the_run_of_the_project_is_adopted_with_its_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

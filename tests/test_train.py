@@ -120,7 +120,7 @@ def test_a_run_leaves_what_the_readme_says(whole: tuple[Path, str], monkeypatch:
         with Image.open(folder / "tensorboard" / "01216" / name / "sprite.png") as sprite:
             assert sprite.size == (6 * 48, 6 * 48)
     assert {path.parent.name for path in folder.glob("images/*/000000001216.png")} == {
-        "samples", "nearest", "neighbours_s", "neighbours_xi", "largest_residuals",
+        "samples", "nearest", "distances", "neighbours_s", "neighbours_xi", "largest_residuals",
     }  # fmt: skip
 
     journal = journal_scalars(folder)
@@ -128,6 +128,17 @@ def test_a_run_leaves_what_the_readme_says(whole: tuple[Path, str], monkeypatch:
     assert {key: stored[key] for key in journal} == journal
     assert {key: shown[key] for key in journal} == as_float32(journal)
     assert info.data.metrics["icr_min"] == min(row["repr/icr"] for row in rows)
+
+
+def test_samples_are_judged_on_a_schedule_of_their_own(whole: tuple[Path, str], tmp_path: Path) -> None:
+    assert (
+        run(tmp_path / "run", "--generate-every=3", env=os.environ | {"MLFLOW_TRACKING_URI": "file:/dev/null"}).returncode == 0
+    )
+    rows, others = measured(tmp_path / "run"), measured(whole[0])
+    assert [row["images_seen"] for row in rows if "mem/ratio_l2" in row] == [0, 1216]
+    assert [row["images_seen"] for row in read_history(tmp_path / "run") if "perf/generate_seconds" in row] == [0, 1216]
+    for row, other in zip(rows, others, strict=True):
+        assert row.items() <= other.items()  # and nothing else is changed by it
 
 
 def test_plain_diffusers_samples_a_checkpoint(whole: tuple[Path, str]) -> None:

@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from mlflow_icr import Protocol
+from mlflow_icr.extraction.encoders import is_installed
 
 PRESETS = Path(__file__).parent / "presets"
 MIXED_PRECISIONS = ("no", "bf16", "fp16")
@@ -64,7 +65,8 @@ class TrainConfig:
     companions: tuple[str, ...] = ()
     measure_raw: bool = False
     stop_on: str = ""  # a verdict that ends the training: turning, memorizing, or empty for none
-    encoder: str = "pixels"
+    generate_every: int = 2  # measurements from one judgement of samples to the next, counted from the last
+    encoder: str = "pixels"  # auto: efficientnet_lite0 where its extra is installed, else pixels
     encoder_weights: str = ""
     num_samples: int = 128
     sample_steps: int = 18
@@ -86,6 +88,7 @@ class TrainConfig:
             "layers_per_block",
             "gradient_accumulation_steps",
             "num_samples",
+            "generate_every",
         ):
             if getattr(self, name) < 1:
                 refuse(name, "a whole number >= 1")
@@ -165,7 +168,10 @@ def refuse_unknown(kind: str, name: str, known: list[str]) -> None:
 def load_config(preset: str, changes: Mapping[str, Any]) -> TrainConfig:
     """A preset's configuration with some fields changed. Raises ValueError for unknown presets, keys or values."""
     refuse_unknown("preset", preset, preset_names())
-    return config_from(yaml.safe_load((PRESETS / f"{preset}.yaml").read_text()) | {"preset": preset} | dict(changes))
+    values = yaml.safe_load((PRESETS / f"{preset}.yaml").read_text()) | {"preset": preset} | dict(changes)
+    if values.get("encoder") == "auto":  # settled here, so that a resumed run keeps it whatever is installed by then
+        values["encoder"] = "efficientnet_lite0" if is_installed("efficientnet_lite0") else "pixels"
+    return config_from(values)
 
 
 def config_from(values: Mapping[str, Any]) -> TrainConfig:

@@ -13,9 +13,11 @@ from accelerate import Accelerator
 
 from mlflow_icr import EDMDenoiser, GenerationMonitor, ICRMonitor, LossMonitor, Report, geometric_schedule, verdict
 from mlflow_icr.extraction.encoders import load_encoder
+from mlflow_icr.monitoring.generation_plots import trade_off
 from mlflow_icr.monitoring.grid import image_tiles
 from mlflow_icr.monitoring.neighbours import invariant_part, residual_part
 from mlflow_icr.monitoring.ranking import rank_classes, rank_images
+from mlflow_icr.monitoring.schedule import every_nth
 from mlflow_icr.monitoring.series import HISTORY, arrays_path, read_arrays, read_history
 from mlflow_icr.tracking import Tracker
 from trainers.checkpoint import latest_checkpoint, load_checkpoint, mark_turning, save_checkpoint
@@ -83,6 +85,7 @@ class Run:
             count=config.measurements,
             granularity=config.batch_size,
         )
+        self.generate_at = every_nth(self.schedule, config.generate_every)
         if resume:
             folder = latest_checkpoint(output_dir)
             if folder is not None:  # else the run ended before its first one, and starts anew
@@ -131,7 +134,9 @@ class Run:
         if self._trained_images:
             values["perf/images_per_second"] = self._trained_images / self._trained_seconds
         self._trained_seconds, self._trained_images = 0.0, 0
-        report = self.monitor.measure(step).joined(self.generation.measure(step)).joined(Report(step, values))
+        report = self.monitor.measure(step).joined(Report(step, values))
+        if step in self.generate_at:
+            report = report.joined(self.generation.measure(step))
         return report if self.losses is None else report.joined(self.losses.measure(step))
 
     def go(self, tracker: Tracker | None, console: Console, wants_stop: Callable[[], bool]) -> str:
@@ -189,10 +194,13 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def conclude(self, tracker: Tracker) -> None:
-        """Which images: tables of the newest measurement, and its vectors for the projector; on the main process."""
+        """What the run comes to: quality against copying, tables of images, vectors for the projector; on the main process."""
         if not tracker.journal.rows:
             return
         step = int(tracker.journal.rows[-1]["images_seen"])
+        picture = trade_off(tracker.journal.rows, self.generation.encoder.name)
+        if picture is not None:
+            tracker.figure("trade_off", picture, step)
         if not arrays_path(self.output_dir, step).exists():  # the features were not finite
             return
         arrays = read_arrays(self.output_dir, step)

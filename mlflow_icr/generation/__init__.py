@@ -1,7 +1,12 @@
 """What the samples say: distances between sets of embeddings, diversity, and copies (pure tensor maths)."""
 
 from mlflow_icr.generation.diversity import inception_score, vendi_score
-from mlflow_icr.generation.frechet import frechet_distance, frechet_distance_infinity
+from mlflow_icr.generation.frechet import (
+    GaussianStatistics,
+    frechet_distance,
+    frechet_distance_infinity,
+    gaussian_statistics,
+)
 from mlflow_icr.generation.generalization import ct_score, fld, fld_gap, mifid
 from mlflow_icr.generation.kernel import kernel_distance
 from mlflow_icr.generation.manifold import density_coverage, precision_recall
@@ -17,14 +22,17 @@ from mlflow_icr.generation.memorization import (
     memorization_ratio,
 )
 from mlflow_icr.generation.neighbours import Neighbours, k_nearest
+from mlflow_icr.generation.reference import Reference
 
 __all__ = [
     "Authenticity",
     "CarliniRatio",
     "CopySimilarity",
     "Detection",
+    "GaussianStatistics",
     "MemorizationRatio",
     "Neighbours",
+    "Reference",
     "authenticity",
     "carlini_ratio",
     "copy_similarity",
@@ -34,6 +42,7 @@ __all__ = [
     "fld_gap",
     "frechet_distance",
     "frechet_distance_infinity",
+    "gaussian_statistics",
     "inception_score",
     "k_nearest",
     "kernel_distance",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -11,36 +13,54 @@ POINTS = 15  # subset sizes of the extrapolation, as in Chong & Forsyth 2020
 SMALLEST_SHARE = 0.1  # of the images in the smallest subset: their 5 000 of 50 000
 
 
-def frechet_distance(x: Tensor, y: Tensor) -> float:
+@dataclass(frozen=True, eq=False)
+class GaussianStatistics:
+    """What a Frechet distance takes of N embeddings: `count`, `mean` (D,), and `root` with root' root = covariance, float64.
+
+    The root has min(N, D) rows at most; the covariance's divisor is N - 1.
+    """
+
+    count: int
+    mean: Tensor
+    root: Tensor
+
+
+def gaussian_statistics(x: Tensor) -> GaussianStatistics:
+    """The statistics of embeddings (N, D). Raises ValueError for fewer than 2 rows or values that are not finite."""
+    rows = _centred("x", x)
+    return GaussianStatistics(rows.count, rows.mean, _short(rows.root))
+
+
+def frechet_distance(x: Tensor | GaussianStatistics, y: Tensor | GaussianStatistics) -> float:
     """||mean x - mean y||^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)) of embeddings (N, D) and (M, D), in float64.
 
-    Never negative, never NaN, also for rank-deficient sets. It is called FID only when the embeddings are the FID Inception
-    network's. Raises ValueError for fewer than 2 rows, different D, or values that are not finite.
-    Source: Dowson & Landau 1982; Heusel et al. 2017.
+    Either side may be given by its `gaussian_statistics`. Never negative, never NaN, also for rank-deficient sets. It is
+    called FID only when the embeddings are the FID Inception network's. Raises ValueError for fewer than 2 rows, different D,
+    or values that are not finite. Source: Dowson & Landau 1982; Heusel et al. 2017.
     """
-    x = check_embeddings("x", x, at_least=2).double()
-    y = check_embeddings("y", y, at_least=2, like=x).double()
-    mean_x, a = _centred(x)  # C_x = a' a
-    mean_y, b = _centred(y)
-    cross = _root_trace(a, b)
-    distance = (mean_x - mean_y).square().sum() + a.square().sum() + b.square().sum() - 2 * cross
+    a = x if isinstance(x, GaussianStatistics) else _centred("x", x)
+    b = y if isinstance(y, GaussianStatistics) else _centred("y", y, like=a.root)
+    if a.mean.shape != b.mean.shape:
+        raise ValueError(f"y has {len(b.mean)} dimensions where the other set has {len(a.mean)}; expected the same")
+    distance = (a.mean - b.mean).square().sum() + a.root.square().sum() + b.root.square().sum() - 2 * _root_trace(a, b)
     return max(0.0, float(distance))  # rounding alone can make equal sets negative
 
 
-def _centred(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean (D,) and the rows scaled so that A' A is the covariance (divisor N - 1), (N, D)."""
+def _centred(name: str, x: Tensor, like: Tensor | None = None) -> GaussianStatistics:
+    """Statistics whose root is not shortened to D rows: work that a single distance does not earn back."""
+    x = check_embeddings(name, x, at_least=2, like=like).double()
     mean = x.mean(0)
-    return mean, (x - mean) / (x.shape[0] - 1) ** 0.5
+    return GaussianStatistics(len(x), mean, (x - mean) / (len(x) - 1) ** 0.5)
 
 
-def _root_trace(a: Tensor, b: Tensor) -> Tensor:
+def _root_trace(x: GaussianStatistics, y: GaussianStatistics) -> Tensor:
     """tr (C_x C_y)^(1/2) for C_x = a' a and C_y = b' b, by one symmetric eigensolve where both are regular.
 
     With C_y = L L', C_x C_y has the eigenvalues of the symmetric L' C_x L. Where there are fewer rows than dimensions, or
     the covariance is singular, the trace is the nuclear norm of a b', which needs no inverse, root or regular matrix.
     """
-    dim = a.shape[1]
-    if min(a.shape[0], b.shape[0]) > dim:
+    a, b = x.root, y.root
+    if min(x.count, y.count) > a.shape[1]:
         factor, info = torch.linalg.cholesky_ex(b.T @ b)
         if int(info) == 0:
             half = a @ factor
@@ -65,7 +85,8 @@ def frechet_distance_infinity(x: Tensor, y: Tensor, seed: int = 0) -> float:
     generator = torch.Generator().manual_seed(seed)
     n = x.shape[0]
     sizes = torch.linspace(max(2, SMALLEST_SHARE * n), n, POINTS).round().long().tolist()
-    distances = [frechet_distance(x[torch.randperm(n, generator=generator)[:size].to(x.device)], y) for size in sizes]
+    against = gaussian_statistics(y)
+    distances = [frechet_distance(x[torch.randperm(n, generator=generator)[:size].to(x.device)], against) for size in sizes]
     inverse = torch.tensor([1 / size for size in sizes], dtype=torch.float64)
     values = torch.tensor(distances, dtype=torch.float64)
     centred = inverse - inverse.mean()

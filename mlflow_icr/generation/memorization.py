@@ -127,16 +127,18 @@ def carlini_ratio(fake: Tensor, train: Tensor, k: int = 50, threshold: float = 1
     return CarliniRatio(*_share(scores < threshold), scores, found.indices[:, 0], threshold)
 
 
-def authenticity(train: Tensor, fake: Tensor) -> Authenticity:
+def authenticity(train: Tensor, fake: Tensor, *, own_distances: Tensor | None = None) -> Authenticity:
     """The share of generated embeddings (N, D) that are authentic: farther from their nearest training embedding than it is
     from its own nearest neighbour in training (M, D).
 
-    Times 100 this is AuthPct; the score is the ratio of the two distances, authentic above 1. Raises ValueError for N < 1 or
-    M < 2. Source: Alaa et al. 2022, "How faithful is your synthetic data?".
+    Times 100 this is AuthPct; the score is the ratio of the two distances, authentic above 1. `own_distances` (M,) are those
+    of training to itself where they are known (`Reference.own_distances`). Raises ValueError for N < 1 or M < 2.
+    Source: Alaa et al. 2022, "How faithful is your synthetic data?".
     """
     fake, train = _pair(fake, train, 2)
-    found, own = k_nearest(fake, train, 1), k_nearest(train, train, 1, exclude_self=True)
+    found = k_nearest(fake, train, 1)
+    own = k_nearest(train, train, 1, exclude_self=True).distances[:, 0] if own_distances is None else own_distances
     nearest = found.indices[:, 0]
-    scores = _ratio(found.distances[:, 0], own.distances[nearest, 0])
-    authentic = own.distances[nearest, 0] < found.distances[:, 0]
+    scores = _ratio(found.distances[:, 0], own[nearest])
+    authentic = own[nearest] < found.distances[:, 0]
     return Authenticity(*_share(authentic), scores, nearest, 1.0)

@@ -8,15 +8,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mlflow_icr.extraction.cache import ReferenceCache, cache_folder
 from mlflow_icr.extraction.denoisers import Denoiser, device_of, evaluating
 from mlflow_icr.extraction.encoders import Encoder, load_encoder
 from mlflow_icr.extraction.keyed import keyed_generator
 from mlflow_icr.extraction.samplers import heun_sample
 from mlflow_icr.extraction.views import as_unit_interval
-from mlflow_icr.generation import memorization_ratio
+from mlflow_icr.generation import Reference, memorization_ratio
+from mlflow_icr.monitoring.generation_plots import distance_histogram
 from mlflow_icr.monitoring.grid import image_grid
 from mlflow_icr.monitoring.judgement import copy_wall, judge
-from mlflow_icr.monitoring.ranks import gather_rows, world
+from mlflow_icr.monitoring.ranks import gather_rows, sum_over_ranks, world
 from mlflow_icr.monitoring.report import Report
 
 GRID_COLUMNS, GRID_ROWS = 16, 4
@@ -33,7 +35,8 @@ class GenerationMonitor:
     `train` (N, C, H, W) and `heldout` (M, C, H, W) are uint8 or floats in [0, 1]. Sample i starts from the same noise at every
     step (keyed by seed and i), so that pictures can be compared. Samples are judged as uint8: copies by their pixels, and
     everything by the embeddings of `encoder`, which are pixels too unless one is given. Under torch.distributed the ranks
-    share sampling and encoding and get the same report. Raises ValueError for sets that do not fit.
+    share sampling and encoding and get the same report. Embeddings of real images are read from `cache` where they are there.
+    Raises ValueError for sets that do not fit.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class GenerationMonitor:
         num_steps: int = 18,
         seed: int = 0,
         batch_size: int = 256,
+        cache: ReferenceCache | None = None,
     ) -> None:
         if num_samples < 1 or batch_size < 1:
             raise ValueError(f"num_samples is {num_samples} and batch_size {batch_size}; expected at least 1")
@@ -61,7 +65,8 @@ class GenerationMonitor:
         # As samples are judged, in 8 bits; float32 is exact for them.
         self.pixels = as_unit_interval(train).flatten(1)
         self.heldout_images = None if heldout is None or len(heldout) < 2 else heldout
-        self._embedded: tuple[Tensor, Tensor | None] | None = None
+        self._references: tuple[Reference, Reference | None] | None = None
+        self.cache = ReferenceCache(cache_folder()) if cache is None else cache
         self.num_samples, self.num_steps, self.seed, self.batch_size = num_samples, num_steps, seed, batch_size
 
     def sample(self) -> Tensor:
@@ -93,12 +98,23 @@ class GenerationMonitor:
         mine = self.encoder(images[rank::ranks]).to(device_of(self.denoiser))
         return gather_rows(mine, len(images)).cpu()
 
-    def _real(self) -> tuple[Tensor, Tensor | None]:
-        """Embeddings of training and held-out images, made once."""
-        if self._embedded is None:
-            heldout = None if self.heldout_images is None else self._encode(self.heldout_images)
-            self._embedded = self._encode(self.images), heldout
-        return self._embedded
+    def _reference(self, images: Tensor) -> Reference:
+        """The reference of real images: read where every rank finds it, else made by all of them and kept by the first."""
+        found = self.cache.find(self.encoder, images)
+        rank, ranks = world()
+        if sum_over_ranks(int(found is not None), device_of(self.denoiser)) == ranks and found is not None:
+            return found
+        made = Reference(self._encode(images))
+        if rank == 0:
+            self.cache.keep(self.encoder, images, made)
+        return made
+
+    def _real(self) -> tuple[Reference, Reference | None]:
+        """References of training and held-out images, made once."""
+        if self._references is None:
+            heldout = None if self.heldout_images is None else self._reference(self.heldout_images)
+            self._references = self._reference(self.images), heldout
+        return self._references
 
     def measure(self, step: int) -> Report:
         """The report at `step` images seen: `mem/*`, `gen/*`, pictures of the first samples and of the likeliest copies."""
@@ -115,9 +131,12 @@ class GenerationMonitor:
         if self.encoder.name == "pixels":  # it would be the same number again
             for end in ("", "_low", "_high"):
                 found.values.pop(f"mem/ratio_pixels{end}")
-        found.values["perf/generate_seconds"] = time.perf_counter() - started
+        distances = [found.distributions.get(f"mem/distance_{self.encoder.name}{end}") for end in ("", "_train")]
         figures = {
             "samples": image_grid(images[: GRID_COLUMNS * GRID_ROWS], GRID_COLUMNS),
             "nearest": copy_wall(images, self.images, copies),
         }
-        return Report(step, found.values, figures, found.absent, warnings=found.warnings)
+        if distances[0] is not None and distances[1] is not None:
+            figures["distances"] = distance_histogram(distances[0], distances[1], self.encoder.name)
+        found.values["perf/generate_seconds"] = time.perf_counter() - started
+        return Report(step, found.values, figures, found.absent, warnings=found.warnings, distributions=found.distributions)

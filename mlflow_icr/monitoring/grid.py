@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from torch import Tensor
 
+CAPTION = 13  # pixels of a line of text
 SMALLEST_TILE = 48  # pixels; 8x8 digits are enlarged by whole factors until they can be seen
 
 
@@ -27,7 +30,23 @@ def image_grid(images: Tensor, columns: int) -> np.ndarray:
 
     Raises ValueError for no images.
     """
-    tiles = image_tiles(images)
+    return tile_grid(image_tiles(images), columns)
+
+
+def captioned(tiles: np.ndarray, captions: Sequence[str]) -> np.ndarray:
+    """Tiles (N, H, W, 3) uint8 with a line of text below each, (N, H + CAPTION, W, 3)."""
+    from PIL import Image, ImageDraw
+
+    lines = []
+    for text in captions:
+        line = Image.new("RGB", (tiles.shape[2], CAPTION), "white")
+        ImageDraw.Draw(line).text((1, 0), text, fill="black")
+        lines.append(np.asarray(line))
+    return np.concatenate([tiles, np.stack(lines)], axis=1)
+
+
+def tile_grid(tiles: np.ndarray, columns: int) -> np.ndarray:
+    """One picture of tiles (N, H, W, 3) uint8, as `image_grid`."""
     count, height, width, _ = tiles.shape
     rows = -(-count // columns)
     picture = np.full((rows * (height + 2) - 2, columns * (width + 2) - 2, 3), 255, dtype=np.uint8)

@@ -12,6 +12,7 @@ from torch import Tensor
 from mlflow_icr.extraction.views import as_unit_interval
 from mlflow_icr.generation import (
     Detection,
+    Reference,
     authenticity,
     carlini_ratio,
     copy_similarity,
@@ -24,7 +25,7 @@ from mlflow_icr.generation import (
     precision_recall,
     vendi_score,
 )
-from mlflow_icr.monitoring.grid import image_grid
+from mlflow_icr.monitoring.grid import captioned, image_tiles, tile_grid
 
 KERNEL_SUBSET = 1000  # images in a subset of the kernel distance, where there are so many
 CARLINI_NEIGHBOURS = 50
@@ -36,16 +37,18 @@ WALL_PAIRS = 16
 
 @dataclass
 class Judgement:
-    """Values by key, reasons for what is absent, and warnings about what is there."""
+    """Values by key, reasons for what is absent, warnings about what is there, and many numbers (M,) for histograms."""
 
     values: dict[str, float] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
     warnings: dict[str, str] = field(default_factory=dict)
+    distributions: dict[str, np.ndarray] = field(default_factory=dict)
 
     def finite(self) -> Judgement:
         """The same, with values that overflowed among what is absent."""
         for key in [key for key, value in self.values.items() if not math.isfinite(value)]:
             self.absent[key] = f"it is {self.values.pop(key)}: the embeddings are too far apart, or all the same"
+        self.distributions = {key: numbers for key, numbers in self.distributions.items() if np.isfinite(numbers).all()}
         return self
 
     def detection(self, key: str, found: Detection, scale: float = 1.0) -> None:
@@ -53,23 +56,27 @@ class Judgement:
         self.values |= {key: scale * found.value, f"{key}_low": scale * found.low, f"{key}_high": scale * found.high}
 
 
-def judge(fake: Tensor, train: Tensor, heldout: Tensor | None, encoder: str) -> Judgement:
-    """Judge embeddings of generated (N, D), training (M, D) and held-out images (L, D) by an encoder's name.
+def judge(fake: Tensor, train: Reference, heldout: Reference | None, encoder: str) -> Judgement:
+    """Judge embeddings of generated images (N, D) against training (M, D) and held-out ones (L, D), by an encoder's name.
 
     Copies are sought among training images; distances are taken to held-out ones, to training ones, and their difference
     (far above 0: the samples are nearer to the images that were trained on). Every rank computes the same.
     """
     found = Judgement({"gen/num_samples": float(len(fake))})
-    found.detection(f"mem/ratio_{encoder}", memorization_ratio(fake, train))
-    found.detection("mem/authpct", authenticity(train, fake), 100)
+    copies = memorization_ratio(fake, train.embeddings)
+    found.detection(f"mem/ratio_{encoder}", copies)
+    nearest = torch.linalg.vector_norm(fake.double() - train.embeddings[copies.nearest].double(), dim=1)
+    for end, distances in (("", nearest), ("_train", train.own_distances)):
+        found.distributions[f"mem/distance_{encoder}{end}"] = distances.cpu().numpy()
+    found.detection("mem/authpct", authenticity(train.embeddings, fake, own_distances=train.own_distances), 100)
     if len(train) >= CARLINI_NEIGHBOURS:
-        found.detection("mem/carlini", carlini_ratio(fake, train, CARLINI_NEIGHBOURS))
+        found.detection("mem/carlini", carlini_ratio(fake, train.embeddings, CARLINI_NEIGHBOURS))
     else:
         found.absent["mem/carlini"] = f"needs {CARLINI_NEIGHBOURS} training images; there are {len(train)}"
     if encoder in COPY_ENCODERS:
-        copies = copy_similarity(fake, train)
-        found.detection(f"mem/copies_{encoder}", copies)
-        found.values[f"mem/copies_{encoder}_train"] = copies.train_value
+        similar = copy_similarity(fake, train.embeddings)
+        found.detection(f"mem/copies_{encoder}", similar)
+        found.values[f"mem/copies_{encoder}_train"] = similar.train_value
     try:
         found.values["gen/vendi"] = vendi_score(fake)
     except ValueError as error:  # an all-black image has no direction
@@ -86,11 +93,11 @@ def judge(fake: Tensor, train: Tensor, heldout: Tensor | None, encoder: str) -> 
         found.values[gap] = found.values[near] - found.values[far]
     else:
         found.absent[gap] = found.absent[near]
-    _with_heldout(fake, train, heldout, found)
+    _with_heldout(fake, train.embeddings, heldout.embeddings, found)
     return found.finite()
 
 
-def _against(fake: Tensor, real: Tensor, which: str, encoder: str, found: Judgement) -> None:
+def _against(fake: Tensor, real: Reference, which: str, encoder: str, found: Judgement) -> None:
     """Kernel and Frechet distance to one set of real images."""
     middle = f"_{which}" if which else ""
     smallest = min(len(fake), len(real))
@@ -98,11 +105,11 @@ def _against(fake: Tensor, real: Tensor, which: str, encoder: str, found: Judgem
     if smallest < 2:
         found.absent |= dict.fromkeys(keys, f"needs at least 2 images on both sides; {smallest} on one")
         return
-    mean, std = kernel_distance(fake, real, subset_size=min(KERNEL_SUBSET, smallest))
+    mean, std = kernel_distance(fake, real.embeddings, subset_size=min(KERNEL_SUBSET, smallest))
     found.values[keys[0]] = mean
     found.values[f"{keys[0]}_std"] = std
     key = keys[1]
-    found.values[key] = frechet_distance(fake, real)
+    found.values[key] = frechet_distance(fake, real.gaussian)
     if smallest <= fake.shape[1]:
         found.warnings[key] = (
             f"of {len(fake)} and {len(real)} images in {fake.shape[1]} dimensions: too few for a covariance, so that the value "
@@ -133,12 +140,15 @@ def _with_heldout(fake: Tensor, train: Tensor, heldout: Tensor, found: Judgement
 
 
 def copy_wall(fake: Tensor, train: Tensor, detection: Detection) -> np.ndarray:
-    """The most suspicious generated images (N, C, H, W), each above its nearest training image (M, C, H, W), worst first."""
+    """The most suspicious generated images (N, C, H, W), worst first, each above its nearest training image (M, C, H, W).
+
+    Below each pair stands the detector's score: for `memorization_ratio` the distance as a share of that to the second nearest.
+    """
     order = torch.argsort(detection.scores, stable=True)[:WALL_PAIRS].cpu()
-    pairs = []
-    for images, rows in ((fake, order), (train, detection.nearest.cpu()[order])):
-        pairs.append((as_unit_interval(images[rows]) * 255).round().to(torch.uint8))
-    half = max(1, len(order) // 2)
-    # Two double rows: generated above, training below.
-    wall = [part[start : start + half] for start in range(0, len(order), half) for part in pairs]
-    return image_grid(torch.cat(wall), half)
+    above, below = (
+        image_tiles((as_unit_interval(images[rows]) * 255).round().to(torch.uint8))
+        for images, rows in ((fake, order), (train, detection.nearest.cpu()[order]))
+    )
+    line = np.full_like(above[:, :2], 255)
+    pairs = captioned(np.concatenate([above, line, below], axis=1), [f"{s:.3f}" for s in detection.scores[order].tolist()])
+    return tile_grid(pairs, max(1, -(-len(order) // 2)))

@@ -75,6 +75,7 @@ class ICRMonitor:
         absent: dict[str, str] = {}
         arrays: dict[str, np.ndarray] = {} if self.labels is None else {"label": self.labels.numpy()}
         figures: dict[str, np.ndarray] = {}
+        distributions: dict[str, np.ndarray] = {}
         for (prefix, sigma), section in self.sections.items():
             try:
                 features = self.reader.read(self._networks[prefix], sigma)
@@ -85,12 +86,13 @@ class ICRMonitor:
             values.update(found.values)
             absent.update(found.absent)
             arrays.update(found.arrays)
+            distributions.update(found.distributions)
             if self.pictures and section.name == "repr":
                 figures.update(self._pictures(features, found.arrays))
         if "repr/influence" in arrays:
             self._measured[step] = values["repr/icr_debiased"], torch.from_numpy(arrays["repr/influence"])
         values["perf/measure_seconds"] = time.perf_counter() - started
-        return Report(step, values, figures, absent, self.protocol.digest, arrays)
+        return Report(step, values, figures, absent, self.protocol.digest, arrays, distributions=distributions)
 
     def _pictures(self, features: Tensor, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         self.features = gather_rows(features, len(self.reader.images))

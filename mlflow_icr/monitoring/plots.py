@@ -7,13 +7,22 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mlflow_icr.monitoring.sweep import NoiseSweep
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from mlflow_icr.monitoring.sweep import NoiseSweep
+
 COLOURS = ("#c2410c", "#1d4ed8", "#15803d", "#7e22ce")  # told apart in grey and by the colour-blind, in this order
+
+
+def pixels_of(figure: Figure) -> np.ndarray:
+    """A figure as a picture, (H, W, 3) uint8."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def _curve(axes: Axes, sweep: NoiseSweep, layer: str, title: str) -> None:

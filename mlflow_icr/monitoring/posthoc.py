@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from mlflow_icr.extraction.cache import ReferenceCache, cache_folder
 from mlflow_icr.extraction.encoders import load_encoder
 from mlflow_icr.extraction.images import ImageSet, named, read_images
 from mlflow_icr.extraction.views import as_unit_interval
@@ -76,8 +77,9 @@ def measure_generated(
         if tuple(images.shape[1:]) != shape:
             raise ValueError(f"{name} images are {tuple(images.shape[1:])}, training images {shape}; expected the same")
     coder = load_encoder(encoder, weights=weights, shape=shape)
-    embedded = {name: coder(images) for name, images in sets.items()}
-    found = judge(embedded["generated"], embedded["train"], embedded.get("heldout"), coder.name)
+    cache = ReferenceCache(cache_folder())
+    real = {name: cache.reference(coder, images) for name, images in sets.items() if name != "generated"}
+    found = judge(coder(sets["generated"]), real["train"], real.get("heldout"), coder.name)
     pixels = {name: as_unit_interval(sets[name]).flatten(1) for name in ("generated", "train")}
     copies = memorization_ratio(pixels["generated"], pixels["train"])
     found.detection("mem/ratio_l2", copies)

@@ -14,8 +14,9 @@ class Report:
     """Values, pictures and absences of one measurement at `step` images seen.
 
     `values` are finite floats by key, `figures` uint8 pictures (H, W, 3) by key, `absent` reasons by the key that could not be
-    computed, `arrays` one number for each probe image (N,) by key, `warnings` what to know about a value by its key. Raises
-    ValueError for a negative step, a value that is not finite, or a key both there and absent.
+    computed, `arrays` one number for each probe image (N,) by key, `warnings` what to know about a value by its key,
+    `distributions` many numbers (M,) by key, of which trackers show a histogram. Raises ValueError for a negative step, a value
+    that is not finite, or a key both there and absent.
     """
 
     step: int
@@ -25,6 +26,7 @@ class Report:
     protocol_digest: str = ""
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
     warnings: Mapping[str, str] = field(default_factory=dict)
+    distributions: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.step < 0:
@@ -52,4 +54,5 @@ class Report:
             self.protocol_digest or other.protocol_digest,
             {**self.arrays, **other.arrays},
             {**self.warnings, **other.warnings},
+            {**self.distributions, **other.distributions},
         )

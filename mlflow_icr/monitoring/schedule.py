@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def geometric_schedule(total: int, *, first: int, count: int, granularity: int = 1) -> tuple[int, ...]:
     """Images seen at which to measure: 0, then `count` points in geometric progression from `first` to `total`.
@@ -18,3 +20,13 @@ def geometric_schedule(total: int, *, first: int, count: int, granularity: int =
         raise ValueError(f"granularity is {granularity}; expected at least 1")
     points = (first * (total / first) ** (i / (count - 1)) for i in range(count))
     return tuple(sorted({0} | {-(-round(p) // granularity) * granularity for p in points}))
+
+
+def every_nth(points: Sequence[int], n: int) -> tuple[int, ...]:
+    """The last of increasing points and every n-th before it: a sparser schedule that keeps the end.
+
+    Raises ValueError for n < 1.
+    """
+    if n < 1:
+        raise ValueError(f"n is {n}; expected at least 1")
+    return tuple(points[::-1][::n][::-1])

@@ -34,11 +34,12 @@ ALL = (*RATIOS, *INTERVAL, *ENERGIES, GROWTH, *ERRORS)
 
 @dataclass
 class Found:
-    """What a section found: values, reasons for absences, and one number for each image, by key."""
+    """What a section found, by key: values, reasons for absences, one number for each image, and what makes a histogram."""
 
     values: dict[str, float] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    distributions: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 class Section:
@@ -104,6 +105,7 @@ class Section:
             return
         found.values[f"{self.name}/icr"] = spectrum.icr
         found.values[f"{self.name}/indefinite_fraction"] = spectrum.indefinite_fraction
+        found.distributions[f"{self.name}/eigenvalues"] = spectrum.eigenvalues.cpu().numpy()
         if spectrum.icr_debiased is None:
             found.absent.update(self._keyed(dict.fromkeys(("icr_debiased", *INTERVAL), spectrum.unavailable["icr_debiased"])))
             return

@@ -48,10 +48,24 @@ def arrays_path(output_dir: Path | str, step: int) -> Path:
     return Path(output_dir) / "probe" / f"{step:012d}.npz"
 
 
+def distributions_path(output_dir: Path | str, step: int) -> Path:
+    """Where what a step has histograms of is kept."""
+    return Path(output_dir) / "distributions" / f"{step:012d}.npz"
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as stored:
+        return {key: stored[key] for key in stored.files}
+
+
 def read_arrays(output_dir: Path | str, step: int) -> dict[str, np.ndarray]:
     """The numbers of each probe image at a step, (N,) by key such as `repr/influence`. Raises FileNotFoundError."""
-    with np.load(arrays_path(output_dir, step), allow_pickle=False) as stored:
-        return {key: stored[key] for key in stored.files}
+    return _read_npz(arrays_path(output_dir, step))
+
+
+def read_distributions(output_dir: Path | str, step: int) -> dict[str, np.ndarray]:
+    """What a step has histograms of, (M,) by key such as `repr/eigenvalues`. Raises FileNotFoundError."""
+    return _read_npz(distributions_path(output_dir, step))
 
 
 def rows_of(history: Path | str | Iterable[Mapping[str, float]]) -> list[Mapping[str, float]]:

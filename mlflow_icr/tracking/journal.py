@@ -6,15 +6,15 @@ import csv
 import io
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
+from mlflow_icr.extraction.files import write_whole
 from mlflow_icr.monitoring.report import Report
-from mlflow_icr.monitoring.series import HISTORY, arrays_path, read_history
+from mlflow_icr.monitoring.series import HISTORY, arrays_path, distributions_path, read_distributions, read_history
 
 
 def _sync_folder(folder: Path) -> None:
@@ -46,19 +46,8 @@ def _append_line(path: Path, line: str) -> None:
         os.close(descriptor)
 
 
-def _write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Make a file that is there as a whole or not at all, also when the disk fills or the process is killed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    with part.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-
-
 class Journal:
-    """`history.jsonl`, `images/` and `probe/` of one output folder; an appended row is on the disk when `append` returns.
+    """`history.jsonl`, `images/`, `probe/` and `distributions/` of one output folder; what is appended is on the disk.
 
     Raises ValueError when an earlier line of an existing history is not a row.
     """
@@ -101,10 +90,11 @@ class Journal:
         self.rows.append(row)
         for key, picture in report.figures.items():
             path = self.picture(key, report.step)
-            _write_whole(path, partial(Image.fromarray(picture).save, format="png"))
-        if report.arrays:
-            path = arrays_path(self.folder, report.step)
-            _write_whole(path, lambda file: np.savez_compressed(file, **report.arrays))  # type: ignore[arg-type]
+            write_whole(path, partial(Image.fromarray(picture).save, format="png"))
+        kept = ((arrays_path, report.arrays), (distributions_path, report.distributions))
+        for path_of, arrays in kept:
+            if arrays:
+                write_whole(path_of(self.folder, report.step), partial(np.savez_compressed, **arrays))  # type: ignore[arg-type]
 
     def write_table(self, name: str, rows: Sequence[Mapping[str, object]]) -> Path:
         """Write `tables/<name>.csv`, whole or not at all; returns its path."""
@@ -113,7 +103,7 @@ class Journal:
         writer = csv.DictWriter(text, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-        _write_whole(path, lambda file: file.write(text.getvalue().encode()))
+        write_whole(path, lambda file: file.write(text.getvalue().encode()))
         return path
 
     def picture(self, key: str, step: int) -> Path:
@@ -121,7 +111,7 @@ class Journal:
         return self.folder / "images" / key / f"{step:012d}.png"
 
     def report(self, row: dict[str, float]) -> Report:
-        """A recorded row as a report again, with the pictures that were kept for it."""
+        """A recorded row as a report again, with the pictures and distributions that were kept for it."""
         from PIL import Image
 
         step = int(row["images_seen"])
@@ -129,4 +119,18 @@ class Journal:
         for path in sorted((self.folder / "images").glob(f"*/{step:012d}.png")):
             with Image.open(path) as image:
                 figures[path.parent.name] = np.asarray(image.convert("RGB"))
-        return Report(step, {key: value for key, value in row.items() if key != "images_seen"}, figures)
+        values = {key: value for key, value in row.items() if key != "images_seen"}
+        there = distributions_path(self.folder, step).exists()
+        return Report(step, values, figures, distributions=read_distributions(self.folder, step) if there else {})
+
+    def figure(self, name: str) -> Path:
+        """Where a figure of the whole run is kept."""
+        return self.folder / "figures" / f"{name}.png"
+
+    def write_figure(self, name: str, picture: np.ndarray) -> Path:
+        """Write a figure (H, W, 3) uint8 of the whole run in place of an older one; returns its path."""
+        from PIL import Image
+
+        path = self.figure(name)
+        write_whole(path, partial(Image.fromarray(picture).save, format="png"))
+        return path

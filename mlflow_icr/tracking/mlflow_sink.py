@@ -132,6 +132,10 @@ class MLflowSink:
             lambda: self._client.set_tag(self.run_id, "mlflow.loggedArtifacts", marks),
         )
 
+    def figure(self, name: str, picture: np.ndarray, step: int) -> None:
+        """Log `figures/<name>.png`, in place of an older one."""
+        self._send(lambda: self._client.log_image(self.run_id, picture, artifact_file=f"figures/{name}.png"))
+
     def embedding(self, name: str, vectors: np.ndarray, images: np.ndarray, labels: Sequence[str], step: int) -> None:
         """Nothing: MLflow has no projector."""
 

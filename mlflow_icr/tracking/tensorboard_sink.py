@@ -60,11 +60,13 @@ class TensorBoardSink:
         return {event.step for tag in events.Tags()["scalars"] for event in events.Scalars(tag)}
 
     def write(self, report: Report) -> None:
-        """Add a report's values as scalars and its pictures as images."""
+        """Add a report's values as scalars and its pictures as images, its distributions as histograms."""
         for key, value in report.values.items():
             self._writer.add_scalar(key, value, report.step)
         for key, picture in report.figures.items():
             self._writer.add_image(key, picture, report.step, dataformats="HWC")
+        for key, numbers in report.distributions.items():
+            self._writer.add_histogram(key, numbers, report.step)
         for key, why in report.absent.items():
             self._writer.add_text(f"absent/{key}", why, report.step)
         for key, text in report.warnings.items():
@@ -88,6 +90,11 @@ class TensorBoardSink:
             cells = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values())
             lines.append("| " + " | ".join(cells) + " |")
         self._writer.add_text(f"tables/{name}", "\n".join(lines), step)
+
+    def figure(self, name: str, picture: np.ndarray, step: int) -> None:
+        """Add a figure of the whole run as an image."""
+        self._writer.add_image(f"figures/{name}", picture, step, dataformats="HWC")
+        self._writer.flush()
 
     def embedding(self, name: str, vectors: np.ndarray, images: np.ndarray, labels: Sequence[str], step: int) -> None:
         """Add vectors (N, D) with thumbnails to the projector."""

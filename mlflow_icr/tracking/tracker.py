@@ -41,6 +41,9 @@ class Sink(Protocol):
     def table(self, name: str, rows: Sequence[Mapping[str, object]], step: int) -> None:
         """Show a table; all rows have the same keys."""
 
+    def figure(self, name: str, picture: np.ndarray, step: int) -> None:
+        """Show a figure (H, W, 3) uint8 of the whole run up to a step."""
+
     def embedding(self, name: str, vectors: np.ndarray, images: np.ndarray, labels: Sequence[str], step: int) -> None:
         """Show vectors (N, D) with their images (N, H, W, 3) uint8 and texts, where the place can."""
 
@@ -104,6 +107,12 @@ class Tracker:
         self.journal.write_table(name, rows)
         for sink in self.sinks:
             self._guard(sink, partial(sink.table, name, rows, step))
+
+    def figure(self, name: str, picture: np.ndarray, step: int) -> None:
+        """Write a figure (H, W, 3) uint8 of the whole run to `figures/<name>.png` in the folder and to every sink."""
+        self.journal.write_figure(name, picture)
+        for sink in self.sinks:
+            self._guard(sink, partial(sink.figure, name, picture, step))
 
     def embedding(self, name: str, vectors: np.ndarray, images: np.ndarray, labels: Sequence[str], step: int) -> None:
         """Show vectors (N, D) with thumbnails (N, H, W, 3) uint8 in every sink that can."""

@@ -40,6 +40,7 @@ class ValidationRun:
             f"--preset={self.preset}", f"--num-images={self.num_images}", f"--seed={self.seed}",
             f"--total-kimg={self.total_kimg:g}", "--measurements=20", "--probe-images=256", f"--companions={LABEL_FREE}",
             "--num-samples=128",
+            "--encoder=pixels", "--generate-every=1",
             *([] if self.preset == "digits" else ["--resolution=12"]),
             f"--output-dir={output_dir}", f"--run-name={self.name}", "--tag=study=validation",
             f"--tag=role={'rich' if self.rich else 'limited'}",

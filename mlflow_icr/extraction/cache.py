@@ -1,0 +1,103 @@
+"""Embeddings of real images, made once: kept on disk by what they are of, and read by every later run.
+
+A file's name is the SHA-256 of the pixels and the identity of the encoder (weights and preprocessing), so that whatever would
+change an embedding leads to another file. The format is safetensors: nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mlflow_icr.extraction.encoders import Encoder
+from mlflow_icr.extraction.files import write_whole
+from mlflow_icr.generation import GaussianStatistics, Reference
+
+logger = logging.getLogger(__name__)
+
+VARIABLE = "MLFLOW_ICR_CACHE"  # a folder, or "off"
+
+
+def cache_folder() -> Path | None:
+    """Where embeddings are kept: $MLFLOW_ICR_CACHE, else mlflow-icr in $XDG_CACHE_HOME or ~/.cache; None when it is "off"."""
+    given = os.environ.get(VARIABLE, "")
+    if given.lower() == "off":
+        return None
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlflow-icr"
+
+
+class ReferenceCache:
+    """References of image sets (N, C, H, W) by an encoder, from `folder` where they are there, else made and kept.
+
+    A folder that cannot be written costs the cache, not the measurement: one warning, and the embeddings are made each time.
+    Pixels are their own embedding and are not kept.
+    """
+
+    def __init__(self, folder: Path | str | None) -> None:
+        self.folder = None if folder is None else Path(folder)
+
+    def path(self, encoder: Encoder, images: Tensor) -> Path | None:
+        """The file of a set and an encoder; None where nothing is kept."""
+        if self.folder is None or encoder.name == "pixels":
+            return None
+        digest = hashlib.sha256(f"{images.dtype} {tuple(images.shape)}".encode())
+        digest.update(images.cpu().contiguous().numpy().tobytes())
+        return self.folder / f"{encoder.name}-{encoder.identity}" / f"{digest.hexdigest()}.safetensors"
+
+    def find(self, encoder: Encoder, images: Tensor) -> Reference | None:
+        """The kept reference of a set, or None; a file that is damaged, or of another shape, counts as none."""
+        path = self.path(encoder, images)
+        if path is None or not path.is_file():
+            return None
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        try:
+            found = load(path.read_bytes())
+            reference = Reference(found["embeddings"])
+            statistics = GaussianStatistics(len(reference), found["mean"], found["root"])
+            own = found["own_distances"]
+        except (SafetensorError, KeyError, OSError):
+            return None
+        expected = {"embeddings": (len(images), encoder.dim), "mean": (encoder.dim,), "own_distances": (len(images),)}
+        whole = all(tuple(found[key].shape) == shape and bool(found[key].isfinite().all()) for key, shape in expected.items())
+        if not whole or statistics.root.shape != (min(found["embeddings"].shape), encoder.dim):
+            return None
+        reference.__dict__ |= {"gaussian": statistics, "own_distances": own}  # what it would compute when asked
+        return reference
+
+    def keep(self, encoder: Encoder, images: Tensor, reference: Reference) -> None:
+        """Write a set's reference, whole or not at all."""
+        path = self.path(encoder, images)
+        if path is None or len(reference) < 2:
+            return
+        from safetensors.torch import save
+
+        tensors = {
+            "embeddings": reference.embeddings,
+            "mean": reference.gaussian.mean,
+            "root": reference.gaussian.root,
+            "own_distances": reference.own_distances,
+        }
+        content = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
+        try:
+            write_whole(path, lambda file: file.write(content))
+        except OSError as error:
+            logger.warning("embeddings are not kept in %s (%s); %s names another folder", self.folder, error.strerror, VARIABLE)
+
+    def reference(self, encoder: Encoder, images: Tensor, encode: Callable[[Tensor], Tensor] | None = None) -> Reference:
+        """The reference of a set: read, or made by `encode` (the encoder itself unless given) and kept."""
+        found = self.find(encoder, images)
+        if found is None:
+            with torch.no_grad():
+                found = Reference((encode or encoder)(images))
+            self.keep(encoder, images, found)
+        return found

@@ -1,0 +1,34 @@
+"""What is computed once of a set of real embeddings, and used at every measurement."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from mlflow_icr.generation.frechet import GaussianStatistics, gaussian_statistics
+from mlflow_icr.generation.neighbours import k_nearest
+
+
+@dataclass(eq=False)
+class Reference:
+    """Real embeddings (N, D), their Gaussian statistics, and each one's distance to its own nearest other, (N,) float64.
+
+    The last two are computed when they are asked for first, and need two rows (ValueError).
+    """
+
+    embeddings: Tensor
+
+    def __len__(self) -> int:
+        return len(self.embeddings)
+
+    @cached_property
+    def gaussian(self) -> GaussianStatistics:
+        """Mean and covariance, as the Frechet distance takes them."""
+        return gaussian_statistics(self.embeddings)
+
+    @cached_property
+    def own_distances(self) -> Tensor:
+        """Euclidean distance of each row to the nearest other one."""
+        return k_nearest(self.embeddings, self.embeddings, 1, exclude_self=True).distances[:, 0]

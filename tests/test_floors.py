@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[1]
 FLOORS = ["representation", "generation", "extraction", "monitoring", "tracking", "plugin", "cli"]
 # These two say what features and samples say, by tensor maths alone: neither knows of the other.
 APART = {"representation", "generation"}
-# The package's own front door and its version belong to no floor.
-DOORS = {"__init__", "version"}
+# The package's own front door, its version and what it runs on belong to no floor, and import none.
+DOORS = {"__init__", "version", "environment"}
 
 
 def imported(path: Path) -> set[str]:

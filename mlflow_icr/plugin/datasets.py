@@ -81,14 +81,17 @@ class ImageDataset(Dataset, PyFuncConvertibleDatasetMixin):  # type: ignore[misc
 
 
 def _source(given: str | Path | DatasetSource | None) -> DatasetSource:
-    """A source as MLflow's own constructors take it: none means the program that runs."""
+    """A source as MLflow's own constructors take it: none means the program that runs, a path a place on this machine."""
+    from mlflow.data import sources
     from mlflow.data.code_dataset_source import CodeDatasetSource
     from mlflow.data.dataset_source_registry import resolve_dataset_source
     from mlflow.tracking.context.registry import resolve_tags
 
     if given is None:
         return CodeDatasetSource(tags=resolve_tags())
-    return given if isinstance(given, DatasetSource) else resolve_dataset_source(str(given))
+    if isinstance(given, Path):
+        return sources.LocalArtifactDatasetSource(str(given))  # resolving a local path makes MLflow warn
+    return given if isinstance(given, DatasetSource) else resolve_dataset_source(given)
 
 
 def from_image_folder(

@@ -1,4 +1,4 @@
-"""What MLflow makes of the installed package: run by `test_plugin.py` in an environment that holds the wheel, not by itself."""
+"""What MLflow makes of the installed package: `test_plugin.py` runs this, in an environment with the wheel and a store."""
 
 from __future__ import annotations
 
@@ -23,11 +23,6 @@ from mlflow_icr.plugin.pipeline import log_pipeline
 
 TIMES = {"perf/measure_seconds", "perf/generate_seconds"}
 CONFIG = {"sigma": 0.4, "num_views": 6, "num_samples": 12, "num_steps": 4, "seed": 3}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _store(tmp_path_factory: pytest.TempPathFactory) -> None:
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db")  # making one takes seconds
 
 
 @pytest.fixture(autouse=True)
@@ -166,7 +161,10 @@ def test_a_logged_pipeline_samples_what_an_evaluation_samples(checkpoint: Path, 
     info = log_pipeline(checkpoint)
     assert not list(Path(mlflow.artifacts.download_artifacts(info.model_uri)).rglob("state.safetensors"))
     model = mlflow.pyfunc.load_model(info.model_uri)
-    sampled = model.predict(pd.DataFrame({"seed": [4, 0]}))
+    sampled = model.predict([4, 0])
+    assert np.array_equal(model.predict(pd.DataFrame({"seed": [4, 0]})), sampled)
+    with pytest.raises(MlflowException, match="Failed to validate data against type hint `list\\[int\\]`"):
+        model.predict(["four"])
     monitor = GenerationMonitor(load_denoiser(checkpoint)[0], images, num_samples=5)
     assert sampled.dtype == np.uint8
     difference = sampled.astype(int) - monitor.sample()[[4, 0]].permute(0, 2, 3, 1).numpy()

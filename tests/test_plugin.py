@@ -42,24 +42,28 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
-def run(python: Path, *arguments: str, cwd: Path, **variables: str) -> str:
-    # -I: neither this folder nor PYTHONPATH is searched.
-    command = [str(python), "-I", *arguments]
-    done = subprocess.run(command, cwd=cwd, env=os.environ | variables, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
-    return done.stdout + done.stderr
-
-
-def test_what_mlflow_makes_of_the_wheel(python: Path, tmp_path: Path) -> None:
-    shutil.copy(ROOT / "tests" / "plugin_checks.py", tmp_path)
-    said = run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "plugin_checks.py", cwd=tmp_path)
-    assert re.search(r"^9 passed", said, re.M)
-
-
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A new sqlite store; making one takes seconds."""
     return f"sqlite:///{tmp_path_factory.mktemp('doors')}/mlflow.db"
+
+
+def run(python: Path, *arguments: str, cwd: Path, **variables: str) -> str:
+    # -I: neither this folder nor PYTHONPATH is searched.
+    command = [str(python), "-I", *arguments]
+    done = subprocess.run(
+        command, cwd=cwd, env={"OMP_NUM_THREADS": "1"} | os.environ | variables, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def test_what_mlflow_makes_of_the_wheel(python: Path, tmp_path: Path, store: str) -> None:
+    shutil.copy(ROOT / "tests" / "plugin_checks.py", tmp_path)
+    said = run(
+        python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "plugin_checks.py", cwd=tmp_path, MLFLOW_TRACKING_URI=store
+    )
+    assert re.search(r"^9 passed", said, re.M)
 
 
 @pytest.mark.parametrize("first", ["mlflow", "mlflow_icr.plugin.datasets", "mlflow_icr.plugin.evaluator"])

@@ -14,12 +14,10 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 from mlflow_icr.version import __version__
 
 if TYPE_CHECKING:
-    import pandas as pd
     from mlflow.models.model import ModelInfo
 
 INDEX = "model_index.json"
 ARTIFACT = "pipeline"
-SEED = "seed"  # the model's input column
 BATCH = 256
 
 
@@ -31,30 +29,23 @@ class PipelineModel(PythonModel):  # type: ignore[misc]
         self.folder = Path(context.artifacts[ARTIFACT])
         self._loaded: Any = None
 
-    def predict(
-        self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
-    ) -> np.ndarray:
-        """Images (N, H, W, C) uint8, one for each whole number in the column `seed`, or in the only column.
-
-        Seed i gives sample i of an evaluation with seed 0. Raises ValueError for another column.
-        """
+    # MLflow makes the model's signature of this hint: a list, or a frame of one column, of whole numbers.
+    def predict(self, model_input: list[int]) -> np.ndarray:
+        """Images (N, H, W, C) uint8, one for each seed; seed i gives sample i of an evaluation with seed 0."""
         from mlflow_icr.extraction.denoisers import evaluating
         from mlflow_icr.extraction.pipelines import load_denoiser
         from mlflow_icr.extraction.samplers import heun_sample, starting_noise
         from mlflow_icr.monitoring.generation import to_uint8
 
-        if SEED not in model_input and model_input.shape[1] != 1:
-            raise ValueError(f"the input has columns {', '.join(map(str, model_input.columns))}; expected {SEED}")
-        seeds = [int(seed) for seed in (model_input[SEED] if SEED in model_input else model_input.iloc[:, 0])]
         self._loaded = self._loaded or load_denoiser(self.folder)
         denoiser, side = self._loaded
         shape = (int(denoiser.network.config["in_channels"]), side, side)
-        images = []
+        images = [np.empty((0, side, side, shape[0]), np.uint8)]
         with evaluating(denoiser.network):
-            for start in range(0, len(seeds), BATCH):
-                sampled = heun_sample(denoiser, starting_noise(seeds[start : start + BATCH], shape, 0))
+            for start in range(0, len(model_input), BATCH):
+                sampled = heun_sample(denoiser, starting_noise(model_input[start : start + BATCH], shape, 0))
                 images.append(to_uint8(sampled).permute(0, 2, 3, 1).numpy())
-        return np.concatenate(images) if images else np.empty((0, side, side, shape[0]), np.uint8)
+        return np.concatenate(images)
 
 
 def log_pipeline(folder: Path | str, name: str = ARTIFACT, **arguments: Any) -> ModelInfo:
@@ -63,13 +54,9 @@ def log_pipeline(folder: Path | str, name: str = ARTIFACT, **arguments: Any) -> 
     `arguments` are those of `mlflow.pyfunc.log_model`. Only the pipeline is copied, not what training needs to go on. Raises
     ValueError for a folder that holds no pipeline.
     """
-    from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, Schema, TensorSpec
-
     folder = Path(folder)
     if not _is_pipeline(folder):
         raise ValueError(f"folder is {str(folder)!r}; expected a diffusers folder with unet/ and scheduler/")
-    signature = ModelSignature(Schema([ColSpec("long", SEED)]), Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, -1))]))
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / ARTIFACT
         copy.mkdir()
@@ -78,7 +65,7 @@ def log_pipeline(folder: Path | str, name: str = ARTIFACT, **arguments: Any) -> 
                 shutil.copytree(part, copy / part.name)
             elif part.name == INDEX:
                 shutil.copy(part, copy)
-        defaults = {"signature": signature, "pip_requirements": [f"mlflow-icr=={__version__}"], "model_type": "diffusion"}
+        defaults = {"pip_requirements": [f"mlflow-icr=={__version__}"], "model_type": "diffusion"}
         code = Path(__file__).with_name("pipeline_code.py")
         return mlflow.pyfunc.log_model(
             name=name, python_model=str(code), artifacts={ARTIFACT: str(copy)}, **(defaults | arguments)

@@ -171,6 +171,41 @@ def test_a_logged_pipeline_samples_what_an_evaluation_samples(checkpoint: Path, 
     assert abs(difference).max() <= 1  # batches of two and of five round differently
 
 
+def test_anybodys_wrapper_and_a_bare_folder_are_evaluated_too(
+    checkpoint: Path, images: torch.Tensor, expected: dict[str, float], tmp_path: Path, client: mlflow.MlflowClient
+) -> None:
+    code = tmp_path / "wrapper.py"
+    code.write_text(
+        "import mlflow\n"
+        "class Wrapper(mlflow.pyfunc.PythonModel):\n"
+        "    def predict(self, context, model_input, params=None):\n"
+        "        return model_input\n"
+        "mlflow.models.set_model(Wrapper())\n"
+    )
+    wrapped = mlflow.pyfunc.log_model(
+        name="theirs",
+        python_model=str(code),
+        artifacts={"notes": str(code), "net": str(checkpoint)},
+        pip_requirements=["mlflow"],
+    )
+    bare = mlflow.initialize_logged_model(name="bare")
+    client.log_model_artifacts(bare.model_id, str(checkpoint))
+    mlflow.finalize_logged_model(bare.model_id, "READY")
+    for given, config in (
+        ({"model": mlflow.pyfunc.load_model(wrapped.model_uri)}, {}),
+        ({"model_id": bare.model_id}, {"pipeline": f"models:/{bare.model_id}"}),
+    ):
+        result = mlflow.models.evaluate(
+            **given,
+            data=mlflow.data.from_tensor(images[:40]),
+            model_type="diffusion",
+            evaluators=["icr"],
+            evaluator_config={"icr": CONFIG | config | {"num_samples": 0}},
+        )
+        same(result.metrics, {key: value for key, value in expected.items() if key.startswith("repr/")})
+    assert len(mlflow.get_logged_model(bare.model_id).metrics) == len(result.metrics)
+
+
 def test_other_models_are_left_alone(client: mlflow.MlflowClient) -> None:
     data = pd.DataFrame({"x": [1.0, 2.0, 3.0], "y": [2.0, 4.0, 6.0]})
     result = mlflow.models.evaluate(

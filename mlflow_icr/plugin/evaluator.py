@@ -61,6 +61,9 @@ class ICREvaluator(ModelEvaluator):  # type: ignore[misc]
         from mlflow_icr.plugin.evaluation import EvaluationConfig, evaluate_denoiser, load_images
         from mlflow_icr.plugin.pipeline import download_pipeline, pipeline_of
 
+        for name in ("extra_metrics", "custom_artifacts"):  # they may be meant for another evaluator
+            if kwargs.get(name):
+                logger.warning("%s are not for the evaluator icr, which makes no use of them", name)
         try:
             config = EvaluationConfig.of(evaluator_config or {})
             if (model is None) == (config.pipeline is None):
@@ -78,6 +81,10 @@ class ICREvaluator(ModelEvaluator):  # type: ignore[misc]
 
 def _log(found: Evaluation, config: EvaluationConfig, images: Images, run_id: str, *, own_metrics: bool) -> EvaluationResult:
     """Log everything that was found; on the disk first, where it stays if the server does not take it."""
+    for key, why in found.report.absent.items():
+        logger.warning("%s is not measured: %s", key, why)
+    for key, text in found.report.warnings.items():
+        logger.warning("%s is %s", key, text)
     folder = Path(tempfile.mkdtemp(prefix="mlflow-icr-"))
     pictures = _write(found, config, images, folder)
     client = MlflowClient()

@@ -249,12 +249,14 @@ def test_bad_input_gets_one_line_that_names_it(checkpoint: Path, folders: dict[s
         (seeds, {"pipeline": None}, "model and evaluator_config's pipeline: neither given"),
         (seeds, {"pipeline": str(tmp_path / "colour")}, "pipeline is '.*colour', which holds 0 diffusers folders"),
         (seeds, {"pipeline": "models:/nothing/1"}, "pipeline is 'models:/nothing/1', which cannot be had"),
+        (seeds, {"pipeline": "ftp://user:hunter2@127.0.0.1:9/x"}, "pipeline is 'ftp://127.0.0.1:9/x', which cannot be had"),
         (seeds, {"pipeline": str(other)}, "scheduler 'DDPMScheduler'; expected one of EDM's"),
     ):
         with pytest.raises(MlflowException, match=message) as caught:
             mlflow.models.evaluate(data=data, model_type="diffusion", evaluators="icr", evaluator_config={**good, **change})
         assert str(caught.value).startswith("evaluator icr: ")
         assert "\n" not in str(caught.value), change
+        assert "hunter2" not in str(caught.value)
     with pytest.raises(MlflowException, match="model has 0 diffusers folders among its artifacts"):
         mlflow.models.evaluate(
             lambda frame: frame, seeds, model_type="diffusion", evaluators="icr", evaluator_config={"train": good["train"]}

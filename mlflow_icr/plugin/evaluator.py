@@ -107,11 +107,15 @@ def _log(found: Evaluation, config: EvaluationConfig, images: Images, run_id: st
 def _write(found: Evaluation, config: EvaluationConfig, images: Images, folder: Path) -> dict[str, str]:
     """Write an output folder of one measurement with its protocol; returns the artifacts' paths in it by name."""
     from mlflow_icr.extraction.images import content_hash
+    from mlflow_icr.plugin.pipeline import without_password
     from mlflow_icr.tracking import Journal
 
     report = found.report
     journal = Journal(folder)
     journal.append(report)
+    shown = {key: value for key, value in asdict(config).items() if key != "protocol"}
+    if config.pipeline is not None:
+        shown["pipeline"] = without_password(config.pipeline)
     content = {
         "protocol": asdict(found.protocol),
         "protocol_digest": found.protocol.digest,
@@ -119,7 +123,7 @@ def _write(found: Evaluation, config: EvaluationConfig, images: Images, folder: 
         "images_seen": report.step,
         "train_sha256": content_hash(images.train),
         "heldout_sha256": None if images.heldout is None else content_hash(images.heldout),
-        "config": {key: value for key, value in asdict(config).items() if key != "protocol"},
+        "config": shown,
         "absent": dict(report.absent),
         "warnings": dict(report.warnings),
         "mlflow_icr": __version__,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -94,6 +95,11 @@ def pipeline_of(model: Any) -> Path:
     return found.popitem()[1]
 
 
+def without_password(place: Path | str) -> str:
+    """A path or address as it may be shown: without the user and password that an address can hold."""
+    return re.sub(r"//[^/@]*@", "//", str(place))
+
+
 def download_pipeline(place: Path | str) -> Path:
     """The diffusers folder at a path, or at an address that MLflow knows, such as models:/NAME/1 or runs:/ID/checkpoint.
 
@@ -104,10 +110,10 @@ def download_pipeline(place: Path | str) -> Path:
         try:
             folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=str(place)))
         except Exception as error:  # stores and their clients raise what they like
-            raise ValueError(f"pipeline is {str(place)!r}, which cannot be had ({type(error).__name__})") from None
+            raise ValueError(f"pipeline is {without_password(place)!r}, which cannot be had ({type(error).__name__})") from None
     if _is_pipeline(folder):
         return folder
     found = sorted({path.parent for path in folder.rglob(INDEX)})
     if len(found) != 1:
-        raise ValueError(f"pipeline is {str(place)!r}, which holds {len(found)} diffusers folders; expected one")
+        raise ValueError(f"pipeline is {without_password(place)!r}, which holds {len(found)} diffusers folders; expected one")
     return found[0]

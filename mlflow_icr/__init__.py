@@ -1,64 +1,72 @@
 """Is a diffusion model still learning, or has it begun to copy its training images?
 
 The Invariant Contamination Ratio (ICR) of a denoiser's features, its energies, and generative and memorization metrics.
+
+Names are loaded from their floors when they are asked for: MLflow imports `mlflow_icr.plugin` at every `import mlflow`, also
+where nobody wants torch.
 """
 
-from mlflow_icr.extraction import Denoiser, EDMDenoiser, heun_sample, make_views
-from mlflow_icr.generation import (
-    Authenticity,
-    CarliniRatio,
-    CopySimilarity,
-    MemorizationRatio,
-    authenticity,
-    carlini_ratio,
-    copy_similarity,
-    ct_score,
-    density_coverage,
-    fld,
-    fld_gap,
-    frechet_distance,
-    frechet_distance_infinity,
-    inception_score,
-    kernel_distance,
-    memorization_ratio,
-    mifid,
-    precision_recall,
-    vendi_score,
-)
-from mlflow_icr.monitoring import (
-    GenerationMonitor,
-    ICRMonitor,
-    LossMonitor,
-    NoiseSweep,
-    Protocol,
-    Report,
-    Verdict,
-    compare,
-    geometric_schedule,
-    summarise,
-    sweep_noise,
-    verdict,
-)
-from mlflow_icr.representation import (
-    ICRInterval,
-    InvariantSpectrum,
-    ViewErrorRatio,
-    ViewMoments,
-    alignment,
-    class_separation,
-    effective_rank,
-    icr,
-    icr_interval,
-    knn_accuracy,
-    lidar,
-    linear_probe_accuracy,
-    rankme,
-    silhouette,
-    uniformity,
-    variability_ratio,
-    view_error_ratio,
-)
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from mlflow_icr.version import __version__
+
+if TYPE_CHECKING:
+    from mlflow_icr.extraction import Denoiser, EDMDenoiser, heun_sample, make_views
+    from mlflow_icr.generation import (
+        Authenticity,
+        CarliniRatio,
+        CopySimilarity,
+        MemorizationRatio,
+        authenticity,
+        carlini_ratio,
+        copy_similarity,
+        ct_score,
+        density_coverage,
+        fld,
+        fld_gap,
+        frechet_distance,
+        frechet_distance_infinity,
+        inception_score,
+        kernel_distance,
+        memorization_ratio,
+        mifid,
+        precision_recall,
+        vendi_score,
+    )
+    from mlflow_icr.monitoring import (
+        GenerationMonitor,
+        ICRMonitor,
+        LossMonitor,
+        NoiseSweep,
+        Protocol,
+        Report,
+        Verdict,
+        compare,
+        geometric_schedule,
+        summarise,
+        sweep_noise,
+        verdict,
+    )
+    from mlflow_icr.representation import (
+        ICRInterval,
+        InvariantSpectrum,
+        ViewErrorRatio,
+        ViewMoments,
+        alignment,
+        class_separation,
+        effective_rank,
+        icr,
+        icr_interval,
+        knn_accuracy,
+        lidar,
+        linear_probe_accuracy,
+        rankme,
+        silhouette,
+        uniformity,
+        variability_ratio,
+        view_error_ratio,
+    )
 
 __all__ = [
     "Authenticity",
@@ -115,3 +123,17 @@ __all__ = [
     "verdict",
     "view_error_ratio",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name in __all__:
+        for floor in ("representation", "generation", "extraction", "monitoring"):
+            module = import_module(f"mlflow_icr.{floor}")
+            if name in module.__all__:
+                globals()[name] = value = getattr(module, name)
+                return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

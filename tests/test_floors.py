@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[1]
 FLOORS = ["representation", "generation", "extraction", "monitoring", "tracking", "plugin", "cli"]
 # These two say what features and samples say, by tensor maths alone: neither knows of the other.
 APART = {"representation", "generation"}
-# The package's own front door and its version belong to no floor.
-DOORS = {"__init__", "version"}
+# The package's own front door, its version and what it runs on belong to no floor, and import none.
+DOORS = {"__init__", "version", "environment"}
 
 
 def imported(path: Path) -> set[str]:
@@ -63,12 +63,24 @@ def test_the_maths_knows_torch_and_the_scientific_libraries_alone(floor: str) ->
 
 @pytest.mark.parametrize("module", ["mlflow_icr", "mlflow_icr.representation", "mlflow_icr.generation"])
 def test_importing_the_library_loads_no_tracker_and_no_model_zoo(module: str) -> None:
-    code = f"import sys, {module}; print(*sorted({{m.split('.')[0] for m in sys.modules}}))"
+    code = f"import sys; from {module} import *; print(*sorted({{m.split('.')[0] for m in sys.modules}}))"
     loaded = set(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split())
     assert "torch" in loaded
     assert loaded.isdisjoint(
         {"mlflow", "accelerate", "tensorboard", "diffusers", "datasets", "kornia", "matplotlib", "PIL", "scipy", "sklearn"}
     )
+
+
+def test_the_front_door_opens_without_torch_and_shows_every_name() -> None:
+    code = """
+import sys, mlflow_icr
+assert "torch" not in sys.modules, "MLflow imports mlflow_icr.plugin at every import mlflow"
+assert set(mlflow_icr.__all__) <= set(dir(mlflow_icr))
+for name in mlflow_icr.__all__:
+    getattr(mlflow_icr, name)
+assert not hasattr(mlflow_icr, "nothing")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_files_stay_small() -> None:

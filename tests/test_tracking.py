@@ -198,6 +198,38 @@ def test_resuming_brings_every_sink_up_to_the_journal(tmp_path: Path) -> None:
     assert {key: shown[key] for key in journal} == as_float32(journal)
 
 
+def described() -> dict[str, str]:
+    from mlflow_icr.plugin.datasets import from_tensor
+
+    return from_tensor(np.zeros((3, 1, 8, 8), np.uint8), name="noughts").to_dict()
+
+
+def test_datasets_are_shown_once_and_stop_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from mlflow import MlflowClient
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def broken() -> dict[str, str]:
+        raise RuntimeError("postgresql://user:hunter2@host")
+
+    for _ in range(2):  # the second time is a resumption
+        sink = MLflowSink(run_id=None if not (tmp_path / "run").exists() else (tmp_path / "run").read_text())
+        tracker = Tracker(tmp_path, [sink, TensorBoardSink(tmp_path / "tensorboard")])
+        tracker.open({}, {})
+        tracker.dataset(described, "training")
+        tracker.dataset(broken, "validation")
+        tracker.close("FINISHED")
+        assert sink.run_id is not None
+        (tmp_path / "run").write_text(sink.run_id)
+    assert "hunter2" not in caplog.text
+    assert "MLflow does not take results (RuntimeError); training goes on" in caplog.text
+    (entry,) = MlflowClient().get_run(sink.run_id).inputs.dataset_inputs
+    assert json.loads(entry.dataset.profile)["shape"] == [3, 1, 8, 8]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    text = events.Tensors("data/training/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert entry.dataset.digest in text
+
+
 def test_a_dead_server_costs_nothing_but_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -212,6 +244,7 @@ def test_a_dead_server_costs_nothing_but_a_warning(
     tracker = Tracker(tmp_path, [sink, TensorBoardSink(tmp_path / "tensorboard")])
     with caplog.at_level(logging.WARNING, "mlflow_icr"):
         tracker.open({"seed": 1}, {"study": "s"})
+        tracker.dataset(described, "training")
         tracker.record(report(1))
         tracker.record(report(2))
     warnings = [r.getMessage() for r in caplog.records if "MLflow" in r.getMessage()]
@@ -230,6 +263,8 @@ def test_a_dead_server_costs_nothing_but_a_warning(
     assert (run.data.params["seed"], run.data.tags["study"]) == ("1", "s")
     pictures = [f.path for f in client.list_artifacts(sink.run_id, "images") if f.path.endswith(".png")]
     assert len(pictures) == 3  # also those of the measurements that the server missed
+    (entry,) = run.inputs.dataset_inputs
+    assert (entry.dataset.name, entry.tags[0].value) == ("noughts", "training")
     tracker.close("FINISHED")
     assert client.get_run(sink.run_id).info.status == "FINISHED"
 

@@ -99,6 +99,13 @@ def test_a_run_leaves_what_the_readme_says(whole: tuple[Path, str], monkeypatch:
     assert info.data.tags["study"] == "s1"
     assert info.info.run_id == json.loads((folder / "mlflow.json").read_text())["run_id"]
     assert re.fullmatch("[0-9a-f]{64}", info.data.params["data_sha256"])
+    assert info.data.tags["icr.data_sha256"] == info.data.params["data_sha256"]
+    assert info.data.tags["icr.torch"] == torch.__version__
+    inputs = {entry.tags[0].value: entry.dataset for entry in info.inputs.dataset_inputs}
+    for context, key, count in (("training", "data_sha256", 32), ("validation", "heldout_sha256", 197)):
+        assert inputs[context].name == "digits"
+        assert inputs[context].digest == info.data.params[key][:36]
+        assert json.loads(inputs[context].profile) == {"num_images": count, "shape": [count, 1, 8, 8], "dtype": "uint8"}
     said = verdict(folder)
     assert info.data.tags["verdict"] == said.state
     assert info.data.tags["verdict.text"] == said.text

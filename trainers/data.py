@@ -147,3 +147,13 @@ def data_of(config: TrainConfig) -> DataSet:
         seed=config.seed,
         split=config.data_split,
     )
+
+
+def describe_data(config: TrainConfig, images: Tensor, sha256: str) -> dict[str, str]:
+    """What MLflow shows of images (N, C, H, W) of a configuration's set, whose content hash is known already."""
+    from mlflow_icr.plugin.datasets import DIGEST_LENGTH, from_tensor
+
+    path = Path(config.data)
+    folder = path.resolve() if config.data not in EMBEDDED and path.is_dir() else None
+    name = folder.name if folder is not None else config.data
+    return from_tensor(images, source=folder, name=name, digest=sha256[:DIGEST_LENGTH]).to_dict()

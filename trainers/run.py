@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from mlflow_icr import EDMDenoiser, GenerationMonitor, ICRMonitor, LossMonitor, Report, geometric_schedule, verdict
+from mlflow_icr.environment import environment_tags
 from mlflow_icr.extraction.encoders import load_encoder
 from mlflow_icr.monitoring.generation_plots import trade_off
 from mlflow_icr.monitoring.grid import image_tiles
@@ -23,7 +24,7 @@ from mlflow_icr.tracking import Tracker
 from trainers.checkpoint import latest_checkpoint, load_checkpoint, mark_turning, save_checkpoint
 from trainers.config import STOPPING, TrainConfig
 from trainers.console import Console
-from trainers.data import data_of
+from trainers.data import data_of, describe_data
 from trainers.edm import build_network, edm_loss, training_sigma
 from trainers.loop import new_state, take_mean_loss, train
 
@@ -123,6 +124,16 @@ class Run:
             "device": self.accelerator.device.type,
             "torch_version": torch.__version__,
         }
+
+    def tags(self) -> dict[str, str]:
+        """What trackers show as the run's tags: what it runs on, as `icr.*`, and the SHA-256 of its data."""
+        return environment_tags() | {"icr.data_sha256": self.data.train_sha256, "icr.heldout_sha256": self.data.heldout_sha256}
+
+    def show_data(self, tracker: Tracker) -> None:
+        """Show training and held-out images as the run's datasets."""
+        tracker.dataset(partial(describe_data, self.config, self.data.train, self.data.train_sha256), "training")
+        if len(self.data.heldout):
+            tracker.dataset(partial(describe_data, self.config, self.data.heldout, self.data.heldout_sha256), "validation")
 
     def measure(self) -> Report:
         """The report of the state as it is; every rank takes part."""

@@ -119,8 +119,9 @@ def train_run(run: Run, stop: Stop, output_dir: Path, tags: Mapping[str, str], r
         (output_dir / CONFIG).write_text(yaml.safe_dump(run.config.as_dict(), sort_keys=False))
         sink, sinks = open_sinks(output_dir, run_name, resume)
         tracker = Tracker(output_dir, sinks)
-        tracker.open(run.params(), tags)
+        tracker.open(run.params(), {**run.tags(), **tags})
         note_run(sink, output_dir)
+        run.show_data(tracker)
     status = "FAILED"
     try:
         status = run.go(tracker, console, lambda: stop.signal is not None)

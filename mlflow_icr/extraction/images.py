@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import zipfile
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,8 +151,55 @@ def _fitted(images: Sequence[Image.Image], path: Path, resolution: int | None) -
     return stack_images(images, resolution)
 
 
+def read_files(paths: Sequence[Path | str], resolution: int | None = None) -> ImageSet:
+    """The images of these files, in this order, fitted as `read_images` does. Raises ValueError likewise."""
+    images, unreadable = _open_all((str(path), Path(path)) for path in paths)
+    if not images:
+        raise ValueError(f"{len(paths)} files hold no images; {len(unreadable)} cannot be read: {named(unreadable)}")
+    return ImageSet(_fitted(images, Path(paths[0]).parent, resolution), unreadable)
+
+
 def content_hash(images: Tensor) -> str:
-    """SHA-256 of the images' shape and pixels, (N, C, H, W) uint8: the same exactly for the same images in the same order."""
-    digest = hashlib.sha256(repr(tuple(images.shape)).encode())
-    digest.update(images.cpu().contiguous().numpy().tobytes())
+    """SHA-256 of the images' dtype, shape and pixels: the same exactly for the same images (N, C, H, W) in the same order."""
+    kind = "" if images.dtype == torch.uint8 else str(images.dtype)  # images mostly are, and hashes of earlier runs stay
+    digest = hashlib.sha256(f"{kind}{tuple(images.shape)}".encode())
+    digest.update(images.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class FolderFacts:
+    """What image files a folder holds: SHA-256 of their names and bytes, how many of each size and mode, and the unreadable."""
+
+    sha256: str
+    num_images: int
+    num_bytes: int
+    sizes: dict[str, int]  # WIDTHxHEIGHT
+    modes: dict[str, int]  # as Pillow names them
+    unreadable: list[str]
+
+
+def folder_facts(folder: Path | str) -> FolderFacts:
+    """The facts of the image files below a folder, from their bytes and headers; the order they are listed in does not matter.
+
+    Raises ValueError when there are none.
+    """
+    folder = Path(folder)
+    files = sorted((path.relative_to(folder).as_posix(), path) for path in image_paths(folder))
+    if not files:
+        raise ValueError(f"{str(folder)!r} is not a folder with images ({', '.join(sorted(SUFFIXES))})")
+    digest, num_bytes, unreadable = hashlib.sha256(), 0, []
+    sizes: Counter[str] = Counter()
+    modes: Counter[str] = Counter()
+    for name, path in files:
+        content = path.read_bytes()
+        # Of fixed length each, so that no name can pass for another file's content.
+        digest.update(hashlib.sha256(name.encode()).digest() + hashlib.sha256(content).digest())
+        num_bytes += len(content)
+        try:
+            with Image.open(io.BytesIO(content)) as image:
+                sizes[f"{image.width}x{image.height}"] += 1
+                modes[image.mode] += 1
+        except (UnidentifiedImageError, OSError):
+            unreadable.append(name)
+    return FolderFacts(digest.hexdigest(), len(files) - len(unreadable), num_bytes, dict(sizes), dict(modes), unreadable)

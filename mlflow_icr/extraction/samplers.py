@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mlflow_icr.extraction.denoisers import Denoiser
+from mlflow_icr.extraction.keyed import keyed_generator
+
+
+def starting_noise(indices: Sequence[int], shape: Sequence[int], seed: int) -> Tensor:
+    """Unit noise (B, *shape) that samples with these indices start from, whatever the batch, rank or device."""
+    noise = [keyed_generator("sample", seed, i).standard_normal(tuple(shape), dtype=np.float32) for i in indices]
+    return torch.from_numpy(np.stack(noise))
 
 
 def karras_sigmas(num_steps: int, sigma_min: float, sigma_max: float, rho: float) -> list[float]:

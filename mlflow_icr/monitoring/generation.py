@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import time
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mlflow_icr.extraction.cache import ReferenceCache, cache_folder
 from mlflow_icr.extraction.denoisers import Denoiser, device_of, evaluating
 from mlflow_icr.extraction.encoders import Encoder, load_encoder
-from mlflow_icr.extraction.keyed import keyed_generator
-from mlflow_icr.extraction.samplers import heun_sample
+from mlflow_icr.extraction.samplers import heun_sample, starting_noise
 from mlflow_icr.extraction.views import as_unit_interval
 from mlflow_icr.generation import Reference, memorization_ratio
 from mlflow_icr.monitoring.generation_plots import distance_histogram
@@ -78,13 +76,8 @@ class GenerationMonitor:
         finite = torch.ones(len(mine), 1, dtype=torch.uint8, device=device)
         with evaluating(self.denoiser.network):
             for start in range(0, len(mine), self.batch_size):
-                noise = np.stack(
-                    [
-                        keyed_generator("sample", self.seed, i).standard_normal(self.shape, dtype=np.float32)
-                        for i in mine[start : start + self.batch_size]
-                    ]
-                )
-                x = heun_sample(self.denoiser, torch.from_numpy(noise).to(device), num_steps=self.num_steps)
+                noise = starting_noise(mine[start : start + self.batch_size], self.shape, self.seed)
+                x = heun_sample(self.denoiser, noise.to(device), num_steps=self.num_steps)
                 finite[start : start + len(x)] = x.isfinite().flatten(1).all(1, keepdim=True)
                 images[start : start + len(x)] = to_uint8(x.nan_to_num())
         broken = int((gather_rows(finite, self.num_samples) == 0).sum())

@@ -56,7 +56,9 @@ class Protocol:
             sigmas = (sigmas,)
         _require(isinstance(self.layer, str) and bool(self.layer), "layer", self.layer, "a module path or an alias")
         _require(
-            len(sigmas) > 0 and all(isinstance(s, (int, float)) and 0 < s < math.inf for s in sigmas),
+            isinstance(sigmas, (tuple, list))
+            and len(sigmas) > 0
+            and all(isinstance(s, (int, float)) and 0 < s < math.inf for s in sigmas),
             "sigmas",
             self.sigmas,
             "positive finite numbers",
@@ -65,7 +67,10 @@ class Protocol:
         _require(len(set(self.sigmas)) == len(self.sigmas), "sigmas", self.sigmas, "different numbers")
         levels = ", ".join(map(str, AUGMENTATION_LEVELS))
         _require(
-            self.augmentation_level in AUGMENTATION_LEVELS, "augmentation_level", self.augmentation_level, f"one of {levels}"
+            _whole(self.augmentation_level) and self.augmentation_level in AUGMENTATION_LEVELS,
+            "augmentation_level",
+            self.augmentation_level,
+            f"one of {levels}",
         )
         n, k = self.num_images, self.num_views
         _require(n is None or (_whole(n) and n >= 2), "num_images", n, "a whole number >= 2, or None for all")

@@ -72,6 +72,14 @@ class MLflowSink:
             batch = slice(start, start + 100)
             self._client.log_batch(self.run_id, params=new[batch], tags=run_tags[batch])
 
+    def dataset(self, description: Mapping[str, str], context: str) -> None:
+        """Log a set of images as an input of the run; one that the run has already is not logged again."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+        from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
+
+        given = DatasetInput(Dataset(**description), [InputTag(MLFLOW_DATASET_CONTEXT, context)])
+        self._send(lambda: self._client.log_inputs(self.run_id, [given]))
+
     def recorded_steps(self) -> set[int]:
         """Steps of all `repr/` and `mem/` metrics that the run has."""
         if self.run_id is None or self._pending:

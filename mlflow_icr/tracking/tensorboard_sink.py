@@ -51,6 +51,11 @@ class TensorBoardSink:
             self._writer.add_text("run", "\n\n".join(f"**{key}**: {value}" for key, value in tags.items()), 0)
         self._writer.flush()
 
+    def dataset(self, description: Mapping[str, str], context: str) -> None:
+        """Add what a set of images is as text."""
+        lines = [f"**{key}**: {description[key]}" for key in ("name", "digest", "profile") if key in description]
+        self._writer.add_text(f"data/{context}", "\n\n".join(lines), 0)
+
     def recorded_steps(self) -> set[int]:
         """Steps of all scalars in the folder's event files."""
         from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator

@@ -26,6 +26,9 @@ class Sink(Protocol):
     def open(self, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
         """Get ready, with the run's parameters and tags."""
 
+    def dataset(self, description: Mapping[str, str], context: str) -> None:
+        """Show what a set of images is: MLflow's name, digest, source, source_type, schema and profile, as text."""
+
     def recorded_steps(self) -> set[int]:
         """Images seen of the measurements that are there already."""
 
@@ -68,6 +71,18 @@ class Tracker:
             self._guard(sink, partial(sink.open, params, tags))
             if self.journal.rows:
                 self._guard(sink, partial(self._replay, sink))
+
+    def dataset(self, describe: Callable[[], Mapping[str, str]], context: str) -> None:
+        """Show in every sink what a set of images is; `context` is what it is for, "training" or "validation".
+
+        `describe` gives the set's `ImageDataset.to_dict()`; it is called where its failure, too, costs no more than a warning.
+        """
+        for sink in self.sinks:
+            self._guard(sink, partial(self._show, sink, describe, context))
+
+    @staticmethod
+    def _show(sink: Sink, describe: Callable[[], Mapping[str, str]], context: str) -> None:
+        sink.dataset(describe(), context)
 
     def _replay(self, sink: Sink) -> None:
         there = sink.recorded_steps()

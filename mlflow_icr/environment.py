@@ -1,0 +1,60 @@
+"""What a run runs on, as tags: versions, number of processes, GPUs. Loads neither torch nor MLflow."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from contextlib import suppress
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+
+from mlflow_icr.version import __version__
+
+PACKAGES = ("torch", "accelerate", "diffusers")
+MOST_TEXT = 8000  # characters that MLflow takes for a tag's value
+
+
+@lru_cache(maxsize=1)
+def _versions() -> dict[str, str]:
+    """Versions of packages, from their metadata: none of them is imported."""
+    found = {"version": __version__}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def _cuda_version(torch_version: str) -> str | None:
+    """The CUDA version that torch was built with: from torch where it is loaded, else from a version such as 2.8.0+cu128."""
+    with suppress(AttributeError):
+        return sys.modules["torch"].version.cuda if "torch" in sys.modules else _from_label(torch_version)
+    return None
+
+
+def _from_label(torch_version: str) -> str | None:
+    found = re.search(r"\+cu(\d+)(\d)$", torch_version)
+    return f"{found[1]}.{found[2]}" if found else None
+
+
+def _gpus() -> str | None:
+    """Names of the GPUs, where this process uses them already.
+
+    Asking torch for a name starts CUDA, which takes memory on the first GPU and makes forked children unable to use any.
+    """
+    torch = sys.modules.get("torch")
+    with suppress(AttributeError, RuntimeError, AssertionError):  # torch may be half imported, or its driver gone
+        if torch is not None and torch.cuda.is_initialized():
+            names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+            return ", ".join(f"{names.count(name)} x {name}" for name in sorted(set(names))) or None
+    return None
+
+
+def environment_tags() -> dict[str, str]:
+    """The tags `icr.*`: what is known of versions, processes and GPUs; what cannot be known is left out. Never raises."""
+    tags: dict[str, str | None] = {**_versions()}
+    tags["cuda"] = _cuda_version(tags.get("torch") or "")
+    size = os.environ.get("WORLD_SIZE", "")
+    tags["world_size"] = size if size.isdecimal() else None
+    tags["gpus"] = _gpus()
+    return {f"icr.{key}": value[:MOST_TEXT] for key, value in tags.items() if value}

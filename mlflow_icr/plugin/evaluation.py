@@ -1,0 +1,206 @@
+"""What `mlflow.models.evaluate` measures with the evaluator `icr`: its configuration, its images, and one report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from mlflow_icr.extraction.denoisers import Denoiser
+from mlflow_icr.extraction.encoders import load_encoder
+from mlflow_icr.extraction.images import SUFFIXES, ImageSet, folder_labels, named, read_files, read_images
+from mlflow_icr.monitoring import GenerationMonitor, ICRMonitor, Protocol, Report
+
+SIGMA = "sigma"  # taken for the protocol's sigmas, too
+
+
+def _require(condition: bool, key: str, value: object, allowed: str) -> None:
+    if not condition:
+        raise ValueError(f"{key} is {value!r}; expected {allowed}")
+
+
+def _whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """The evaluator's configuration; refuses what cannot be, naming key, value and what is allowed.
+
+    `train` and `heldout` are folders, `.zip` or `.npz` files of images; `pipeline` a diffusers folder, or an address that
+    MLflow can download one from, where there is no model. `num_samples` 0 leaves generated images out. `images_seen` says how
+    far the model was trained. `device` None means a GPU where there is one. All other keys are the protocol's.
+    """
+
+    train: Path | str | None = None
+    heldout: Path | str | None = None
+    pipeline: Path | str | None = None
+    num_samples: int = 128
+    num_steps: int = 18
+    encoder: str = "pixels"
+    encoder_weights: Path | str | None = None
+    companions: Sequence[str] = ()
+    images_seen: int = 0
+    batch_size: int = 256
+    device: str | None = None
+    protocol: Protocol = field(default_factory=Protocol)
+
+    def __post_init__(self) -> None:
+        for key in ("train", "heldout"):
+            value = getattr(self, key)
+            there = isinstance(value, (str, Path)) and (
+                Path(value).is_dir() or (Path(value).is_file() and Path(value).suffix in (".zip", ".npz"))
+            )
+            _require(value is None or there, key, value, "a folder, or a .zip or .npz file, of images that is there")
+        for key in ("pipeline", "encoder_weights"):
+            value = getattr(self, key)
+            _require(value is None or (isinstance(value, (str, Path)) and bool(str(value))), key, value, "a path")
+        for key, least in (("num_samples", 0), ("num_steps", 2), ("images_seen", 0), ("batch_size", 1)):
+            _require(_whole(getattr(self, key), least), key, getattr(self, key), f"a whole number >= {least}")
+        _require(isinstance(self.encoder, str) and bool(self.encoder), "encoder", self.encoder, "an encoder's name")
+        companions = self.companions
+        listed = isinstance(companions, (list, tuple)) and all(isinstance(name, str) for name in companions)
+        _require(listed, "companions", companions, "a list of names")
+        fitted = self.protocol.projection is None or self.images_seen > 0
+        _require(
+            fitted, "images_seen", self.images_seen, "a number > 0 where projection is given: it is fitted to a trained model"
+        )
+        self.torch_device()
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> EvaluationConfig:
+        """The configuration that `evaluator_config` says. Raises ValueError, also for unknown keys."""
+        own = {entry.name for entry in fields(cls)} - {"protocol"}
+        shared = {entry.name for entry in fields(Protocol)}
+        for key in config:
+            _require(key in own | shared | {SIGMA}, "evaluator_config's key", key, f"one of {', '.join(sorted(own | shared))}")
+        if SIGMA in config:
+            _require("sigmas" not in config, SIGMA, config[SIGMA], "nothing where sigmas is given")
+            config = {"sigmas" if key == SIGMA else key: value for key, value in config.items()}
+        protocol = Protocol(**{key: value for key, value in config.items() if key in shared})
+        return cls(**{key: value for key, value in config.items() if key in own}, protocol=protocol)
+
+    def torch_device(self) -> torch.device:
+        """Where to measure. Raises ValueError for a device that is not there."""
+        if self.device is None:
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            return torch.empty(0, device=self.device).device
+        except (RuntimeError, AssertionError, TypeError):  # torch's answers to unknown names, absent drivers and no name at all
+            raise ValueError(f"device is {self.device!r}; expected cpu, or cuda where there is a GPU") from None
+
+
+def image_files(features: object) -> list[str] | None:
+    """The paths in an evaluation's data: those of the first column that holds nothing but names of image files; else None."""
+    columns: list[list[object]] = []
+    if isinstance(features, pd.DataFrame):
+        columns = [list(features[name]) for name in features.columns]
+    elif isinstance(features, np.ndarray) and features.ndim == 2:
+        columns = [list(column) for column in features.T]
+    for column in columns:
+        if column and all(isinstance(value, str) and Path(value).suffix.lower() in SUFFIXES for value in column):
+            return [str(value) for value in column]
+    return None
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Training images and held-out ones, (N, C, H, W), with the classes (N,) of the former where they are known."""
+
+    train: Tensor
+    heldout: Tensor | None = None
+    labels: Tensor | None = None
+
+
+def _whole_set(key: str, found: ImageSet) -> Tensor:
+    """All images of a set. Raises ValueError naming the files that cannot be read."""
+    total = len(found.images) + len(found.unreadable)
+    if found.unreadable:
+        raise ValueError(f"{key}: {len(found.unreadable)} of {total} images cannot be read: {named(found.unreadable)}")
+    return found.images
+
+
+def _from_data(features: object, side: int, channels: int | None) -> Tensor | None:
+    """The images that an evaluation's data are: files, or rows of pixels as `from_tensor` gives them; else None."""
+    files = image_files(features)
+    if files is not None:
+        return _whole_set("data", read_files(files, side))
+    if isinstance(features, np.ndarray) and channels is not None and features.shape[1:] == (channels * side * side,):
+        return torch.from_numpy(features).view(-1, channels, side, side)
+    return None
+
+
+def load_images(config: EvaluationConfig, features: object, side: int, channels: int | None) -> Images:
+    """The images to measure on, at the network's side in pixels and with its channels.
+
+    Training images come from `config.train`, or else from the evaluation's data. Raises ValueError where both or neither
+    are there, and for images that do not fit the network.
+    """
+    given = _from_data(features, side, channels)
+    labels = None
+    if config.train is None:
+        if given is None:
+            raise ValueError(
+                "train is not given; expected a folder, .zip or .npz file of the training images, or data with their paths"
+            )
+        train = given
+    else:
+        _require(given is None, "train", str(config.train), "nothing where data are images already")
+        train = _whole_set("train", read_images(config.train, side))
+        labels = folder_labels(config.train) if Path(config.train).is_dir() else None
+    heldout = None if config.heldout is None else _whole_set("heldout", read_images(config.heldout, side))
+    for key, images in (("train", train), ("heldout", heldout)):
+        if images is not None and channels is not None and images.shape[1] != channels:
+            raise ValueError(f"{key} images have {images.shape[1]} channel(s); the network takes {channels}")
+    return Images(train, heldout, labels)
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What was measured, the protocol with its numbers fixed, and D, the width of the layer."""
+
+    report: Report
+    protocol: Protocol
+    dim: int
+
+
+def evaluate_denoiser(denoiser: Denoiser, images: Images, config: EvaluationConfig) -> Evaluation:
+    """ICR, its interval and energies, and what samples say, of a denoiser on its training images.
+
+    Raises ValueError, before anything is measured, for a layer, encoder, companion or number that does not fit.
+    """
+    device = config.torch_device()
+    denoiser.network.to(device)
+    monitor = ICRMonitor(
+        denoiser,
+        images.train,
+        config.protocol,
+        companions=config.companions,
+        labels=images.labels,
+        pictures=True,
+        batch_size=config.batch_size,
+    )
+    generation = None
+    if config.num_samples:
+        generation = GenerationMonitor(
+            denoiser,
+            images.train,
+            images.heldout,
+            encoder=load_encoder(
+                config.encoder, weights=config.encoder_weights, shape=tuple(images.train.shape[1:]), device=device
+            ),
+            num_samples=config.num_samples,
+            num_steps=config.num_steps,
+            seed=config.protocol.seed,
+            batch_size=config.batch_size,
+        )
+    report = monitor.measure(config.images_seen)
+    if generation is not None:
+        report = report.joined(generation.measure(config.images_seen))
+    return Evaluation(report, monitor.protocol, monitor.dim)

@@ -1,0 +1,119 @@
+"""Diffusers folders as MLflow models: logging one, finding it again, and sampling from it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlflow
+import numpy as np
+from mlflow.pyfunc import PythonModel, PythonModelContext
+
+from mlflow_icr.version import __version__
+
+if TYPE_CHECKING:
+    from mlflow.models.model import ModelInfo
+
+INDEX = "model_index.json"
+ARTIFACT = "pipeline"
+BATCH = 256
+
+
+class PipelineModel(PythonModel):  # type: ignore[misc]
+    """An EDM pipeline as an MLflow model: seeds in, images out. Weights are read at the first prediction."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        """Note where the pipeline lies."""
+        self.folder = Path(context.artifacts[ARTIFACT])
+        self._loaded: Any = None
+
+    # MLflow makes the model's signature of this hint: a list, or a frame of one column, of whole numbers.
+    def predict(self, model_input: list[int]) -> np.ndarray:
+        """Images (N, H, W, C) uint8, one for each seed; seed i gives sample i of an evaluation with seed 0."""
+        from mlflow_icr.extraction.denoisers import evaluating
+        from mlflow_icr.extraction.pipelines import load_denoiser
+        from mlflow_icr.extraction.samplers import heun_sample, starting_noise
+        from mlflow_icr.monitoring.generation import to_uint8
+
+        self._loaded = self._loaded or load_denoiser(self.folder)
+        denoiser, side = self._loaded
+        shape = (int(denoiser.network.config["in_channels"]), side, side)
+        images = [np.empty((0, side, side, shape[0]), np.uint8)]
+        with evaluating(denoiser.network):
+            for start in range(0, len(model_input), BATCH):
+                sampled = heun_sample(denoiser, starting_noise(model_input[start : start + BATCH], shape, 0))
+                images.append(to_uint8(sampled).permute(0, 2, 3, 1).numpy())
+        return np.concatenate(images)
+
+
+def log_pipeline(folder: Path | str, name: str = ARTIFACT, **arguments: Any) -> ModelInfo:
+    """Log a diffusers folder, such as a run's checkpoint, as an MLflow model that can be evaluated; returns its info.
+
+    `arguments` are those of `mlflow.pyfunc.log_model`. Only the pipeline is copied, not what training needs to go on. Raises
+    ValueError for a folder that holds no pipeline.
+    """
+    folder = Path(folder)
+    if not _is_pipeline(folder):
+        raise ValueError(f"folder is {str(folder)!r}; expected a diffusers folder with unet/ and scheduler/")
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch) / ARTIFACT
+        copy.mkdir()
+        for part in folder.iterdir():
+            if part.is_dir():
+                shutil.copytree(part, copy / part.name)
+            elif part.name == INDEX:
+                shutil.copy(part, copy)
+        defaults = {"pip_requirements": [f"mlflow-icr=={__version__}"], "model_type": "diffusion"}
+        code = Path(__file__).with_name("pipeline_code.py")
+        return mlflow.pyfunc.log_model(
+            name=name, python_model=str(code), artifacts={ARTIFACT: str(copy)}, **(defaults | arguments)
+        )
+
+
+def _is_pipeline(folder: Path) -> bool:
+    return (folder / INDEX).is_file() or (folder / "unet" / "config.json").is_file()
+
+
+def pipeline_of(model: Any) -> Path:
+    """The diffusers folder among the artifacts of a loaded pyfunc model, whoever's class it is.
+
+    Raises ValueError when there is none, or more than one.
+    """
+    # MLflow keeps a loaded model's artifacts there, and shows them nowhere else.
+    context = getattr(getattr(model, "_model_impl", None), "context", None)
+    artifacts = getattr(context, "artifacts", None) or {}
+    found = {name: Path(path) for name, path in artifacts.items() if _is_pipeline(Path(path))}
+    if len(found) != 1:
+        raise ValueError(
+            f"model has {len(found)} diffusers folders among its artifacts ({', '.join(artifacts) or 'it has none'}); expected "
+            "one, as mlflow_icr.plugin.pipeline.log_pipeline logs it, and env_manager 'local'; or model=None and "
+            "evaluator_config's pipeline"
+        )
+    return found.popitem()[1]
+
+
+def without_password(place: Path | str) -> str:
+    """A path or address as it may be shown: without the user and password that an address can hold."""
+    return re.sub(r"//[^/@]*@", "//", str(place))
+
+
+def download_pipeline(place: Path | str) -> Path:
+    """The diffusers folder at a path, or at an address that MLflow knows, such as models:/NAME/1 or runs:/ID/checkpoint.
+
+    A logged model is searched for it. Raises ValueError when there is none.
+    """
+    folder = Path(place)
+    if not folder.is_dir():
+        try:
+            folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=str(place)))
+        except Exception as error:  # stores and their clients raise what they like
+            raise ValueError(f"pipeline is {without_password(place)!r}, which cannot be had ({type(error).__name__})") from None
+    if _is_pipeline(folder):
+        return folder
+    found = sorted({path.parent for path in folder.rglob(INDEX)})
+    if len(found) != 1:
+        raise ValueError(f"pipeline is {without_password(place)!r}, which holds {len(found)} diffusers folders; expected one")
+    return found[0]

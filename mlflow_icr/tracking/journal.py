@@ -46,7 +46,7 @@ def _append_line(path: Path, line: str) -> None:
         os.close(descriptor)
 
 
-def _write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Make a file that is there as a whole or not at all, also when the disk fills or the process is killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
@@ -101,10 +101,10 @@ class Journal:
         self.rows.append(row)
         for key, picture in report.figures.items():
             path = self.picture(key, report.step)
-            _write_whole(path, partial(Image.fromarray(picture).save, format="png"))
+            write_whole(path, partial(Image.fromarray(picture).save, format="png"))
         if report.arrays:
             path = arrays_path(self.folder, report.step)
-            _write_whole(path, lambda file: np.savez_compressed(file, **report.arrays))  # type: ignore[arg-type]
+            write_whole(path, lambda file: np.savez_compressed(file, **report.arrays))  # type: ignore[arg-type]
 
     def write_table(self, name: str, rows: Sequence[Mapping[str, object]]) -> Path:
         """Write `tables/<name>.csv`, whole or not at all; returns its path."""
@@ -113,7 +113,7 @@ class Journal:
         writer = csv.DictWriter(text, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-        _write_whole(path, lambda file: file.write(text.getvalue().encode()))
+        write_whole(path, lambda file: file.write(text.getvalue().encode()))
         return path
 
     def picture(self, key: str, step: int) -> Path:

@@ -153,6 +153,10 @@ def _sweep_noise(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def _export_tensorboard(arguments: argparse.Namespace) -> int:
     from mlflow_icr.tracking.tensorboard_export import export_runs
 
@@ -162,14 +166,22 @@ def _export_tensorboard(arguments: argparse.Namespace) -> int:
         run_ids=arguments.run_id,
         follow=arguments.follow,
         interval=arguments.interval,
-        say=lambda text: print(text, file=sys.stderr, flush=True),
+        say=_tell,
     )
     told: set[str] = set()
     for run in found:
         if run.run_id not in told or run.new_points or run.new_images:
             told.add(run.run_id)
             print(f"{run.folder}: {run.new_points} points and {run.new_images} images added, {run.status}", flush=True)
-    print(f"{len(told)} runs; look at them with: tensorboard --logdir {arguments.logdir}")
+    print(f"look at them with: tensorboard --logdir {arguments.logdir}" if told else "there are no runs yet")
+    return 0
+
+
+def _import_tensorboard(arguments: argparse.Namespace) -> int:
+    from mlflow_icr.tracking.tensorboard_import import import_runs
+
+    for run in import_runs(arguments.logdir, arguments.experiment, say=_tell):
+        print(f"{run.run_name}: {run.new_points} points and {run.new_images} images added, run {run.run_id}", flush=True)
     return 0
 
 
@@ -249,6 +261,11 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--follow", action="store_true", help="go on until no run is running; Ctrl-C ends it before")
     export.add_argument("--interval", type=float, default=5.0, help="with --follow: seconds between two looks")
     export.set_defaults(run=_export_tensorboard)
+
+    imports = commands.add_parser("import-tensorboard", help="event files as MLflow runs; a repeat adds what is new")
+    imports.add_argument("logdir", type=Path, help="a folder; each folder with event files in or below it is a run")
+    imports.add_argument("--experiment", required=True, help="its name; made where there is none")
+    imports.set_defaults(run=_import_tensorboard)
     return parser
 
 

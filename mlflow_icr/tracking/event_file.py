@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -99,24 +99,35 @@ def is_event_file(name: str) -> bool:
     return "tfevents" in name
 
 
-def events(path: Path) -> Iterator[Any]:
-    """The events of a file up to its end, or to its first torn record."""
-    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+def events(path: Path, torn: Callable[[int], object] = lambda offset: None) -> Iterator[Any]:
+    """The events of a file up to its end, or up to what is no record; `torn` is told where in the file that is."""
+    from google.protobuf.message import DecodeError
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import Event
 
-    yield from LegacyEventFileLoader(str(path)).Load()
+    offset = 0
+    for record in RawEventFileLoader(str(path)).Load():
+        try:
+            event = Event.FromString(record)
+        except DecodeError:
+            break
+        offset += len(record) + 16  # length, its checksum, and the record's
+        yield event
+    if offset < path.stat().st_size:
+        torn(offset)
 
 
 def float32_bits(values: Any) -> np.ndarray:
-    """The bits of values as event files hold them, all NaNs alike; (N,) int64."""
+    """The bits of values as event files hold them, all NaNs and both zeros alike; (N,) int64."""
     with np.errstate(over="ignore"):
-        single = np.asarray(values, dtype=np.float64).astype(np.float32)
+        single = np.asarray(values, dtype=np.float64).astype(np.float32) + np.float32(0)
     return np.where(np.isnan(single), np.float32(np.nan), single).view(np.int32).astype(np.int64)
 
 
 def float64_bits(values: Any) -> np.ndarray:
-    """The bits of values as MLflow's databases hold them: all NaNs alike, infinities as the largest number; (N,) int64."""
+    """The bits of values as MLflow's databases keep them: infinities as the largest number, no -0.0; (N,) int64."""
     largest = np.finfo(np.float64).max
-    double = np.clip(np.asarray(values, dtype=np.float64), -largest, largest)
+    double = np.clip(np.asarray(values, dtype=np.float64), -largest, largest) + 0.0
     return np.where(np.isnan(double), np.nan, double).view(np.int64)
 
 

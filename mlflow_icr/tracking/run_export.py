@@ -27,9 +27,7 @@ DATA = "events.out.tfevents.mlflow.1.data"
 IMAGES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 SHOWN_AS_THEY_ARE = {"PNG", "JPEG", "GIF"}
 # As mlflow.log_image names its files; % was the separator before +, and # stood for / before ~.
-STEPPED = re.compile(
-    r"images/(?P<key>.+)(?P<s>[+%])step(?P=s)(?P<step>-?\d+)(?P=s)timestamp(?P=s)(?P<time>\d+)(?P=s)[^+%]+\.png"
-)
+STEPPED = re.compile(r"images/(?P<key>.+)(?P<s>[+%])step(?P=s)(?P<step>-?\d+)(?P=s)timestamp(?P=s)(?P<ms>\d+)(?P=s)[^+%]+\.png")
 PREVIEW = re.compile(r"images/.+[+%]step[+%]-?\d+[+%]timestamp[+%].+[+%]compressed\.webp")
 # A protocol buffer ends at 2 GB, and TensorBoard holds every image in memory.
 LARGEST_IMAGE = 64 << 20

@@ -1,6 +1,6 @@
-"""How fast the TensorBoard export is, and whether its memory stays flat: a run with many points against a ten times smaller one.
+"""How fast the TensorBoard export is, and whether its memory stays flat.
 
-Both runs are in one temporary sqlite store, and each export has a process of its own, the smaller one first; peak memory is
+A run with many points is exported, and one with a tenth of them. Both are in one temporary sqlite store, and each export has a process of its own, the smaller one first; peak memory is
 that of the process, after its imports and at its end.
 """
 
@@ -71,7 +71,7 @@ def main() -> None:
             growth.append(found["peak"] - found["before"])
             print(
                 f"{found['points']:9} points exported in {found['seconds']:6.1f} s ({found['cpu']:.1f} s of CPU), "
-                f"{found['points'] / found['seconds']:.0f} points/s, peak memory {found['peak']:.0f} MiB, +{growth[-1]:.0f} MiB",
+                f"{found['points'] / found['seconds']:.0f} points/s, peak memory +{growth[-1]:.0f} to {found['peak']:.0f} MiB",
                 flush=True,
             )
         print(

@@ -153,35 +153,41 @@ def _sweep_noise(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _tell(text: str) -> None:
+def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
 def _export_tensorboard(arguments: argparse.Namespace) -> int:
+    from mlflow_icr.tracking.run_export import Exported
     from mlflow_icr.tracking.tensorboard_export import export_runs
 
-    found = export_runs(
+    told: set[str] = set()
+
+    def tell(run: Exported) -> None:
+        if run.run_id not in told or run.new_points or run.new_images:
+            told.add(run.run_id)
+            print(f"{run.folder}: {run.new_points} points and {run.new_images} images added, {run.status}", flush=True)
+
+    export_runs(
         arguments.logdir,
         experiment=arguments.experiment,
         run_ids=arguments.run_id,
         follow=arguments.follow,
         interval=arguments.interval,
-        say=_tell,
+        tell=tell,
+        say=_say,
     )
-    told: set[str] = set()
-    for run in found:
-        if run.run_id not in told or run.new_points or run.new_images:
-            told.add(run.run_id)
-            print(f"{run.folder}: {run.new_points} points and {run.new_images} images added, {run.status}", flush=True)
     print(f"look at them with: tensorboard --logdir {arguments.logdir}" if told else "there are no runs yet")
     return 0
 
 
 def _import_tensorboard(arguments: argparse.Namespace) -> int:
-    from mlflow_icr.tracking.tensorboard_import import import_runs
+    from mlflow_icr.tracking.tensorboard_import import Imported, import_runs
 
-    for run in import_runs(arguments.logdir, arguments.experiment, say=_tell):
+    def tell(run: Imported) -> None:
         print(f"{run.run_name}: {run.new_points} points and {run.new_images} images added, run {run.run_id}", flush=True)
+
+    import_runs(arguments.logdir, arguments.experiment, tell=tell, say=_say)
     return 0
 
 

@@ -170,7 +170,7 @@ def test_parameters_and_tags_make_one_row_for_each_run(tmp_path: Path) -> None:
     # A description that changes is replaced, also when the run is renamed: one folder stays one.
     client.update_run(runs[0], name="renamed")
     client.log_batch(runs[0], params=[Param("late", "3")], tags=[RunTag("team", "red")])
-    list(export_runs(tmp_path / "tb", experiment="Default"))
+    export_runs(tmp_path / "tb", experiment="Default")
     assert sorted(path.name for path in (tmp_path / "tb").iterdir()) == folders
     start = read(next((tmp_path / "tb").glob(f"*-{runs[0][:8]}"))).summary_metadata["_hparams_/session_start_info"]
     assert b"late" in start.plugin_data.content
@@ -390,7 +390,60 @@ def test_follow_waits_for_a_store_that_goes_away(tmp_path: Path, monkeypatch: py
         return real(*arguments)
 
     monkeypatch.setattr(store, "runs", sometimes)
-    found = list(export_runs(tmp_path, experiment="Default", follow=True, interval=0.01, say=said.append))
+    found = export_runs(tmp_path, experiment="Default", follow=True, interval=0.01, say=said.append)
     assert sum(run.new_points for run in found) == 4
     assert said == ["it does not answer; waiting for it"]
     assert threading.active_count() < 50
+
+
+def test_over_http_and_no_password_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import socket
+
+    import requests
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--backend-store-uri",
+        f"sqlite:///{tmp_path}/served.db",
+        "--workers",
+        "1",
+    ]
+    command += ["--artifacts-destination", str(tmp_path / "artifacts"), "--host", "127.0.0.1", "--port", str(port)]
+    with (tmp_path / "server.log").open("w") as log_file:
+        server = subprocess.Popen(command, stdout=log_file, stderr=log_file, start_new_session=True)
+    try:
+
+        def healthy() -> bool:
+            try:
+                return requests.get(f"http://127.0.0.1:{port}/health", timeout=5).ok
+            except requests.RequestException:
+                return False
+
+        wait_for(healthy, 60)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:hunter2@127.0.0.1:{port}")
+        monkeypatch.setattr(store, "PAGE", 100)
+        run_id = new_run()
+        log(run_id, "loss/train", [*line(250), (1, START, math.inf)])
+        MlflowClient().log_image(run_id, picture(1), key="samples/ema", step=5, timestamp=START, synchronous=True)
+        capfd.readouterr()
+        logdir = str(tmp_path / "tb")
+        assert main(["export-tensorboard", "--logdir", logdir, "--run-id", run_id]) == 0
+        assert main(["import-tensorboard", logdir, "--experiment", "back"]) == 0
+        assert main(["export-tensorboard", "--logdir", logdir, "--run-id", "nope"]) == 2
+        assert "hunter2" not in "".join(capfd.readouterr())
+        [folder] = (tmp_path / "tb").iterdir()
+        assert shown(folder) == stored(run_id)
+        assert np.array_equal(decoded(read(folder).Images("samples/ema")[0]), picture(1))
+        [back] = MlflowClient().search_runs([MlflowClient().get_experiment_by_name("back").experiment_id])
+        assert stored(back.info.run_id) == stored(run_id)
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)

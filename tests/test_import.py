@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ def runs(experiment: str) -> dict[str, Run]:
     return {run.info.run_name: run for run in client.search_runs([found.experiment_id])}
 
 
-def added(imported: Iterator[Imported]) -> tuple[int, int]:
+def added(imported: Iterable[Imported]) -> tuple[int, int]:
     counts = [(run.new_points, run.new_images) for run in imported]
     return sum(points for points, _ in counts), sum(images for _, images in counts)
 
@@ -126,7 +126,7 @@ def test_a_repeat_adds_what_is_new_and_nothing_twice(logdir: Path, capsys: pytes
 
 
 def test_there_and_back_gives_the_same_events(logdir: Path, tmp_path: Path) -> None:
-    list(import_runs(logdir, "imported"))
+    import_runs(logdir, "imported")
     folders = {run.run_id: run.folder for run in export_runs(tmp_path / "back", experiment="imported")}
     by_name = {name: folders[run.info.run_id] for name, run in runs("imported").items()}
     original, back = shown(logdir), shown(by_name["somebody's logs"])
@@ -142,7 +142,7 @@ def test_there_and_back_gives_the_same_events(logdir: Path, tmp_path: Path) -> N
     assert [np.array_equal(decoded(e), picture(seed)) for e, seed in zip(images, (1, 2), strict=True)] == [True, True]
 
     # What was exported can be imported again, as runs of its own.
-    list(import_runs(tmp_path / "back", "again"))
+    import_runs(tmp_path / "back", "again")
     run = runs("again")[by_name["somebody's logs"].name]
     assert run.data.params == runs("imported")["somebody's logs"].data.params
     assert shown_without_nan(stored(run.info.run_id)) == shown_without_nan(
@@ -159,7 +159,7 @@ def test_what_a_restarted_writer_takes_back_is_left_out(tmp_path: Path) -> None:
         with SummaryWriter(str(tmp_path / "run"), purge_step=purge, filename_suffix=f".{index}") as writer:
             for step in range(first, 6):
                 writer.add_scalar("loss", step + 10 * index, step, walltime=WALL + step + 100 * index)
-    list(import_runs(tmp_path, "imported"))
+    import_runs(tmp_path, "imported")
     assert stored(runs("imported")["run"].info.run_id) == shown(tmp_path / "run")
     assert [value for _, _, value in shown(tmp_path / "run")["loss"]] == [0, 1, 2, 13, 14, 15]
 

@@ -6,6 +6,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,14 +104,15 @@ def export_runs(
     follow: bool = False,
     interval: float = 5.0,
     client: Any = None,
+    tell: Callable[[Exported], object] = lambda exported: None,
     say: Say = lambda text: None,
-) -> Iterator[Exported]:
-    """Export an experiment by its name, or runs with those nested in them, yielding what each run got.
+) -> list[Exported]:
+    """Export an experiment by its name, or runs with those nested in them; returns what each run got.
 
     With `follow`, again every `interval` seconds until no run is running; runs that come are taken up, and a store that
-    does not answer for a while is waited for. `say` is told of what is left out. Nothing happens before the first
-    `next`. Raises ValueError for an unknown experiment or run and an unwritable logdir, store.StoreError (an OSError)
-    when the store does not answer at the start.
+    does not answer for a while is waited for. `tell` hears of each look at a run, `say` of what is left out. Raises
+    ValueError for an unknown experiment or run and an unwritable logdir, store.StoreError (an OSError) when the store does
+    not answer at the start.
     """
     if (experiment is None) == (not run_ids):
         raise ValueError(f"experiment is {experiment!r} and run_ids {list(run_ids)!r}; expected one of the two")
@@ -118,26 +120,32 @@ def export_runs(
         raise ValueError(f"interval is {interval}; expected seconds above 0")
     exporter = Exporter(logdir, client, say)
     select = _selection(exporter.client, experiment, run_ids)
-    done: set[str] = set()
-    first = True
-    while True:
-        running = False
-        try:
-            for run in select():
-                running |= run.info.status not in store.ENDED
-                if run.info.run_id in done:
-                    continue
-                # The status was read before the history: of an ended run, everything has been seen.
-                exported = exporter.run(run)
-                if run.info.status in store.ENDED:
-                    done.add(run.info.run_id)
-                yield exported
-        except store.StoreError as error:
-            if not follow or first:
-                raise
-            exporter.say(f"{error}; waiting for it")
-            running = True
-        if not follow or not running:
-            return
-        first = False
+    found: dict[str, Exported] = {}
+    running = _look(exporter, select, found, tell)
+    while follow and running:
         time.sleep(interval)
+        try:
+            running = _look(exporter, select, found, tell)
+        except store.StoreError as error:
+            exporter.say(f"{error}; waiting for it")
+    return list(found.values())
+
+
+def _look(
+    exporter: Exporter, select: Callable[[], Iterator[Any]], found: dict[str, Exported], tell: Callable[[Exported], object]
+) -> bool:
+    """Export every run that had not ended when it was last exported; returns whether some run is running."""
+    running = False
+    for run in select():
+        running |= run.info.status not in store.ENDED
+        before = found.get(run.info.run_id)
+        if before and before.status in store.ENDED:
+            continue
+        # The status was read before the history: of an ended run, everything has been seen.
+        exported = exporter.run(run)
+        tell(exported)
+        if before:
+            points, images = before.new_points + exported.new_points, before.new_images + exported.new_images
+            exported = replace(exported, new_points=points, new_images=images)
+        found[run.info.run_id] = exported
+    return running

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -216,7 +217,8 @@ class _FolderImport:
         """Set the run's status and its end, the time of the last event."""
         status = "FAILED" if self.folder.failed else "FINISHED"
         if self.run.info.status != status or self.run.info.end_time != self.folder.span[1]:
-            with store.answers():
+            # MLflow prints the run's address here, with the password where the tracking URI has one.
+            with store.answers(), contextlib.redirect_stdout(io.StringIO()):
                 self.client.set_terminated(self.run_id, status, end_time=self.folder.span[1])
 
 
@@ -224,13 +226,19 @@ def _markdown(versions: list[Text]) -> str:
     return "\n\n".join(f"## Step {step}\n\n{text}" for step, _, text in versions) + "\n"
 
 
-def import_runs(logdir: Path | str, experiment: str, *, client: Any = None, say: Say = lambda text: None) -> Iterator[Imported]:
-    """Import every folder of event files at or below a logdir, yielding what its run got.
+def import_runs(
+    logdir: Path | str,
+    experiment: str,
+    *,
+    client: Any = None,
+    tell: Callable[[Imported], object] = lambda imported: None,
+    say: Say = lambda text: None,
+) -> list[Imported]:
+    """Import every folder of event files at or below a logdir; returns what each one's run got.
 
     A folder's run is found again by the tag `tensorboard.source`, so that a repeat adds what is new and nothing twice. The
-    experiment is made where there is none. `say` is told of what is left out. Nothing happens before the first `next`.
-    Raises ValueError when the logdir has no event files or the experiment was deleted, store.StoreError (an OSError) when
-    the store does not answer.
+    experiment is made where there is none. `tell` hears of each run, `say` of what is left out. Raises ValueError when the
+    logdir has no event files or the experiment was deleted, store.StoreError (an OSError) when the store does not answer.
     """
     root = Path(logdir).resolve()
     folders = list(event_folders(root)) if root.is_dir() else []
@@ -241,10 +249,13 @@ def import_runs(logdir: Path | str, experiment: str, *, client: Any = None, say:
     client = client if client is not None else store.connect()
     experiment_id = _experiment(client, experiment)
     known = {run.data.tags[SOURCE]: run for run in store.runs(client, experiment_id) if SOURCE in run.data.tags}
+    found = []
     for path in folders:
         relative = path.relative_to(root).as_posix()
         name = root.name if relative == "." else relative
-        yield _FolderImport(client, experiment_id, read_folder(path), name, known.get(str(path)), say)()
+        found.append(_FolderImport(client, experiment_id, read_folder(path), name, known.get(str(path)), say)())
+        tell(found[-1])
+    return found
 
 
 def _experiment(client: Any, name: str) -> str:

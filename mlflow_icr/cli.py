@@ -153,6 +153,44 @@ def _sweep_noise(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _export_tensorboard(arguments: argparse.Namespace) -> int:
+    from mlflow_icr.tracking.run_export import Exported
+    from mlflow_icr.tracking.tensorboard_export import export_runs
+
+    told: set[str] = set()
+
+    def tell(run: Exported) -> None:
+        if run.run_id not in told or run.new_points or run.new_images:
+            told.add(run.run_id)
+            print(f"{run.folder}: {run.new_points} points and {run.new_images} images added, {run.status}", flush=True)
+
+    export_runs(
+        arguments.logdir,
+        experiment=arguments.experiment,
+        run_ids=arguments.run_id,
+        follow=arguments.follow,
+        interval=arguments.interval,
+        tell=tell,
+        say=_say,
+    )
+    print(f"look at them with: tensorboard --logdir {arguments.logdir}" if told else "there are no runs yet")
+    return 0
+
+
+def _import_tensorboard(arguments: argparse.Namespace) -> int:
+    from mlflow_icr.tracking.tensorboard_import import Imported, import_runs
+
+    def tell(run: Imported) -> None:
+        print(f"{run.run_name}: {run.new_points} points and {run.new_images} images added, run {run.run_id}", flush=True)
+
+    import_runs(arguments.logdir, arguments.experiment, tell=tell, say=_say)
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mlflow-icr", description="Is a diffusion model still learning, or copying?")
     parser.add_argument("--version", action="version", version=__version__)
@@ -220,17 +258,34 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("step_a", type=int, metavar="A", help="images seen")
     compare.add_argument("step_b", type=int, metavar="B", help="images seen")
     compare.set_defaults(run=_compare)
+
+    export = commands.add_parser("export-tensorboard", help="MLflow runs as TensorBoard event files; a repeat adds what is new")
+    which = export.add_mutually_exclusive_group(required=True)
+    which.add_argument("--experiment", help="all runs of the experiment of this name")
+    which.add_argument("--run-id", nargs="+", default=[], help="these runs, and those nested in them")
+    export.add_argument("--logdir", type=Path, required=True, help="where each run gets a folder of its own")
+    export.add_argument("--follow", action="store_true", help="go on until no run is running; Ctrl-C ends it before")
+    export.add_argument("--interval", type=float, default=5.0, help="with --follow: seconds between two looks")
+    export.set_defaults(run=_export_tensorboard)
+
+    imports = commands.add_parser("import-tensorboard", help="event files as MLflow runs; a repeat adds what is new")
+    imports.add_argument("logdir", type=Path, help="a folder; each folder with event files in or below it is a run")
+    imports.add_argument("--experiment", required=True, help="its name; made where there is none")
+    imports.set_defaults(run=_import_tensorboard)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status, 2 with one line for bad input."""
+    """Run one command; returns the exit status, 2 with one line for bad input, 130 after Ctrl-C."""
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))
     except (ValueError, OSError) as error:
         print(f"mlflow-icr: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("mlflow-icr: interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

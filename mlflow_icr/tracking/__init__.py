@@ -3,7 +3,19 @@
 from mlflow_icr.monitoring.series import read_arrays, read_history
 from mlflow_icr.tracking.journal import Journal
 from mlflow_icr.tracking.mlflow_sink import MLflowSink
+from mlflow_icr.tracking.tensorboard_export import export_runs
+from mlflow_icr.tracking.tensorboard_import import import_runs
 from mlflow_icr.tracking.tensorboard_sink import TensorBoardSink
 from mlflow_icr.tracking.tracker import Sink, Tracker
 
-__all__ = ["Journal", "MLflowSink", "Sink", "TensorBoardSink", "Tracker", "read_arrays", "read_history"]
+__all__ = [
+    "Journal",
+    "MLflowSink",
+    "Sink",
+    "TensorBoardSink",
+    "Tracker",
+    "export_runs",
+    "import_runs",
+    "read_arrays",
+    "read_history",
+]

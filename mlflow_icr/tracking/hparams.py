@@ -1,0 +1,91 @@
+"""A run's description in TensorBoard: its parameters and tags as one row of the hparams page, and as text."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+# Tags and parameters may share names; the hparams page has one column for each name.
+TAG_PREFIX = "tag/"
+# Tags that say how a run came about, not what it is: they are in the text only.
+SYSTEM = ("mlflow.", "tensorboard.")
+# How this package's own import remembers names that MLflow does not allow.
+RENAMED = "tensorboard.tag."
+# Plain numbers only: 007 and 1_000 stay what they are.
+NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
+STATUSES = {"FINISHED": "STATUS_SUCCESS", "FAILED": "STATUS_FAILURE", "KILLED": "STATUS_FAILURE"}
+
+
+def parameter_value(text: str) -> bool | float | str:
+    """What MLflow keeps as text, as the hparams page can sort it: a number or a truth value where nothing is lost."""
+    if text in ("True", "False"):
+        return text == "True"
+    if NUMBER.fullmatch(text):
+        number = float(text)
+        # An integer that a double cannot hold is an identifier, not an amount.
+        if math.isfinite(number) and ("." in text or "e" in text.lower() or int(number) == int(text)):
+            return number
+    return text
+
+
+def parameter_text(value: bool | float | str) -> str:
+    """The other way: what `parameter_value` made of a text, as text; 3.0 is 3."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return str(int(value))
+    return str(value)
+
+
+def _plugin_value(summary: Any, tag: str, **data: Any) -> None:
+    from tensorboard.plugins.hparams import metadata
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    value = summary.value.add(tag=tag, metadata=metadata.create_summary_metadata(HParamsPluginData(**data)))
+    value.tensor.CopyFrom(metadata.NULL_TENSOR)
+
+
+def _text_value(summary: Any, tag: str, text: str) -> None:
+    from tensorboard.compat.proto.tensor_pb2 import TensorProto
+    from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+    from tensorboard.compat.proto.types_pb2 import DT_STRING
+    from tensorboard.plugins.text import metadata
+
+    value = summary.value.add(tag=tag, metadata=metadata.create_summary_metadata("", ""))
+    shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)])
+    value.tensor.CopyFrom(TensorProto(dtype=DT_STRING, string_val=[text.encode()], tensor_shape=shape))
+
+
+def description(info: Any, params: Mapping[str, str], tags: Mapping[str, str], group: str) -> bytes:
+    """The event of a run's description, serialized: the same for the same run, so that a change can be told.
+
+    `info` is MLflow's RunInfo. There is no list of metrics in it: TensorBoard would take one run's list for all runs,
+    and makes the list from the scalars itself where there is none.
+    """
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.plugins.hparams import api_pb2, metadata
+    from tensorboard.plugins.hparams.plugin_data_pb2 import SessionEndInfo, SessionStartInfo
+
+    started = (info.start_time or 0) / 1000
+    # Runs with the same group name share a row: each has its own.
+    start = SessionStartInfo(group_name=group, start_time_secs=started)
+    own = {key: value for key, value in tags.items() if not key.startswith(SYSTEM)}
+    hparams = {key: parameter_value(text) for key, text in params.items()}
+    for key, value in sorted({**hparams, **{TAG_PREFIX + key: text for key, text in own.items()}}.items()):
+        if isinstance(value, bool):
+            start.hparams[key].bool_value = value
+        elif isinstance(value, float):
+            start.hparams[key].number_value = value
+        else:
+            start.hparams[key].string_value = value
+    event = Event(wall_time=started, step=0)
+    _plugin_value(event.summary, metadata.SESSION_START_INFO_TAG, session_start_info=start)
+    if info.status in STATUSES:
+        status = api_pb2.Status.Value(STATUSES[info.status])
+        end = SessionEndInfo(status=status, end_time_secs=(info.end_time or 0) / 1000)
+        _plugin_value(event.summary, metadata.SESSION_END_INFO_TAG, session_end_info=end)
+    lines = [f"**run_id**: {info.run_id}", f"**status**: {info.status}"]
+    lines += [f"**{key}**: {value}" for key, value in sorted(tags.items()) if not key.startswith(RENAMED)]
+    _text_value(event.summary, "run", "\n\n".join(lines))
+    # Maps are written in any order otherwise.
+    return bytes(event.SerializeToString(deterministic=True))

@@ -1,0 +1,251 @@
+"""One MLflow run into one folder of TensorBoard events: whole histories, each point once, whatever ended the export before."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlflow_icr.extraction.files import write_whole
+from mlflow_icr.tracking import event_file, store
+from mlflow_icr.tracking.event_file import EventFile
+from mlflow_icr.tracking.hparams import RENAMED, description
+
+STATE = ".mlflow-export.json"
+STATE_VERSION = 1
+# In the order that TensorBoard reads them: the description is replaced when it changes, the data is appended to.
+DESCRIPTION = "events.out.tfevents.mlflow.0.description"
+DATA = "events.out.tfevents.mlflow.1.data"
+IMAGES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff")
+SHOWN_AS_THEY_ARE = {"PNG", "JPEG", "GIF"}
+# As mlflow.log_image names its files; % was the separator before +, and # stood for / before ~.
+STEPPED = re.compile(r"images/(?P<key>.+)(?P<s>[+%])step(?P=s)(?P<step>-?\d+)(?P=s)timestamp(?P=s)(?P<ms>\d+)(?P=s)[^+%]+\.png")
+PREVIEW = re.compile(r"images/.+[+%]step[+%]-?\d+[+%]timestamp[+%].+[+%]compressed\.webp")
+# A protocol buffer ends at 2 GB, and TensorBoard holds every image in memory.
+LARGEST_IMAGE = 64 << 20
+COMMIT_BYTES = 8 << 20
+Say = Callable[[str], None]
+
+
+@dataclass
+class State:
+    """What a run's folder holds: the committed size, per metric the number of points and the last one, image versions."""
+
+    run_id: str
+    size: int = 0
+    points: dict[str, tuple[int, str]] = field(default_factory=dict)
+    images: dict[str, list[int]] = field(default_factory=dict)
+    described: str = ""
+
+    @classmethod
+    def load(cls, folder: Path, run_id: str) -> State:
+        """A folder's state; a new one, with which the export begins anew, when it does not fit the files."""
+        try:
+            content = json.loads((folder / STATE).read_text(encoding="utf-8"))
+            if content.pop("version") != STATE_VERSION or content["run_id"] != run_id:
+                return cls(run_id)
+            state = cls(**content)
+            if state.size > (folder / DATA).stat().st_size:
+                return cls(run_id)
+            if not (folder / DESCRIPTION).exists():
+                state.described = ""
+            return state
+        except (OSError, ValueError, TypeError, KeyError):
+            return cls(run_id)
+
+    def save(self, folder: Path) -> None:
+        """Write the state, whole or not at all."""
+        content = json.dumps({"version": STATE_VERSION, **asdict(self)})
+        write_whole(folder / STATE, lambda file: file.write(content.encode()))
+
+
+def owner(folder: Path) -> str | None:
+    """The id of the run that a folder was exported from; None where that is unknown."""
+    try:
+        return str(json.loads((folder / STATE).read_text(encoding="utf-8"))["run_id"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What one export of a run added to its folder."""
+
+    run_id: str
+    folder: Path
+    new_points: int
+    new_images: int
+    status: str
+
+
+def _mark(point: Any) -> str:
+    """A point as text that no other point of the same metric has."""
+    return f"{point.timestamp} {point.step} {point.value!r}"
+
+
+class RunExport:
+    """One run into one folder, under its lock."""
+
+    def __init__(self, client: Any, run: Any, folder: Path, group: str, say: Say) -> None:
+        self.client, self.run, self.folder, self.say = client, run, folder, say
+        self.group = group
+        self.run_id: str = run.info.run_id
+        self.tags: dict[str, str] = run.data.tags
+
+    def __call__(self) -> Exported:
+        """Append what is new. Raises ValueError when another process is at it, store.StoreError when the store is gone."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.new_points = self.new_images = 0
+        with EventFile(self.folder / DATA) as self.file:
+            self.state = State.load(self.folder, self.run_id)  # under the lock
+            self.file.start(self.state.size)
+            if self._describe() or self.file.waiting:
+                self._commit()
+            for key in sorted(self.run.data.metrics):
+                self._metric(key)
+            self._images()
+        return Exported(self.run_id, self.folder, self.new_points, self.new_images, self.run.info.status)
+
+    def _commit(self) -> None:
+        self.state.size = self.file.commit()
+        self.state.save(self.folder)
+
+    def _describe(self) -> bool:
+        """Replace the description when it has changed."""
+        event = description(self.run.info, self.run.data.params, self.tags, self.group)
+        digest = hashlib.sha256(event).hexdigest()
+        if digest == self.state.described:
+            return False
+        write_whole(self.folder / DESCRIPTION, lambda file: _write_description(file, event))
+        self.state.described = digest
+        return True
+
+    def _tag(self, key: str) -> str:
+        return self.tags.get(RENAMED + key, key)
+
+    def _metric(self, key: str) -> None:
+        """Append a metric's points that are not there yet.
+
+        Each page starts with the last point that was written. Where the store has another one in that place, a point
+        with an earlier time has come in between, and the whole series is compared.
+        """
+        tag = self._tag(key)
+        more = True
+        while more:
+            count, last = self.state.points.get(key, (0, ""))
+            page, more = store.metric_page(self.client, self.run_id, key, max(count - 1, 0))
+            if count:
+                if not page or _mark(page[0]) != last:
+                    self._compare(key)
+                    return
+                page = page[1:]
+            if page:
+                for point in page:
+                    self.file.scalar(tag, point.step, point.timestamp / 1000, point.value)
+                self._wrote(key, len(page), count + len(page), _mark(page[-1]))
+
+    def _wrote(self, key: str, new: int, total: int, last: str) -> None:
+        self.state.points[key] = (total, last)
+        self._commit()
+        self.new_points += new
+
+    def _compare(self, key: str) -> None:
+        """Append the points of a metric that the file does not have, by comparing all of both."""
+        steps, times, values, total, last, more = [], [], [], 0, "", True
+        while more:
+            page, more = store.metric_page(self.client, self.run_id, key, max(total - 1, 0))
+            if total and (not page or _mark(page[0]) != last):
+                return  # the series is changing as it is read: the next export compares again
+            page = page[1:] if total else page
+            steps.append(np.array([point.step for point in page], dtype=np.int64))
+            times.append(np.array([point.timestamp for point in page], dtype=np.int64))
+            values.append(np.array([point.value for point in page], dtype=np.float64))
+            total += len(page)
+            last = _mark(page[-1]) if page else last
+        step, moment, value = (np.concatenate(part) for part in (steps, times, values))
+        there = event_file.scalars(self.folder / DATA, self._tag(key))
+        new = event_file.unseen(event_file.as_points(step, moment, event_file.float32_bits(value)), there)
+        for index in new:
+            self.file.scalar(self._tag(key), int(step[index]), float(moment[index]) / 1000, float(value[index]))
+        self._wrote(key, len(new), total, last)
+
+    def _images(self) -> None:
+        """Append the images that the file does not have; one that was logged again under its name is a new version."""
+        found = []
+        for artifact in self._artifacts():
+            versions = self.state.images.get(artifact.path, [])
+            size = int(artifact.file_size or 0)
+            if artifact.path.lower().endswith(IMAGES) and not PREVIEW.fullmatch(artifact.path) and size not in versions[-1:]:
+                found.append((*self._place(artifact.path, len(versions)), artifact.path, size))
+        with tempfile.TemporaryDirectory() as temporary:
+            for tag, moment, step, path, size in sorted(found):
+                if self._image(tag, moment, step, path, size, Path(temporary)):
+                    self.state.images.setdefault(path, []).append(size)
+                    self.new_images += 1
+                if self.file.waiting > COMMIT_BYTES:
+                    self._commit()
+        if found:
+            self._commit()
+
+    def _artifacts(self) -> list[Any]:
+        try:
+            return list(store.files(self.client, self.run_id))
+        except store.StoreError as error:
+            self._unless_gone(error)
+            self.say(f"images of run {self.run_id} are left out ({error}); the next export tries again")
+            return []
+
+    def _unless_gone(self, error: store.StoreError) -> None:
+        """Raise an error of the artifacts where the tracking store does not answer either."""
+        if not store.is_alive(self.client, self.run_id):
+            raise error
+
+    def _place(self, path: str, version: int) -> tuple[str, int, int]:
+        """Tag, time in ms and step of an image artifact."""
+        stepped = STEPPED.fullmatch(path)
+        if stepped:
+            key, moment, step = re.sub("[~#]", "/", stepped["key"]), int(stepped["ms"]), int(stepped["step"])
+        else:  # the store does not say when a file was written
+            key, moment, step = path, int(self.run.info.end_time or self.run.info.start_time or 0), version
+        tag = self._tag(key)
+        # TensorBoard shows one kind of thing under one tag.
+        return (f"images/{tag}" if key in self.run.data.metrics else tag), moment, step
+
+    def _image(self, tag: str, moment: int, step: int, path: str, size: int, temporary: Path) -> bool:
+        from PIL import Image
+
+        if size > LARGEST_IMAGE:
+            self.say(f"{path} of run {self.run_id} is left out: {size >> 20} MiB, expected at most {LARGEST_IMAGE >> 20}")
+            return False
+        try:
+            content = store.download(self.client, self.run_id, path, temporary)
+            with Image.open(io.BytesIO(content)) as image:
+                if image.format not in SHOWN_AS_THEY_ARE:
+                    converted = io.BytesIO()
+                    image.convert("RGBA").save(converted, format="png")
+                    content = converted.getvalue()
+                width, height = image.size
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            if isinstance(error, store.StoreError):
+                self._unless_gone(error)
+            self.say(f"{path} of run {self.run_id} is left out: {type(error).__name__}; the next export tries it again")
+            return False
+        self.file.image(tag, step, moment / 1000, content, width, height)
+        return True
+
+
+def _write_description(file: Any, event: bytes) -> None:
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    records = RecordWriter(file)
+    records.write(Event(wall_time=0.0, file_version=event_file.FILE_VERSION).SerializeToString())
+    records.write(event)

@@ -1,0 +1,178 @@
+"""MLflow's store, read exactly and in bounded memory; what goes wrong there as one line without credentials."""
+
+from __future__ import annotations
+
+import gc
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from mlflow_icr.tracking.mlflow_sink import PATIENCE
+
+# The largest page that MLflow's own client asks for; each page costs the store a sort, so fewer are faster.
+PAGE = 25_000
+# MLflow 3 has no public iterator over runs larger than this a page.
+RUNS_PAGE = 1000
+ENDED = {"FINISHED", "FAILED", "KILLED"}
+PARENT_TAG = "mlflow.parentRunId"
+
+
+class StoreError(OSError):
+    """The tracking or artifact store does not answer, or refuses; the message names no credentials."""
+
+
+def connect() -> Any:
+    """A client of MLFLOW_TRACKING_URI that gives a dead server up within a minute."""
+    for variable, value in PATIENCE.items():
+        os.environ.setdefault(variable, value)
+    # A bar for each downloaded image would bury the lines that matter.
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    with answers():
+        from mlflow import MlflowClient
+
+        return MlflowClient()
+
+
+def without_credentials(text: str, uri: str) -> str:
+    """A message with the user, password and query of a tracking URI taken out, and of any other URI in it."""
+    parts = urlsplit(uri)
+    secrets = [parts.netloc.rpartition("@")[0], parts.password, parts.query]
+    for secret in filter(None, secrets):
+        for form in (secret, unquote(secret)):
+            text = text.replace(form, "***")
+    return re.sub(r"://[^/\s]*@", "://***@", text)
+
+
+@contextmanager
+def answers() -> Iterator[None]:
+    """Turn what MLflow and its transports raise into StoreError: one line, no credentials."""
+    import requests
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, requests.RequestException, SQLAlchemyError) as error:
+        import mlflow
+
+        uri = mlflow.get_tracking_uri()
+        lines = str(error).strip().splitlines() or [""]
+        why = without_credentials(lines[0], uri)[:300]
+        if why.startswith("API request to"):  # a refused or unanswered connection; the rest is urllib3's inner life
+            why = "it does not answer"
+        raise StoreError(f"MLFLOW_TRACKING_URI is {without_credentials(uri, uri)!r}: {type(error).__name__}: {why}") from error
+
+
+def experiment_id(client: Any, name: str) -> str:
+    """The id of a named experiment. Raises ValueError when there is none."""
+    with answers():
+        found = client.get_experiment_by_name(name)
+        if found is None:
+            names = [experiment.name for experiment in client.search_experiments(max_results=20)]
+            raise ValueError(f"experiment is {name!r}, which the tracking store does not have; expected one of {names}")
+    return str(found.experiment_id)
+
+
+def get_run(client: Any, run_id: str) -> Any:
+    """A run by its id. Raises ValueError when there is none."""
+    from mlflow.exceptions import MlflowException
+
+    with answers():
+        try:
+            return client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise ValueError(f"run_id is {run_id!r}, which the tracking store does not have") from None
+            raise
+
+
+def runs(client: Any, experiment: str, filter_string: str = "") -> Iterator[Any]:
+    """Every run of an experiment's id that is not deleted, oldest first."""
+    token = None
+    while True:
+        with answers():
+            page = client.search_runs(
+                [experiment], filter_string, max_results=RUNS_PAGE, order_by=["attributes.start_time ASC"], page_token=token
+            )
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def family(client: Any, run_id: str) -> Iterator[Any]:
+    """A run and the runs nested in it, parents first."""
+    waiting, seen = [get_run(client, run_id)], {run_id}
+    while waiting:
+        run = waiting.pop(0)
+        yield run
+        children = runs(client, run.info.experiment_id, f"tags.`{PARENT_TAG}` = '{run.info.run_id}'")
+        for child in children:
+            if child.info.run_id not in seen:
+                seen.add(child.info.run_id)
+                waiting.append(child)
+
+
+def metric_page(client: Any, run_id: str, key: str, start: int) -> tuple[Sequence[Any], bool]:
+    """Points of a metric from the start-th on, in the store's order, at most PAGE; and whether more follow.
+
+    `MlflowClient.get_metric_history` reads the same pages but keeps them all; the bulk endpoints sample.
+    """
+    from mlflow.utils.search_utils import SearchUtils
+
+    token = SearchUtils.create_page_token(start) if start else None
+    collects = gc.isenabled()
+    # The store makes some objects for each point; the collector, looking through all of them again and again, would
+    # double the time of a page. It is on again between the pages, so memory stays flat.
+    gc.disable()
+    try:
+        with answers():
+            page = client._tracking_client.store.get_metric_history(run_id, key, max_results=PAGE, page_token=token)
+    finally:
+        if collects:
+            gc.enable()
+    return page, bool(page.token)
+
+
+@contextmanager
+def _artifacts_answer() -> Iterator[None]:
+    """Turn anything that an artifact store raises into StoreError: each brings its own library with its own errors."""
+    try:
+        yield
+    except Exception as error:
+        raise StoreError(f"the artifact store does not answer: {type(error).__name__}") from error
+
+
+def files(client: Any, run_id: str, folder: str | None = None) -> Iterator[Any]:
+    """Every artifact file of a run, depth first."""
+    with _artifacts_answer():
+        entries = client.list_artifacts(run_id, folder)
+    for entry in entries:
+        if entry.is_dir:
+            yield from files(client, run_id, entry.path)
+        else:
+            yield entry
+
+
+def download(client: Any, run_id: str, path: str, folder: Path) -> bytes:
+    """The content of one artifact, by way of a folder that it is deleted from again."""
+    with _artifacts_answer():
+        local = Path(client.download_artifacts(run_id, path, str(folder)))
+    try:
+        return local.read_bytes()
+    finally:
+        if folder in local.parents:  # a local store may hand out its own file
+            local.unlink()
+
+
+def is_alive(client: Any, run_id: str) -> bool:
+    """Whether the tracking store still answers."""
+    try:
+        get_run(client, run_id)
+    except StoreError:
+        return False
+    return True

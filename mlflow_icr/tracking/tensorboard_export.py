@@ -1,0 +1,151 @@
+"""MLflow runs as TensorBoard event files: an experiment or chosen runs, once or as long as they run."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mlflow_icr.tracking import store
+from mlflow_icr.tracking.run_export import Exported, RunExport, Say, owner
+
+
+def folder_name(run: Any, digits: int = 8) -> str:
+    """A run's folder: its name made safe, and the first digits of its id."""
+    name = re.sub(r"[^\w.-]+", "_", run.info.run_name or "run").strip("._-")[:60]
+    return f"{name or 'run'}-{run.info.run_id[:digits]}"
+
+
+class Exporter:
+    """Exports runs into a logdir; remembers where each one goes.
+
+    Raises ValueError when the logdir cannot be written.
+    """
+
+    def __init__(self, logdir: Path | str, client: Any = None, say: Say = lambda text: None) -> None:
+        self.logdir = Path(logdir)
+        check_writable(self.logdir)
+        self.client = client if client is not None else store.connect()
+        self.say = self._once(say)
+        self._folders: dict[str, Path] = {}
+
+    @staticmethod
+    def _once(say: Say) -> Say:
+        told: set[str] = set()
+
+        def tell(text: str) -> None:
+            if text not in told:
+                told.add(text)
+                say(text)
+
+        return tell
+
+    def run(self, run: Any) -> Exported:
+        """Bring the folder of a run (MLflow's Run) up to the store."""
+        folder = self._folder(run, ())
+        group = folder.relative_to(self.logdir).as_posix()
+        return RunExport(self.client, run, folder, group, self.say)()
+
+    def _folder(self, run: Any, below: Sequence[str]) -> Path:
+        """A run's folder, in that of its parent whichever of them is exported first."""
+        run_id: str = run.info.run_id
+        if run_id not in self._folders:
+            parent_id = run.data.tags.get(store.PARENT_TAG)
+            parent = self.logdir
+            if parent_id and parent_id not in (run_id, *below):
+                try:
+                    parent = self._folders.get(parent_id) or self._folder(
+                        store.get_run(self.client, parent_id), (*below, run_id)
+                    )
+                except ValueError:  # deleted for good
+                    parent = self.logdir
+            self._folders[run_id] = self._place(parent, run)
+        return self._folders[run_id]
+
+    @staticmethod
+    def _place(parent: Path, run: Any) -> Path:
+        """The folder that a run was exported to before, also under another name; else a new one that no other run has."""
+        for folder in sorted(parent.glob(f"*-{run.info.run_id[:8]}*")):
+            if owner(folder) == run.info.run_id:
+                return folder
+        short = parent / folder_name(run)
+        return short if owner(short) in (None, run.info.run_id) else parent / folder_name(run, 32)
+
+
+def check_writable(logdir: Path) -> None:
+    """Make a logdir. Raises ValueError when it cannot be made or written."""
+    try:
+        logdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=logdir):
+            pass
+    except OSError as error:
+        raise ValueError(f"logdir is {str(logdir)!r}, {error.strerror}; expected a folder that can be written") from None
+
+
+def _selection(client: Any, experiment: str | None, run_ids: Sequence[str]) -> Callable[[], Iterator[Any]]:
+    """What lists the chosen runs anew each time. Raises ValueError for an unknown experiment or run."""
+    if experiment is not None:
+        found = store.experiment_id(client, experiment)
+        return lambda: store.runs(client, found)
+    for run_id in run_ids:
+        store.get_run(client, run_id)
+    return lambda: (run for run_id in run_ids for run in store.family(client, run_id))
+
+
+def export_runs(
+    logdir: Path | str,
+    *,
+    experiment: str | None = None,
+    run_ids: Sequence[str] = (),
+    follow: bool = False,
+    interval: float = 5.0,
+    client: Any = None,
+    tell: Callable[[Exported], object] = lambda exported: None,
+    say: Say = lambda text: None,
+) -> list[Exported]:
+    """Export an experiment by its name, or runs with those nested in them; returns what each run got.
+
+    With `follow`, again every `interval` seconds until no run is running; runs that come are taken up, and a store that
+    does not answer for a while is waited for. `tell` hears of each look at a run, `say` of what is left out. Raises
+    ValueError for an unknown experiment or run and an unwritable logdir, store.StoreError (an OSError) when the store does
+    not answer at the start.
+    """
+    if (experiment is None) == (not run_ids):
+        raise ValueError(f"experiment is {experiment!r} and run_ids {list(run_ids)!r}; expected one of the two")
+    if not interval > 0:
+        raise ValueError(f"interval is {interval}; expected seconds above 0")
+    exporter = Exporter(logdir, client, say)
+    select = _selection(exporter.client, experiment, run_ids)
+    found: dict[str, Exported] = {}
+    running = _look(exporter, select, found, tell)
+    while follow and running:
+        time.sleep(interval)
+        try:
+            running = _look(exporter, select, found, tell)
+        except store.StoreError as error:
+            exporter.say(f"{error}; waiting for it")
+    return list(found.values())
+
+
+def _look(
+    exporter: Exporter, select: Callable[[], Iterator[Any]], found: dict[str, Exported], tell: Callable[[Exported], object]
+) -> bool:
+    """Export every run that had not ended when it was last exported; returns whether some run is running."""
+    running = False
+    for run in select():
+        running |= run.info.status not in store.ENDED
+        before = found.get(run.info.run_id)
+        if before and before.status in store.ENDED:
+            continue
+        # The status was read before the history: of an ended run, everything has been seen.
+        exported = exporter.run(run)
+        tell(exported)
+        if before:
+            points, images = before.new_points + exported.new_points, before.new_images + exported.new_images
+            exported = replace(exported, new_points=points, new_images=images)
+        found[run.info.run_id] = exported
+    return running

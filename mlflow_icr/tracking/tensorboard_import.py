@@ -1,0 +1,268 @@
+"""TensorBoard event files as MLflow runs: one run for each folder, and only what its run does not have yet."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import posixpath
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlflow_icr.tracking import store
+from mlflow_icr.tracking.event_file import as_points, float64_bits, unseen
+from mlflow_icr.tracking.event_folder import Folder, Text, event_folders, read_folder, read_images
+from mlflow_icr.tracking.hparams import RENAMED, SYSTEM, TAG_PREFIX, parameter_text
+from mlflow_icr.tracking.run_export import STEPPED
+
+SOURCE = "tensorboard.source"
+TEXTS = "tensorboard.texts"
+TEXT_PREFIX = "tensorboard.text."
+# The store's limits for one batch and for one entry.
+METRICS_BATCH, BATCH = 1000, 100
+LONGEST_PARAM, LONGEST_TAG = 6000, 8000
+# MLflow allows 250 characters, a file system 255 for a file's name; log_image adds some 90 to a key for that.
+LONGEST_KEY = 150
+# What MLflow's metrics, parameters, tags and images all allow, on every system.
+FORBIDDEN = re.compile(r"[^A-Za-z0-9_./ -]")
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What one import of a folder added to its run."""
+
+    run_id: str
+    run_name: str
+    folder: Path
+    new_points: int
+    new_images: int
+
+
+class Names:
+    """MLflow's name for each tag of a run: the same every time, and never one name for two tags.
+
+    `tags` are the run's: a name that had to be changed is remembered there, under RENAMED. `keys` are the names it has.
+    """
+
+    def __init__(self, tags: Mapping[str, str], keys: Iterable[str]) -> None:
+        changed = {key.removeprefix(RENAMED): tag for key, tag in tags.items() if key.startswith(RENAMED)}
+        self._taken = {key: key for key in keys} | changed
+        self._keys = {tag: key for key, tag in self._taken.items()}
+        self.new: dict[str, str] = {}
+
+    def __call__(self, tag: str) -> str:
+        """The key for a tag."""
+        if tag in self._keys:
+            return self._keys[tag]
+        key = posixpath.normpath(FORBIDDEN.sub("_", tag)).lstrip("/")
+        while key.startswith("../"):
+            key = key[3:]
+        key = "unnamed" if key in ("", ".", "..") else key
+        if len(key) > LONGEST_KEY or self._taken.get(key, tag) != tag:
+            key = f"{key[: LONGEST_KEY - 9]}-{hashlib.sha256(tag.encode()).hexdigest()[:8]}"
+        if key != tag:
+            self.new[key] = tag
+        self._taken[key] = tag
+        self._keys[tag] = key
+        return key
+
+    def settle(self, tags: Iterable[str]) -> None:
+        """Give names to tags, first to those that can stay as they are."""
+        for tag in sorted(tags, key=lambda tag: (bool(FORBIDDEN.search(tag)), tag)):
+            self(tag)
+
+
+class _FolderImport:
+    """One folder into one run."""
+
+    def __init__(self, client: Any, experiment: str, folder: Folder, name: str, run: Any, say: Say) -> None:
+        self.client, self.folder, self.name, self.say = client, folder, name, say
+        self.is_new = run is None
+        if run is None:
+            with store.answers():
+                run = client.create_run(experiment, start_time=folder.span[0], run_name=name, tags={SOURCE: str(folder.path)})
+        self.run = run
+        self.run_id: str = run.info.run_id
+        self.names = Names(run.data.tags, run.data.metrics)
+
+    def __call__(self) -> Imported:
+        folder = self.folder
+        self.names.settle({*folder.scalars, *folder.texts, *folder.hparams, *(name for name, _, _ in folder.images)})
+        self._hparams()
+        self._tags({RENAMED + key: tag for key, tag in self.names.new.items()})
+        points = sum(self._metric(tag, *columns) for tag, columns in folder.scalars.items())
+        images = self._images() if folder.images else 0
+        self._texts()
+        self._end()
+        for place in folder.torn:
+            self.say(f"{self.name}: {place} is no record; what stands before it is in, and a repeat tries the rest")
+        if folder.others:
+            kinds = ", ".join(f"{kind} ({count})" for kind, count in sorted(folder.others.items()))
+            self.say(f"{self.name}: MLflow has no place for {kinds}; left out")
+        return Imported(self.run_id, self.name, self.folder.path, points, images)
+
+    def _metric(self, tag: str, steps: np.ndarray, moments: np.ndarray, values: np.ndarray) -> int:
+        """Log the points of a tag that the run does not have; a point written twice is one. Returns how many."""
+        from mlflow.entities import Metric
+
+        key = self.names(tag)
+        points = as_points(steps, moments, float64_bits(values))
+        _, once = np.unique(points, axis=0, return_index=True)
+        once = np.sort(once)
+        if not self.is_new and key in self.run.data.metrics:
+            once = once[unseen(points[once], self._stored(key))]
+        for start in range(0, len(once), METRICS_BATCH):
+            batch = [Metric(key, float(values[i]), int(moments[i]), int(steps[i])) for i in once[start : start + METRICS_BATCH]]
+            with store.answers():
+                self.client.log_batch(self.run_id, metrics=batch)
+        return len(once)
+
+    def _stored(self, key: str) -> np.ndarray:
+        """All points of a metric that the run has, (N, 3)."""
+        pages, count, more = [np.zeros((0, 3), np.int64)], 0, True
+        while more:
+            page, more = store.metric_page(self.client, self.run_id, key, count)
+            count += len(page)
+            bits = float64_bits([point.value for point in page])
+            pages.append(as_points([point.step for point in page], [point.timestamp for point in page], bits))
+        return np.concatenate(pages)
+
+    def _hparams(self) -> None:
+        """Log hparams that the run does not have as parameters, those of an exported run's tags as tags."""
+        from mlflow.entities import Param
+
+        there = self.run.data.params
+        params, tags = [], {}
+        for name, value in self.folder.hparams.items():
+            text = parameter_text(value)
+            key = self.names(name)
+            if key.startswith(TAG_PREFIX):
+                if not key.removeprefix(TAG_PREFIX).startswith(SYSTEM):  # those would say something else of this run
+                    tags[key.removeprefix(TAG_PREFIX)] = text
+                continue
+            if key not in there:
+                params.append(Param(key, text[:LONGEST_PARAM]))
+            elif there[key] != text[:LONGEST_PARAM]:
+                self.say(f"{self.name}: hparam {name} is now {text!r}; the run keeps {there[key]!r}")
+            if len(text) > LONGEST_PARAM:
+                self.say(f"{self.name}: hparam {name} is cut at {LONGEST_PARAM} characters")
+        for start in range(0, len(params), BATCH):
+            with store.answers():
+                self.client.log_batch(self.run_id, params=params[start : start + BATCH])
+        self._tags(tags)
+
+    def _tags(self, tags: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        there = self.run.data.tags
+        new = [RunTag(key, text[:LONGEST_TAG]) for key, text in tags.items() if there.get(key) != text[:LONGEST_TAG]]
+        for start in range(0, len(new), BATCH):
+            with store.answers():
+                self.client.log_batch(self.run_id, tags=new[start : start + BATCH])
+
+    def _images(self) -> int:
+        """Log the images that the run does not have, by name, step and time. Returns how many."""
+        wanted = Counter((self.names(name), step, moment) for name, step, moment in self.folder.images)
+        if not self.is_new:
+            wanted -= self._stored_images()
+        count = 0
+        for name, step, moment, encoded in read_images(self.folder.path) if wanted else ():
+            place = (self.names(name), step, moment)
+            if wanted[place] > 0:
+                wanted[place] -= 1
+                count += self._image(*place, encoded)
+        return count
+
+    def _stored_images(self) -> Counter[tuple[str, int, int]]:
+        found = (STEPPED.fullmatch(file.path) for file in store.files(self.client, self.run_id, "images"))
+        return Counter((re.sub("[~#]", "/", m["key"]), int(m["step"]), int(m["ms"])) for m in found if m)
+
+    def _image(self, key: str, step: int, moment: int, encoded: bytes) -> bool:
+        from PIL import Image
+
+        try:
+            image: Image.Image = Image.open(io.BytesIO(encoded))
+            image.load()
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            self.say(f"{self.name}: image {key} at step {step} is left out: {type(error).__name__}")
+            return False
+        if getattr(image, "n_frames", 1) > 1:
+            self.say(f"{self.name}: of the animation {key} at step {step}, the first picture")
+        if image.mode not in ("L", "RGB", "RGBA"):  # log_image's preview cannot be of every kind
+            image = image.convert("RGBA" if "A" in image.mode or "transparency" in image.info else "RGB")
+        with store.answers():
+            self.client.log_image(self.run_id, image, key=key, step=step, timestamp=moment, synchronous=True)
+        return True
+
+    def _texts(self) -> None:
+        """Set each text's newest version as a tag, and all of its versions as one file."""
+        texts = {self.names(tag): sorted(versions) for tag, versions in self.folder.texts.items()}
+        digest = hashlib.sha256(repr(sorted(texts.items())).encode()).hexdigest()
+        if not texts or self.run.data.tags.get(TEXTS) == digest:
+            return
+        for key, versions in texts.items():
+            with store.answers():
+                self.client.log_text(self.run_id, _markdown(versions), f"text/{re.sub('[/ ]', '_', key)}.md")
+        # Last: a file that could not be written is tried again.
+        self._tags({TEXT_PREFIX + key: versions[-1][2] for key, versions in texts.items()} | {TEXTS: digest})
+
+    def _end(self) -> None:
+        """Set the run's status and its end, the time of the last event."""
+        status = "FAILED" if self.folder.failed else "FINISHED"
+        if self.run.info.status != status or self.run.info.end_time != self.folder.span[1]:
+            # MLflow prints the run's address here, with the password where the tracking URI has one.
+            with store.answers(), contextlib.redirect_stdout(io.StringIO()):
+                self.client.set_terminated(self.run_id, status, end_time=self.folder.span[1])
+
+
+def _markdown(versions: list[Text]) -> str:
+    return "\n\n".join(f"## Step {step}\n\n{text}" for step, _, text in versions) + "\n"
+
+
+def import_runs(
+    logdir: Path | str,
+    experiment: str,
+    *,
+    client: Any = None,
+    tell: Callable[[Imported], object] = lambda imported: None,
+    say: Say = lambda text: None,
+) -> list[Imported]:
+    """Import every folder of event files at or below a logdir; returns what each one's run got.
+
+    A folder's run is found again by the tag `tensorboard.source`, so that a repeat adds what is new and nothing twice. The
+    experiment is made where there is none. `tell` hears of each run, `say` of what is left out. Raises ValueError when the
+    logdir has no event files or the experiment was deleted, store.StoreError (an OSError) when the store does not answer.
+    """
+    root = Path(logdir).resolve()
+    folders = list(event_folders(root)) if root.is_dir() else []
+    if not folders:
+        raise ValueError(
+            f"logdir is {str(logdir)!r}, which has no event files; expected a folder with *tfevents* in it or below"
+        )
+    client = client if client is not None else store.connect()
+    experiment_id = _experiment(client, experiment)
+    known = {run.data.tags[SOURCE]: run for run in store.runs(client, experiment_id) if SOURCE in run.data.tags}
+    found = []
+    for path in folders:
+        relative = path.relative_to(root).as_posix()
+        name = root.name if relative == "." else relative
+        found.append(_FolderImport(client, experiment_id, read_folder(path), name, known.get(str(path)), say)())
+        tell(found[-1])
+    return found
+
+
+def _experiment(client: Any, name: str) -> str:
+    with store.answers():
+        found = client.get_experiment_by_name(name)
+        if found is None:
+            return str(client.create_experiment(name))
+    if found.lifecycle_stage != "active":
+        raise ValueError(f"experiment is {name!r}, which was deleted; expected one that was not, or a new name")
+    return str(found.experiment_id)

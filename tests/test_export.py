@@ -1,0 +1,449 @@
+"""MLflow runs as event files: TensorBoard's own readers see what the store has, once, whatever happened in between."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunTag
+
+from mlflow_icr.cli import main
+from mlflow_icr.tracking import store
+from mlflow_icr.tracking.tensorboard_export import Exporter, export_runs
+
+START = 1_700_000_000_000
+Point = tuple[int, int, float]
+
+
+def read(folder: Path) -> Any:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+def shown(folder: Path) -> dict[str, list[Point]]:
+    """(step, wall time in ms, value) of every scalar, as TensorBoard reads them, sorted."""
+    events = read(folder)
+    tags = events.Tags()["scalars"]
+    return {tag: sorted((e.step, round(e.wall_time * 1000), e.value) for e in events.Scalars(tag)) for tag in tags}
+
+
+def stored(run_id: str) -> dict[str, list[Point]]:
+    """The same of the store, by MLflow's own client, with values as float32."""
+    client = MlflowClient()
+    found = {}
+    with np.errstate(over="ignore"):
+        for key in client.get_run(run_id).data.metrics:
+            history = client.get_metric_history(run_id, key)
+            found[key] = sorted((m.step, m.timestamp, float(np.float32(m.value))) for m in history)
+    return found
+
+
+def log(run_id: str, key: str, points: list[Point]) -> None:
+    for start in range(0, len(points), 1000):
+        metrics = [Metric(key, value, moment, step) for step, moment, value in points[start : start + 1000]]
+        MlflowClient().log_batch(run_id, metrics=metrics)
+
+
+def line(count: int, start: int = 0) -> list[Point]:
+    return [(10 * i, START + 7 * i, 1 / (i + 1)) for i in range(start, start + count)]
+
+
+def new_run(name: str = "a run", **tags: str) -> str:
+    run_id: str = MlflowClient().create_run("0", start_time=START, run_name=name, tags=tags).info.run_id
+    return run_id
+
+
+def export(logdir: Path, run_id: str) -> Path:
+    """Export one run; returns its folder."""
+    found = {run.run_id: run.folder for run in export_runs(logdir, run_ids=[run_id])}
+    return found[run_id]
+
+
+def picture(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (9, 13, 3), dtype=np.uint8)
+
+
+def decoded(event: Any) -> np.ndarray:
+    import io
+
+    from PIL import Image
+
+    return np.asarray(Image.open(io.BytesIO(event.encoded_image_string)).convert("RGB"))
+
+
+def test_histories_are_whole_and_a_repeat_adds_only_what_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "PAGE", 100)
+    run_id = new_run()
+    log(run_id, "loss/train", line(1234))  # many pages
+    log(run_id, "odd", [(0, START, math.inf), (1, START, -math.inf), (2, START, 0.1), (2, START + 1, 0.1), (-3, START, 1e-300)])
+    log(run_id, "lost", [(5, START, math.nan)])
+    folder = export(tmp_path, run_id)
+    first = shown(folder)
+    assert math.isnan(first.pop("lost")[0][2])
+    expected = stored(run_id)
+    expected.pop("lost")
+    assert first == expected
+    assert len(first["loss/train"]) == 1234
+
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    assert export(tmp_path, run_id) == folder
+    assert {path.name: path.stat().st_size for path in folder.iterdir()} == sizes
+
+    log(run_id, "loss/train", line(150, start=1234))
+    log(run_id, "new", line(3))
+    export(tmp_path, run_id)
+    again = shown(folder)
+    assert (again["loss/train"], again["new"]) == (stored(run_id)["loss/train"], stored(run_id)["new"])
+
+
+def test_points_that_come_late_with_an_earlier_time_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "PAGE", 50)
+    run_id = new_run()
+    log(run_id, "loss", line(120))
+    folder = export(tmp_path, run_id)
+    log(run_id, "loss", [(5, START + 1, 0.5), (6, START + 300, math.nan), (7, START - 9, 2.0)])
+    log(run_id, "loss", line(60, start=120))
+    export(tmp_path, run_id)
+    export(tmp_path, run_id)
+    nan = [point for point in shown(folder)["loss"] if math.isnan(point[2])]
+    assert nan[0][:2] == (6, START + 300)
+    assert len(nan) == 1
+    assert [p for p in shown(folder)["loss"] if p[2] == p[2]] == [p for p in stored(run_id)["loss"] if p[2] == p[2]]
+
+
+def test_parameters_and_tags_make_one_row_for_each_run(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+    from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+    from tensorboard.context import RequestContext
+    from tensorboard.plugins import base_plugin
+    from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups
+
+    client = MlflowClient()
+    runs = [new_run("same name", team="blue"), new_run("same name"), new_run("../../etc/passwd :-)")]
+    for index, run_id in enumerate(runs):
+        # Two runs with equal parameters, one with a parameter of its own.
+        params = [Param("lr", "1e-4"), Param("seed", "007"), Param("ema", "True"), *[Param("only", "x")] * (index == 2)]
+        client.log_batch(run_id, params=params, metrics=[Metric("loss", index, START, 1)])
+    client.set_terminated(runs[0], "FAILED")
+    assert [run.new_points for run in export_runs(tmp_path / "tb", experiment="Default")] == [1, 1, 1]
+    folders = sorted(path.name for path in (tmp_path / "tb").iterdir())
+    assert len(folders) == 3
+    assert sum(name.startswith("same_name-") for name in folders) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tb"]
+
+    multiplexer = EventMultiplexer()
+    multiplexer.AddRunsFromDirectory(str(tmp_path / "tb"))
+    multiplexer.Reload()
+    flags: Any = None
+    context = base_plugin.TBContext(data_provider=MultiplexerDataProvider(multiplexer, str(tmp_path)), flags=flags)
+    backend, request_context = backend_context.Context(context), RequestContext()
+    metadata = backend.hparams_metadata(request_context, "")
+    experiment = backend.experiment_from_metadata(request_context, "", True, metadata, None)
+    assert sorted(info.name for info in experiment.hparam_infos) == ["ema", "lr", "only", "seed", "tag/team"]
+    assert [info.name.tag for info in experiment.metric_infos] == ["loss"]
+    request = api_pb2.ListSessionGroupsRequest(
+        allowed_statuses=range(4), slice_size=10, col_params=[{"metric": {"tag": "loss"}}], start_index=0
+    )
+    rows = list_session_groups.Handler(request_context, backend, "", request).run().session_groups
+    assert sorted(row.name for row in rows) == folders
+    by_id = {row.name[-8:]: row for row in rows}
+    failed = by_id[runs[0][:8]]
+    assert failed.sessions[0].status == api_pb2.STATUS_FAILURE
+    assert (failed.hparams["lr"].number_value, failed.hparams["seed"].string_value) == (1e-4, "007")
+    assert failed.hparams["ema"].bool_value is True
+    assert failed.hparams["tag/team"].string_value == "blue"
+
+    # A description that changes is replaced, also when the run is renamed: one folder stays one.
+    client.update_run(runs[0], name="renamed")
+    client.log_batch(runs[0], params=[Param("late", "3")], tags=[RunTag("team", "red")])
+    export_runs(tmp_path / "tb", experiment="Default")
+    assert sorted(path.name for path in (tmp_path / "tb").iterdir()) == folders
+    start = read(next((tmp_path / "tb").glob(f"*-{runs[0][:8]}"))).summary_metadata["_hparams_/session_start_info"]
+    assert b"late" in start.plugin_data.content
+    assert b"red" in start.plugin_data.content
+
+
+def test_pictures_come_with_key_and_step(tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    client = MlflowClient()
+    run_id = new_run()
+    log(run_id, "loss", line(1))
+    for step in (20, 3):
+        client.log_image(run_id, picture(step), key="samples/ema one", step=step, timestamp=START + step, synchronous=True)
+    client.log_image(run_id, picture(0), key="loss", step=1, synchronous=True)  # a name that a metric has
+    client.log_image(run_id, Image.fromarray(picture(1)), "figures/plain.bmp")
+    client.log_figure(run_id, Figure(), "curve.png")
+    (tmp_path / "broken.png").write_bytes(b"not a picture")
+    client.log_artifact(run_id, str(tmp_path / "broken.png"))
+    said: list[str] = []
+    exporter = Exporter(tmp_path / "tb", say=said.append)
+    assert exporter.run(client.get_run(run_id)).new_images == 5
+    assert len(said) == 1
+    assert "broken.png" in said[0]
+    folder = exporter.run(client.get_run(run_id)).folder
+    client.log_image(run_id, Image.fromarray(picture(2)).resize((50, 50)), "figures/plain.bmp")  # logged again
+    assert exporter.run(client.get_run(run_id)).new_images == 1
+
+    events = read(folder)
+    assert sorted(events.Tags()["images"]) == ["curve.png", "figures/plain.bmp", "images/loss", "samples/ema one"]
+    samples = events.Images("samples/ema one")
+    assert [(e.step, round(e.wall_time * 1000), e.width, e.height) for e in samples] == [
+        (3, START + 3, 13, 9),
+        (20, START + 20, 13, 9),
+    ]
+    assert all(np.array_equal(decoded(e), picture(e.step)) for e in samples)
+    plain = events.Images("figures/plain.bmp")
+    assert [(e.step, e.width) for e in plain] == [(0, 13), (1, 50)]
+    assert np.array_equal(decoded(plain[0]), picture(1))
+
+
+def test_nested_runs_are_in_the_folder_of_their_parent_whichever_is_asked_for(tmp_path: Path) -> None:
+    parent = new_run("parent")
+    child = new_run("child", **{"mlflow.parentRunId": parent})
+    grandchild = new_run("grandchild", **{"mlflow.parentRunId": child})
+    orphan = new_run("orphan", **{"mlflow.parentRunId": "0" * 32})
+    loop = new_run("loop")
+    MlflowClient().set_tag(loop, "mlflow.parentRunId", loop)
+    for run_id in (parent, child, grandchild, orphan, loop):
+        log(run_id, "loss", line(2))
+    alone = export(tmp_path, grandchild)
+    whole = {run.run_id: run.folder.relative_to(tmp_path).as_posix() for run in export_runs(tmp_path, run_ids=[parent])}
+    p, c, g = f"parent-{parent[:8]}", f"child-{child[:8]}", f"grandchild-{grandchild[:8]}"
+    assert whole == {parent: p, child: f"{p}/{c}", grandchild: f"{p}/{c}/{g}"}
+    assert alone == tmp_path / p / c / g
+    rest = {run.run_id: run for run in export_runs(tmp_path, experiment="Default")}
+    assert rest[grandchild].new_points == 0
+    assert (rest[orphan].folder.parent, rest[loop].folder.parent) == (tmp_path, tmp_path)
+    assert shown(alone) == stored(grandchild)
+
+
+def start_export(logdir: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "mlflow_icr.cli", "export-tensorboard", "--experiment", "Default", "--logdir", str(logdir)]
+    return subprocess.Popen([*command, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition: Any, seconds: float = 40) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "waited too long"
+        time.sleep(0.02)
+
+
+def test_an_export_that_was_killed_heals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_id = new_run()
+    for key in ("a", "b", "c"):
+        log(run_id, key, line(6_000))
+    process = start_export(tmp_path)
+
+    def written() -> int:
+        return sum(path.stat().st_size for path in tmp_path.glob("*/events*data"))
+
+    wait_for(lambda: written() > 300_000)  # some page of the three metrics
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    folder = next(tmp_path.iterdir())
+    # What a kill in the middle of a page leaves: whole records and a torn one that no state knows of.
+    with next(folder.glob("*data")).open("r+b") as file:
+        state = json.loads((folder / ".mlflow-export.json").read_text())
+        file.seek(state["size"])
+        file.truncate()
+        first = Path(file.name).read_bytes()[:4000]
+        file.write(first[40:])
+    assert sum(len(points) for points in shown(folder).values()) < 18_000
+    export(tmp_path, run_id)
+    assert shown(folder) == stored(run_id)
+
+    # Files that do not fit the state are made anew.
+    os.truncate(next(folder.glob("*data")), 12_345)
+    next(folder.glob("*description")).unlink()
+    export(tmp_path, run_id)
+    assert shown(folder) == stored(run_id)
+    (folder / ".mlflow-export.json").write_text('{"version"')
+    export(tmp_path, run_id)
+    assert shown(folder) == stored(run_id)
+    assert read(folder).summary_metadata["_hparams_/session_start_info"]
+
+
+def test_follow_mirrors_running_runs_until_they_end(tmp_path: Path) -> None:
+    client = MlflowClient()
+    first = new_run("first")
+    log(first, "loss", line(5))
+    process = start_export(tmp_path, "--follow", "--interval", "0.2")
+    folders: dict[str, Path] = {}
+
+    def mirrored(run_id: str) -> bool:
+        found = list(tmp_path.glob(f"*-{run_id[:8]}"))
+        folders.update({run_id: found[0]} if found else {})
+        return bool(found) and shown(found[0]) == stored(run_id)
+
+    wait_for(lambda: mirrored(first))
+    log(first, "loss", line(5, start=5))
+    wait_for(lambda: mirrored(first))
+    second = new_run("second")
+    log(second, "gain", line(3))
+    wait_for(lambda: mirrored(second))
+    client.set_terminated(first)
+    log(second, "gain", line(4, start=3))
+    client.set_terminated(second)
+    out, error = process.communicate(timeout=40)
+    assert process.returncode == 0, error
+    assert "FINISHED" in out
+    assert mirrored(first)
+    assert mirrored(second)
+
+    third = new_run("third")
+    log(third, "loss", line(5))
+    process = start_export(tmp_path, "--follow", "--interval", "0.2")
+    wait_for(lambda: mirrored(third))
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate(timeout=40)
+    assert process.returncode == 130
+    assert "Traceback" not in error
+    assert mirrored(third)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--experiment", "nope"], r"experiment is 'nope'.*expected one of \['Default'\]"),
+        (["--run-id", "0" * 32], "run_id is '0{32}'"),
+        (["--experiment", "Default", "--follow", "--interval", "-1"], "interval is -1.0; expected seconds above 0"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import re
+
+    assert main(["export-tensorboard", "--logdir", str(tmp_path), *arguments]) == 2
+    errors = [text for text in capsys.readouterr().err.splitlines() if "INFO mlflow" not in text]  # of the new database
+    assert len(errors) == 1
+    assert re.search(said, errors[0])
+
+
+def test_a_logdir_that_is_a_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["export-tensorboard", "--logdir", str(tmp_path / "file"), "--experiment", "Default"]) == 2
+    assert capsys.readouterr().err.startswith(f"mlflow-icr: error: logdir is '{tmp_path}/file', ")
+
+
+def test_a_dead_server_is_one_line_without_its_password(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for variable in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR"):
+        monkeypatch.setenv(variable, "0")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:hunter2@127.0.0.1:9")  # nothing listens there
+    assert main(["export-tensorboard", "--logdir", str(tmp_path), "--experiment", "Default"]) == 2
+    found = "".join(capfd.readouterr())
+    assert "hunter2" not in found
+    assert found.count("\n") == 1
+    assert "does not answer" in found
+
+
+def test_credentials_are_taken_out_of_any_message() -> None:
+    uri = "postgresql://me:p%40ss@db/x?sslpassword=s3cret"
+    text = store.without_credentials(f"cannot open {uri} or p@ss, http://a:b@c/d", uri)
+    for secret in ("p%40ss", "p@ss", "s3cret", "a:b"):
+        assert secret not in text
+
+
+def test_two_exports_at_once_do_not_spoil_each_other(tmp_path: Path) -> None:
+    from mlflow_icr.tracking.event_file import EventFile
+
+    run_id = new_run()
+    log(run_id, "loss", line(2))
+    folder = export(tmp_path, run_id)
+    with EventFile(folder / "events.out.tfevents.mlflow.1.data"), pytest.raises(ValueError, match="another export"):
+        export(tmp_path, run_id)
+    assert shown(folder) == stored(run_id)
+
+
+def test_follow_waits_for_a_store_that_goes_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_id = new_run()
+    log(run_id, "loss", line(2))
+    said: list[str] = []
+    real = store.runs
+    looks = 0
+
+    def sometimes(*arguments: Any) -> Any:
+        nonlocal looks
+        looks += 1
+        if looks in (2, 3):
+            raise store.StoreError("it does not answer")
+        if looks == 4:
+            log(run_id, "loss", line(2, start=2))
+            MlflowClient().set_terminated(run_id)
+        return real(*arguments)
+
+    monkeypatch.setattr(store, "runs", sometimes)
+    found = export_runs(tmp_path, experiment="Default", follow=True, interval=0.01, say=said.append)
+    assert sum(run.new_points for run in found) == 4
+    assert said == ["it does not answer; waiting for it"]
+    assert threading.active_count() < 50
+
+
+def test_over_http_and_no_password_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import socket
+
+    import requests
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--backend-store-uri",
+        f"sqlite:///{tmp_path}/served.db",
+        "--workers",
+        "1",
+    ]
+    command += ["--artifacts-destination", str(tmp_path / "artifacts"), "--host", "127.0.0.1", "--port", str(port)]
+    with (tmp_path / "server.log").open("w") as log_file:
+        server = subprocess.Popen(command, stdout=log_file, stderr=log_file, start_new_session=True)
+    try:
+
+        def healthy() -> bool:
+            try:
+                return requests.get(f"http://127.0.0.1:{port}/health", timeout=5).ok
+            except requests.RequestException:
+                return False
+
+        wait_for(healthy, 60)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:hunter2@127.0.0.1:{port}")
+        monkeypatch.setattr(store, "PAGE", 100)
+        run_id = new_run()
+        log(run_id, "loss/train", [*line(250), (1, START, math.inf)])
+        MlflowClient().log_image(run_id, picture(1), key="samples/ema", step=5, timestamp=START, synchronous=True)
+        capfd.readouterr()
+        logdir = str(tmp_path / "tb")
+        assert main(["export-tensorboard", "--logdir", logdir, "--run-id", run_id]) == 0
+        assert main(["import-tensorboard", logdir, "--experiment", "back"]) == 0
+        assert main(["export-tensorboard", "--logdir", logdir, "--run-id", "nope"]) == 2
+        assert "hunter2" not in "".join(capfd.readouterr())
+        [folder] = (tmp_path / "tb").iterdir()
+        assert shown(folder) == stored(run_id)
+        assert np.array_equal(decoded(read(folder).Images("samples/ema")[0]), picture(1))
+        [back] = MlflowClient().search_runs([MlflowClient().get_experiment_by_name("back").experiment_id])
+        assert stored(back.info.run_id) == stored(run_id)
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)

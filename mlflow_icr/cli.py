@@ -73,11 +73,14 @@ def _measure_generated(arguments: argparse.Namespace) -> int:
         found.save(arguments.output_dir)
     if arguments.run_id is not None:
         from mlflow_icr.tracking import MLflowSink
+        from mlflow_icr.tracking.store import answers
 
         sink = MLflowSink(run_id=arguments.run_id, joins=True)
         sink.open({}, {})
         sink.write(found.report(arguments.images_seen))
-        sink.close("FINISHED")
+        if not sink.finish():
+            with answers():
+                raise sink.failure or OSError(f"the run {arguments.run_id} does not take the results")
     print(json.dumps(found.values, indent=2))
     for key, why in found.absent.items():
         print(f"{key} is absent: {why}", file=sys.stderr)
@@ -191,6 +194,13 @@ def _import_tensorboard(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _sync(arguments: argparse.Namespace) -> int:
+    from mlflow_icr.tracking.sync import sync
+
+    found = sync(arguments.folder, new_run=arguments.new_run, say=lambda text: print(text, flush=True))
+    return 0 if all(part.complete for part in found) else 1
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mlflow-icr", description="Is a diffusion model still learning, or copying?")
     parser.add_argument("--version", action="version", version=__version__)
@@ -258,6 +268,11 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("step_a", type=int, metavar="A", help="images seen")
     compare.add_argument("step_b", type=int, metavar="B", help="images seen")
     compare.set_defaults(run=_compare)
+
+    sync = commands.add_parser("sync", help="deliver to MLflow what it missed of a run or study; a repeat adds nothing twice")
+    sync.add_argument("folder", type=Path, help="an output folder, or one above several")
+    sync.add_argument("--new-run", action="store_true", help="everything to a new run, such as on another server")
+    sync.set_defaults(run=_sync)
 
     export = commands.add_parser("export-tensorboard", help="MLflow runs as TensorBoard event files; a repeat adds what is new")
     which = export.add_mutually_exclusive_group(required=True)

@@ -74,6 +74,7 @@ def test_a_value_is_the_same_everywhere(tmp_path: Path) -> None:
     journal = journal_scalars(tmp_path)
     assert sorted(journal) == ["mem/ratio_l2", "perf/images_per_second", "repr/icr"]
     assert [v for _, v in journal["repr/icr"]] == ODD
+    assert sink.flush()
     assert sink.run_id is not None
     assert mlflow_scalars(sink.run_id) == journal
     assert tensorboard_scalars(tmp_path / "tensorboard") == as_float32(journal)  # flushed: nobody closed anything yet
@@ -180,11 +181,10 @@ def test_resuming_brings_every_sink_up_to_the_journal(tmp_path: Path) -> None:
         tracker.record(report(step))
     tracker.sinks = []  # a kill after the journal's row, before the sinks heard of it
     tracker.record(report(3))
-
-    import mlflow
-
-    mlflow.end_run()
-    again = MLflowSink(run_id=sink.run_id)
+    assert sink.flush()
+    assert sink.outbox is not None
+    sink.outbox.close()  # as the end of a process does
+    again = MLflowSink()
     resumed = Tracker(tmp_path, [again, TensorBoardSink(tmp_path / "tensorboard")])
     resumed.open({}, {})
     resumed.record(report(3, seed=9))  # measured again on the way: the journal has it already
@@ -256,6 +256,7 @@ def test_a_dead_server_costs_nothing_but_a_warning(
     # The server comes back: what it missed arrives first, in order and once.
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     tracker.record(report(3))
+    assert sink.flush()
     assert sink.run_id is not None
     assert mlflow_scalars(sink.run_id) == journal_scalars(tmp_path)
     client = mlflow.MlflowClient()
@@ -283,6 +284,7 @@ def test_a_server_that_fails_between_start_and_parameters_gets_them_later(
 
         failing.setattr(mlflow.MlflowClient, "log_batch", refuse)
         tracker.open({"seed": 1}, {})
+        assert not sink.flush()
         tracker.record(report(1))
     tracker.record(report(2))
     tracker.close("FINISHED")
@@ -298,9 +300,10 @@ def test_the_journal_is_on_the_disk_before_the_trackers_are_called(tmp_path: Pat
     class Late:
         name = "late"
 
+        def bind(self, folder: Path) -> None: ...
         def open(self, params: object, tags: object) -> None: ...
-        def recorded_steps(self) -> set[int]:
-            return set()
+        def recorded(self) -> dict[int, set[str]]:
+            return {}
 
         def write(self, r: Report) -> None:
             seen.append(read_history(tmp_path)[-1]["images_seen"] == r.step)

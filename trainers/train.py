@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -21,10 +20,9 @@ from trainers.arguments import config_changes, parse_tags, train_parser
 from trainers.config import TrainConfig, config_from, load_config, preset_names
 
 if TYPE_CHECKING:
-    from mlflow_icr.tracking import MLflowSink
     from trainers.run import Run
 
-CONFIG, MLFLOW_RUN = "config.yaml", "mlflow.json"
+CONFIG = "config.yaml"
 
 
 class Stop:
@@ -91,25 +89,9 @@ def configure(argv: Sequence[str] | None) -> tuple[TrainConfig, Path, dict[str, 
     return config, output_dir, tags, arguments.run_name, arguments.resume
 
 
-def open_sinks(output_dir: Path, run_name: str | None, resume: bool) -> tuple[MLflowSink, list[Any]]:
-    """MLflow (the run of the folder where there is one) and TensorBoard."""
-    from mlflow_icr.tracking import MLflowSink, TensorBoardSink
-
-    noted = output_dir / MLFLOW_RUN
-    run_id = json.loads(noted.read_text())["run_id"] if resume and noted.exists() else None
-    sink = MLflowSink(run_id=run_id, run_name=run_name)
-    return sink, [sink, TensorBoardSink(output_dir / "tensorboard")]
-
-
-def note_run(sink: MLflowSink, output_dir: Path) -> None:
-    """Keep which MLflow run the folder belongs to, for a resumption."""
-    if sink.run_id is not None:
-        (output_dir / MLFLOW_RUN).write_text(json.dumps({"run_id": sink.run_id, "experiment_id": sink.experiment_id}))
-
-
-def train_run(run: Run, stop: Stop, output_dir: Path, tags: Mapping[str, str], run_name: str | None, resume: bool) -> str:
+def train_run(run: Run, stop: Stop, output_dir: Path, tags: Mapping[str, str], run_name: str | None) -> str:
     """Train, measure, record and save until the end or a wish to stop; returns FINISHED or KILLED."""
-    from mlflow_icr.tracking import Tracker
+    from mlflow_icr.tracking import MLflowSink, TensorBoardSink, Tracker
     from trainers.console import Console
 
     tracker = None
@@ -117,10 +99,9 @@ def train_run(run: Run, stop: Stop, output_dir: Path, tags: Mapping[str, str], r
     if run.is_main:
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / CONFIG).write_text(yaml.safe_dump(run.config.as_dict(), sort_keys=False))
-        sink, sinks = open_sinks(output_dir, run_name, resume)
-        tracker = Tracker(output_dir, sinks)
+        # A resumed run goes on in the MLflow run of its folder.
+        tracker = Tracker(output_dir, [MLflowSink(run_name=run_name), TensorBoardSink(output_dir / "tensorboard")])
         tracker.open(run.params(), {**run.tags(), **tags})
-        note_run(sink, output_dir)
         run.show_data(tracker)
     status = "FAILED"
     try:
@@ -136,7 +117,6 @@ def train_run(run: Run, stop: Stop, output_dir: Path, tags: Mapping[str, str], r
             finally:  # a full disk may take no table: every tracker is told how the run ended all the same
                 found = tracker.verdict
                 console.summary(tracker.close(status), found, status, output_dir)
-                note_run(sink, output_dir)  # where the server was away at the start, the run is younger than the training
     return status
 
 
@@ -154,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"trainers.train: error: {error}", file=sys.stderr)
         return 2
     try:
-        status = train_run(run, stop, output_dir, tags, run_name, resume)
+        status = train_run(run, stop, output_dir, tags, run_name)
     except OSError as error:  # a full disk, most of all: what was measured before is whole, and so is the last checkpoint
         print(f"trainers.train: error: {error}; go on with --resume when that is mended", file=sys.stderr)
         return 1

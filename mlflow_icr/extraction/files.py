@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all."""
+"""Files, and lines of files, that are there as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -24,3 +24,32 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a new name in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line or several and fsync them, or leave the file as it was. Raises OSError.
+
+    Unbuffered: a file object would keep what a full disk did not take, and write it when it is closed, after the cut.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        start = os.fstat(descriptor).st_size
+        try:
+            left = line.encode()
+            while left:
+                left = left[os.write(descriptor, left) :]
+            os.fsync(descriptor)
+        except OSError:
+            os.ftruncate(descriptor, start)  # half a row would spoil the ones after it
+            raise
+    finally:
+        os.close(descriptor)

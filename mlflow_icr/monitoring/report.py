@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +44,14 @@ class Report:
     def flat(self) -> dict[str, float]:
         """One row of the history: images_seen and every value by its key."""
         return {"images_seen": self.step, **self.values}
+
+    def without(self, keys: Collection[str]) -> Report:
+        """The same without the values, pictures and distributions of some keys."""
+
+        def others(found: Mapping[str, T]) -> dict[str, T]:
+            return {key: value for key, value in found.items() if key not in keys}
+
+        return replace(self, values=others(self.values), figures=others(self.figures), distributions=others(self.distributions))
 
     def joined(self, other: Report) -> Report:
         """Both reports of one step as one. Raises ValueError when the steps differ."""

@@ -3,6 +3,7 @@
 from mlflow_icr.monitoring.series import read_arrays, read_history
 from mlflow_icr.tracking.journal import Journal
 from mlflow_icr.tracking.mlflow_sink import MLflowSink
+from mlflow_icr.tracking.sync import sync
 from mlflow_icr.tracking.tensorboard_export import export_runs
 from mlflow_icr.tracking.tensorboard_import import import_runs
 from mlflow_icr.tracking.tensorboard_sink import TensorBoardSink
@@ -18,4 +19,5 @@ __all__ = [
     "import_runs",
     "read_arrays",
     "read_history",
+    "sync",
 ]

@@ -12,38 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mlflow_icr.extraction.files import write_whole
+from mlflow_icr.extraction.files import append_line, sync_folder, write_whole
 from mlflow_icr.monitoring.report import Report
 from mlflow_icr.monitoring.series import HISTORY, arrays_path, distributions_path, read_distributions, read_history
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a new name in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _append_line(path: Path, line: str) -> None:
-    """Append a line and fsync it, or leave the file as it was. Raises OSError.
-
-    Unbuffered: a file object would keep what a full disk did not take, and write it when it is closed, after the cut.
-    """
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        start = os.fstat(descriptor).st_size
-        try:
-            left = line.encode()
-            while left:
-                left = left[os.write(descriptor, left) :]
-            os.fsync(descriptor)
-        except OSError:
-            os.ftruncate(descriptor, start)  # half a row would spoil the ones after it
-            raise
-    finally:
-        os.close(descriptor)
 
 
 class Journal:
@@ -84,9 +55,9 @@ class Journal:
 
         row = report.flat()
         new = not self.path.exists()
-        _append_line(self.path, json.dumps(row) + "\n")
+        append_line(self.path, json.dumps(row) + "\n")
         if new:
-            _sync_folder(self.folder)
+            sync_folder(self.folder)
         self.rows.append(row)
         for key, picture in report.figures.items():
             path = self.picture(key, report.step)

@@ -3,26 +3,40 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
+from mlflow_icr.extraction.files import write_whole
 from mlflow_icr.monitoring.report import Report
 from mlflow_icr.monitoring.verdict import Verdict
+from mlflow_icr.tracking.delivery import Delivery, RefusalError
+from mlflow_icr.tracking.outbox import Operation, Outbox
+from mlflow_icr.tracking.store import PATIENCE, without_credentials
 
-# MLflow's defaults make one call to a dead server block for minutes (7 retries, 120 s each); measurements must not.
-PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+logger = logging.getLogger(__name__)
+
+PAUSES = (1.0, 2.0, 5.0, 15.0, 30.0)  # seconds from one attempt to the next, as long as the server does not answer
+STALLED_SECONDS = 90.0  # without any progress, after which the end of a run is not waited for
+
+
+def _now() -> int:
+    return time.time_ns() // 1_000_000
 
 
 class MLflowSink:
     """Writes to the run that MLFLOW_RUN_ID or `run_id` names, to the active one, or to a new one.
 
-    What the server does not take is kept, in order, and tried again with the next measurement and at the end. Parameters
-    that the run has already (those of `mlflow run -P`) stay as they are. With `joins`, results are added to the run of
-    `run_id` as it is: it is neither set running nor ended. Use it on the main process only.
+    Every call is written to the outbox of the output folder, which takes milliseconds; a thread delivers from there in order,
+    and goes on trying while the server is away. What it has not taken when the process ends, `mlflow-icr sync` or a resumed run
+    delivers. Parameters that the run has already (those of `mlflow run -P`) stay as they are. With `joins`, results are added
+    to the run of `run_id` as it is: it is neither set running nor ended. Use it on the main process only.
     """
 
     name = "MLflow"
@@ -30,102 +44,111 @@ class MLflowSink:
     def __init__(self, run_id: str | None = None, run_name: str | None = None, *, joins: bool = False) -> None:
         if joins and run_id is None:
             raise ValueError("joins is True and run_id None; expected the run to join")
-        self.run_id = run_id
-        self.joins = joins
-        self.run_name = run_name
-        self.experiment_id: str | None = None
+        self.joins, self.run_name = joins, run_name
+        self._given = run_id
         self._owned = True
         self._tables: list[str] = []
-        self._pending: list[Callable[[], None]] = []
+        self.outbox: Outbox | None = None
+        self.failure: Exception | None = None  # of the last attempt
+        self._told = False
+        self._wake = threading.Condition()
+        self._closing = False
+        self._hurry = False  # somebody waits: the pause before the next attempt is over
+        self._attempts = self._failed_attempt = 0
+        self._thread: threading.Thread | None = None
         for variable, value in PATIENCE.items():
             os.environ.setdefault(variable, value)
 
+    @property
+    def run_id(self) -> str | None:
+        """The run, once the server has said which it is."""
+        return self._given if self.outbox is None else self.outbox.run_id or self._given
+
+    @property
+    def experiment_id(self) -> str | None:
+        """The run's experiment, once the server has said so."""
+        return None if self.outbox is None else self.outbox.experiment_id
+
+    def bind(self, folder: Path) -> None:
+        """Keep the outbox in an output folder. Raises ValueError when another process delivers from it."""
+        self.outbox = Outbox(folder)
+
+    def _box(self) -> Outbox:
+        if self.outbox is None:
+            self.bind(Path(tempfile.mkdtemp(prefix="mlflow-icr-")))
+        assert self.outbox is not None
+        return self.outbox
+
     def open(self, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
         """Find or make the run, and log what it does not have yet."""
-        self._send(self._start, partial(self._describe, params, tags))
+        import mlflow  # in this thread: an import in another one may see half of it
 
-    def _start(self) -> None:
-        import mlflow
+        run_id = self._given or os.environ.pop("MLFLOW_RUN_ID", None)  # once: a later run of this process is another one
+        active = None if run_id or self._box().run_id else mlflow.active_run()
+        self._owned = not self.joins and active is None
+        start = {
+            "kind": "start",
+            "run_id": active.info.run_id if active is not None else run_id,
+            "name": self.run_name,
+            "running": self._owned,
+            "params": {key: str(value) for key, value in params.items()},
+            "tags": dict(tags),
+        }
+        self.say([start])
 
-        if self.joins:
-            run = mlflow.MlflowClient().get_run(self.run_id)
-        elif self.run_id is None and "MLFLOW_RUN_ID" not in os.environ:
-            run = mlflow.active_run()
-        else:
-            run = None
-        self._owned = run is None
-        if run is None:
-            adopted = self.run_id is not None or "MLFLOW_RUN_ID" in os.environ
-            # An adopted run keeps the name that `mlflow run` gave it.
-            run = mlflow.start_run(run_id=self.run_id, run_name=None if adopted else self.run_name)
-        self._client = mlflow.MlflowClient()
-        self.run_id, self.experiment_id = run.info.run_id, run.info.experiment_id
+    def deliver(self) -> None:
+        """Start delivering, if that has not begun."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="mlflow-icr delivery", daemon=True)
+            self._thread.start()
 
-    def _describe(self, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
-        from mlflow.entities import Param, RunTag
+    def say(self, operations: Sequence[Operation]) -> None:
+        """Put operations into the outbox. Raises OSError when the disk does not take them."""
+        with self._wake:
+            self._box().append(operations)
+            self._wake.notify_all()
+        self.deliver()
 
-        assert self.run_id is not None
-        there = self._client.get_run(self.run_id).data.params
-        new = [Param(key, str(value)[:6000]) for key, value in params.items() if key not in there]
-        run_tags = [RunTag(key, value) for key, value in tags.items()]
-        for start in range(0, max(len(new), len(run_tags)), 100):  # the store's limit for one batch
-            batch = slice(start, start + 100)
-            self._client.log_batch(self.run_id, params=new[batch], tags=run_tags[batch])
-
-    def dataset(self, description: Mapping[str, str], context: str) -> None:
-        """Log a set of images as an input of the run; one that the run has already is not logged again."""
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-        from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
-
-        given = DatasetInput(Dataset(**description), [InputTag(MLFLOW_DATASET_CONTEXT, context)])
-        self._send(lambda: self._client.log_inputs(self.run_id, [given]))
-
-    def recorded_steps(self) -> set[int]:
-        """Steps of all `repr/` and `mem/` metrics that the run has."""
-        if self.run_id is None or self._pending:
-            return set()
-        keys = [key for key in self._client.get_run(self.run_id).data.metrics if key.startswith(("repr/", "mem/"))]
-        return {metric.step for key in keys for metric in self._client.get_metric_history(self.run_id, key)}
+    def recorded(self) -> Mapping[int, set[str]]:
+        """Keys by step of all that is in the outbox, taken by the server or not."""
+        return self._box().recorded
 
     def write(self, report: Report) -> None:
         """Log a report's values in one batch, then its pictures, the reasons for what is absent, and warnings."""
-        now = time.time_ns() // 1_000_000
-        calls = [partial(self._log, report.values, report.step, now)]
-        calls += [partial(self._picture, key, picture, report.step, now) for key, picture in report.figures.items()]
-        for kind, texts in (("absent", report.absent), ("warning", report.warnings)):
-            if texts:
-                calls.append(partial(self._explain, kind, texts))
-        self._send(*calls)
+        now = _now()
+        operations: list[Operation] = []
+        if report.values:
+            operations.append({"kind": "metrics", "step": report.step, "time": now, "values": dict(report.values)})
+        for key, picture in report.figures.items():
+            path = self._kept(f"images/{key}/{report.step:012d}.png", picture)
+            operations.append({"kind": "picture", "key": key, "step": report.step, "time": now, "path": path})
+        said = {f"absent.{key}": why for key, why in report.absent.items()}
+        said |= {f"warning.{key}": text for key, text in report.warnings.items()}
+        if said:
+            operations.append({"kind": "tags", "tags": said})
+        if operations:
+            self.say(operations)
 
-    def _log(self, values: Mapping[str, float], step: int, timestamp: int) -> None:
-        from mlflow.entities import Metric
+    def _kept(self, path: str, picture: np.ndarray) -> str:
+        """The path in the folder of a picture that the journal keeps; without a journal, it is written."""
+        if not (self._box().folder / path).exists():
+            from PIL import Image
 
-        metrics = [Metric(key, value, timestamp, step) for key, value in values.items()]
-        for start in range(0, len(metrics), 1000):  # the store's limit for one batch
-            self._client.log_batch(self.run_id, metrics=metrics[start : start + 1000])
+            write_whole(self._box().folder / path, lambda file: Image.fromarray(picture).save(file, format="png"))
+        return path
 
-    def _picture(self, key: str, picture: np.ndarray, step: int, timestamp: int) -> None:
-        self._client.log_image(self.run_id, picture, key=key, step=step, timestamp=timestamp, synchronous=True)
-
-    def _explain(self, kind: str, texts: Mapping[str, str]) -> None:
-        from mlflow.entities import RunTag
-
-        tags = [RunTag(f"{kind}.{key}", text[:8000]) for key, text in texts.items()]
-        self._client.log_batch(self.run_id, tags=tags[:100])
+    def dataset(self, description: Mapping[str, str], context: str) -> None:
+        """Log a set of images as an input of the run; one that the run has already is not logged again."""
+        self.say([{"kind": "dataset", "description": dict(description), "context": context}])
 
     def summary(self, values: Mapping[str, float], step: int) -> None:
         """Log the summary metrics at the last step."""
-        now = time.time_ns() // 1_000_000
-        self._send(lambda: self._log(values, step, now))
+        self.say([{"kind": "metrics", "step": step, "time": _now(), "values": dict(values)}])
 
     def verdict(self, verdict: Verdict, step: int) -> None:
         """Set the verdict's tags, which a run table can be filtered by."""
-        from mlflow.entities import RunTag
-
         tags = {"verdict": verdict.state, "verdict.text": verdict.text}
-        tags |= {f"verdict.{key}": f"{value:.0f}" for key, value in verdict.summary().items()}
-        entities = [RunTag(key, value[:8000]) for key, value in tags.items()]
-        self._send(lambda: self._client.log_batch(self.run_id, tags=entities))
+        self.say([{"kind": "tags", "tags": tags | {f"verdict.{key}": f"{v:.0f}" for key, v in verdict.summary().items()}}])
 
     def table(self, name: str, rows: Sequence[Mapping[str, object]], step: int) -> None:
         """Log `tables/<name>.json`, which the run's page shows as a table."""
@@ -134,40 +157,107 @@ class MLflowSink:
         path = f"tables/{name}.json"
         self._tables = sorted({*self._tables, path})
         marks = json.dumps([{"path": table, "type": "table"} for table in self._tables])
-        # As mlflow.log_table does it; that one would append to a table of the same name, and a resumed run has one.
-        self._send(
-            lambda: self._client.log_dict(self.run_id, content, path),
-            lambda: self._client.set_tag(self.run_id, "mlflow.loggedArtifacts", marks),
-        )
+        self.say([{"kind": "table", "to": path, "content": content, "marks": marks}])
 
     def figure(self, name: str, picture: np.ndarray, step: int) -> None:
         """Log `figures/<name>.png`, in place of an older one."""
-        self._send(lambda: self._client.log_image(self.run_id, picture, artifact_file=f"figures/{name}.png"))
+        self.artifact(str(self._box().folder / self._kept(f"figures/{name}.png", picture)), "figures")
 
     def embedding(self, name: str, vectors: np.ndarray, images: np.ndarray, labels: Sequence[str], step: int) -> None:
         """Nothing: MLflow has no projector."""
 
     def artifact(self, path: str, folder: str | None = None) -> None:
         """Upload a file into the run's artifacts."""
-        self._send(lambda: self._client.log_artifact(self.run_id, path, folder))
+        self.say([{"kind": "artifact", "path": os.path.relpath(path, self._box().folder), "to": folder}])
 
     def note(self, markdown: str) -> None:
         """Set the description that the run's page shows."""
-        self._send(lambda: self._client.set_tag(self.run_id, "mlflow.note.content", markdown))
+        self.say([{"kind": "tags", "tags": {"mlflow.note.content": markdown}}])
 
     def close(self, status: str) -> None:
-        """End the run with a status, unless it was somebody else's active run."""
-        import mlflow
+        """End the run with a status, unless it was somebody else's, and wait for the server as long as it takes things."""
+        if self._owned and self._box().running:
+            self.say([{"kind": "end", "status": status, "time": _now()}])
+        self.finish()
 
+    def finish(self) -> bool:
+        """Deliver what waits, as far as that can be done now, and stop; returns whether everything has arrived."""
+        box = self._box()
+        with self._wake:
+            self._closing = True
+        complete = self.flush()
+        if box.waiting:
+            logger.warning(
+                "MLflow has not taken everything: %d operations wait in %s; mlflow-icr sync %s delivers them",
+                len(box.waiting), box.folder, box.folder,
+            )  # fmt: skip
+        box.close()
+        return complete
+
+    def flush(self) -> bool:
+        """Wait until everything is delivered (True), or an attempt that begins after this call has failed (False)."""
+        box = self._box()
+        with self._wake:
+            before = self._attempts
+            self._hurry = True
+            self._wake.notify_all()
+        self.deliver()
+        left, since = len(box.waiting), time.monotonic()
+        while box.waiting and self._failed_attempt <= before and time.monotonic() - since < STALLED_SECONDS:
+            with self._wake:
+                self._wake.wait(0.1)
+            if len(box.waiting) < left:
+                left, since = len(box.waiting), time.monotonic()
+        return not box.waiting and not box.refused
+
+    def _work(self) -> None:
+        """Deliver what waits, in a thread of its own, until told to stop."""
+        box = self._box()
+        delivery = Delivery(box)
+        doubtful = True  # an earlier process may have tried
+        failures = 0  # in a row
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: bool(box.waiting) or self._closing)
+                if not box.waiting:
+                    return
+                operation = box.waiting[0][1]
+                self._attempts += 1
+                last, self._hurry = self._closing, False
+            try:
+                refusal = self._attempt(delivery, operation, doubtful)
+                with self._wake:
+                    box.acknowledge(refusal)
+                    self._wake.notify_all()
+                self.failure, doubtful, failures = None, False, 0
+            except Exception as error:  # whatever it is, it must not end a training
+                self.failure, doubtful = error, True
+                self._tell(error)
+                with self._wake:
+                    self._failed_attempt = self._attempts
+                    self._wake.notify_all()
+                    if last:
+                        return
+                    self._wake.wait_for(lambda: self._hurry, PAUSES[min(failures, len(PAUSES) - 1)])
+                failures += 1
+
+    @staticmethod
+    def _attempt(delivery: Delivery, operation: Operation, doubtful: bool) -> str:
+        """Send one operation; returns why the server does not want it, or nothing."""
         try:
-            self._send()
-        finally:
-            if self._owned and self.run_id is not None and not self._pending:
-                mlflow.end_run(status)
+            delivery.send(operation, doubtful=doubtful)
+        except RefusalError as error:
+            why = without_credentials(str(error))
+            logger.warning("MLflow does not want %s (%s)", operation["kind"], why)
+            return why
+        return ""
 
-    def _send(self, *calls: Callable[[], None]) -> None:
-        """Do everything that is waiting, oldest first, then these; what fails, and what follows, waits for the next time."""
-        self._pending.extend(calls)
-        while self._pending:
-            self._pending[0]()
-            self._pending.pop(0)
+    def _tell(self, error: Exception) -> None:
+        if not self._told:
+            self._told = True
+            # The type only: a tracking URI, which may hold a password, can be part of the message.
+            logger.warning(
+                "%s does not take results (%s); training goes on, and everything measured is in %s",
+                self.name, type(error).__name__, self._box().folder,
+            )  # fmt: skip
+        logger.debug("MLflow failed", exc_info=error)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from mlflow_icr.tracking.mlflow_sink import PATIENCE
-
+# MLflow's defaults make one call to a dead server block for minutes (7 retries, 120 s each).
+PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 # The largest page that MLflow's own client asks for; each page costs the store a sort, so fewer are faster.
 PAGE = 25_000
 # MLflow 3 has no public iterator over runs larger than this a page.
@@ -37,8 +37,8 @@ def connect() -> Any:
         return MlflowClient()
 
 
-def without_credentials(text: str, uri: str) -> str:
-    """A message with the user, password and query of a tracking URI taken out, and of any other URI in it."""
+def without_credentials(text: str, uri: str = "") -> str:
+    """A message with the user, password and query of a tracking URI taken out, and user and password of any other in it."""
     parts = urlsplit(uri)
     secrets = [parts.netloc.rpartition("@")[0], parts.password, parts.query]
     for secret in filter(None, secrets):

@@ -36,6 +36,9 @@ class TensorBoardSink:
         self.log_dir = Path(log_dir)
         self._writer: Any = None
 
+    def bind(self, folder: Path) -> None:
+        """Nothing: the event files have a folder of their own."""
+
     def open(self, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
         """Start an event file; a new run's hparams go in first."""
         from torch.utils.tensorboard import SummaryWriter
@@ -56,13 +59,16 @@ class TensorBoardSink:
         lines = [f"**{key}**: {description[key]}" for key in ("name", "digest", "profile") if key in description]
         self._writer.add_text(f"data/{context}", "\n\n".join(lines), 0)
 
-    def recorded_steps(self) -> set[int]:
-        """Steps of all scalars in the folder's event files."""
-        from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+    def recorded(self) -> Mapping[int, set[str]]:
+        """Keys by step of all that is in the folder's event files."""
+        from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
-        events = EventAccumulator(str(self.log_dir), size_guidance={SCALARS: 0})
-        events.Reload()
-        return {event.step for tag in events.Tags()["scalars"] for event in events.Scalars(tag)}
+        found: dict[int, set[str]] = {}
+        for path in sorted(self.log_dir.glob("events.out.tfevents.*")):
+            for event in LegacyEventFileLoader(str(path)).Load():
+                for value in event.summary.value:
+                    found.setdefault(event.step, set()).add(value.tag)
+        return found
 
     def write(self, report: Report) -> None:
         """Add a report's values as scalars and its pictures as images, its distributions as histograms."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -23,14 +23,17 @@ class Sink(Protocol):
 
     name: str
 
+    def bind(self, folder: Path) -> None:
+        """Hear, before all else, of the output folder whose results these are."""
+
     def open(self, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
         """Get ready, with the run's parameters and tags."""
 
     def dataset(self, description: Mapping[str, str], context: str) -> None:
         """Show what a set of images is: MLflow's name, digest, source, source_type, schema and profile, as text."""
 
-    def recorded_steps(self) -> set[int]:
-        """Images seen of the measurements that are there already."""
+    def recorded(self) -> Mapping[int, Collection[str]]:
+        """Keys of values, pictures and distributions that are there already, by images seen."""
 
     def write(self, report: Report) -> None:
         """Add a measurement."""
@@ -68,9 +71,7 @@ class Tracker:
     def open(self, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
         """Open every sink and write to it what the journal has and it has not."""
         for sink in self.sinks:
-            self._guard(sink, partial(sink.open, params, tags))
-            if self.journal.rows:
-                self._guard(sink, partial(self._replay, sink))
+            self._guard(sink, partial(self._open, sink, params, tags))
 
     def dataset(self, describe: Callable[[], Mapping[str, str]], context: str) -> None:
         """Show in every sink what a set of images is; `context` is what it is for, "training" or "validation".
@@ -84,11 +85,21 @@ class Tracker:
     def _show(sink: Sink, describe: Callable[[], Mapping[str, str]], context: str) -> None:
         sink.dataset(describe(), context)
 
-    def _replay(self, sink: Sink) -> None:
-        there = sink.recorded_steps()
+    def _open(self, sink: Sink, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
+        sink.bind(self.journal.folder)
+        sink.open(params, tags)
+        self.replay(sink)
+
+    def replay(self, sink: Sink) -> None:
+        """Write to a sink what the journal has and it has not, also of a measurement that was cut off in the middle."""
+        if not self.journal.rows:
+            return
+        there = sink.recorded()
         for row in self.journal.rows:
-            if row["images_seen"] not in there:
-                sink.write(self.journal.report(row))
+            step = int(row["images_seen"])
+            missing = self.journal.report(row).without(there.get(step, ()))
+            if missing.values or missing.figures or missing.distributions:
+                sink.write(missing)
 
     def record(self, report: Report) -> None:
         """Write a measurement to the journal, then everywhere; one that the journal has is not written again.

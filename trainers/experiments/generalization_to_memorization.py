@@ -7,9 +7,8 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,14 +135,6 @@ def _text(table: Mapping[str, Cells]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def try_tracking(what: str, call: Callable[[], object]) -> None:
-    """The study's results are in its folder: a tracking server that does not answer is told of, and that is all."""
-    try:
-        call()
-    except Exception as error:
-        logger.warning("MLflow does not take %s (%s)", what, type(error).__name__)
-
-
 def conclude(study: Study) -> tuple[dict[str, Cells], list[Path]]:
     """Draw and tabulate what the runs left; returns the table and the files in the study's folder."""
     from mlflow_icr.tracking import read_history
@@ -175,8 +166,9 @@ def run_study(study: Study, stop: Stop) -> int:
     sink = MLflowSink(run_name=study.name)
     first = study.configs["limited"]
     params = {"preset": first.preset, "num_images": first.num_images, "total_kimg": first.total_kimg, "seed": first.seed}
-    # Opening it first also makes the tables of a fresh local store, which two runs at once would both try.
-    try_tracking("the study's run", lambda: sink.open(params, {"role": "study", "study_name": study.name}))
+    sink.bind(study.folder)
+    sink.open(params, {"role": "study", "study_name": study.name})
+    sink.flush()  # which also makes the tables of a fresh local store: two runs at once would both try
     siblings = [Sibling(role, _flags(study, role, config)) for role, config in study.configs.items()]
     status = "FAILED"
     try:
@@ -187,17 +179,17 @@ def run_study(study: Study, stop: Stop) -> int:
             status = "KILLED"
         table, files = conclude(study)
         metrics = {f"{role}/{key}": value for role, row in table.items() for key, value in row.items() if key != "verdict"}
-        try_tracking("the summary", lambda: sink.summary(metrics, first.total_images))
+        sink.summary(metrics, first.total_images)
         for path in files:
-            try_tracking(path.name, partial(sink.artifact, str(path)))
+            sink.artifact(str(path))
         address = chart_address(mlflow.get_tracking_uri(), sink.experiment_id or "0", study.name)
         note = f"{_text(table)}\n\n[Both curves]({address})\n\nRuns: `tags.study = '{study.name}'`"
-        try_tracking("the note", lambda: sink.note(note))
+        sink.note(note)
     except KeyboardInterrupt:
         status = "KILLED"
         raise
     finally:  # whatever happens: MLflow would call a run FINISHED that its process left open
-        try_tracking("the end of the study's run", lambda: sink.close(status))
+        sink.close(status)
     _say(study, status, table, address, mlflow.get_tracking_uri())
     if status == "FINISHED":
         return 0

@@ -13,7 +13,6 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
-from functools import partial
 from pathlib import Path
 
 from mlflow_icr import NoiseSweep, sweep_noise, verdict
@@ -22,7 +21,7 @@ from mlflow_icr.monitoring.plots import sweep_figure
 from mlflow_icr.monitoring.sweep import SweepPoint
 from trainers.config import TrainConfig
 from trainers.data import data_of
-from trainers.experiments.generalization_to_memorization import Study, plan, run_study, try_tracking
+from trainers.experiments.generalization_to_memorization import Study, plan, run_study
 from trainers.train import Stop
 
 MOST_IMAGES = 2000  # of the control: enough for intervals of a hundredth
@@ -108,10 +107,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     sweeps = {name: sweep_checkpoint(folder, roles[name]) for name, folder in checkpoints(study).items()}
     files = write(study, sweeps)
     sink = MLflowSink(run_name=f"{study.name} noise window")
-    try_tracking("the sweeps' run", lambda: sink.open({}, {"role": "noise_window", "study_name": study.name}))
+    sink.bind(study.folder / "noise_window")
+    sink.open({}, {"role": "noise_window", "study_name": study.name})
     for path in files:
-        try_tracking(path.name, partial(sink.artifact, str(path)))
-    try_tracking("the end of the sweeps' run", lambda: sink.close("FINISHED"))
+        sink.artifact(str(path))
+    sink.close("FINISHED")
     print(f"\n{text(sweeps)}\n\nfigure       {files[0]}")
     return 0
 

@@ -1,0 +1,80 @@
+"""Bringing an MLflow server up to the journals of output folders, after an outage or a kill."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlflow_icr.monitoring.series import HISTORY
+from mlflow_icr.tracking.mlflow_sink import MLflowSink
+from mlflow_icr.tracking.outbox import OPERATIONS
+from mlflow_icr.tracking.tracker import Tracker
+
+
+@dataclass(frozen=True)
+class Synced:
+    """What was delivered of one folder to a run: operations taken now, those that wait still, and refusals by place."""
+
+    folder: Path
+    run_id: str | None
+    delivered: int
+    waiting: int
+    refused: dict[str, str]
+    failure: Exception | None
+
+    @property
+    def complete(self) -> bool:
+        """Whether the server has everything."""
+        return not self.waiting and not self.refused
+
+
+def folders_of(folder: Path) -> list[Path]:
+    """The folders at and below a path that hold a journal or an outbox. Raises ValueError when there are none."""
+    found = {path.parent for name in (HISTORY, OPERATIONS) for path in folder.rglob(name)}
+    if not found:
+        raise ValueError(f"folder is {str(folder)!r}, which holds no {HISTORY}; expected the output folder of a run or study")
+    return sorted(found)
+
+
+def sync_folder(folder: Path, *, new_run: bool = False) -> Synced:
+    """Deliver what the server does not have of one folder; a run whose process was killed is set KILLED.
+
+    As often as it is repeated, everything is there once. With `new_run` everything goes to a new run, on another server for
+    instance. Raises ValueError for a folder that a process is writing just now, or a damaged journal.
+    """
+    sink = MLflowSink()
+    sink.bind(folder)
+    assert sink.outbox is not None
+    if new_run:
+        sink.outbox.start_over()
+    if not sink.outbox.count:  # measured without MLflow, or by a process that came no further
+        sink.open({}, {})
+    tracker = Tracker(folder, [])
+    tracker.replay(sink)
+    before = len(sink.outbox.waiting) if sink.outbox.run_id else sink.outbox.count
+    logger = logging.getLogger("mlflow_icr.tracking.mlflow_sink")
+    disabled, logger.disabled = logger.disabled, True  # the caller tells of failures
+    try:
+        sink.close("KILLED")  # which a run that has ended ignores
+    finally:
+        logger.disabled = disabled
+    box = sink.outbox
+    waiting = len(box.waiting)
+    return Synced(folder, box.run_id, max(0, before - waiting), waiting, dict(box.refused), sink.failure if waiting else None)
+
+
+def sync(folder: Path, *, new_run: bool = False, say: Callable[[str], None] = lambda text: None) -> list[Synced]:
+    """Deliver what the server does not have of a run's or a study's folder; `say` hears a line for each."""
+    found = []
+    for part in folders_of(folder):
+        done = sync_folder(part, new_run=new_run)
+        found.append(done)
+        state = f"{done.delivered} operations delivered to run {done.run_id}" if done.delivered else "everything is there"
+        if done.waiting:
+            state = f"{done.delivered} operations delivered, {done.waiting} wait ({type(done.failure).__name__})"
+        for place, why in done.refused.items():
+            state += f"; refused: operation {place} ({why})"
+        say(f"{part}: {state}")
+    return found

@@ -1,0 +1,84 @@
+"""Real MLflow servers that tests start, kill and start again, on SQLite or PostgreSQL."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Server:
+    """`mlflow server` with its store and artifacts in a folder, at the same address each time it is started."""
+
+    def __init__(self, folder: Path, store: str | None = None) -> None:
+        self.folder, self.port = folder, free_port()
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.store = store or f"sqlite:///{folder}/server.db"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--port", str(self.port), "--workers", "1"]
+        command += ["--backend-store-uri", self.store, "--artifacts-destination", str(self.folder / "artifacts")]
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
+        with (self.folder / "server.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                command, stdout=log, stderr=log, env=environment, cwd=self.folder, start_new_session=True
+            )
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline:
+            try:
+                with urllib.request.urlopen(f"{self.uri}/health", timeout=2):
+                    return
+            except OSError:
+                assert self._process.poll() is None, (self.folder / "server.log").read_text()[-2000:]
+                time.sleep(0.1)
+        raise AssertionError("the server does not come up")
+
+    def kill(self) -> None:
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+
+class Postgres:
+    """A PostgreSQL of its own in a folder, as the user postgres where this is root."""
+
+    def __init__(self, folder: Path) -> None:
+        found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+        if not found:
+            pytest.skip("PostgreSQL is not installed (Debian: apt install postgresql)")
+        pytest.importorskip("psycopg2")
+        self.bin, self.data, self.port = found[-1].parent, folder / "postgres", free_port()
+        self._as = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+        self.data.mkdir()
+        if self._as:
+            shutil.chown(self.data, "postgres")
+            for parent in (folder, *folder.parents):  # pytest's folders are root's alone
+                if parent.stat().st_mode & 0o1 == 0:
+                    parent.chmod(parent.stat().st_mode | 0o1)
+        self._run("initdb", "-D", str(self.data), "-A", "trust", "-U", "postgres", "-N")
+        options = f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories='' -c fsync=off"
+        self._run("pg_ctl", "-D", str(self.data), "-w", "-o", options, "-l", str(self.data / "log"), "start")
+        self.uri = f"postgresql://postgres@127.0.0.1:{self.port}/postgres"
+
+    def _run(self, program: str, *arguments: str) -> None:
+        command = [*self._as, str(self.bin / program), *arguments]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=120, cwd="/")
+
+    def stop(self) -> None:
+        self._run("pg_ctl", "-D", str(self.data), "-m", "immediate", "stop")

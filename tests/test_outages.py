@@ -1,0 +1,311 @@
+"""No outage costs a number: servers that are down, die, hang and refuse; trainers that are killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlflow_icr import Report
+from mlflow_icr.cli import main
+from mlflow_icr.tracking import MLflowSink, TensorBoardSink, Tracker, read_history
+from mlflow_icr.tracking.outbox import OPERATIONS
+from tests.servers import Postgres, Server
+from tests.test_tracking import ODD, as_float32, journal_scalars, tensorboard_scalars
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    made = Server(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", made.uri)
+    yield made
+    made.kill()
+
+
+def report(step: int) -> Report:
+    values = {"repr/icr": ODD[step % 7], "repr/icr_low": 1 / (step + 3), "mem/ratio_l2": step / 1000}
+    picture = np.random.default_rng(step).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    return Report(step, values, {"samples": picture}, distributions={"mem/distance_pixels": np.arange(5.0) + step})
+
+
+def operations(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / OPERATIONS).read_text().splitlines()]
+
+
+def assert_the_server_has_exactly_the_journal(folder: Path, status: str) -> None:
+    """Values, steps, timestamps and pictures: nothing lacks, and nothing is there twice."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient()
+    run_id = json.loads((folder / "mlflow.json").read_text())["run_id"]
+    run = client.get_run(run_id)
+    assert run.info.status == status
+    promised = operations(folder)
+    points = Counter(
+        (key, operation["step"], operation["time"], value)
+        for operation in promised
+        if operation["kind"] == "metrics"
+        for key, value in operation["values"].items()
+    )
+    stored = Counter(
+        (key, point.step, point.timestamp, point.value)
+        for key in run.data.metrics
+        for point in client.get_metric_history(run_id, key)
+    )
+    assert stored == points
+    assert max(points.values()) == 1
+    for key, series in journal_scalars(folder).items():  # and the promises are the journal
+        assert sorted((step, value) for name, step, _, value in points if name == key) == series
+    pictures = {(o["key"], o["step"], o["time"]) for o in promised if o["kind"] == "picture"}
+    names = [f.path for f in client.list_artifacts(run_id, "images")]
+    for suffix in (".png", ".webp"):
+        parts = [re.match(r"images/(\w+)\Wstep\W(\d+)\Wtimestamp\W(\d+)\W", name) for name in names if name.endswith(suffix)]
+        assert sorted((m[1], int(m[2]), int(m[3])) for m in parts if m is not None) == sorted(pictures)
+    assert {(key, step) for key, step, _ in pictures} == {
+        (path.parent.name, int(path.stem)) for path in folder.glob("images/*/*.png")
+    }
+
+
+def test_a_server_that_comes_late_dies_and_comes_again(server: Server, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    folder = tmp_path / "run"
+    sink = MLflowSink(run_name="late")
+    tracker = Tracker(folder, [sink])
+    tracker.open({"seed": 1}, {"study": "s"})
+    for step in (0, 10):
+        tracker.record(report(step))
+    server.start()
+    tracker.record(report(20))
+    assert sink.flush()
+    server.kill()
+    for step in (30, 40):
+        tracker.record(report(step))
+    tracker.close("FINISHED")  # nobody to tell
+    assert main(["sync", str(folder)]) == 1
+    server.start()
+    for _ in range(2):
+        assert main(["sync", str(folder)]) == 0
+        assert_the_server_has_exactly_the_journal(folder, "FINISHED")
+    (run,) = MlflowClient().search_runs(["0"])
+    assert (run.data.params["seed"], run.data.tags["study"], run.info.run_name) == ("1", "s", "late")
+
+
+def test_a_postgresql_store_gets_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = Postgres(tmp_path)
+    made = Server(tmp_path, base.uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", made.uri)
+    folder = tmp_path / "run"
+    try:
+        made.start()
+        sink = MLflowSink()
+        tracker = Tracker(folder, [sink])
+        tracker.open({}, {})
+        tracker.record(report(0))
+        assert sink.flush()
+        made.kill()
+        tracker.record(report(10))
+        assert not sink.flush()
+        made.start()
+        tracker.close("FINISHED")
+        assert_the_server_has_exactly_the_journal(folder, "FINISHED")
+    finally:
+        made.kill()
+        base.stop()
+
+
+def train_until_killed(folder: Path) -> None:
+    """What a trainer does, without the training: in a child process, which never comes back."""
+    try:
+        tracker = Tracker(folder, [MLflowSink(), TensorBoardSink(folder / "tensorboard")])
+        tracker.open({"seed": 1}, {})
+        step = max(tracker.journal.steps, default=-10) + 10
+        while True:
+            tracker.record(report(step))
+            step += 10
+            time.sleep(0.02)
+    finally:
+        os._exit(1)
+
+
+def test_twenty_kills_at_random_moments(server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    import mlflow  # noqa: F401 - the children start with what is loaded here
+    import tensorboard.backend.event_processing.event_accumulator  # noqa: F401
+    import torch.utils.tensorboard  # noqa: F401
+
+    folder = tmp_path / "run"
+    moments = random.Random(20260609)
+    server.start()
+    for round_ in range(20):
+        child = os.fork()
+        if child == 0:
+            train_until_killed(folder)
+        time.sleep(moments.uniform(0.05, 1.2))
+        if round_ == 9:  # and for three rounds there is no server
+            server.kill()
+            time.sleep(moments.uniform(0.05, 0.5))
+        os.kill(child, signal.SIGKILL)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+        read_history(folder)
+        if round_ == 12:
+            server.start()
+    assert len(read_history(folder)) > 20
+    for _ in range(2):
+        assert main(["sync", str(folder)]) == 0
+        assert_the_server_has_exactly_the_journal(folder, "KILLED")
+    sink = MLflowSink()
+    tracker = Tracker(folder, [sink, TensorBoardSink(folder / "tensorboard")])
+    tracker.open({"seed": 1}, {})
+    tracker.close("FINISHED")
+    from mlflow import MlflowClient
+
+    assert MlflowClient().get_run(sink.run_id).info.status == "FINISHED"  # type: ignore[arg-type]
+    journal, shown = as_float32(journal_scalars(folder)), tensorboard_scalars(folder / "tensorboard")
+    assert {key: sorted(set(shown[key])) for key in journal} == journal
+    assert max(Counter(shown["repr/icr_low"]).values()) == 1  # also of the row that a kill cut in two
+
+
+def test_an_answer_that_is_lost_makes_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call to the server works, and then seems to have failed, once."""
+    from mlflow import MlflowClient
+
+    folder = tmp_path / "run"
+    failed = set()
+
+    def lossy(name: str) -> None:
+        real = getattr(MlflowClient, name)
+
+        def call(self: MlflowClient, *arguments: object, **options: object) -> object:
+            answer = real(self, *arguments, **options)
+            content = (name, repr(arguments), repr(sorted(options)))
+            if threading.current_thread() is not threading.main_thread() and content not in failed:
+                failed.add(content)
+                raise ConnectionError("the answer is lost")
+            return answer
+
+        monkeypatch.setattr(MlflowClient, name, call)
+
+    with monkeypatch.context():
+        for name in ("create_run", "log_batch", "log_image", "log_artifact", "_log_artifact_helper"):
+            if name != "_log_artifact_helper":
+                lossy(name)
+        monkeypatch.setattr("mlflow_icr.tracking.mlflow_sink.PAUSES", (0.01,))
+        sink = MLflowSink()
+        tracker = Tracker(folder, [sink])
+        tracker.open({"seed": 1}, {})
+        for step in (0, 10, 20):
+            tracker.record(report(step))
+        while not sink.flush():
+            pass
+    assert len(failed) > 8
+    tracker.close("FINISHED")
+    assert len(MlflowClient().search_runs(["0"])) == 1
+    assert_the_server_has_exactly_the_journal(folder, "FINISHED")
+
+
+def test_half_a_picture_is_made_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    folder = tmp_path / "run"
+    real = MlflowClient._log_artifact_helper
+    calls = []
+
+    def half(self: MlflowClient, run_id: str, path: str) -> Any:
+        calls.append(path)
+        if path.endswith(".webp") and len(calls) < 3:
+            raise ConnectionError("between the picture and its thumbnail")
+        return real(self, run_id, path)
+
+    monkeypatch.setattr(MlflowClient, "_log_artifact_helper", half)
+    monkeypatch.setattr("mlflow_icr.tracking.mlflow_sink.PAUSES", (0.01,))
+    sink = MLflowSink()
+    tracker = Tracker(folder, [sink])
+    tracker.open({}, {})
+    tracker.record(report(0))
+    sink.flush()
+    tracker.close("FINISHED")
+    assert [Path(path).suffix for path in calls] == [".png", ".webp", ".png", ".webp"]
+    assert_the_server_has_exactly_the_journal(folder, "FINISHED")
+
+
+def test_what_the_server_refuses_does_not_hold_up_the_rest(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    sink = MLflowSink()
+    tracker = Tracker(folder, [sink])
+    tracker.open({}, {})
+    sink.summary({"a=b": 1.0}, 0)
+    tracker.record(report(0))
+    tracker.close("FINISHED")
+    assert "MLflow does not want metrics (Invalid value" in caplog.text
+    from mlflow import MlflowClient
+
+    assert sink.run_id is not None
+    run = MlflowClient().get_run(sink.run_id)
+    assert (run.info.status, run.data.metrics["repr/icr"]) == ("FINISHED", ODD[0])
+    assert main(["sync", str(folder)]) == 1  # offered again, refused again
+    assert "refused: operation 1 (" in capsys.readouterr().out
+
+
+def test_a_server_that_hangs_does_not_hold_up_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(16)  # accepts, and never answers
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:hunter2@127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        sink = MLflowSink()
+        tracker = Tracker(tmp_path / "run", [sink])
+        tracker.open({}, {})
+        for step in range(0, 200, 10):
+            tracker.record(report(step))
+        assert sink.outbox is not None
+        assert len(sink.outbox.waiting) == sink.outbox.count  # all of it done before the first call gave up
+        assert sink.failure is None
+        tracker.close("FINISHED")
+    warnings = [r.getMessage() for r in caplog.records if "MLflow" in r.getMessage()]
+    assert [("training goes on" in text, "mlflow-icr sync" in text) for text in warnings] == [(True, False), (False, True)]
+    assert "hunter2" not in caplog.text
+
+
+def test_one_process_delivers_from_a_folder_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tracker = Tracker(tmp_path / "run", [MLflowSink()])
+    tracker.open({}, {})
+    tracker.record(report(0))
+    assert main(["sync", str(tmp_path)]) == 2
+    assert "which another process is writing" not in capsys.readouterr().out
+    tracker.close("FINISHED")
+    assert main(["sync", str(tmp_path)]) == 0
+    assert "everything is there" in capsys.readouterr().out
+    assert main(["sync", str(tmp_path / "nothing")]) == 2
+    assert "holds no history.jsonl; expected the output folder of a run or study" in capsys.readouterr().err
+
+
+def test_everything_can_go_to_another_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    tracker = Tracker(folder, [MLflowSink(run_name="moved")])
+    tracker.open({"seed": 1}, {})
+    tracker.record(report(0))
+    tracker.close("FINISHED")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/other.db")
+    monkeypatch.chdir(tmp_path)
+    assert main(["sync", "--new-run", str(folder)]) == 0
+    assert_the_server_has_exactly_the_journal(folder, "FINISHED")

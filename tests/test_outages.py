@@ -190,7 +190,7 @@ def test_an_answer_that_is_lost_makes_nothing_twice(tmp_path: Path, monkeypatch:
 
         def call(self: MlflowClient, *arguments: object, **options: object) -> object:
             answer = real(self, *arguments, **options)
-            content = (name, repr(arguments), repr(sorted(options)))
+            content = (name, *(str(part) for part in (*arguments, *sorted(options.items())) if " at 0x" not in str(part)))
             if threading.current_thread() is not threading.main_thread() and content not in failed:
                 failed.add(content)
                 raise ConnectionError("the answer is lost")
@@ -198,18 +198,17 @@ def test_an_answer_that_is_lost_makes_nothing_twice(tmp_path: Path, monkeypatch:
 
         monkeypatch.setattr(MlflowClient, name, call)
 
-    with monkeypatch.context():
-        for name in ("create_run", "log_batch", "log_image", "log_artifact", "_log_artifact_helper"):
-            if name != "_log_artifact_helper":
-                lossy(name)
-        monkeypatch.setattr("mlflow_icr.tracking.mlflow_sink.PAUSES", (0.01,))
-        sink = MLflowSink()
-        tracker = Tracker(folder, [sink])
-        tracker.open({"seed": 1}, {})
-        for step in (0, 10, 20):
-            tracker.record(report(step))
-        while not sink.flush():
-            pass
+    for name in ("create_run", "log_batch", "log_image"):
+        lossy(name)
+    monkeypatch.setattr("mlflow_icr.tracking.mlflow_sink.PAUSES", (0.01,))
+    sink = MLflowSink()
+    tracker = Tracker(folder, [sink])
+    tracker.open({"seed": 1}, {})
+    for step in (0, 10, 20):
+        tracker.record(report(step))
+    for _ in range(100):
+        if sink.flush():
+            break
     assert len(failed) > 8
     tracker.close("FINISHED")
     assert len(MlflowClient().search_runs(["0"])) == 1

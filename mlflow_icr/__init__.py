@@ -3,7 +3,7 @@
 The Invariant Contamination Ratio (ICR) of a denoiser's features, its energies, and generative and memorization metrics.
 """
 
-from mlflow_icr.extraction import Denoiser, EDMDenoiser, heun_sample, make_views
+from mlflow_icr.extraction import Denoiser, EDMDenoiser, SchedulerDenoiser, heun_sample, make_views
 from mlflow_icr.generation import (
     Authenticity,
     CarliniRatio,
@@ -75,6 +75,7 @@ __all__ = [
     "NoiseSweep",
     "Protocol",
     "Report",
+    "SchedulerDenoiser",
     "Verdict",
     "ViewErrorRatio",
     "ViewMoments",

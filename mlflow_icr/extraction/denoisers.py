@@ -68,13 +68,15 @@ class EDMDenoiser:
         c_skip = self.sigma_data**2 / variance
         c_out = s * self.sigma_data / variance.sqrt()
         # UNet2DModel casts a Python float time to long; a tensor keeps c_noise as it is.
-        f = _tensor_of(self._network(x / variance.sqrt(), sigma.log() / 4))
-        return c_skip * x + c_out * f.float()
+        return c_skip * x + c_out * _run(self._network, x / variance.sqrt(), sigma.log() / 4)
 
 
-def _tensor_of(output: Any) -> Tensor:
-    """What a network gave, out of diffusers' output class where it is in one."""
-    return output.sample if hasattr(output, "sample") else output
+def _run(network: nn.Module, x: Tensor, time: Tensor) -> Tensor:
+    """F(x, time) in float32, of a network whose weights may be of another type, out of diffusers' output class."""
+    weight = next(network.parameters(), x)
+    output = network(x.to(weight.dtype), time)
+    f: Tensor = output.sample if hasattr(output, "sample") else output
+    return f.float()
 
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
@@ -127,7 +129,7 @@ class SchedulerDenoiser:
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(x.shape[0])
         s = sigma.view(-1, 1, 1, 1)
         alpha = 1 / (1 + s.square())
-        f = _tensor_of(self._network(alpha.sqrt() * x, self.timestep(sigma)))[:, : x.shape[1]].float()
+        f = _run(self._network, alpha.sqrt() * x, self.timestep(sigma))[:, : x.shape[1]]
         if self.prediction_type == "epsilon":
             return x - s * f
         if self.prediction_type == "sample":

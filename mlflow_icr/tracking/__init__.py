@@ -1,9 +1,23 @@
 """Where results go: the journal, and from it MLflow and TensorBoard."""
 
 from mlflow_icr.monitoring.series import read_arrays, read_history
+from mlflow_icr.tracking.folder import check_folder, folder_tracker
 from mlflow_icr.tracking.journal import Journal
+from mlflow_icr.tracking.logged import Logged, read_logged
 from mlflow_icr.tracking.mlflow_sink import MLflowSink
 from mlflow_icr.tracking.tensorboard_sink import TensorBoardSink
 from mlflow_icr.tracking.tracker import Sink, Tracker
 
-__all__ = ["Journal", "MLflowSink", "Sink", "TensorBoardSink", "Tracker", "read_arrays", "read_history"]
+__all__ = [
+    "Journal",
+    "Logged",
+    "MLflowSink",
+    "Sink",
+    "TensorBoardSink",
+    "Tracker",
+    "check_folder",
+    "folder_tracker",
+    "read_arrays",
+    "read_history",
+    "read_logged",
+]

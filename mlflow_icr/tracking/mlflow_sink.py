@@ -7,11 +7,13 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
 from mlflow_icr.monitoring.report import Report
 from mlflow_icr.monitoring.verdict import Verdict
+from mlflow_icr.tracking.logged import Logged
 
 # MLflow's defaults make one call to a dead server block for minutes (7 retries, 120 s each); measurements must not.
 PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
@@ -22,16 +24,19 @@ class MLflowSink:
 
     What the server does not take is kept, in order, and tried again with the next measurement and at the end. Parameters
     that the run has already (those of `mlflow run -P`) stay as they are. With `joins`, results are added to the run of
-    `run_id` as it is: it is neither set running nor ended. Use it on the main process only.
+    `run_id` as it is: it is neither set running nor ended. `note` is a file that is told the run, once there is one.
+    Use it on the main process only.
     """
 
     name = "MLflow"
 
-    def __init__(self, run_id: str | None = None, run_name: str | None = None, *, joins: bool = False) -> None:
+    def __init__(
+        self, run_id: str | None = None, run_name: str | None = None, *, joins: bool = False, note: Path | None = None
+    ) -> None:
         if joins and run_id is None:
             raise ValueError("joins is True and run_id None; expected the run to join")
         self.run_id = run_id
-        self.joins = joins
+        self.joins, self.note_file = joins, note
         self.run_name = run_name
         self.experiment_id: str | None = None
         self._owned = True
@@ -60,6 +65,8 @@ class MLflowSink:
             run = mlflow.start_run(run_id=self.run_id, run_name=None if adopted else self.run_name)
         self._client = mlflow.MlflowClient()
         self.run_id, self.experiment_id = run.info.run_id, run.info.experiment_id
+        if self.note_file is not None:
+            self.note_file.write_text(json.dumps({"run_id": self.run_id, "experiment_id": self.experiment_id}))
 
     def _describe(self, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
         from mlflow.entities import Param, RunTag
@@ -104,6 +111,21 @@ class MLflowSink:
 
         tags = [RunTag(f"{kind}.{key}", text[:8000]) for key, text in texts.items()]
         self._client.log_batch(self.run_id, tags=tags[:100])
+
+    def log(self, rows: Sequence[Logged]) -> None:
+        """Log values of somebody else's training at their own steps and times. What fails is not kept: the file has it.
+
+        Texts become tags, of which a run has one for each key: the last. Sent twice, a value is stored once.
+        """
+        from mlflow.entities import Metric, RunTag
+
+        self._send()  # the run may have to be made yet
+        metrics = [Metric(key, value, round(r.time * 1000), r.step) for r in rows for key, value in r.values.items()]
+        for start in range(0, len(metrics), 1000):  # the store's limits for one batch
+            self._client.log_batch(self.run_id, metrics=metrics[start : start + 1000])
+        tags = [RunTag(f"logged.{key}", text[:8000]) for key, text in {k: v for r in rows for k, v in r.texts.items()}.items()]
+        for start in range(0, len(tags), 100):
+            self._client.log_batch(self.run_id, tags=tags[start : start + 100])
 
     def summary(self, values: Mapping[str, float], step: int) -> None:
         """Log the summary metrics at the last step."""

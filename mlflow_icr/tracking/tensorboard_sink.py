@@ -10,6 +10,7 @@ import numpy as np
 
 from mlflow_icr.monitoring.report import Report
 from mlflow_icr.monitoring.verdict import Verdict
+from mlflow_icr.tracking.logged import Logged
 
 # What TensorBoard's hparams table shows as metrics of a run.
 HPARAM_METRICS = (
@@ -22,6 +23,7 @@ HPARAM_METRICS = (
     "lead_images",
 )
 TABLE_ROWS = 50
+MEASURED = ("repr/", "repr_", "mem/", "perf/")  # every measurement has one of these
 
 
 class TensorBoardSink:
@@ -52,12 +54,13 @@ class TensorBoardSink:
         self._writer.flush()
 
     def recorded_steps(self) -> set[int]:
-        """Steps of all scalars in the folder's event files."""
+        """Steps of all measured scalars in the folder's event files; those of a training's own values may be others."""
         from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
         events = EventAccumulator(str(self.log_dir), size_guidance={SCALARS: 0})
         events.Reload()
-        return {event.step for tag in events.Tags()["scalars"] for event in events.Scalars(tag)}
+        tags = [tag for tag in events.Tags()["scalars"] if tag.startswith(MEASURED)]
+        return {event.step for tag in tags for event in events.Scalars(tag)}
 
     def write(self, report: Report) -> None:
         """Add a report's values as scalars and its pictures as images."""
@@ -69,6 +72,15 @@ class TensorBoardSink:
             self._writer.add_text(f"absent/{key}", why, report.step)
         for key, text in report.warnings.items():
             self._writer.add_text(f"warning/{key}", text, report.step)
+        self._writer.flush()
+
+    def log(self, rows: Sequence[Logged]) -> None:
+        """Add values and texts of somebody else's training at their own steps and times."""
+        for row in rows:
+            for key, value in row.values.items():
+                self._writer.add_scalar(key, value, row.step, walltime=row.time)
+            for key, text in row.texts.items():
+                self._writer.add_text(key, text, row.step, walltime=row.time)
         self._writer.flush()
 
     def summary(self, values: Mapping[str, float], step: int) -> None:

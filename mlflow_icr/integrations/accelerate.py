@@ -75,7 +75,7 @@ class ICRTracker(GeneralTracker):  # type: ignore[misc]
 
     @_main
     def start(self) -> None:
-        """Begin; the run itself is made with the first value, so that the configuration, which comes next, is its parameters."""
+        """Begin; the run is made with the first value, so that the configuration, which comes next, is its parameters."""
         if not self._begun:
             import mlflow  # noqa: F401 - it must be asked to end its runs at exit before this is
 

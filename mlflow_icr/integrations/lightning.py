@@ -55,17 +55,15 @@ class ICRCallback(_lightning().Callback):  # type: ignore[misc]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin the run, and measure the network as it is."""
-        # A name that has stayed since WeightAveraging came, in 2.6; there is no public one.
+        params = {"trainer": "lightning", "max_steps": trainer.max_steps, "max_epochs": trainer.max_epochs}
+        # A private name, since WeightAveraging came in 2.6: there is no public one.
         averages = (getattr(callback, "_average_model", None) for callback in trainer.callbacks)
         average = next((model.module for model in averages if model is not None), None)
         if average is not None and self.settings.ema is None:
-            pl_module, average = average, None
-        self.watch = self.settings.watch(
-            pl_module,
-            images_seen=self._images_seen,
-            resume=trainer.global_step > 0,
-            params={"trainer": "lightning", "max_steps": trainer.max_steps, "max_epochs": trainer.max_epochs},
-        )
+            pl_module = average
+            params["weights"] = "average"
+        resume = trainer.global_step > 0
+        self.watch = self.settings.watch(pl_module, images_seen=self._images_seen, resume=resume, params=params)
         self.watch(self._images_seen)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

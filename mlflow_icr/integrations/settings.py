@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -55,16 +54,14 @@ class WatchSettings:
         self,
         module: nn.Module,
         *,
-        average: Any = None,
         images_seen: int = 0,
         resume: bool = False,
         params: Mapping[str, object] | None = None,
         tracker: Tracker | None = None,
     ) -> ICRWatch:
-        """The watch on a module's network, or on its average: `ema`, or one that the trainer keeps. Raises ValueError."""
+        """The watch on a module's network, or on the average of it that `ema` finds. Raises ValueError where they are not."""
         network = bare(find(module, self.network, "network"), "network")
-        if self.ema is not None:
-            average = find(module, self.ema, "ema")
+        average = None if self.ema is None else find(module, self.ema, "ema")
         measured, refresh = measured_network(network, average)
         denoiser = self.denoiser(measured)
         generation = None
@@ -80,7 +77,7 @@ class WatchSettings:
             stop_on=self.stop_on,
             refresh=refresh,
             labels=self.labels,
-            params={**self.params, **(params or {}), "weights": "raw" if average is None else "average"},
+            params={"weights": "raw" if average is None else "average", **(params or {}), **self.params},
             tags=self.tags,
             run_name=self.run_name,
             resume=resume,

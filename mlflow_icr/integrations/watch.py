@@ -37,7 +37,7 @@ def check_stop_on(stop_on: str) -> None:
 
 
 class ICRWatch:
-    """Measures a denoiser on its training images (N, C, H, W) when it is due, and records that in a folder, MLflow, TensorBoard.
+    """Measures a denoiser on its training images (N, C, H, W) when it is due; records it in a folder, MLflow, TensorBoard.
 
     `watch(images_seen)` after each step measures when the schedule's next point is reached (every so many images, given ones,
     or None: three for each doubling), and says whether to stop: with `stop_on`, from the verdict turning or memorizing on. All
@@ -79,8 +79,8 @@ class ICRWatch:
         self.monitor = ICRMonitor(denoiser, images, protocol, labels=labels, pictures=pictures)
         self.generation, self.denoiser = generation, denoiser
         self.images_seen, self.stops = images_seen, False
-        self._last: int | None = None  # images seen of the newest measurement of this process
-        self._mine, self._batches = 0, 0
+        self.measured_at: int | None = None  # images seen of the newest measurement of this process
+        self.pending, self._batches = 0, 0
         if resume:
             self._load_state()
         self._owned, self.tracker = tracker is None, tracker
@@ -128,28 +128,28 @@ class ICRWatch:
 
     def add(self, count: int) -> bool:
         """The same, for a rank that says how many images its own last batch had; ranks may differ in that."""
-        self._mine += count
+        self.pending += count
         self._batches += 1
         if world()[1] > 1 and self._batches % COUNT_EVERY:
             return self.stops
         return self(self.images_seen + self._gather_count())
 
     def _gather_count(self) -> int:
-        total = sum_over_ranks(self._mine, device_of(self.denoiser))
-        self._mine = 0
+        total = sum_over_ranks(self.pending, device_of(self.denoiser))
+        self.pending = 0
         return total
 
     def measure(self) -> Report | None:
         """Measure now, whatever the schedule says; on all ranks. None where that was done already."""
         step = self.images_seen
-        if self._last == step:
+        if self.measured_at == step:
             return None
         if self._refresh is not None:
             self._refresh()
         report = self.monitor.measure(step)
         if self.generation is not None:
             report = report.joined(self.generation.measure(step))
-        self._last = step
+        self.measured_at = step
         wants = False
         if self.tracker is not None and self.is_main:
             self.tracker.record(report)
@@ -168,8 +168,7 @@ class ICRWatch:
 
     def finish(self) -> None:
         """Measure where training ended, unless that was done already, and close; on all ranks."""
-        if world()[1] > 1:
-            self.images_seen += self._gather_count()
+        self.images_seen += self._gather_count()
         self.measure()
         self.close()
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -46,7 +47,8 @@ def copy_of(network: nn.Module) -> nn.Module:
     """
     if hasattr(network, "from_config") and hasattr(network, "config"):
         kind: Any = type(network)
-        made: nn.Module = kind.from_config(network.config)
+        with torch.random.fork_rng(devices=[]):  # its first weights, which are not used, are drawn at random on the CPU
+            made: nn.Module = kind.from_config(network.config)
         made.load_state_dict(network.state_dict())
         weight = next(network.parameters())
         made = made.to(weight.device, weight.dtype)

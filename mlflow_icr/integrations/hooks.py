@@ -146,6 +146,8 @@ class ScriptHooks:
     def _backward(self, original: Any, accelerator: Any, *args: Any, **kwargs: Any) -> None:
         original(accelerator, *args, **kwargs)
         self._stepped = self._stepped or accelerator.sync_gradients
+        if accelerator.sync_gradients and self.icr.images_per_step is None:  # before the script logs this step
+            self.icr.images_per_step = self._images * accelerator.num_processes
 
     def _save_state(self, original: Any, accelerator: Any, *args: Any, **kwargs: Any) -> Any:
         folder = original(accelerator, *args, **kwargs)
@@ -184,8 +186,6 @@ class ScriptHooks:
 
     def _step(self, watch: ICRWatch) -> None:
         """An optimizer step is behind: count its images, measure when it is due, and stop when it is time."""
-        if self.icr.images_per_step is None:
-            self.icr.images_per_step = self._images * self.accelerator.num_processes
         count, self._images, self._stepped = self._images, 0, False
         stops = watch.add(count)
         self._keep()

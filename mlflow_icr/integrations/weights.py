@@ -51,7 +51,9 @@ def copy_of(network: nn.Module) -> nn.Module:
             made: nn.Module = kind.from_config(network.config)
         made.load_state_dict(network.state_dict())
         weight = next(network.parameters())
-        made = made.to(weight.device, weight.dtype)
+        made = made.to(weight.device)
+        if weight.dtype != torch.float32:
+            made = made.to(weight.dtype)
     elif "forward" in vars(network):
         raise ValueError(
             f"network is a {type(network).__name__} that Accelerate prepared, which cannot be copied for its average"

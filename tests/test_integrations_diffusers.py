@@ -96,12 +96,14 @@ def data(tmp_path: Path, digits: torch.Tensor) -> Path:
 
 
 def run(
-    tmp_path: Path, data: Path | None, name: str, *flags: str, ours: tuple[str, ...] = ()
+    tmp_path: Path, data: Path | None, name: str, *flags: str, ours: tuple[str, ...] = (), ranks: int = 1
 ) -> subprocess.CompletedProcess[str]:
     """The script, under the hooks where there is data, in a process of its own."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     command = [sys.executable]
+    if ranks > 1:
+        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", "29632"]
     if data is not None:
         command += [
             "-m",
@@ -113,7 +115,12 @@ def run(
         ]
         command += [*ours]
     command += [str(script), "--output_dir", str(tmp_path / name), *flags]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
     return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, cwd=tmp_path)
 
 
@@ -176,6 +183,26 @@ def test_a_script_that_resumes_goes_on_in_the_run(tmp_path: Path, data: Path) ->
     # 32 was measured already; the end, after 80 images, is no point of the schedule, but an end
     assert [row["images_seen"] for row in read_history(tmp_path / "a-icr")] == [0, 32, 64, 80]
     assert len(mlflow.MlflowClient().search_runs(["0"])) == 1
+
+
+def test_two_ranks_measure_together_and_stop_together(tmp_path: Path, data: Path) -> None:
+    """The folder's past is that of a model that has turned: the verdict, of the whole history, ends the training."""
+    import mlflow
+
+    mlflow.search_runs()  # a fresh store is made by one process
+    folder = tmp_path / "stopped-icr"
+    folder.mkdir()
+    past = [{"images_seen": 2**k, "repr/view_error_ratio": 2.0**k, "repr/view_error_ratio_high": 1.01 * 2**k} for k in range(5)]
+    (folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in past))
+    ours = ("--stop-on", "turning", "--every", "64", "--resume")
+    done = run(tmp_path, data, "stopped", "--steps", "1000", ours=ours, ranks=2)
+    assert done.returncode == 0, done.stderr
+    # 0, and where it stopped: after the first step, of two batches of eight on each of two ranks
+    assert [row["images_seen"] for row in read_history(folder)][5:] == [0, 32]
+    (found,) = mlflow.MlflowClient().search_runs(["0"])
+    assert (found.info.status, found.data.tags["verdict"]) == ("FINISHED", "turning")
+    assert (folder / "checkpoints" / "000000000032" / "unet" / "diffusion_pytorch_model.safetensors").exists()
+    assert not (tmp_path / "stopped").exists()  # the script did not come to saving
 
 
 def test_bad_input_is_one_line_before_the_script_starts(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:

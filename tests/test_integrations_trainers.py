@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mlflow_icr import EDMDenoiser, ICRMonitor, Protocol, SchedulerDenoiser
 from mlflow_icr.integrations.watch import ICRWatch
 from mlflow_icr.monitoring.schedule import measuring_steps
 from mlflow_icr.tracking import read_history
+from tests.loop import my_loop
 from tests.test_tracking import journal_scalars, mlflow_scalars
 
 PROTOCOL = Protocol(num_views=4, num_images=32)
@@ -79,6 +81,16 @@ def test_a_plain_loop_is_watched(tmp_path: Path, small_unet: nn.Module, digits: 
     same_everywhere(tmp_path, "FAILED")
     with pytest.raises(ValueError, match=r"protocol_digest is .*, but .* has"):
         ICRWatch(EDMDenoiser(network), digits, tmp_path, protocol=Protocol(num_views=5), resume=True)
+
+
+def test_the_loop_of_the_documents_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = (Path(__file__).parents[1] / "docs" / "integrations.md").read_text()
+    block = re.search(r"<!-- watch -->\n```python\n(.*?)```", document, re.S)
+    assert block
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block.group(1), "integrations.md", "exec"), my_loop(steps=5))  # 25 000 images a step
+    assert [row["images_seen"] for row in read_history(tmp_path / "outputs" / "mine")] == [25_000, 50_000, 100_000, 125_000]
+    same_everywhere(tmp_path / "outputs" / "mine")
 
 
 def test_a_watch_refuses_before_it_begins(tmp_path: Path, small_unet: nn.Module, digits: Tensor) -> None:

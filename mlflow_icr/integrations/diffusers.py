@@ -27,12 +27,16 @@ from mlflow_icr.tracking import check_folder
 
 def _numbers(text: str) -> tuple[float, ...]:
     """Numbers with commas between them: with spaces, the script's name would be one of them."""
-    return tuple(float(part) for part in text.split(","))
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected numbers with commas between them") from None
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m mlflow_icr.integrations.diffusers",
+        usage="%(prog)s --data DATA [flags] SCRIPT [the script's flags]",
         description="Run a diffusers training script as it is, and measure its network while it trains.",
     )
     parser.add_argument("--data", type=Path, required=True, help="the training images, or some of them: folder, .zip or .npz")

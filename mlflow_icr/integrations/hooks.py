@@ -169,7 +169,7 @@ class ScriptHooks:
             self.watch.pending += self._images
             self._images = 0
             self.watch.finish()
-            self._keep()
+            self._keep(always=self.watch.stops)
         original(accelerator, *args, **kwargs)
 
     def _before_forward(self, network: nn.Module, args: Any, kwargs: Any) -> None:
@@ -190,7 +190,6 @@ class ScriptHooks:
         stops = watch.add(count)
         self._keep()
         if stops:
-            self._keep(always=True)
             self.accelerator.end_training()
             raise SystemExit(0)
 

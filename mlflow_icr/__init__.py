@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from mlflow_icr.version import __version__
 
 if TYPE_CHECKING:
-    from mlflow_icr.extraction import Denoiser, EDMDenoiser, heun_sample, make_views
+    from mlflow_icr.extraction import Denoiser, EDMDenoiser, SchedulerDenoiser, heun_sample, make_views
     from mlflow_icr.generation import (
         Authenticity,
         CarliniRatio,
@@ -83,6 +83,7 @@ __all__ = [
     "NoiseSweep",
     "Protocol",
     "Report",
+    "SchedulerDenoiser",
     "Verdict",
     "ViewErrorRatio",
     "ViewMoments",

@@ -1,6 +1,6 @@
 """From images to features: views, denoisers, taps and samplers."""
 
-from mlflow_icr.extraction.denoisers import Denoiser, EDMDenoiser
+from mlflow_icr.extraction.denoisers import Denoiser, EDMDenoiser, SchedulerDenoiser
 from mlflow_icr.extraction.keyed import keyed_generator
 from mlflow_icr.extraction.samplers import heun_sample
 from mlflow_icr.extraction.taps import Tap, middle_layers, pool, resolve_layer
@@ -10,6 +10,7 @@ __all__ = [
     "AUGMENTATION_LEVELS",
     "Denoiser",
     "EDMDenoiser",
+    "SchedulerDenoiser",
     "Tap",
     "as_unit_interval",
     "heun_sample",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,70 @@ class EDMDenoiser:
         c_skip = self.sigma_data**2 / variance
         c_out = s * self.sigma_data / variance.sqrt()
         # UNet2DModel casts a Python float time to long; a tensor keeps c_noise as it is.
-        output = self._network(x / variance.sqrt(), sigma.log() / 4)
-        f = output.sample if hasattr(output, "sample") else output
-        return c_skip * x + c_out * f.float()
+        return c_skip * x + c_out * _run(self._network, x / variance.sqrt(), sigma.log() / 4)
+
+
+def _run(network: nn.Module, x: Tensor, time: Tensor) -> Tensor:
+    """F(x, time) in float32, of a network whose weights may be of another type, out of diffusers' output class."""
+    weight = next(network.parameters(), x)
+    output = network(x.to(weight.dtype), time)
+    f: Tensor = output.sample if hasattr(output, "sample") else output
+    return f.float()
+
+
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+
+
+class SchedulerDenoiser:
+    """A network F(x_t, t) trained with a variance-preserving scheduler of diffusers, such as DDPMScheduler or DDIMScheduler.
+
+    Noise sigma on clean images is alpha_bar = 1 / (1 + sigma^2) of the scheduler, and x_t = sqrt(alpha_bar) x. With v = sqrt(
+    alpha_bar) noise - sqrt(1 - alpha_bar) x_0, the clean image is x - sigma F for `epsilon`, F for `sample`, and alpha_bar x -
+    sqrt(1 - alpha_bar) F for `v_prediction`. t lies between the timesteps whose noise is next, linear in log sigma; with
+    `nearest` it is the nearest whole one, for networks that look timesteps up in a table. Noise beyond the scheduler's has its
+    first or last timestep. Of a network that predicts a variance too, the second half of the channels is left aside. Raises
+    ValueError for a scheduler without alphas_cumprod or with another prediction type.
+    Source: Ho et al. 2020, equation 4; Salimans & Ho 2022, appendix D (v).
+    """
+
+    def __init__(self, network: nn.Module, scheduler: Any, *, nearest: bool = False) -> None:
+        alphas = getattr(scheduler, "alphas_cumprod", None)
+        if not isinstance(alphas, Tensor):
+            raise ValueError(
+                f"scheduler is a {type(scheduler).__name__}, without alphas_cumprod; expected DDPMScheduler or one of its kind"
+            )
+        self.prediction_type = str(scheduler.config.prediction_type)
+        if self.prediction_type not in PREDICTION_TYPES:
+            raise ValueError(f"prediction_type is {self.prediction_type!r}; expected one of {', '.join(PREDICTION_TYPES)}")
+        self._network = network
+        self.nearest = nearest
+        alphas = alphas.detach().double().cpu()
+        # A rescaled schedule ends in pure noise, alpha_bar = 0, whose sigma has no logarithm to interpolate in.
+        alphas = alphas[alphas > 0]
+        self.log_sigmas = ((1 - alphas) / alphas).log() / 2  # (T,), increasing
+
+    @property
+    def network(self) -> nn.Module:
+        """The wrapped network."""
+        return self._network
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """The timesteps (B,) of noise levels (B,): float32, or int64 with `nearest`."""
+        known = self.log_sigmas.to(sigma.device, torch.float64)
+        wanted = sigma.double().log().clamp(known[0], known[-1])
+        right = torch.searchsorted(known, wanted).clamp(1, len(known) - 1)
+        left = right - 1
+        t = left + (wanted - known[left]) / (known[right] - known[left])
+        return t.round().long() if self.nearest else t.float()
+
+    def __call__(self, x: Tensor, sigma: Tensor | float) -> Tensor:
+        """The denoised images, (B, C, H, W) float32, for x of that shape and sigma > 0, a float or (B,)."""
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(x.shape[0])
+        s = sigma.view(-1, 1, 1, 1)
+        alpha = 1 / (1 + s.square())
+        f = _run(self._network, alpha.sqrt() * x, self.timestep(sigma))[:, : x.shape[1]]
+        if self.prediction_type == "epsilon":
+            return x - s * f
+        if self.prediction_type == "sample":
+            return f
+        return alpha * x - s * alpha.sqrt() * f  # sqrt(1 - alpha_bar) = sigma sqrt(alpha_bar)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import count, pairwise
+
+# The verdict reads slopes over doublings of images seen, of three measurements at least: this gives it four.
+PER_DOUBLING = 3
+FIRST_IMAGES = 2000  # before that a network has learned little that could be measured
 
 
 def geometric_schedule(total: int, *, first: int, count: int, granularity: int = 1) -> tuple[int, ...]:
@@ -30,3 +35,21 @@ def every_nth(points: Sequence[int], n: int) -> tuple[int, ...]:
     if n < 1:
         raise ValueError(f"n is {n}; expected at least 1")
     return tuple(points[::-1][::n][::-1])
+
+
+def measuring_steps(schedule: int | Iterable[int] | None = None) -> Iterator[int]:
+    """Images seen at which to measure, in order, from 0: every so many, those that are given, or a geometric progression.
+
+    None is for trainings whose end is not known: 0, 2000, and then three for each doubling, without end. Raises ValueError
+    for numbers that are not positive, or do not increase.
+    """
+    if schedule is None:
+        return (0 if i == 0 else round(FIRST_IMAGES * 2 ** ((i - 1) / PER_DOUBLING)) for i in count())
+    if isinstance(schedule, int):
+        if schedule < 1:
+            raise ValueError(f"schedule is {schedule}; expected a number of images >= 1, or several")
+        return count(0, schedule)
+    points = list(schedule)
+    if not points or points[0] < 0 or any(b <= a for a, b in pairwise(points)):
+        raise ValueError(f"schedule is {points}; expected increasing numbers of images seen, >= 0")
+    return iter(points)

@@ -1,7 +1,9 @@
 """Where results go: the journal, and from it MLflow and TensorBoard."""
 
 from mlflow_icr.monitoring.series import read_arrays, read_history
+from mlflow_icr.tracking.folder import check_folder, folder_tracker
 from mlflow_icr.tracking.journal import Journal
+from mlflow_icr.tracking.logged import Logged, read_logged
 from mlflow_icr.tracking.mlflow_sink import MLflowSink
 from mlflow_icr.tracking.sync import sync
 from mlflow_icr.tracking.tensorboard_export import export_runs
@@ -11,13 +13,17 @@ from mlflow_icr.tracking.tracker import Sink, Tracker
 
 __all__ = [
     "Journal",
+    "Logged",
     "MLflowSink",
     "Sink",
     "TensorBoardSink",
     "Tracker",
+    "check_folder",
     "export_runs",
+    "folder_tracker",
     "import_runs",
     "read_arrays",
     "read_history",
+    "read_logged",
     "sync",
 ]

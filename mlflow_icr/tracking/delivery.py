@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mlflow_icr.tracking.outbox import Operation, Outbox
 
 KEY_TAG = "icr.outbox"
+Point = tuple[str, float, int, int]  # key, value, step, time in ms
+
 BATCH = 100  # parameters or tags; the store's limit
 METRICS = 1000
 
@@ -89,16 +92,21 @@ class Delivery:
         self._describe(operation | {"params": {}})
 
     def _metrics(self, operation: Operation, doubtful: bool) -> None:
+        step, time = operation["step"], operation["time"]
+        self._log_points([(key, value, step, time) for key, value in operation["values"].items()], doubtful)
+
+    def _points(self, operation: Operation, doubtful: bool) -> None:
+        self._log_points([(key, value, step, time) for key, value, step, time in operation["points"]], doubtful)
+
+    def _log_points(self, points: Sequence[Point], doubtful: bool) -> None:
         from mlflow.entities import Metric
 
-        step, time = operation["step"], operation["time"]
-        there: set[str] = set()
+        there: set[tuple[str, int, int]] = set()
         if doubtful:
-            for key in operation["values"]:
+            for key in {key for key, *_ in points}:
                 history = self._client.get_metric_history(self._run_id, key)
-                if any((point.step, point.timestamp) == (step, time) for point in history):
-                    there.add(key)
-        metrics = [Metric(key, value, time, step) for key, value in operation["values"].items() if key not in there]
+                there |= {(key, point.step, point.timestamp) for point in history}
+        metrics = [Metric(key, value, time, step) for key, value, step, time in points if (key, step, time) not in there]
         for start in range(0, len(metrics), METRICS):
             self._client.log_batch(self._run_id, metrics=metrics[start : start + METRICS])
 

@@ -77,6 +77,12 @@ class Journal:
         write_whole(path, lambda file: file.write(text.getvalue().encode()))
         return path
 
+    def write_file(self, name: str, content: bytes) -> Path:
+        """Write a file of the folder, whole or not at all; returns its path."""
+        path = self.folder / name
+        write_whole(path, lambda file: file.write(content))
+        return path
+
     def picture(self, key: str, step: int) -> Path:
         """Where the picture of a key at a step is kept."""
         return self.folder / "images" / key / f"{step:012d}.png"

@@ -17,6 +17,7 @@ from mlflow_icr.extraction.files import write_whole
 from mlflow_icr.monitoring.report import Report
 from mlflow_icr.monitoring.verdict import Verdict
 from mlflow_icr.tracking.delivery import Delivery, RefusalError
+from mlflow_icr.tracking.logged import Logged
 from mlflow_icr.tracking.outbox import Operation, Outbox
 from mlflow_icr.tracking.store import PATIENCE, without_credentials
 
@@ -140,6 +141,13 @@ class MLflowSink:
     def dataset(self, description: Mapping[str, str], context: str) -> None:
         """Log a set of images as an input of the run; one that the run has already is not logged again."""
         self.say([{"kind": "dataset", "description": dict(description), "context": context}])
+
+    def log(self, rows: Sequence[Logged]) -> None:
+        """Log values of somebody else's training at their own steps and times; texts become tags, of which the last stays."""
+        points = [[key, value, row.step, round(row.time * 1000)] for row in rows for key, value in row.values.items()]
+        texts = {f"logged.{key}": text for row in rows for key, text in row.texts.items()}
+        parts: list[Operation] = [{"kind": "points", "points": points}] if points else []
+        self.say(parts + ([{"kind": "tags", "tags": texts}] if texts else []))
 
     def summary(self, values: Mapping[str, float], step: int) -> None:
         """Log the summary metrics at the last step."""

@@ -10,6 +10,7 @@ import numpy as np
 
 from mlflow_icr.monitoring.report import Report
 from mlflow_icr.monitoring.verdict import Verdict
+from mlflow_icr.tracking.logged import Logged
 
 # What TensorBoard's hparams table shows as metrics of a run.
 HPARAM_METRICS = (
@@ -82,6 +83,15 @@ class TensorBoardSink:
             self._writer.add_text(f"absent/{key}", why, report.step)
         for key, text in report.warnings.items():
             self._writer.add_text(f"warning/{key}", text, report.step)
+        self._writer.flush()
+
+    def log(self, rows: Sequence[Logged]) -> None:
+        """Add values and texts of somebody else's training at their own steps and times."""
+        for row in rows:
+            for key, value in row.values.items():
+                self._writer.add_scalar(key, value, row.step, walltime=row.time)
+            for key, text in row.texts.items():
+                self._writer.add_text(key, text, row.step, walltime=row.time)
         self._writer.flush()
 
     def summary(self, values: Mapping[str, float], step: int) -> None:

@@ -14,6 +14,7 @@ from mlflow_icr.monitoring.report import Report
 from mlflow_icr.monitoring.summary import summarise
 from mlflow_icr.monitoring.verdict import Verdict, verdict
 from mlflow_icr.tracking.journal import Journal
+from mlflow_icr.tracking.logged import FOLDER, VALUES, Logged, LoggedValues
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,9 @@ class Sink(Protocol):
 
     def write(self, report: Report) -> None:
         """Add a measurement."""
+
+    def log(self, rows: Sequence[Logged]) -> None:
+        """Add values that a training logs of its own; what fails is handed over again."""
 
     def summary(self, values: Mapping[str, float], step: int) -> None:
         """Set the summary metrics of the run."""
@@ -67,11 +71,14 @@ class Tracker:
         self.journal = Journal(output_dir)
         self.sinks = list(sinks)
         self._told: set[str] = set()
+        self._logged: LoggedValues | None = None  # most runs have none
 
     def open(self, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
         """Open every sink and write to it what the journal has and it has not."""
         for sink in self.sinks:
             self._guard(sink, partial(self._open, sink, params, tags))
+        if (self.journal.folder / FOLDER / VALUES).exists():
+            self._values().flush()
 
     def dataset(self, describe: Callable[[], Mapping[str, str]], context: str) -> None:
         """Show in every sink what a set of images is; `context` is what it is for, "training" or "validation".
@@ -126,6 +133,26 @@ class Tracker:
     def _tell(sink: Sink, found: Verdict, step: int) -> None:
         sink.verdict(found, step)
 
+    def log(self, row: Logged) -> None:
+        """Write a training's own values to `logged/values.jsonl`, and within seconds everywhere; OSError when the disk is full.
+
+        They are apart from the journal: its rows are measurements, one for each number of images seen.
+        """
+        self._values().add(row)
+
+    def _values(self) -> LoggedValues:
+        if self._logged is None:
+            self._logged = LoggedValues(self.journal.folder, [sink.name for sink in self.sinks], self._send_logged)
+        return self._logged
+
+    def _send_logged(self, name: str, rows: list[Logged]) -> bool:
+        return all(self._guard(sink, partial(sink.log, rows)) for sink in self.sinks if sink.name == name)
+
+    def show(self, report: Report) -> None:
+        """Write a report to every sink, but not to the journal: it is no measurement, and the caller keeps what is in it."""
+        for sink in self.sinks:
+            self._guard(sink, partial(sink.write, report))
+
     def table(self, name: str, rows: Sequence[Mapping[str, object]], step: int) -> None:
         """Write a table to `tables/<name>.csv` in the folder and to every sink; nothing for no rows."""
         if not rows:
@@ -152,6 +179,9 @@ class Tracker:
 
     def close(self, status: str) -> dict[str, float]:
         """Write the summary of the history, which is returned, and close every sink with the run's status."""
+        if self._logged is not None:
+            self._logged.close()
+            self._logged = None
         values = summarise(self.journal.rows) | self.verdict.summary()
         step = max(self.journal.steps, default=0)
         for sink in self.sinks:
@@ -160,7 +190,8 @@ class Tracker:
             self._guard(sink, partial(sink.close, status))
         return values
 
-    def _guard(self, sink: Sink, call: Callable[[], None]) -> None:
+    def _guard(self, sink: Sink, call: Callable[[], None]) -> bool:
+        """Whether the call went through."""
         try:
             call()
         except Exception as error:  # a tracker of any kind, failing in any way, must not cost a training run
@@ -174,3 +205,5 @@ class Tracker:
                     self.journal.path,
                 )
             logger.debug("%s failed", sink.name, exc_info=error)
+            return False
+        return True

@@ -1,0 +1,167 @@
+"""Accelerate: `Accelerator(log_with=ICRTracker(folder))` brings what a script logs into the folder, MLflow and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from accelerate.tracking import GeneralTracker, on_main_process
+from PIL import Image
+
+from mlflow_icr.integrations.ending import end_at_exit
+from mlflow_icr.integrations.pictures import as_pictures
+from mlflow_icr.monitoring import Report
+from mlflow_icr.tracking import Logged, Tracker, check_folder, folder_tracker
+from mlflow_icr.tracking.logged import FOLDER, clean_key, plain_values
+
+logger = logging.getLogger(__name__)
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _main(method: Method) -> Method:
+    """Accelerate's decorator for what only the main process does, with the method's type."""
+    return on_main_process(method)
+
+
+class ICRTracker(GeneralTracker):  # type: ignore[misc]
+    """What `accelerator.log`, `log_images` and `log_table` are given, in `output_dir/logged`, MLflow and TensorBoard.
+
+    Values go by the script's own steps; with `images_per_step`, images in one of them, by images seen, as measurements do.
+    Numbers may be Python's, numpy's or 0-d tensors on any device, in nested dicts and short lists; anything else is kept as
+    text. The run starts with `init_trackers`, on the main process alone, and ends with `end_training`: FINISHED. An exception
+    that ends the program leaves it FAILED, Ctrl-C KILLED. `tracker` is the Tracker to `record` measurements with. With `resume`
+    it goes on in the folder, and in its MLflow run. Raises ValueError for a folder that holds a run already, before training.
+    """
+
+    name = "icr"
+    requires_logging_directory = False
+    main_process_only = True
+
+    def __init__(
+        self,
+        output_dir: Path | str,
+        *,
+        images_per_step: int | None = None,
+        run_name: str | None = None,
+        params: Mapping[str, object] | None = None,
+        tags: Mapping[str, str] | None = None,
+        resume: bool = False,
+    ) -> None:
+        super().__init__()
+        if images_per_step is not None and images_per_step < 1:
+            raise ValueError(f"images_per_step is {images_per_step}; expected at least 1, or None")
+        if os.environ.get("RANK", "0") == "0":  # a later rank may come here when the first has begun the run
+            check_folder(output_dir, resume)
+        self.output_dir, self.images_per_step = Path(output_dir), images_per_step
+        self.run_name, self.params, self.tags, self.resume = run_name, dict(params or {}), dict(tags or {}), resume
+        self._tracker: Tracker | None = None
+        self._stay: Callable[[], None] = lambda: None
+        self._count, self._begun = 0, False
+        self._told: set[str] = set()
+
+    @property
+    def tracker(self) -> Tracker:
+        """The Tracker of journal, MLflow and TensorBoard; it opens the run, where that has not begun, on the main process."""
+        if self._tracker is None:
+            self._tracker = folder_tracker(self.output_dir, run_name=self.run_name, resume=self.resume)
+            self._tracker.open(self.params, self.tags)
+            self.start()
+        return self._tracker
+
+    @_main
+    def start(self) -> None:
+        """Begin; the run is made with the first value, so that the configuration, which comes next, is its parameters."""
+        if not self._begun:
+            import mlflow  # noqa: F401 - it must be asked to end its runs at exit before this is
+
+            self._begun, self._stay = True, end_at_exit(self._close)
+
+    @_main
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        """Log the script's configuration as the run's parameters, nested dicts joined with `/`."""
+        numbers, texts = plain_values(values)
+        plain = {clean_key(key): value for key, value in values.items() if isinstance(value, (bool, int, float, str))}
+        self.params |= {**numbers, **texts, **plain}  # as they were written: 64, not 64.0
+        if self._tracker is not None:
+            self._log({}, {"configuration": json.dumps(self.params, default=str)}, 0)
+
+    @_main
+    def log(self, values: Mapping[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        """Log values at a step of the script's; without one, at the next that it has not named."""
+        at = self._at(step)
+        self._log(*plain_values(values), at)
+
+    @_main
+    def log_images(self, values: Mapping[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        """Show images by key: arrays, tensors or PIL images, one, a batch or a list; kept in `logged/images`."""
+        at = self._at(step)
+        for key, images in values.items():
+            name = clean_key(key)
+            try:
+                pictures = as_pictures(images)
+            except (ValueError, TypeError) as error:
+                self._tell(f"{name} is no picture ({error}); its images are not shown")
+                continue
+            for place, picture in enumerate(pictures):
+                shown = name if len(pictures) == 1 else f"{name}/{place}"
+                path = self.tracker.journal.folder / FOLDER / "images" / shown / f"{at:012d}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(picture).save(path)
+                self.tracker.show(Report(at, {}, {shown: picture}))
+
+    @_main
+    def log_table(
+        self,
+        table_name: str,
+        columns: Sequence[str] | None = None,
+        data: Sequence[Sequence[Any]] | None = None,
+        dataframe: Any = None,
+        step: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show a table, from columns and rows or from a pandas frame; kept in `tables/logged`, one file a step."""
+        at = self._at(step)
+        if dataframe is not None:
+            columns, data = [str(c) for c in dataframe.columns], dataframe.to_numpy().tolist()
+        if not data:
+            return
+        names = list(columns) if columns is not None else [f"column_{i}" for i in range(len(data[0]))]
+        if any(len(row) != len(names) for row in data):
+            self._tell(f"table {table_name} has rows of other lengths than its {len(names)} columns; it is not shown")
+            return
+        plain = (bool, int, float, str)
+        rows = [{n: v if isinstance(v, plain) else str(v) for n, v in zip(names, row, strict=True)} for row in data]
+        self.tracker.table(f"{FOLDER}/{clean_key(table_name)}/{at:012d}", rows, at)
+
+    @_main
+    def finish(self) -> None:
+        """End the run as FINISHED; `accelerator.end_training()` calls it."""
+        self.close("FINISHED")
+
+    def close(self, status: str) -> None:
+        """End the run with a status, FINISHED, FAILED or KILLED; nothing the second time, or where none has begun."""
+        self._stay()
+        self._close(status)
+
+    def _close(self, status: str) -> None:
+        if self._begun:
+            self.tracker.close(status)
+            self._tracker, self._begun = None, False
+            self.resume = True  # what is logged after the end goes on in the same run
+
+    def _at(self, step: int | None) -> int:
+        self._count = self._count + 1 if step is None else int(step)
+        return max(0, self._count) * (self.images_per_step or 1)
+
+    def _log(self, values: Mapping[str, float], texts: Mapping[str, str], at: int) -> None:
+        self.tracker.log(Logged(at, time.time(), values, texts))
+
+    def _tell(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            logger.warning(text)

@@ -1,0 +1,192 @@
+"""The watch: measure a denoiser while somebody else trains it, when it is due, and record what was found."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from mlflow_icr.extraction.denoisers import Denoiser, device_of
+from mlflow_icr.extraction.images import content_hash
+from mlflow_icr.integrations.ending import end_at_exit, status_of
+from mlflow_icr.monitoring import GenerationMonitor, ICRMonitor, Protocol, Report, Verdict, verdict
+from mlflow_icr.monitoring.ranks import sum_over_ranks, world
+from mlflow_icr.monitoring.schedule import measuring_steps
+from mlflow_icr.monitoring.verdict import MEMORIZING, TURNING
+from mlflow_icr.tracking import Logged, Tracker, check_folder, folder_tracker
+
+STOPPING = (TURNING, MEMORIZING)  # the later one is past the earlier
+MONITOR_STATE = "monitor.safetensors"
+# Ranks count their own images; asking all of them after every batch would make each wait for the others.
+COUNT_EVERY = 8
+
+
+def check_stop_on(stop_on: str) -> None:
+    """Raise ValueError unless it is a verdict to stop on, or empty."""
+    if stop_on not in ("", *STOPPING):
+        raise ValueError(f"stop_on is {stop_on!r}; expected one of {', '.join(STOPPING)}, or empty")
+
+
+class ICRWatch:
+    """Measures a denoiser on its training images (N, C, H, W) when it is due; records it in a folder, MLflow, TensorBoard.
+
+    `watch(images_seen)` after each step measures when the schedule's next point is reached (every so many images, given ones,
+    or None: three for each doubling), and says whether to stop: with `stop_on`, from the verdict turning or memorizing on. All
+    ranks call it, and get the same answer; the main one writes. `refresh` is called before a measurement, on all ranks.
+    `generation` measures samples too. Without a `tracker` of the caller's, which the caller closes, the watch has its own: use
+    it as a context, or `close` it. With `resume` it goes on in the folder, and in its MLflow run, from `images_seen`. Raises
+    ValueError for images, protocol, schedule, `stop_on` or a folder that do not fit, before any work starts.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        images: Tensor,
+        output_dir: Path | str,
+        *,
+        schedule: int | Iterable[int] | None = None,
+        protocol: Protocol | None = None,
+        generation: GenerationMonitor | None = None,
+        stop_on: str = "",
+        refresh: Callable[[], object] | None = None,
+        labels: Tensor | None = None,
+        pictures: bool = True,
+        params: Mapping[str, object] | None = None,
+        tags: Mapping[str, str] | None = None,
+        run_name: str | None = None,
+        resume: bool = False,
+        images_seen: int = 0,
+        tracker: Tracker | None = None,
+    ) -> None:
+        check_stop_on(stop_on)
+        self._due = measuring_steps(schedule)
+        self._next: int | None = next((point for point in self._due if point >= images_seen), None)
+        self.output_dir, self.stop_on, self._refresh = Path(output_dir), stop_on, refresh
+        self.is_main = world()[0] == 0
+        if tracker is None and self.is_main:
+            check_folder(output_dir, resume)
+        if refresh is not None:
+            refresh()
+        self.monitor = ICRMonitor(denoiser, images, protocol, labels=labels, pictures=pictures)
+        self.generation, self.denoiser = generation, denoiser
+        self.images_seen, self.stops = images_seen, False
+        self.measured_at: int | None = None  # images seen of the newest measurement of this process
+        self.pending, self._batches = 0, 0
+        if resume:
+            self._load_state()
+        self._owned, self.tracker = tracker is None, tracker
+        self._stay: Callable[[], None] = lambda: None
+        if self.is_main:
+            self._open(params or {}, tags or {}, run_name, resume)
+
+    def _open(self, params: Mapping[str, object], tags: Mapping[str, str], run_name: str | None, resume: bool) -> None:
+        measured = self._described()
+        if self.tracker is None:
+            self.tracker = folder_tracker(self.output_dir, run_name=run_name, resume=resume)
+            self.tracker.open({**params, **measured}, tags)
+            self._stay = end_at_exit(self._close)
+        else:
+            text = json.dumps({**params, **measured})
+            self.tracker.log(Logged(0, time.time(), {}, {"protocol": text}))
+
+    def _described(self) -> dict[str, Any]:
+        """What trackers show of the measurement."""
+        p, images = self.monitor.protocol, self.monitor.reader.images
+        found: dict[str, Any] = {f"protocol.{f.name}": getattr(p, f.name) for f in dataclasses.fields(p)}
+        found |= {"protocol_digest": p.digest, "feature_dim": self.monitor.dim, "world_size": world()[1]}
+        found |= {"denoiser": type(self.denoiser).__name__, "torch_version": torch.__version__}
+        return found | ({"probe_sha256": content_hash(images)} if images.dtype == torch.uint8 else {})
+
+    def _load_state(self) -> None:
+        """Go on with what growth and rise are relative to. Raises ValueError for another protocol's."""
+        path = self.output_dir / MONITOR_STATE
+        if not path.exists():  # ended before its first measurement
+            return
+        with safe_open(path, "pt") as file:
+            digest = (file.metadata() or {}).get("protocol_digest")
+        if digest != self.monitor.protocol.digest:
+            raise ValueError(f"protocol_digest is {self.monitor.protocol.digest}, but {str(self.output_dir)!r} has {digest}")
+        self.monitor.load_state_dict(load_file(path))
+
+    def __call__(self, images_seen: int) -> bool:
+        """Measure when it is due at so many images seen, of all ranks; whether to stop, the same on all of them."""
+        self.images_seen = images_seen
+        if self._next is not None and images_seen >= self._next:
+            while self._next is not None and self._next <= images_seen:  # a large batch may step over several
+                self._next = next(self._due, None)
+            self.measure()
+        return self.stops
+
+    def add(self, count: int) -> bool:
+        """The same, for a rank that says how many images its own last batch had; ranks may differ in that."""
+        self.pending += count
+        self._batches += 1
+        if world()[1] > 1 and self._batches % COUNT_EVERY:
+            return self.stops
+        return self(self.images_seen + self._gather_count())
+
+    def _gather_count(self) -> int:
+        total = sum_over_ranks(self.pending, device_of(self.denoiser))
+        self.pending = 0
+        return total
+
+    def measure(self) -> Report | None:
+        """Measure now, whatever the schedule says; on all ranks. None where that was done already."""
+        step = self.images_seen
+        if self.measured_at == step:
+            return None
+        if self._refresh is not None:
+            self._refresh()
+        report = self.monitor.measure(step)
+        if self.generation is not None:
+            report = report.joined(self.generation.measure(step))
+        self.measured_at = step
+        wants = False
+        if self.tracker is not None and self.is_main:
+            self.tracker.record(report)
+            state = save(self.monitor.state_dict(), {"protocol_digest": self.monitor.protocol.digest})
+            self.tracker.journal.write_file(MONITOR_STATE, state)
+            found = verdict(self.tracker.journal.rows).state
+            wants = bool(self.stop_on) and found in STOPPING[STOPPING.index(self.stop_on) :]
+        self.stops = sum_over_ranks(int(wants), device_of(self.denoiser)) > 0
+        return report
+
+    @property
+    def verdict(self) -> Verdict:
+        """What the history says so far, on the main rank."""
+        assert self.tracker is not None
+        return self.tracker.verdict
+
+    def finish(self) -> None:
+        """Measure where training ended, unless that was done already, and close; on all ranks."""
+        self.images_seen += self._gather_count()
+        self.measure()
+        self.close()
+
+    def close(self, status: str = "FINISHED") -> None:
+        """End the run with a status, FINISHED, FAILED or KILLED; nothing the second time."""
+        self._stay()
+        self._close(status)
+
+    def _close(self, status: str) -> None:
+        if self._owned and self.is_main and self.tracker is not None:
+            self.tracker.close(status)
+            self._owned = False
+
+    def __enter__(self) -> ICRWatch:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            self.finish()
+        else:
+            self.close(status_of(error))

@@ -1,0 +1,77 @@
+"""Which weights are measured: a network of somebody's module, or the average of it that is kept beside it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from mlflow_icr.extraction.taps import unwrap
+
+Where = str | Callable[[Any], Any]  # a dotted path of attributes, or a function, from the module that has it
+
+
+def find(owner: Any, where: Where, field: str) -> Any:
+    """What is at a path of an object, or what a function finds in it. Raises ValueError naming the field."""
+    if not isinstance(where, str):
+        return where(owner)
+    try:
+        return attrgetter(where)(owner) if where else owner
+    except AttributeError:
+        there = ", ".join(name for name, _ in owner.named_children()) if isinstance(owner, nn.Module) else ""
+        raise ValueError(
+            f"{field} is {where!r}, which {type(owner).__name__} does not have; expected a path of attributes"
+            + (f", such as one of {there}" if there else "")
+        ) from None
+
+
+def bare(network: Any, field: str) -> nn.Module:
+    """A network out of DistributedDataParallel, torch.compile and AveragedModel. Raises ValueError for no module."""
+    while isinstance(network, nn.Module):
+        inner = network.module if isinstance(network, AveragedModel) else unwrap(network)
+        if inner is network:
+            return network
+        network = inner
+    raise ValueError(f"{field} is a {type(network).__name__}; expected a torch module")
+
+
+def copy_of(network: nn.Module) -> nn.Module:
+    """A network of the same shape on the same device, in evaluation mode: a fresh one where diffusers can make it.
+
+    Accelerate puts a `forward` into the network that it prepares, and a deep copy's would still run the original.
+    """
+    if hasattr(network, "from_config") and hasattr(network, "config"):
+        kind: Any = type(network)
+        with torch.random.fork_rng(devices=[]):  # its first weights, which are not used, are drawn at random on the CPU
+            made: nn.Module = kind.from_config(network.config)
+        made.load_state_dict(network.state_dict())
+        weight = next(network.parameters())
+        made = made.to(weight.device)
+        if weight.dtype != torch.float32:
+            made = made.to(weight.dtype)
+    elif "forward" in vars(network):
+        raise ValueError(
+            f"network is a {type(network).__name__} that Accelerate prepared, which cannot be copied for its average"
+        )
+    else:
+        made = copy.deepcopy(network)
+    return made.requires_grad_(False).eval()
+
+
+def measured_network(network: nn.Module, average: Any) -> tuple[nn.Module, Callable[[], None]]:
+    """The network to measure, and what brings it up to date: `average` may be None, a module, or diffusers' EMAModel.
+
+    An EMAModel keeps numbers, not a network: they are copied into one beside the network, which training does not notice.
+    Raises ValueError for another kind of average.
+    """
+    if average is None:
+        return network, lambda: None
+    if hasattr(average, "copy_to") and hasattr(average, "shadow_params"):
+        beside = copy_of(network)
+        return beside, lambda: average.copy_to(beside.parameters())
+    return bare(average, "ema"), lambda: None

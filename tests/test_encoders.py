@@ -103,7 +103,7 @@ def test_inception_gets_grey_values_and_the_right_file_only(tmp_path: Path, monk
 
 def fidelity_extractor() -> Any:
     if find_spec("torch_fidelity") is None:
-        pytest.skip("torch-fidelity is not installed (pip install --no-deps torch-fidelity)")
+        pytest.skip("torch-fidelity is not installed: it wants torchvision, which not every build of torch has")
     return encoder_networks._fidelity_extractor()
 
 

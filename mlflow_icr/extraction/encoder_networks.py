@@ -153,7 +153,7 @@ def _fidelity_extractor() -> Callable[..., nn.Module]:
     if find_spec("torch_fidelity") is None:
         raise ValueError(
             f"encoder weights are those of {FIDELITY['inception'].source}, which torch-fidelity reads: pip install "
-            f"--no-deps torch-fidelity; or give those of {WEIGHTS['inception'].described}, which need no package"
+            f"torch-fidelity; or give those of {WEIGHTS['inception'].described}, which need no package"
         )
     name = "torch_fidelity.feature_extractor_inceptionv3"
     if "torch_fidelity" in sys.modules:

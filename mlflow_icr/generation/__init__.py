@@ -3,6 +3,7 @@
 from mlflow_icr.generation.diversity import inception_score, vendi_score
 from mlflow_icr.generation.frechet import frechet_distance, frechet_distance_infinity
 from mlflow_icr.generation.generalization import ct_score, fld, fld_gap, mifid
+from mlflow_icr.generation.index import index_nearest
 from mlflow_icr.generation.kernel import kernel_distance
 from mlflow_icr.generation.manifold import density_coverage, precision_recall
 from mlflow_icr.generation.memorization import (
@@ -16,7 +17,7 @@ from mlflow_icr.generation.memorization import (
     copy_similarity,
     memorization_ratio,
 )
-from mlflow_icr.generation.neighbours import Neighbours, k_nearest
+from mlflow_icr.generation.neighbours import Neighbours, Search, k_nearest
 
 __all__ = [
     "Authenticity",
@@ -25,6 +26,7 @@ __all__ = [
     "Detection",
     "MemorizationRatio",
     "Neighbours",
+    "Search",
     "authenticity",
     "carlini_ratio",
     "copy_similarity",
@@ -35,6 +37,7 @@ __all__ = [
     "frechet_distance",
     "frechet_distance_infinity",
     "inception_score",
+    "index_nearest",
     "k_nearest",
     "kernel_distance",
     "memorization_ratio",

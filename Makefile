@@ -21,8 +21,9 @@ TENSORBOARD_PORT ?= 6006
 demo: .venv
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/mlflow run . --env-manager local
 
+# A file of tests at a time on each core; one thread each, for more would only wait for each other.
 test: .venv
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 slow: .venv
 	$(BIN)/python -m pytest -m slow

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import re
+import sys
 from ast import literal_eval
+from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from mlflow_icr.extraction.encoders import IMAGENET_MEAN, IMAGENET_STD, WEIGHTS, Encoder, as_rgb, load_encoder
+from mlflow_icr.extraction import encoder_networks
+from mlflow_icr.extraction.encoder_networks import IMAGENET_MEAN, IMAGENET_STD, as_rgb
+from mlflow_icr.extraction.encoder_weights import FIDELITY, WEIGHTS, Weights
+from mlflow_icr.extraction.encoders import Encoder, load_encoder
 
 
 class Means(nn.Module):
@@ -84,14 +91,77 @@ def test_the_batch_changes_nothing_and_the_identity_changes_with_everything(scri
 def test_inception_gets_grey_values_and_the_right_file_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "inception-2015-12-05.pt"
     torch.jit.script(FidLike()).save(str(path))
-    with pytest.raises(ValueError, match=f"expected {WEIGHTS['inception'].sha256}, that of https://nvlabs"):
+    with pytest.raises(ValueError, match=f"inception-2015-12-05.pt, SHA-256 {WEIGHTS['inception'].sha256}, or https"):
         load_encoder("inception", weights=path)
     right = hashlib.sha256(path.read_bytes()).hexdigest()
-    monkeypatch.setitem(WEIGHTS, "inception", WEIGHTS["inception"].__class__("https://example.org", right))
+    monkeypatch.setitem(WEIGHTS, "inception", Weights("https://example.org", right))
     encoder = load_encoder("inception", weights=path)
     found = encoder(torch.tensor([0.0, 0.4999, 1.0]).view(3, 1, 1, 1))
     assert found.shape == (3, 2048)
     assert found[:, 0].tolist() == [0, 127, 255]  # rounded, as a saved image would be
+
+
+def fidelity_extractor() -> Any:
+    if find_spec("torch_fidelity") is None:
+        pytest.skip("torch-fidelity is not installed: it wants torchvision, which not every build of torch has")
+    return encoder_networks._fidelity_extractor()
+
+
+def in_memory(state: dict[str, Tensor]) -> BytesIO:
+    buffer = BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return buffer
+
+
+def test_the_checksums_are_those_that_file_names_hold() -> None:
+    """torch.hub's convention: the name ends with the first eight digits of the SHA-256."""
+    source = FIDELITY["inception"].source
+    assert re.search(r"-([0-9a-f]{8})\.pth$", source)[1] == FIDELITY["inception"].sha256[:8]  # type: ignore[index]
+    for weights in [*WEIGHTS.values(), *FIDELITY.values()]:
+        assert re.fullmatch("|[0-9a-f]{64}", weights.sha256), weights
+
+
+def test_inception_through_torch_fidelity_is_torch_fidelitys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digits: Tensor
+) -> None:
+    before = {name for name in sys.modules if name.startswith(("torch_fidelity", "torchvision"))}
+    extractor = fidelity_extractor()
+    # Taken without the package's own imports, and nothing half imported is left.
+    assert {name for name in sys.modules if name.startswith(("torch_fidelity", "torchvision"))} == before
+
+    class Untrained(extractor):  # type: ignore[misc]
+        def load_state_dict(self, state: dict[str, Tensor]) -> None:
+            """Keeps the random weights."""
+
+    torch.manual_seed(0)
+    state = Untrained("untrained", ["2048"], feature_extractor_weights_path=in_memory({})).state_dict()
+    path = tmp_path / "weights.pth"
+    torch.save(state, path)
+    checksum = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setitem(FIDELITY, "inception", Weights("https://example.org", checksum))
+    encoder = load_encoder("inception", weights=path, batch_size=3)
+    grey = digits[:5]
+    theirs = extractor("theirs", ["2048"], feature_extractor_weights_path=in_memory(state))
+    expected = theirs(grey.expand(-1, 3, -1, -1))[0]
+    assert expected.std(0).max() > 0  # the images differ in it
+    torch.testing.assert_close(encoder(grey), expected, rtol=1e-4, atol=1e-5)
+    assert encoder.dim == 2048
+    assert encoder.weights_sha256 == checksum
+
+
+def test_nothing_untrusted_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Harm:
+        def __reduce__(self) -> tuple[object, tuple[Path]]:
+            return Path.touch, (tmp_path / "harmed",)
+
+    path = tmp_path / "weights.pth"
+    for content, message in (({"a": Harm()}, "are no file of tensors"), ([torch.ones(2)], "hold a list; expected tensors")):
+        torch.save(content, path)
+        monkeypatch.setitem(FIDELITY, "inception", Weights("here", hashlib.sha256(path.read_bytes()).hexdigest()))
+        with pytest.raises(ValueError, match=message):
+            load_encoder("inception", weights=path)
+    assert not (tmp_path / "harmed").exists()
 
 
 @pytest.mark.parametrize("name", ["dinov2", "clip"])

@@ -55,8 +55,8 @@ def test_every_module_stands_on_a_floor() -> None:
 
 @pytest.mark.parametrize("floor", ["representation", "generation"])
 def test_the_maths_knows_torch_and_the_scientific_libraries_alone(floor: str) -> None:
-    # scipy and scikit-learn are imported where a function needs them: the last test here looks at what an import loads.
-    allowed = {"torch", "mlflow_icr", "scipy", "sklearn", *sys.stdlib_module_names}
+    # scipy, scikit-learn and faiss are imported where a function needs them: the last test here looks at what an import loads.
+    allowed = {"torch", "mlflow_icr", "scipy", "sklearn", "faiss", *sys.stdlib_module_names}
     for path in (ROOT / "mlflow_icr" / floor).rglob("*.py"):
         assert {name.split(".")[0] for name in imported(path)} <= allowed, path
 
@@ -67,7 +67,19 @@ def test_importing_the_library_loads_no_tracker_and_no_model_zoo(module: str) ->
     loaded = set(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split())
     assert "torch" in loaded
     assert loaded.isdisjoint(
-        {"mlflow", "accelerate", "tensorboard", "diffusers", "datasets", "kornia", "matplotlib", "PIL", "scipy", "sklearn"}
+        {
+            "mlflow",
+            "accelerate",
+            "tensorboard",
+            "diffusers",
+            "datasets",
+            "kornia",
+            "matplotlib",
+            "PIL",
+            "scipy",
+            "sklearn",
+            "faiss",
+        }
     )
 
 

@@ -8,6 +8,7 @@ from mlflow_icr.generation.frechet import (
     gaussian_statistics,
 )
 from mlflow_icr.generation.generalization import ct_score, fld, fld_gap, mifid
+from mlflow_icr.generation.index import index_nearest
 from mlflow_icr.generation.kernel import kernel_distance
 from mlflow_icr.generation.manifold import density_coverage, precision_recall
 from mlflow_icr.generation.memorization import (
@@ -21,7 +22,7 @@ from mlflow_icr.generation.memorization import (
     copy_similarity,
     memorization_ratio,
 )
-from mlflow_icr.generation.neighbours import Neighbours, k_nearest
+from mlflow_icr.generation.neighbours import Neighbours, Search, k_nearest
 from mlflow_icr.generation.reference import Reference
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "MemorizationRatio",
     "Neighbours",
     "Reference",
+    "Search",
     "authenticity",
     "carlini_ratio",
     "copy_similarity",
@@ -44,6 +46,7 @@ __all__ = [
     "frechet_distance_infinity",
     "gaussian_statistics",
     "inception_score",
+    "index_nearest",
     "k_nearest",
     "kernel_distance",
     "memorization_ratio",

@@ -105,8 +105,9 @@ def mifid(train: Tensor, fake: Tensor) -> float:
 
     The divisor is the mean over generated embeddings of the smallest 1 - |cosine| to a training one: the nearer samples are
     to training images, the larger MiFID, up to inf. As in the paper the mean is over generated images; torchmetrics has it
-    over real ones. It is called MiFID only with the FID Inception network's embeddings. Raises ValueError for fewer than 2
-    rows or an embedding that is all 0. Source: Bai et al. 2021, "On training sample memorization".
+    over what it is given as real, and gives 0 where the Frechet distance is (exact copies of all images are inf here). It is
+    called MiFID only with the FID Inception network's embeddings. Raises ValueError for fewer than 2 rows or an embedding
+    that is all 0. Source: Bai et al. 2021, "On training sample memorization".
     """
     train = check_embeddings("train", train, at_least=2).double()
     fake = check_embeddings("fake", fake, at_least=2, like=train).double()

@@ -45,7 +45,8 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
 
     Precision is the share of generated embeddings within the distance of some real one to its k-th nearest real neighbour,
     recall the share of real ones within such a ball of generated ones. Balls are closed, an embedding is not its own
-    neighbour, and k is 3 as in the paper (others use 5). Raises ValueError for k outside 1 to N - 1 and M - 1.
+    neighbour, and k is 3 as in the paper and in torch-fidelity (prdc and dgm-eval use 5, and prdc's balls are open: duplicates
+    are in none of radius 0, not even as copies). Raises ValueError for k outside 1 to N - 1 and M - 1.
     Source: Kynkaanniemi et al. 2019, "Improved precision and recall metric".
     """
     real = check_embeddings("real", real, at_least=2)

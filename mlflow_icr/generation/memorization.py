@@ -2,6 +2,8 @@
 
 Each returns its `value`, a 95 % bootstrap interval over the generated images, and for each of them a score and the index of
 its nearest training image. A detector that finds nothing has the interval 0 to 0; of N images up to 3 / N may still be.
+Neighbours are searched exactly, unless `search` says otherwise (`index_nearest`, for millions of training images): then the
+result's `recall` is below 1, and a copy whose original the search missed is not found.
 """
 
 from __future__ import annotations
@@ -14,14 +16,15 @@ from torch.nn.functional import normalize
 
 from mlflow_icr.generation.bootstrap import bootstrap_interval
 from mlflow_icr.generation.embeddings import check_embeddings
-from mlflow_icr.generation.neighbours import k_nearest
+from mlflow_icr.generation.neighbours import Search, k_nearest
 
 
 @dataclass(frozen=True, eq=False)
 class Detection:
     """What a detector found in N generated images: `value` with `low` and `high`, `scores` (N,), `nearest` (N,) in training.
 
-    What a score is, and which side of `threshold` is suspicious, the detector's docstring says.
+    What a score is, and which side of `threshold` is suspicious, the detector's docstring says. `recall` is that of the search
+    for neighbours: 1 of exact search.
     """
 
     value: float
@@ -30,6 +33,7 @@ class Detection:
     scores: Tensor
     nearest: Tensor
     threshold: float
+    recall: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +79,9 @@ def _pair(fake: Tensor, train: Tensor, at_least: int) -> tuple[Tensor, Tensor]:
     )
 
 
-def memorization_ratio(fake: Tensor, train: Tensor, threshold: float = 1 / 3) -> MemorizationRatio:
+def memorization_ratio(
+    fake: Tensor, train: Tensor, threshold: float = 1 / 3, *, search: Search = k_nearest
+) -> MemorizationRatio:
     """The share of generated embeddings (N, D) much nearer to one training embedding (M, D) than to any other.
 
     A copy has distance to the nearest / distance to the second nearest < threshold. An image at distance 0 from two
@@ -85,12 +91,12 @@ def memorization_ratio(fake: Tensor, train: Tensor, threshold: float = 1 / 3) ->
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold is {threshold}; expected a number in (0, 1]")
     fake, train = _pair(fake, train, 2)
-    found = k_nearest(fake, train, 2)
+    found = search(fake, train, 2)
     scores = _ratio(found.distances[:, 0], found.distances[:, 1])
-    return MemorizationRatio(*_share(scores < threshold), scores, found.indices[:, 0], threshold)
+    return MemorizationRatio(*_share(scores < threshold), scores, found.indices[:, 0], threshold, found.recall)
 
 
-def copy_similarity(fake: Tensor, train: Tensor, threshold: float = 0.6) -> CopySimilarity:
+def copy_similarity(fake: Tensor, train: Tensor, threshold: float = 0.6, *, search: Search = k_nearest) -> CopySimilarity:
     """The share of generated embeddings (N, D) whose largest cosine with a training embedding (M, D) exceeds the threshold.
 
     In the embedding of a copy-detection network (SSCD) 0.6 means a copy; in others the threshold is another. Raises
@@ -104,13 +110,16 @@ def copy_similarity(fake: Tensor, train: Tensor, threshold: float = 0.6) -> Copy
             raise ValueError(f"{name} holds an embedding that is all 0; a cosine needs a direction")
     fake, train = normalize(fake.double(), dim=1), normalize(train.double(), dim=1)
     # Of unit vectors the nearest is the most similar: cosine = 1 - distance^2 / 2.
-    found, own = k_nearest(fake, train, 1), k_nearest(train, train, 1, exclude_self=True)
+    found, own = search(fake, train, 1), search(train, train, 1, exclude_self=True)
     scores, train_scores = (1 - near.distances[:, 0].square() / 2 for near in (found, own))
+    recall = min(found.recall, own.recall)
     value = float((train_scores > threshold).double().mean())
-    return CopySimilarity(*_share(scores > threshold), scores, found.indices[:, 0], threshold, train_scores, value)
+    return CopySimilarity(*_share(scores > threshold), scores, found.indices[:, 0], threshold, recall, train_scores, value)
 
 
-def carlini_ratio(fake: Tensor, train: Tensor, k: int = 50, threshold: float = 1.0) -> CarliniRatio:
+def carlini_ratio(
+    fake: Tensor, train: Tensor, k: int = 50, threshold: float = 1.0, *, search: Search = k_nearest
+) -> CarliniRatio:
     """The share of generated embeddings (N, D) nearer to a training embedding than half the mean distance to their k nearest.
 
     The score is distance to the nearest / (0.5 x mean distance to the k nearest). Raises ValueError for N < 1, k outside
@@ -122,12 +131,14 @@ def carlini_ratio(fake: Tensor, train: Tensor, k: int = 50, threshold: float = 1
     fake, train = _pair(fake, train, 2)
     if not 2 <= k <= len(train):
         raise ValueError(f"k is {k}; expected 2 to {len(train)}, the number of training embeddings")
-    found = k_nearest(fake, train, k)
+    found = search(fake, train, k)
     scores = _ratio(found.distances[:, 0], 0.5 * found.distances.mean(1))
-    return CarliniRatio(*_share(scores < threshold), scores, found.indices[:, 0], threshold)
+    return CarliniRatio(*_share(scores < threshold), scores, found.indices[:, 0], threshold, found.recall)
 
 
-def authenticity(train: Tensor, fake: Tensor, *, own_distances: Tensor | None = None) -> Authenticity:
+def authenticity(
+    train: Tensor, fake: Tensor, *, own_distances: Tensor | None = None, search: Search = k_nearest
+) -> Authenticity:
     """The share of generated embeddings (N, D) that are authentic: farther from their nearest training embedding than it is
     from its own nearest neighbour in training (M, D).
 
@@ -136,9 +147,11 @@ def authenticity(train: Tensor, fake: Tensor, *, own_distances: Tensor | None = 
     Source: Alaa et al. 2022, "How faithful is your synthetic data?".
     """
     fake, train = _pair(fake, train, 2)
-    found = k_nearest(fake, train, 1)
-    own = k_nearest(train, train, 1, exclude_self=True).distances[:, 0] if own_distances is None else own_distances
-    nearest = found.indices[:, 0]
+    found, recall = search(fake, train, 1), 1.0
+    if own_distances is None:
+        own_found = search(train, train, 1, exclude_self=True)
+        own_distances, recall = own_found.distances[:, 0], own_found.recall
+    own, nearest = own_distances, found.indices[:, 0]
     scores = _ratio(found.distances[:, 0], own[nearest])
     authentic = own[nearest] < found.distances[:, 0]
-    return Authenticity(*_share(authentic), scores, nearest, 1.0)
+    return Authenticity(*_share(authentic), scores, nearest, 1.0, min(found.recall, recall))

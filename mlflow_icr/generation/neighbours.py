@@ -10,6 +10,7 @@ of brute force in float64, ties included.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,10 +23,21 @@ BUDGET_BYTES = 2**30  # what a search may take beside its inputs
 
 @dataclass(frozen=True, eq=False)
 class Neighbours:
-    """Euclidean distances (N, k) float64, ascending, and indices (N, k) of the nearest rows; ties go to the lower index."""
+    """Euclidean distances (N, k) float64, ascending, and indices (N, k) of the nearest rows; ties go to the lower index.
+
+    `recall` is the share of the true neighbours that are among them: 1 of exact search.
+    """
 
     distances: Tensor
     indices: Tensor
+    recall: float = 1.0
+
+
+class Search(Protocol):
+    """A search for neighbours that detectors can be given: `k_nearest` or `mlflow_icr.generation.index.index_nearest`."""
+
+    def __call__(self, x: Tensor, y: Tensor, k: int, *, exclude_self: bool = ..., budget_bytes: int = ...) -> Neighbours:
+        """The k nearest rows of y to each row of x."""
 
 
 def _exact(x: Tensor, y: Tensor, k: int, skip: Tensor | None, budget: int) -> tuple[Tensor, Tensor]:
@@ -41,7 +53,7 @@ def _exact(x: Tensor, y: Tensor, k: int, skip: Tensor | None, budget: int) -> tu
     return torch.stack([values for values, _ in found]), torch.stack([indices for _, indices in found])
 
 
-def _centre(y: Tensor) -> Tensor | None:
+def central_row(y: Tensor) -> Tensor | None:
     """A point amid the rows (D,), where norms around the origin would drown their differences; else None."""
     some = y[:: max(1, y.shape[0] // 1024)]
     centre = some.mean(0)
@@ -49,7 +61,8 @@ def _centre(y: Tensor) -> Tensor | None:
     return centre if far else None
 
 
-def _around(x: Tensor, centre: Tensor | None) -> Tensor:
+def around(x: Tensor, centre: Tensor | None) -> Tensor:
+    """Rows less the centre (B, D), as float32."""
     return (x if centre is None else x - centre).float()
 
 
@@ -64,13 +77,13 @@ def _propose(
 
     Also how far each of these distances may be off, (B, 1).
     """
-    a = _around(x, centre)
+    a = around(x, centre)
     norms = _squared_norms(a)[:, None]
     widest = 0.0
     best: Tensor | None = None
     places: Tensor | None = None
     for start in range(0, y.shape[0], columns):
-        b = _around(y[start : start + columns], centre)
+        b = around(y[start : start + columns], centre)
         sizes = _squared_norms(b)
         widest = max(widest, float(sizes.max()))
         squared = torch.addmm(sizes, a, b.T, alpha=-2)  # less |x|^2, which changes no order
@@ -107,7 +120,7 @@ def k_nearest(x: Tensor, y: Tensor, k: int, *, exclude_self: bool = False, budge
     # Half of the budget for a block of y and the products with it, the rest for the candidates' differences in float64.
     columns = max(count + 1, min(y.shape[0], budget_bytes // 4 // (4 * d)))
     rows = max(1, min(x.shape[0], budget_bytes // 4 // (4 * columns), budget_bytes // 4 // (4 * d)))
-    centre = _centre(y)
+    centre = central_row(y)
     distances, indices = [], []
     for start in range(0, x.shape[0], rows):
         part = x[start : start + rows]
@@ -115,11 +128,8 @@ def k_nearest(x: Tensor, y: Tensor, k: int, *, exclude_self: bool = False, budge
         approximate, places, margin = _propose(part, y, centre, count, skip, columns)
         # Whatever is nearer than the k-th is at most two errors above it.
         near = approximate.double() <= approximate[:, k - 1 : k].double() + 2 * margin
-        squared = _measure(part, y, places, near, budget_bytes)
-        # By distance, then by index: a stable sort of what is already in the order of indices.
-        by_index = torch.sort(places, dim=1)
-        order = torch.sort(squared.gather(1, by_index.indices), stable=True, dim=1)
-        squared, places = order.values[:, :k], by_index.values.gather(1, order.indices)[:, :k]
+        squared = measured(part, y, places, near, budget_bytes)
+        squared, places = nearest_first(squared, places, k)
         if count < offered:
             doubtful = approximate[:, -1].double() - margin[:, 0] <= squared[:, -1]
             if bool(doubtful.any()):
@@ -130,7 +140,7 @@ def k_nearest(x: Tensor, y: Tensor, k: int, *, exclude_self: bool = False, budge
     return Neighbours(torch.cat(distances), torch.cat(indices))
 
 
-def _measure(x: Tensor, y: Tensor, places: Tensor, near: Tensor, budget: int) -> Tensor:
+def measured(x: Tensor, y: Tensor, places: Tensor, near: Tensor, budget: int) -> Tensor:
     """Squared distances (B, count) from rows of x to their candidates in y, by differences in float64; inf where not `near`."""
     squared = torch.full(places.shape, torch.inf, dtype=torch.float64, device=x.device)
     rows, columns = near.nonzero(as_tuple=True)
@@ -141,3 +151,11 @@ def _measure(x: Tensor, y: Tensor, places: Tensor, near: Tensor, budget: int) ->
     ]
     squared[rows, columns] = torch.cat(parts)
     return squared
+
+
+def nearest_first(squared: Tensor, places: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The first k of both (B, count), by distance, then by index."""
+    # A stable sort of what is already in the order of indices.
+    by_index = torch.sort(places, dim=1)
+    order = torch.sort(squared.gather(1, by_index.indices), stable=True, dim=1)
+    return order.values[:, :k], by_index.values.gather(1, order.indices)[:, :k]

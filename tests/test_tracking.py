@@ -17,6 +17,7 @@ import pytest
 from mlflow_icr import Report
 from mlflow_icr.monitoring.series import read_distributions
 from mlflow_icr.tracking import Journal, MLflowSink, TensorBoardSink, Tracker, read_arrays, read_history
+from mlflow_icr.tracking.tensorboard_sink import LAYOUT
 
 # Values that lose bits in float32, or in a decimal of few digits.
 ODD = [0.1 + 0.2, 1 / 3, 1e-300, 3e38, -0.0, 123456789.123456789, 2**53 + 1.0]
@@ -90,6 +91,10 @@ def test_a_value_is_the_same_everywhere(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0})
     events.Reload()
     assert [e.step for e in events.Images("samples")] == list(range(7))
+    shown = {tag for section in LAYOUT.values() for _, tags in section.values() for tag in tags}
+    assert {"repr/icr_debiased", "^mem/ratio_l2$"} <= shown
+    (layout,) = events.Tensors("custom_scalars__config__")
+    assert b"ICR, debiased, with its 95 % interval" in layout.tensor_proto.string_val[0]
     assert "_hparams_/session_start_info" in events.Tags()["tensors"] or events.summary_metadata["_hparams_/session_start_info"]
     assert [p.name for p in (tmp_path / "tensorboard").iterdir() if p.is_dir()] == []  # hparams are the run's own
 

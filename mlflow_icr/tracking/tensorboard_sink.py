@@ -12,16 +12,25 @@ from mlflow_icr.monitoring.report import Report
 from mlflow_icr.monitoring.verdict import Verdict
 from mlflow_icr.tracking.logged import Logged
 
-# What TensorBoard's hparams table shows as metrics of a run.
-HPARAM_METRICS = (
-    "repr/icr",
-    "repr/fisher_residual_energy",
-    "mem/ratio_l2",
-    "gen/fd_pixels",
-    "icr_min",
-    "turning_images_seen",
-    "lead_images",
-)
+# What the custom scalars page shows: values with their intervals, and what belongs together. Tags of "Multiline" are patterns.
+LAYOUT = {
+    "ICR and copies": {
+        "ICR, debiased, with its 95 % interval": ["Margin", ["repr/icr_debiased", "repr/icr_low", "repr/icr_high"]],
+        "share of samples that are copies": ["Margin", ["mem/ratio_l2", "mem/ratio_l2_low", "mem/ratio_l2_high"]],
+        "ICR and copies on one axis": ["Multiline", ["^repr/icr_debiased$", "^mem/ratio_l2$"]],
+    },
+    "learning by heart": {
+        "view error ratio": [
+            "Margin", ["repr/view_error_ratio", "repr/view_error_ratio_low", "repr/view_error_ratio_high"],
+        ],
+        "energies along Fisher directions": ["Multiline", ["^repr/fisher_residual_energy$", "^repr/fisher_invariant_energy$"]],
+        "losses": ["Multiline", ["^loss/train_eval$", "^loss/heldout$"]],
+    },
+    "samples": {
+        "kernel distances": ["Multiline", ["^gen/kid_[a-z0-9]+$", "^gen/kid_train_[a-z0-9]+$"]],
+        "Frechet distances": ["Multiline", ["^gen/fd_[a-z0-9]+$", "^gen/fd_train_[a-z0-9]+$"]],
+    },
+}  # fmt: skip
 TABLE_ROWS = 50
 
 
@@ -49,9 +58,11 @@ class TensorBoardSink:
         self._writer = SummaryWriter(str(self.log_dir))
         if not resumed:
             plain = {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in params.items()}
-            # add_hparams would open a sub-run of its own, and hide the hparams of the other runs beside it.
-            for part in hparams(plain, dict.fromkeys(HPARAM_METRICS, 0)):
+            # add_hparams would open a sub-run of its own. Of its three parts the first, a list of columns, is left out: the one
+            # that TensorBoard finds first counts for all runs of a folder, and hides what others have.
+            for part in hparams(plain, {})[1:2]:
                 self._writer.file_writer.add_summary(part)
+            self._writer.add_custom_scalars(LAYOUT)
             self._writer.add_text("run", "\n\n".join(f"**{key}**: {value}" for key, value in tags.items()), 0)
         self._writer.flush()
 

@@ -291,7 +291,7 @@ def test_one_process_delivers_from_a_folder_at_a_time(tmp_path: Path, capsys: py
     assert "which another process is writing" not in capsys.readouterr().out
     tracker.close("FINISHED")
     assert main(["sync", str(tmp_path)]) == 0
-    assert "everything is there" in capsys.readouterr().out
+    assert "everything was delivered to run" in capsys.readouterr().out
     assert main(["sync", str(tmp_path / "nothing")]) == 2
     assert "holds no history.jsonl; expected the output folder of a run or study" in capsys.readouterr().err
 

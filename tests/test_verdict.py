@@ -98,14 +98,14 @@ def test_a_doubtful_turn_is_undecided() -> None:
 
 
 def test_icr_alone_is_enough_where_it_rises_far_and_surely() -> None:
-    rows = without(history(0.3, 1.6, icr_rise=0.06), "view_error")
+    rows = without(history(0.3, 1.6, icr_rise=0.075), "view_error")
     found = verdict(rows)
     assert found.state == "memorizing"  # a rise of more than twice the threshold, Fisher energy 12 times its value
     lowest = min(rows[1:], key=lambda row: row["repr/icr_debiased"])["images_seen"]
     assert found.turning_images_seen == lowest
     assert found.low <= lowest <= found.high  # type: ignore[operator]
     assert "ICR rose by" in found.evidence[0]
-    creeping = without(history(0.3, 1.6, icr_rise=0.012), "view_error")
+    creeping = without(history(0.3, 1.6, icr_rise=0.02), "view_error")
     assert verdict(creeping).state == "generalizing"
     # An ICR that rises while the invariant energy keeps up is not a turn.
     kept_up = [row | {"repr/trace_invariant": row["repr/trace_residual"]} for row in rows]

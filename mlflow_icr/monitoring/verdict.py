@@ -33,7 +33,7 @@ class Thresholds:
     # Below this the ratio is on its way from 1, where an untrained network's is, at whatever rate the first lessons take.
     smallest_ratio: float = 2.0
     memorizing_ratio: float = 8.0  # view error ratio from which copies are to be expected
-    rise: float = 0.04  # of the debiased ICR, ICR units, for a turn
+    rise: float = 0.05  # of the debiased ICR, ICR units, for a turn
     memorizing_growth: float = 4.0  # of the Fisher residual energy since the lowest ICR, with twice that rise: copies
     window: float = 2.0  # images seen now over images seen at the start of the slope's window
     fewest_points: int = 3  # in a window

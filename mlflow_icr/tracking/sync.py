@@ -71,9 +71,14 @@ def sync(folder: Path, *, new_run: bool = False, say: Callable[[str], None] = la
     for part in folders_of(folder):
         done = sync_folder(part, new_run=new_run)
         found.append(done)
-        state = f"{done.delivered} operations delivered to run {done.run_id}" if done.delivered else f"everything was delivered to run {done.run_id}"
+        state = (
+            f"{done.delivered} operations delivered to run {done.run_id}"
+            if done.delivered
+            else f"everything was delivered to run {done.run_id}"
+        )
         if done.waiting:
-            state = f"{done.delivered} operations delivered, {done.waiting} wait ({type(done.failure).__name__})"
+            state = f"{done.delivered} operations delivered" if done.delivered else "everything was delivered"
+        state += f" to run {done.run_id}"
         for place, why in done.refused.items():
             state += f"; refused: operation {place} ({why})"
         say(f"{part}: {state}")

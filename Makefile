@@ -46,6 +46,7 @@ benchmarks: .venv
 	$(BIN)/python benchmarks/measurement.py
 	$(BIN)/python benchmarks/trainer.py
 	$(BIN)/python benchmarks/distances.py
+	$(BIN)/python benchmarks/trackers.py
 	$(BIN)/python benchmarks/export.py
 
 # docs/validation.md from trainings and simulations; takes hours, and goes on where it was stopped. Needs Fashion-MNIST

@@ -89,6 +89,21 @@ def rules_table(chosen: Sequence[Outcome], judged: Sequence[Outcome]) -> str:
     return _table(HEAD, rows)
 
 
+def bounds_text(judged: Sequence[Outcome]) -> str:
+    """What so few runs leave open about the verdict's rates: exact one-sided bounds (Clopper & Pearson 1934)."""
+    from scipy.stats import beta
+
+    found = rates(judged, {o.name: verdict_alarm(o.rows) for o in judged})
+    parts = []
+    if found.caught:
+        least = beta.ppf(0.05, found.caught, found.limited - found.caught + 1)
+        parts.append(f"the verdict catches at least {least:.0%} ahead")
+    if found.rich > found.false_alarms:
+        most = beta.ppf(0.95, found.false_alarms + 1, found.rich - found.false_alarms)
+        parts.append(f"accuses at most {most:.0%} of rich runs")
+    return f"With 95 % confidence each, by the numbers of runs alone, {' and '.join(parts)}." if parts else ""
+
+
 def by_set_table(groups: Sequence[tuple[str, Sequence[Outcome]]]) -> str:
     """The verdict's rates for each group of runs."""
     rows = []
@@ -214,6 +229,7 @@ def write_report(outcomes: dict[str, Outcome], runs: Sequence[ValidationRun], do
         "chosen_elasticity": f"{choose_threshold(RULES[0].score, chosen):.2f}" if chosen else "-",
         "ratio_at_onset": _quartiles(at_onset, "{:.1f}"),
         "earlier_rise": f"{EARLIER_RISE:g}",
+        "bounds": bounds_text(judged),
         "rules": rules_table(chosen, judged),
         "rules_chosen": rules_table(chosen, chosen),
         "by_set": by_set_table([*groups, ("all that were not chosen on", judged)]),

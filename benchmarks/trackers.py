@@ -1,0 +1,85 @@
+"""What logging one report costs the training thread: journal, MLflow and TensorBoard, against Accelerate's MLflow tracker.
+
+Both log the same values of a training to a real `mlflow server` on this machine, turn by turn; ours also keeps them on the disk
+and writes TensorBoard's events. The ratio is the median of the pairs' ratios; the longest call is what a step may have to wait.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+from accelerate.tracking import MLflowTracker
+
+from mlflow_icr import Report
+from mlflow_icr.tracking import MLflowSink, TensorBoardSink, Tracker
+
+VALUES = 50  # as many as a measurement of a trainer has
+
+
+def serve(folder: Path) -> tuple[subprocess.Popen[bytes], str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts")]
+    log = (folder / "server.log").open("wb")
+    server = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, start_new_session=True)
+    while True:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
+                return server, f"http://127.0.0.1:{port}"
+        except OSError:
+            if server.poll() is not None:
+                raise RuntimeError((folder / "server.log").read_text()) from None
+            time.sleep(0.2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--reports", type=int, default=100)
+    parser.add_argument("--pause", type=float, default=0.3, help="seconds of training between two reports")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        server, os.environ["MLFLOW_TRACKING_URI"] = serve(folder)
+        try:
+            ours = Tracker(folder / "run", [MLflowSink(run_name="ours"), TensorBoardSink(folder / "run" / "tensorboard")])
+            ours.open({}, {})
+            theirs = MLflowTracker(experiment_name="theirs")
+            theirs.start()
+            times = []
+            for step in range(arguments.reports):
+                values = {f"repr/value{i}": (step + 1) / (i + 7) for i in range(VALUES)}
+                started = time.perf_counter()
+                ours.record(Report(step, values))
+                middle = time.perf_counter()
+                theirs.log(values, step=step)
+                times.append((middle - started, time.perf_counter() - middle))
+                time.sleep(arguments.pause)
+            ours.close("FINISHED")
+            theirs.finish()
+        finally:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+    mine, other = ([1000 * t for t in side] for side in zip(*times[1:], strict=True))  # the first ones import things
+    print(f"one report of {VALUES} values, {len(mine)} of them, in the training thread:")
+    print(f"  ours, to journal, MLflow and TensorBoard   median {statistics.median(mine):6.2f} ms, longest {max(mine):7.2f} ms")
+    print(
+        f"  Accelerate's MLflowTracker                 median {statistics.median(other):6.2f} ms, longest {max(other):7.2f} ms"
+    )
+    ratio = statistics.median(a / b for a, b in zip(mine, other, strict=True))
+    print(f"  ratio {ratio:.3f} (goal: at most 0.05)")
+
+
+if __name__ == "__main__":
+    main()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -165,6 +167,14 @@ def _export_tensorboard(arguments: argparse.Namespace) -> int:
     from mlflow_icr.tracking.tensorboard_export import export_runs
 
     told: set[str] = set()
+    stopped = threading.Event()
+
+    def interrupt(number: int, frame: object) -> None:
+        # Where Python cannot raise (in a destructor, say) the interrupt is ignored; the loop looks here too.
+        stopped.set()
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
 
     def tell(run: Exported) -> None:
         if run.run_id not in told or run.new_points or run.new_images:
@@ -177,9 +187,12 @@ def _export_tensorboard(arguments: argparse.Namespace) -> int:
         run_ids=arguments.run_id,
         follow=arguments.follow,
         interval=arguments.interval,
+        stop=stopped,
         tell=tell,
         say=_say,
     )
+    if stopped.is_set():
+        raise KeyboardInterrupt
     print(f"look at them with: tensorboard --logdir {arguments.logdir}" if told else "there are no runs yet")
     return 0
 

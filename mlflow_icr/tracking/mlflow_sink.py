@@ -24,6 +24,7 @@ from mlflow_icr.tracking.store import PATIENCE, without_credentials
 logger = logging.getLogger(__name__)
 
 PAUSES = (1.0, 2.0, 5.0, 15.0, 30.0)  # seconds from one attempt to the next, as long as the server does not answer
+LAST_ATTEMPTS = 3  # at the end of a run, before what waits is left to the next process
 STALLED_SECONDS = 90.0  # without any progress, after which the end of a run is not waited for
 
 
@@ -55,7 +56,8 @@ class MLflowSink:
         self._wake = threading.Condition()
         self._closing = False
         self._hurry = False  # somebody waits: the pause before the next attempt is over
-        self._attempts = self._failed_attempt = 0
+        # How many attempts there were, at which one somebody began to wait, and how many have failed since.
+        self._attempts = self._mark = self._failed = 0
         self._thread: threading.Thread | None = None
         for variable, value in PATIENCE.items():
             os.environ.setdefault(variable, value)
@@ -193,7 +195,7 @@ class MLflowSink:
         box = self._box()
         with self._wake:
             self._closing = True
-        complete = self.flush()
+        complete = self.flush(LAST_ATTEMPTS)
         if box.waiting:
             logger.warning(
                 "MLflow has not taken everything: %d operations wait in %s; mlflow-icr sync %s delivers them",
@@ -202,16 +204,16 @@ class MLflowSink:
         box.close()
         return complete
 
-    def flush(self) -> bool:
-        """Wait until everything is delivered (True), or an attempt that begins after this call has failed (False)."""
+    def flush(self, patience: int = 1) -> bool:
+        """Wait until everything is delivered (True), or `patience` attempts that began after this call have failed (False)."""
         box = self._box()
         with self._wake:
-            before = self._attempts
+            self._mark, self._failed = self._attempts, 0
             self._hurry = True
             self._wake.notify_all()
         self.deliver()
         left, since = len(box.waiting), time.monotonic()
-        while box.waiting and self._failed_attempt <= before and time.monotonic() - since < STALLED_SECONDS:
+        while box.waiting and self._failed < patience and time.monotonic() - since < STALLED_SECONDS:
             with self._wake:
                 self._wake.wait(0.1)
             if len(box.waiting) < left:
@@ -231,7 +233,7 @@ class MLflowSink:
                     return
                 operation = box.waiting[0][1]
                 self._attempts += 1
-                last, self._hurry = self._closing, False
+                self._hurry = False
             try:
                 refusal = self._attempt(delivery, operation, doubtful)
                 with self._wake:
@@ -242,9 +244,9 @@ class MLflowSink:
                 self.failure, doubtful = error, True
                 self._tell(error)
                 with self._wake:
-                    self._failed_attempt = self._attempts
+                    self._failed += self._attempts > self._mark
                     self._wake.notify_all()
-                    if last:
+                    if self._closing and self._failed >= LAST_ATTEMPTS:
                         return
                     self._wake.wait_for(lambda: self._hurry, PAUSES[min(failures, len(PAUSES) - 1)])
                 failures += 1

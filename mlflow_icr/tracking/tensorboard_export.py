@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-import time
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -103,6 +103,7 @@ def export_runs(
     run_ids: Sequence[str] = (),
     follow: bool = False,
     interval: float = 5.0,
+    stop: threading.Event | None = None,
     client: Any = None,
     tell: Callable[[Exported], object] = lambda exported: None,
     say: Say = lambda text: None,
@@ -110,9 +111,9 @@ def export_runs(
     """Export an experiment by its name, or runs with those nested in them; returns what each run got.
 
     With `follow`, again every `interval` seconds until no run is running; runs that come are taken up, and a store that
-    does not answer for a while is waited for. `tell` hears of each look at a run, `say` of what is left out. Raises
-    ValueError for an unknown experiment or run and an unwritable logdir, store.StoreError (an OSError) when the store does
-    not answer at the start.
+    does not answer for a while is waited for; `stop` ends it between two looks. `tell` hears of each look at a run, `say`
+    of what is left out. Raises ValueError for an unknown experiment or run and an unwritable logdir, store.StoreError (an
+    OSError) when the store does not answer at the start.
     """
     if (experiment is None) == (not run_ids):
         raise ValueError(f"experiment is {experiment!r} and run_ids {list(run_ids)!r}; expected one of the two")
@@ -122,8 +123,8 @@ def export_runs(
     select = _selection(exporter.client, experiment, run_ids)
     found: dict[str, Exported] = {}
     running = _look(exporter, select, found, tell)
-    while follow and running:
-        time.sleep(interval)
+    stop = stop or threading.Event()
+    while follow and running and not stop.wait(interval):
         try:
             running = _look(exporter, select, found, tell)
         except store.StoreError as error:

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from pathlib import Path
@@ -58,21 +59,21 @@ class Server:
 
 
 class Postgres:
-    """A PostgreSQL of its own in a folder, as the user postgres where this is root."""
+    """A PostgreSQL of its own, as the user postgres where this is root.
 
-    def __init__(self, folder: Path) -> None:
+    Not in a folder of pytest's, which are for its own user alone, and made so again whenever another pytest starts.
+    """
+
+    def __init__(self) -> None:
         found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
         if not found:
             pytest.skip("PostgreSQL is not installed (Debian: apt install postgresql)")
         pytest.importorskip("psycopg2")
-        self.bin, self.data, self.port = found[-1].parent, folder / "postgres", free_port()
+        self.bin, self.port = found[-1].parent, free_port()
+        self.data = Path(tempfile.mkdtemp(prefix="postgres-"))
         self._as = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
-        self.data.mkdir()
         if self._as:
             shutil.chown(self.data, "postgres")
-            for parent in (folder, *folder.parents):  # pytest's folders are root's alone
-                if parent.stat().st_mode & 0o1 == 0:
-                    parent.chmod(parent.stat().st_mode | 0o1)
         self._run("initdb", "-D", str(self.data), "-A", "trust", "-U", "postgres", "-N")
         options = f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories='' -c fsync=off"
         self._run("pg_ctl", "-D", str(self.data), "-w", "-o", options, "-l", str(self.data / "log"), "start")
@@ -84,3 +85,4 @@ class Postgres:
 
     def stop(self) -> None:
         self._run("pg_ctl", "-D", str(self.data), "-m", "immediate", "stop")
+        shutil.rmtree(self.data, ignore_errors=True)

@@ -105,7 +105,7 @@ def test_a_server_that_comes_late_dies_and_comes_again(server: Server, tmp_path:
 
 
 def test_a_postgresql_store_gets_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = Postgres(tmp_path)
+    base = Postgres()
     made = Server(tmp_path, base.uri)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", made.uri)
     folder = tmp_path / "run"

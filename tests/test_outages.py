@@ -288,7 +288,7 @@ def test_one_process_delivers_from_a_folder_at_a_time(tmp_path: Path, capsys: py
     tracker.open({}, {})
     tracker.record(report(0))
     assert main(["sync", str(tmp_path)]) == 2
-    assert "which another process is writing" not in capsys.readouterr().out
+    assert "is of a run that another process is writing just now" in capsys.readouterr().err
     tracker.close("FINISHED")
     assert main(["sync", str(tmp_path)]) == 0
     assert "everything was delivered to run" in capsys.readouterr().out
@@ -308,3 +308,31 @@ def test_everything_can_go_to_another_server(
     monkeypatch.chdir(tmp_path)
     assert main(["sync", "--new-run", str(folder)]) == 0
     assert_the_server_has_exactly_the_journal(folder, "FINISHED")
+
+
+def test_other_peoples_pictures_and_earlier_tables_are_not_mixed_up(tmp_path: Path) -> None:
+    """A picture that is shown at a measurement's own key and step, and tables of the process before."""
+    from mlflow import MlflowClient
+    from PIL import Image
+
+    folder = tmp_path / "run"
+    theirs = np.full((12, 16, 3), 77, dtype=np.uint8)
+    for name in ("first", "second"):
+        sink = MLflowSink()
+        tracker = Tracker(folder, [sink])
+        tracker.open({}, {})
+        tracker.record(report(0))
+        tracker.table(name, [{"a": 1}], 0)
+        if name == "second":
+            tracker.show(Report(0, {}, {"samples": theirs}))
+        tracker.close("FINISHED")
+    assert sink.run_id is not None
+    client = MlflowClient()
+    paths = [f.path for f in client.list_artifacts(sink.run_id, "images") if f.path.endswith(".png")]
+    pictures = [np.asarray(Image.open(client.download_artifacts(sink.run_id, path))) for path in paths]
+    assert len(pictures) == 2
+    for expected in (theirs, report(0).figures["samples"]):
+        assert any(np.array_equal(picture, expected) for picture in pictures)
+    assert np.array_equal(np.asarray(Image.open(folder / "images/samples/000000000000.png")), report(0).figures["samples"])
+    marks = json.loads(client.get_run(sink.run_id).data.tags["mlflow.loggedArtifacts"])
+    assert [mark["path"] for mark in marks] == ["tables/first.json", "tables/second.json"]

@@ -42,7 +42,8 @@ class Delivery:
         try:
             getattr(self, f"_{operation['kind']}")(operation, doubtful)
         except MlflowException as error:
-            if error.error_code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
+            # Without a run nothing else has a place: its start is tried until it is there.
+            if operation["kind"] != "start" and error.error_code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
                 raise RefusalError(str(error).splitlines()[0][:300]) from error
             raise
 

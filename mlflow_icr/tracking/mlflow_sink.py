@@ -8,6 +8,7 @@ import os
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -49,7 +50,6 @@ class MLflowSink:
         self.joins, self.run_name = joins, run_name
         self._given = run_id
         self._owned = True
-        self._tables: list[str] = []
         self.outbox: Outbox | None = None
         self.failure: Exception | None = None  # of the last attempt
         self._told = False
@@ -133,11 +133,17 @@ class MLflowSink:
             self.say(operations)
 
     def _kept(self, path: str, picture: np.ndarray) -> str:
-        """The path in the folder of a picture that the journal keeps; without a journal, it is written."""
-        if not (self._box().folder / path).exists():
-            from PIL import Image
+        """The path in the folder of a picture that the journal keeps there; any other is written beside the outbox."""
+        from PIL import Image
 
-            write_whole(self._box().folder / path, lambda file: Image.fromarray(picture).save(file, format="png"))
+        folder = self._box().folder
+        if (folder / path).exists():
+            with Image.open(folder / path) as kept:
+                if np.array_equal(np.asarray(kept.convert("RGB")), picture):
+                    return path
+        # A picture of somebody else's may have the key and step of one of ours.
+        path = f"mlflow/{uuid.uuid4().hex}/{Path(path).name}"
+        write_whole(folder / path, lambda file: Image.fromarray(picture).save(file, format="png"))
         return path
 
     def dataset(self, description: Mapping[str, str], context: str) -> None:
@@ -165,8 +171,8 @@ class MLflowSink:
         columns = {key: [row[key] for row in rows] for key in rows[0]}
         content = {"columns": list(columns), "data": [list(row) for row in zip(*columns.values(), strict=True)]}
         path = f"tables/{name}.json"
-        self._tables = sorted({*self._tables, path})
-        marks = json.dumps([{"path": table, "type": "table"} for table in self._tables])
+        tables = sorted({*self._box().tables, path})  # those of earlier processes too: the tag names them all
+        marks = json.dumps([{"path": table, "type": "table"} for table in tables])
         self.say([{"kind": "table", "to": path, "content": content, "marks": marks}])
 
     def figure(self, name: str, picture: np.ndarray, step: int) -> None:

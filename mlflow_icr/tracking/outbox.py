@@ -43,6 +43,7 @@ class Outbox:
             self._state |= json.loads((self.folder / STATE).read_text())
         self.waiting: deque[tuple[int, Operation]] = deque()
         self.recorded: dict[int, set[str]] = {}
+        self.tables: set[str] = set()  # paths among the artifacts
         self.running = False  # whether the run was started and not ended, by what was appended
         self.count = 0
         self._read()
@@ -69,6 +70,8 @@ class Outbox:
             self.recorded.setdefault(operation["step"], set()).update(operation["values"])
         elif kind == "picture":
             self.recorded.setdefault(operation["step"], set()).add(operation["key"])
+        elif kind == "table":
+            self.tables.add(operation["to"])
         elif kind == "start":
             self.running = operation["running"]
         elif kind == "end":

@@ -89,9 +89,9 @@ def configure(argv: Sequence[str] | None) -> tuple[TrainConfig, Path, dict[str, 
     return config, output_dir, tags, arguments.run_name, arguments.resume
 
 
-def train_run(run: Run, stop: Stop, output_dir: Path, tags: Mapping[str, str], run_name: str | None) -> str:
+def train_run(run: Run, stop: Stop, output_dir: Path, tags: Mapping[str, str], run_name: str | None, resume: bool) -> str:
     """Train, measure, record and save until the end or a wish to stop; returns FINISHED or KILLED."""
-    from mlflow_icr.tracking import MLflowSink, TensorBoardSink, Tracker
+    from mlflow_icr.tracking import folder_tracker
     from trainers.console import Console
 
     tracker = None
@@ -100,7 +100,7 @@ def train_run(run: Run, stop: Stop, output_dir: Path, tags: Mapping[str, str], r
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / CONFIG).write_text(yaml.safe_dump(run.config.as_dict(), sort_keys=False))
         # A resumed run goes on in the MLflow run of its folder.
-        tracker = Tracker(output_dir, [MLflowSink(run_name=run_name), TensorBoardSink(output_dir / "tensorboard")])
+        tracker = folder_tracker(output_dir, run_name=run_name, resume=resume)
         tracker.open(run.params(), {**run.tags(), **tags})
         run.show_data(tracker)
     status = "FAILED"
@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"trainers.train: error: {error}", file=sys.stderr)
         return 2
     try:
-        status = train_run(run, stop, output_dir, tags, run_name)
+        status = train_run(run, stop, output_dir, tags, run_name, resume)
     except OSError as error:  # a full disk, most of all: what was measured before is whole, and so is the last checkpoint
         print(f"trainers.train: error: {error}; go on with --resume when that is mended", file=sys.stderr)
         return 1

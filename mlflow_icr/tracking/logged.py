@@ -20,6 +20,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from mlflow_icr.extraction.files import write_whole
+
 logger = logging.getLogger(__name__)
 
 FOLDER, VALUES, SENT = "logged", "values.jsonl", "sent.json"
@@ -164,9 +166,8 @@ class LoggedValues:
         for name, place in self._places.items():
             if last or time.monotonic() >= place.next_try:
                 self._catch_up(name, place)
-        part = self.folder / f".{SENT}.part"
-        part.write_text(json.dumps({name: place.offset for name, place in self._places.items()}))
-        part.replace(self.folder / SENT)
+        content = json.dumps({name: place.offset for name, place in self._places.items()}).encode()
+        write_whole(self.folder / SENT, lambda file: file.write(content))
         self._next_flush = time.monotonic() + FLUSH_SECONDS
 
     def _catch_up(self, name: str, place: _Place) -> None:

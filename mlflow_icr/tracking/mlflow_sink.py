@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import tempfile
 import threading
 import time
@@ -53,6 +54,7 @@ class MLflowSink:
         self.outbox: Outbox | None = None
         self.failure: Exception | None = None  # of the last attempt
         self._told = False
+        self._private = False  # whether the outbox is in a folder of nobody's, which goes when everything has arrived
         self._wake = threading.Condition()
         self._closing = False
         self._hurry = False  # somebody waits: the pause before the next attempt is over
@@ -78,6 +80,7 @@ class MLflowSink:
 
     def _box(self) -> Outbox:
         if self.outbox is None:
+            self._private = True
             self.bind(Path(tempfile.mkdtemp(prefix="mlflow-icr-")))
         assert self.outbox is not None
         return self.outbox
@@ -208,6 +211,8 @@ class MLflowSink:
                 len(box.waiting), box.folder, box.folder,
             )  # fmt: skip
         box.close()
+        if complete and self._private:
+            shutil.rmtree(box.folder, ignore_errors=True)
         return complete
 
     def flush(self, patience: int = 1) -> bool:

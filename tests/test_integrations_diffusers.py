@@ -205,6 +205,28 @@ def test_two_ranks_measure_together_and_stop_together(tmp_path: Path, data: Path
     assert not (tmp_path / "stopped").exists()  # the script did not come to saving
 
 
+RANK = """
+import atexit, sys, threading, time
+from mlflow_icr.integrations.ending import end_as_rank
+
+class Last:
+    def __del__(self):  # called by the interpreter's finalization
+        print("finalized", flush=True)
+
+tell, last = end_as_rank(), Last()
+atexit.register(print, "handler")
+threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
+sys.exit(tell(7))
+"""
+
+
+@pytest.mark.parametrize(("ranks", "said"), [(1, ["thread", "handler", "finalized"]), (2, ["thread", "handler"])])
+def test_a_rank_ends_with_all_but_the_interpreters_finalization(ranks: int, said: list[str]) -> None:
+    environment = {**os.environ, "WORLD_SIZE": str(ranks)}
+    done = subprocess.run([sys.executable, "-c", RANK], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout.split(), done.stderr) == (7, said, "")
+
+
 def test_bad_input_is_one_line_before_the_script_starts(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     script = tmp_path / "script.py"
     script.write_text("raise AssertionError('started')")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 import mlflow_icr
+from mlflow_icr.integrations.ending import end_as_rank
 from mlflow_icr.monitoring.series import HISTORY, read_history
 from trainers.arguments import config_changes, parse_tags, train_parser
 from trainers.config import TrainConfig, config_from, load_config, preset_names
@@ -126,6 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config, output_dir, tags, run_name, resume = configure(argv)
         stop = Stop()
+        tell = end_as_rank()
         from trainers.run import Run  # torch, diffusers and accelerate, once the input is known to be good
 
         run = Run(config, output_dir, resume=resume)
@@ -139,9 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"trainers.train: error: {error}; go on with --resume when that is mended", file=sys.stderr)
         return 1
     run.end()
-    if status == "FINISHED":
-        return 0
-    return 128 + (stop.signal or signal.SIGINT)
+    return tell(0 if status == "FINISHED" else 128 + (stop.signal or signal.SIGINT))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from mlflow_icr.extraction.images import SUFFIXES, image_paths
-from mlflow_icr.integrations.ending import status_of
+from mlflow_icr.integrations.ending import end_as_rank, status_of
 from mlflow_icr.integrations.watch import STOPPING
 from mlflow_icr.monitoring.protocol import Protocol
 from mlflow_icr.monitoring.schedule import measuring_steps
@@ -96,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"mlflow_icr.integrations.diffusers: error: {error}", file=sys.stderr)
         return 2
+    tell = end_as_rank()
     from mlflow_icr.integrations.hooks import ScriptHooks  # torch, accelerate and diffusers, once the input is good
 
     logging.getLogger("mlflow_icr").setLevel(logging.WARNING)
@@ -108,9 +109,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             runpy.run_path(str(arguments.script), run_name="__main__")
         except BaseException as error:
             hooks.close(status_of(error))
+            if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
+                tell(error.code or 0)
             raise
         hooks.close("FINISHED")
-    return 0
+    return tell(0)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def end_as_rank() -> Callable[[int], int]:
     """Let a process that is one of several ranks end without the interpreter's finalization, once its exit status is told.
 
     Returns a function that notes the status and gives it back. Gloo's threads live on after `destroy_process_group` where
-    DistributedDataParallel was used (torch 2.13), and native threads do not bear the interpreter's finalization: a rank that had
+    DistributedDataParallel was used (torch 2.13), and native threads do not bear the interpreter finalizing: a rank that had
     ended well was seen to abort there, rarely, on a loaded machine. Call it before other exit handlers are registered: the
     first that registers is the last that is called, so all of them, and the threads that Python waits for, come before.
     """

@@ -1,33 +1,39 @@
 """Checkpoints: a diffusers folder of the averaged weights, and beside it all that training needs to go on.
 
 `checkpoints/<images seen>/` is complete or not there: it is written under another name, synced, and renamed. Everything is
-safetensors and JSON; nothing is unpickled.
+safetensors and JSON; nothing is unpickled. What a disk has done to it since is seen by its SHA-256: the one before is taken.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mlflow_icr import Verdict
+from mlflow_icr.extraction.files import file_sha256, write_whole
 from trainers.config import TrainConfig
 from trainers.loop import TrainState
+from trainers.sharding import load_whole, shared_like, whole
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
 
 STATE, PROGRESS, TURNING = "state.safetensors", "progress.json", "turning.json"
 KEPT_STATES = 2  # the newest, and the one before it in case the newest cannot be read
 
 
-def _tensors(state: TrainState, accelerator: Accelerator, monitor: dict[str, Tensor]) -> dict[str, Tensor]:
+def state_tensors(state: TrainState, accelerator: Accelerator, monitor: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All that training needs to go on, by name, on the CPU; where parameters are sharded, every rank must take part."""
     network = accelerator.unwrap_model(state.network)
     tensors = {f"network/{key}": value for key, value in network.state_dict().items()}
     tensors |= {f"ema/{key}": value for key, value in state.ema.state_dict().items()}
@@ -35,7 +41,7 @@ def _tensors(state: TrainState, accelerator: Accelerator, monitor: dict[str, Ten
         tensors |= {f"optimizer/{index}/{key}": torch.as_tensor(value) for key, value in entry.items()}
     tensors |= {f"monitor/{key}": value for key, value in monitor.items()}
     tensors["loss_sum"] = state.loss_sum
-    return {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    return {key: whole(value.detach()).cpu().contiguous().clone() for key, value in tensors.items()}
 
 
 def _sync(folder: Path) -> None:
@@ -48,9 +54,12 @@ def _sync(folder: Path) -> None:
 
 
 def save_checkpoint(
-    output_dir: Path, state: TrainState, config: TrainConfig, accelerator: Accelerator, monitor: dict[str, Tensor]
+    output_dir: Path, state: TrainState, config: TrainConfig, accelerator: Accelerator, tensors: dict[str, Tensor]
 ) -> Path:
-    """Write the checkpoint of a state, on the main process; returns its folder. Raises OSError when the disk is full."""
+    """Write the checkpoint of a state, on the main process; returns its folder. Raises OSError when the disk is full.
+
+    `tensors` are those of `state_tensors`.
+    """
     from diffusers import ConsistencyModelPipeline, EDMDPMSolverMultistepScheduler
 
     folder = output_dir / "checkpoints" / f"{state.images_seen:012d}"
@@ -61,8 +70,11 @@ def save_checkpoint(
     # Plain diffusers loads and samples this; with DDPMPipeline it would run and be wrong.
     scheduler = EDMDPMSolverMultistepScheduler(sigma_data=config.sigma_data)
     ConsistencyModelPipeline(unet=state.ema, scheduler=scheduler).save_pretrained(part)
-    save_file(_tensors(state, accelerator, monitor), part / STATE)
-    progress = {"images_seen": state.images_seen, "loss_steps": state.loss_steps}
+    save_file(tensors, part / STATE)
+    progress: dict[str, Any] = {"images_seen": state.images_seen, "loss_steps": state.loss_steps}
+    if accelerator.scaler is not None:  # of fp16: plain numbers
+        progress["scaler"] = accelerator.scaler.state_dict()
+    progress["sha256"] = file_sha256(part / STATE)
     (part / PROGRESS).write_text(json.dumps(progress))
     _sync(part)
     shutil.rmtree(folder, ignore_errors=True)
@@ -77,17 +89,29 @@ def mark_turning(output_dir: Path, found: Verdict) -> None:
     """Write `checkpoints/turning.json`, which names the checkpoint to keep, once a verdict has found a turn."""
     if found.turning_images_seen is None:
         return
-    path = output_dir / "checkpoints" / TURNING
-    part = path.with_name(f".{TURNING}.part")
     content = found.summary() | {"state": found.state, "checkpoint": f"{found.checkpoint_images_seen:012d}"}
-    part.write_text(json.dumps(content, indent=2) + "\n")
-    part.rename(path)
+    text = json.dumps(content, indent=2) + "\n"
+    write_whole(output_dir / "checkpoints" / TURNING, lambda file: file.write(text.encode()))
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a checkpoint is what was written; one that is not is told of."""
+    try:
+        whole = json.loads((folder / PROGRESS).read_text())["sha256"] == file_sha256(folder / STATE)
+    except (OSError, ValueError, KeyError):
+        whole = False
+    if not whole:
+        logger.warning("%s is damaged; going on from the checkpoint before", folder)
+    return whole
 
 
 def latest_checkpoint(output_dir: Path) -> Path | None:
-    """The newest checkpoint that training can go on from, or None."""
-    found = sorted(output_dir.glob(f"checkpoints/[0-9]*/{STATE}"))
-    return found[-1].parent if found else None
+    """The newest checkpoint that training can go on from, or None. Raises ValueError when there are only damaged ones."""
+    found = sorted((path.parent for path in output_dir.glob(f"checkpoints/[0-9]*/{STATE}")), reverse=True)
+    newest = next((folder for folder in found if _is_whole(folder)), None)
+    if found and newest is None:
+        raise ValueError(f"output_dir is {str(output_dir)!r}, whose checkpoints are damaged; expected one to go on from")
+    return newest
 
 
 def load_checkpoint(folder: Path, state: TrainState, accelerator: Accelerator) -> dict[str, Tensor]:
@@ -99,7 +123,7 @@ def load_checkpoint(folder: Path, state: TrainState, accelerator: Accelerator) -
         return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
     try:
-        accelerator.unwrap_model(state.network).load_state_dict(part("network/"))
+        load_whole(accelerator.unwrap_model(state.network), part("network/"))
         state.ema.load_state_dict(part("ema/"))
     except RuntimeError as error:
         raise ValueError(f"{folder} does not hold this configuration's network ({str(error).splitlines()[0]})") from None
@@ -108,7 +132,13 @@ def load_checkpoint(folder: Path, state: TrainState, accelerator: Accelerator) -
         index, name = key.split("/")
         entries.setdefault(int(index), {})[name] = value
     saved = state.optimizer.state_dict()
+    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+    for place, entry in entries.items():  # moments are shared out as their parameters are; a count of steps is not
+        like = parameters[place]
+        entries[place] = {k: shared_like(v, like) if v.shape == like.shape else v for k, v in entry.items()}
     state.optimizer.load_state_dict({"state": entries, "param_groups": saved["param_groups"]})
+    if accelerator.scaler is not None and "scaler" in progress:
+        accelerator.scaler.load_state_dict(progress["scaler"])
     state.images_seen = progress["images_seen"]
     state.loss_sum = tensors["loss_sum"].to(accelerator.device)
     state.loss_steps = progress["loss_steps"]

@@ -16,6 +16,7 @@ from mlflow_icr import EDMDenoiser
 from mlflow_icr.extraction import keyed_generator
 from trainers.config import TrainConfig
 from trainers.edm import edm_loss, training_sigma
+from trainers.sharding import whole
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -99,7 +100,8 @@ def train(state: TrainState, images: Tensor, config: TrainConfig, accelerator: A
     """Train on images (N, C, H, W) uint8, yielding the state after every optimizer step, for as long as it is asked.
 
     Order and noise are keyed by (seed, images seen, place in the batch), so that neither ranks, nor accumulation, nor a
-    resumption change them. A rank takes an equal, consecutive share of each accumulated part.
+    resumption change them. A rank takes an equal, consecutive share of each accumulated part. Dropout draws from the global
+    generator, in the shape of a rank's share: it is keyed too, and by the rank, so that a resumption does not change it.
     """
     denoiser = EDMDenoiser(state.network, config.sigma_data)
     order = Order(len(images), config.seed)
@@ -108,12 +110,15 @@ def train(state: TrainState, images: Tensor, config: TrainConfig, accelerator: A
     images, device = images.to(accelerator.device), accelerator.device
     state.network.train()
     while True:
-        whole = draw_batch(images, order, config, state.images_seen)
+        batch = draw_batch(images, order, config, state.images_seen)
         rate = config.learning_rate * min(1.0, (state.images_seen + config.batch_size) / max(config.rampup_kimg * 1000, 1e-8))
         for group in state.optimizer.param_groups:
             group["lr"] = rate
-        for place in range(config.gradient_accumulation_steps):
-            part = whole.part(place, config.gradient_accumulation_steps)
+        if config.dropout:
+            key = keyed_generator("dropout", config.seed, state.images_seen, accelerator.process_index)
+            torch.manual_seed(int(key.integers(2**63)))
+        for place in range(accelerator.gradient_accumulation_steps):  # a launcher's configuration may have set it
+            part = batch.part(place, accelerator.gradient_accumulation_steps)
             mine = part.part(accelerator.process_index, accelerator.num_processes)
             x = mine.images.float() / 127.5 - 1
             with accelerator.accumulate(state.network):
@@ -125,7 +130,7 @@ def train(state: TrainState, images: Tensor, config: TrainConfig, accelerator: A
             state.loss_steps += 1
         state.images_seen += config.batch_size
         with torch.no_grad():
-            get_ema_multi_avg_fn(ema_beta(config, state.images_seen))(average, weights, 0)
+            get_ema_multi_avg_fn(ema_beta(config, state.images_seen))(average, [whole(w) for w in weights], 0)
         yield state
 
 

@@ -21,12 +21,13 @@ from mlflow_icr.monitoring.ranking import rank_classes, rank_images
 from mlflow_icr.monitoring.schedule import every_nth
 from mlflow_icr.monitoring.series import HISTORY, arrays_path, read_arrays, read_history
 from mlflow_icr.tracking import Tracker
-from trainers.checkpoint import latest_checkpoint, load_checkpoint, mark_turning, save_checkpoint
+from trainers.checkpoint import latest_checkpoint, load_checkpoint, mark_turning, save_checkpoint, state_tensors
 from trainers.config import STOPPING, TrainConfig
 from trainers.console import Console
 from trainers.data import data_of, describe_data
 from trainers.edm import build_network, edm_loss, training_sigma
 from trainers.loop import new_state, take_mean_loss, train
+from trainers.sharding import is_sharded
 
 # Ranks must stop at the same step; asking all of them after every step would make each wait for the others' hosts.
 STOP_EVERY_STEPS = 8
@@ -176,7 +177,8 @@ class Run:
 
     def _observe(self, tracker: Tracker | None, console: Console) -> None:
         report = self.measure()
-        self.rows.append(report.flat())
+        # A kill between a measurement and its checkpoint leaves a row that is measured again, to the same values.
+        self.rows = [row for row in self.rows if row["images_seen"] < report.step] + [report.flat()]
         if tracker is not None:
             tracker.record(report)
         console.measured(report)
@@ -199,8 +201,12 @@ class Run:
         return bool(self.accelerator.reduce(flag, reduction="sum") > 0)
 
     def _save(self) -> None:
+        tensors = None
+        if self.is_main or is_sharded(self.state.network):
+            tensors = state_tensors(self.state, self.accelerator, self.monitor.state_dict())
         if self.is_main:
-            save_checkpoint(self.output_dir, self.state, self.config, self.accelerator, self.monitor.state_dict())
+            assert tensors is not None
+            save_checkpoint(self.output_dir, self.state, self.config, self.accelerator, tensors)
             mark_turning(self.output_dir, verdict(self.rows))
         self.accelerator.wait_for_everyone()
 

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from mlflow_icr.extraction.encoder_weights import FIDELITY, WEIGHTS, check_weights, file_sha256
+from mlflow_icr.extraction.encoder_weights import FIDELITY, WEIGHTS, check_weights
+from mlflow_icr.extraction.files import file_sha256
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

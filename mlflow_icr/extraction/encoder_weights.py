@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+
+from mlflow_icr.extraction.files import file_sha256
 
 
 @dataclass(frozen=True)
@@ -49,15 +50,6 @@ FIDELITY = {
         "Apache-2.0 (TensorFlow's weights), translated by pytorch-fid",
     ),
 }
-
-
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file, read in parts."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def check_weights(name: str, path: Path | str | None) -> tuple[Path, str]:

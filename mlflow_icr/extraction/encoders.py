@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from mlflow_icr.extraction import encoder_networks as networks
-from mlflow_icr.extraction.encoder_weights import WEIGHTS, check_weights, file_sha256
+from mlflow_icr.extraction.encoder_weights import WEIGHTS, check_weights
+from mlflow_icr.extraction.files import file_sha256
 from mlflow_icr.extraction.views import as_unit_interval
 
 NAMES = ("pixels", *WEIGHTS, "torchscript:PATH")

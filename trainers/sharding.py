@@ -1,0 +1,35 @@
+"""Parameters that Accelerate has shared out among ranks (FSDP2), whole, as averages and checkpoints need them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def is_sharded(network: nn.Module) -> bool:
+    """Whether a rank has only a share of the parameters."""
+    return any(isinstance(parameter, DTensor) for parameter in network.parameters())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor entire; one that is shared out is gathered, which all ranks must take part in."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shared_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """An entire tensor, the same on all ranks, shared out as a parameter is; all ranks must take part."""
+    if not isinstance(parameter, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
+
+
+def load_whole(network: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Put entire tensors into a network that may be shared out. Raises RuntimeError for names or shapes that do not fit."""
+    state = network.state_dict()
+    fitting = {
+        key: shared_like(value, state[key]) if key in state and value.shape == state[key].shape else value
+        for key, value in tensors.items()
+    }
+    with torch.no_grad():
+        network.load_state_dict(fitting)

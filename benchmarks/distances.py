@@ -1,7 +1,7 @@
 """What distances, neighbours and encoders cost over what they cannot do without, and over the usual ways.
 
-- `frechet_distance` against scipy's `sqrtm` of the covariances' product, and against torchmetrics' eigenvalues of it, all from
-  the same float64 embeddings to the value.
+- `frechet_distance` against scipy's `sqrtm` of the covariances' product, and against torchmetrics' eigenvalues of it: from
+  statistics of both sets, which all of them keep of a reference set, and from float64 embeddings, where covariances count too.
 - `memorization_ratio` against the bare float32 matrix product of the two sets, which is the limit, and against
   `torch.cdist` with `topk`; the largest tensor that a search makes, against its budget.
 - An encoder against the bare forward pass of its network on tensors that are ready.
@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlflow_icr import frechet_distance, memorization_ratio
 from mlflow_icr.extraction.encoders import load_encoder
+from mlflow_icr.generation import gaussian_statistics
 from mlflow_icr.generation.neighbours import BUDGET_BYTES
 
 
@@ -40,26 +41,58 @@ def pairs(name: str, ours: Callable[[], object], theirs: Callable[[], object], g
     print(f"{name:64} ours {mine:7.2f} s  theirs {other:7.2f} s  ratio {ratio:.3f} (goal: {goal})", flush=True)
 
 
-def scipys(x: Tensor, y: Tensor) -> float:
-    cx, cy = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
-    root = scipy.linalg.sqrtm(cx @ cy)
-    return float(((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(cx + cy - 2 * root.real))
+Statistics = tuple[Tensor, Tensor]  # mean and covariance
 
 
-def torchmetrics_way(x: Tensor, y: Tensor) -> float:
+def of_numpy(x: Tensor) -> Statistics:
+    return x.mean(0), torch.from_numpy(np.cov(x, rowvar=False))
+
+
+def of_torch(x: Tensor) -> Statistics:
+    return x.mean(0), x.T.cov()
+
+
+def scipys(x: Statistics, y: Statistics) -> float:
+    root = scipy.linalg.sqrtm(x[1].numpy() @ y[1].numpy())
+    return float((x[0] - y[0]).square().sum() + np.trace(x[1] + y[1] - 2 * root.real))
+
+
+def torchmetrics_way(x: Statistics, y: Statistics) -> float:
     from torchmetrics.image.fid import _compute_fid
 
-    return float(_compute_fid(x.mean(0), x.T.cov(), y.mean(0), y.T.cov()))
+    return float(_compute_fid(*x, *y))
 
 
 def frechet(n: int, dim: int, repeats: int) -> None:
     generator = torch.Generator().manual_seed(0)
     mix = torch.randn(dim, dim, generator=generator, dtype=torch.float64) * torch.linspace(1, 0.05, dim, dtype=torch.float64)
     x, y = (torch.randn(n, dim, generator=generator, dtype=torch.float64) @ mix + shift for shift in (0.0, 0.1))
-    values = [frechet_distance(x, y), scipys(x, y), torchmetrics_way(x, y)]
-    print(f"Frechet distance, N = {n}, D = {dim}: ours {values[0]:.10g}, scipy {values[1]:.10g}, torchmetrics {values[2]:.10g}")
-    pairs("  against scipy's sqrtm", lambda: frechet_distance(x, y), lambda: scipys(x, y), "at most 0.1", repeats)
-    pairs("  against torchmetrics", lambda: frechet_distance(x, y), lambda: torchmetrics_way(x, y), "at most 0.33", repeats)
+    a, b = gaussian_statistics(x), gaussian_statistics(y)
+    p, q = of_torch(x), of_torch(y)
+    values = {
+        "ours, from embeddings": frechet_distance(x, y),
+        "ours, from statistics": frechet_distance(a, b),
+        "scipy": scipys(p, q),
+        "torchmetrics": torchmetrics_way(p, q),
+    }
+    print(f"Frechet distance, N = {n}, D = {dim}:", ", ".join(f"{name} {value:.10g}" for name, value in values.items()))
+
+    def from_statistics() -> float:
+        return frechet_distance(a, b)
+
+    def from_embeddings() -> float:
+        return frechet_distance(x, y)
+
+    pairs("  statistics to value, scipy's sqrtm", from_statistics, lambda: scipys(p, q), "at most 0.1", repeats)
+    pairs("  statistics to value, torchmetrics", from_statistics, lambda: torchmetrics_way(p, q), "at most 0.33", repeats)
+    pairs("  embeddings to value, scipy's sqrtm", from_embeddings, lambda: scipys(of_numpy(x), of_numpy(y)), "none", repeats)
+    pairs(
+        "  embeddings to value, torchmetrics",
+        from_embeddings,
+        lambda: torchmetrics_way(of_torch(x), of_torch(y)),
+        "none",
+        repeats,
+    )
 
 
 class Largest(TorchDispatchMode):

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import warnings
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -19,6 +20,7 @@ from mlflow_icr.integrations.ending import end_as_rank
 from mlflow_icr.monitoring.series import HISTORY, read_history
 from trainers.arguments import config_changes, parse_tags, train_parser
 from trainers.config import TrainConfig, config_from, load_config, preset_names
+from trainers.launch import check_processes, is_launched, launch
 
 if TYPE_CHECKING:
     from trainers.run import Run
@@ -74,9 +76,8 @@ def run_is_mine() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def configure(argv: Sequence[str] | None) -> tuple[TrainConfig, Path, dict[str, str], str | None, bool]:
+def configure(arguments: Namespace) -> tuple[TrainConfig, Path, dict[str, str], str | None, bool]:
     """Everything that the command line says, checked. Raises ValueError for what cannot be."""
-    arguments = train_parser().parse_args(argv)
     changes = config_changes(arguments)
     if arguments.preset is None and not arguments.resume:
         raise ValueError(f"preset is not given; expected one of {', '.join(preset_names())}")
@@ -87,6 +88,8 @@ def configure(argv: Sequence[str] | None) -> tuple[TrainConfig, Path, dict[str, 
     output_dir = Path(arguments.output_dir)
     config = prepare_folder(output_dir, config, changes, arguments.resume)
     check_project()
+    if not is_launched():
+        check_processes(arguments.num_processes)
     return config, output_dir, tags, arguments.run_name, arguments.resume
 
 
@@ -124,8 +127,11 @@ def train_run(run: Run, stop: Stop, output_dir: Path, tags: Mapping[str, str], r
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 2 for bad input, 128 + signal when stopped."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    arguments = train_parser().parse_args(argv)
     try:
-        config, output_dir, tags, run_name, resume = configure(argv)
+        config, output_dir, tags, run_name, resume = configure(arguments)
+        if arguments.num_processes > 1 and not is_launched():
+            return launch(arguments.num_processes, sys.argv[1:] if argv is None else argv, output_dir)
         stop = Stop()
         tell = end_as_rank()
         from trainers.run import Run  # torch, diffusers and accelerate, once the input is known to be good

@@ -38,8 +38,8 @@ def folders_of(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def sync_folder(folder: Path, *, new_run: bool = False) -> Synced:
-    """Deliver what the server does not have of one folder; a run whose process was killed is set KILLED.
+def sync_folder(folder: Path, *, new_run: bool = False, status: str = "KILLED") -> Synced:
+    """Deliver what the server does not have of one folder; a run whose process was killed is ended with a status.
 
     As often as it is repeated, everything is there once. With `new_run` everything goes to a new run, on another server for
     instance. Raises ValueError for a folder that a process is writing just now, or a damaged journal.
@@ -57,7 +57,7 @@ def sync_folder(folder: Path, *, new_run: bool = False) -> Synced:
     logger = logging.getLogger("mlflow_icr.tracking.mlflow_sink")
     disabled, logger.disabled = logger.disabled, True  # the caller tells of failures
     try:
-        sink.close("KILLED")  # which a run that has ended ignores
+        sink.close(status)  # which a run that has ended ignores
     finally:
         logger.disabled = disabled
     box = sink.outbox

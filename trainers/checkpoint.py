@@ -20,8 +20,8 @@ from torch import Tensor
 from mlflow_icr import Verdict
 from mlflow_icr.extraction.files import file_sha256, write_whole
 from trainers.config import TrainConfig
+from trainers.engine import bare, load_whole, shared_like, whole
 from trainers.loop import TrainState
-from trainers.sharding import load_whole, shared_like, whole
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -34,7 +34,7 @@ KEPT_STATES = 2  # the newest, and the one before it in case the newest cannot b
 
 def state_tensors(state: TrainState, accelerator: Accelerator, monitor: dict[str, Tensor]) -> dict[str, Tensor]:
     """All that training needs to go on, by name, on the CPU; where parameters are sharded, every rank must take part."""
-    network = accelerator.unwrap_model(state.network)
+    network = bare(state.network, accelerator)
     tensors = {f"network/{key}": value for key, value in network.state_dict().items()}
     tensors |= {f"ema/{key}": value for key, value in state.ema.state_dict().items()}
     for index, entry in state.optimizer.state_dict()["state"].items():
@@ -123,7 +123,7 @@ def load_checkpoint(folder: Path, state: TrainState, accelerator: Accelerator) -
         return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
     try:
-        load_whole(accelerator.unwrap_model(state.network), part("network/"))
+        load_whole(bare(state.network, accelerator), part("network/"))
         state.ema.load_state_dict(part("ema/"))
     except RuntimeError as error:
         raise ValueError(f"{folder} does not hold this configuration's network ({str(error).splitlines()[0]})") from None

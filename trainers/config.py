@@ -15,7 +15,7 @@ from mlflow_icr import Protocol
 from mlflow_icr.extraction.encoders import is_installed
 
 PRESETS = Path(__file__).parent / "presets"
-MIXED_PRECISIONS = ("no", "bf16", "fp16")
+MIXED_PRECISIONS = ("", "no", "bf16", "fp16")  # empty: as the launcher says, no without one
 STOPPING = ("", "turning", "memorizing")  # each later one is past the earlier
 
 
@@ -46,7 +46,7 @@ class TrainConfig:
     rampup_kimg: float = 2.0
     ema_halflife_kimg: float = 500.0
     ema_rampup_ratio: float = 0.05
-    mixed_precision: str = "no"
+    mixed_precision: str = ""
     gradient_accumulation_steps: int = 1
     # EDM (Karras et al. 2022, table 1).
     p_mean: float = -1.2
@@ -103,7 +103,7 @@ class TrainConfig:
         if not 0 < self.ema_rampup_ratio < math.inf:
             refuse("ema_rampup_ratio", "a positive number")
         if self.mixed_precision not in MIXED_PRECISIONS:
-            refuse("mixed_precision", f"one of {', '.join(MIXED_PRECISIONS)}")
+            refuse("mixed_precision", f"one of {', '.join(MIXED_PRECISIONS[1:])}, or empty for the launcher's")
         if self.num_images < 2:
             refuse("num_images", "at least 2 images")
         if not self.block_channels or any(c < 8 or c % 8 for c in self.block_channels):

@@ -16,7 +16,7 @@ from mlflow_icr import EDMDenoiser
 from mlflow_icr.extraction import keyed_generator
 from trainers.config import TrainConfig
 from trainers.edm import edm_loss, training_sigma
-from trainers.sharding import whole
+from trainers.engine import bare, whole
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -106,7 +106,7 @@ def train(state: TrainState, images: Tensor, config: TrainConfig, accelerator: A
     denoiser = EDMDenoiser(state.network, config.sigma_data)
     order = Order(len(images), config.seed)
     average = list(state.ema.parameters())
-    weights = list(accelerator.unwrap_model(state.network).parameters())
+    weights = list(bare(state.network, accelerator).parameters())
     images, device = images.to(accelerator.device), accelerator.device
     state.network.train()
     while True:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 
 from mlflow_icr import EDMDenoiser, GenerationMonitor, ICRMonitor, LossMonitor, Report, geometric_schedule, verdict
 from mlflow_icr.environment import environment_tags
@@ -26,12 +27,17 @@ from trainers.config import STOPPING, TrainConfig
 from trainers.console import Console
 from trainers.data import data_of, describe_data
 from trainers.edm import build_network, edm_loss, training_sigma
+from trainers.engine import bare, is_sharded
 from trainers.loop import new_state, take_mean_loss, train
-from trainers.sharding import is_sharded
 
 # Ranks must stop at the same step; asking all of them after every step would make each wait for the others' hosts.
 STOP_EVERY_STEPS = 8
 PROJECTOR_IMAGES = 1000  # more make one sprite that browsers are slow with
+
+
+def precision_of(config: TrainConfig) -> str:
+    """The configuration's mixed precision, or the launcher's: `accelerate config` and `accelerate launch` set it."""
+    return config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
 class Run:
@@ -39,20 +45,20 @@ class Run:
 
     def __init__(self, config: TrainConfig, output_dir: Path, *, resume: bool = False) -> None:
         self.config, self.output_dir = config, output_dir
-        if config.mixed_precision == "fp16" and not torch.cuda.is_available():
+        if precision_of(config) == "fp16" and not torch.cuda.is_available():
             raise ValueError("mixed_precision is 'fp16'; expected no or bf16 where there is no CUDA device")
         self.accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
+            mixed_precision=precision_of(config),
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             cpu=not torch.cuda.is_available() and not torch.backends.mps.is_available(),
         )
-        self._check_ranks()
+        self._check_engine()
         self.data = data_of(config)
         network = build_network(config, self.data.train.shape[1])
         self.num_parameters = sum(p.numel() for p in network.parameters())
         self.state = new_state(network, config, self.accelerator)
         ema = EDMDenoiser(self.state.ema, config.sigma_data)
-        raw = EDMDenoiser(self.accelerator.unwrap_model(self.state.network), config.sigma_data) if config.measure_raw else None
+        raw = EDMDenoiser(bare(self.state.network, self.accelerator), config.sigma_data) if config.measure_raw else None
         self.monitor = ICRMonitor(
             ema,
             self.data.train,
@@ -96,13 +102,15 @@ class Run:
         self.rows = list(read_history(output_dir)) if resume and (output_dir / HISTORY).exists() else []
         self._trained_seconds, self._trained_images = 0.0, 0
 
-    def _check_ranks(self) -> None:
-        c, ranks = self.config, self.accelerator.num_processes
-        if c.batch_size % (ranks * c.gradient_accumulation_steps):
+    def _check_engine(self) -> None:
+        c, ranks, parts = self.config, self.accelerator.num_processes, self.accelerator.gradient_accumulation_steps
+        if c.batch_size % (ranks * parts):
             raise ValueError(
-                f"batch_size is {c.batch_size}; expected a multiple of {ranks * c.gradient_accumulation_steps}, the ranks "
-                "times gradient_accumulation_steps"
+                f"batch_size is {c.batch_size}; expected a multiple of {ranks * parts}, the ranks times "
+                "gradient_accumulation_steps"
             )
+        if c.measure_raw and self.accelerator.distributed_type == DistributedType.FSDP:
+            raise ValueError("measure_raw is True; expected false with FSDP, where no rank has the trained weights whole")
 
     @property
     def is_main(self) -> bool:
@@ -122,6 +130,10 @@ class Run:
             "feature_dim": self.monitor.dim,
             "probe_degrees_per_dimension": round(p.degrees_per_dimension(self.monitor.dim), 3),
             "world_size": self.accelerator.num_processes,
+            "distributed_type": self.accelerator.distributed_type.value,
+            "mixed_precision": self.accelerator.mixed_precision,
+            "gradient_accumulation_steps": self.accelerator.gradient_accumulation_steps,
+            "dynamo_backend": self.accelerator.state.dynamo_plugin.backend.value,
             "device": self.accelerator.device.type,
             "torch_version": torch.__version__,
         }

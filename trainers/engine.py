@@ -1,10 +1,20 @@
-"""Parameters that Accelerate has shared out among ranks (FSDP2), whole, as averages and checkpoints need them."""
+"""What Accelerate has made of a network, undone: wrappers taken off, parameters that are shared out among ranks whole."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def bare(network: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """The network itself, without a wrapper for ranks or a compiled form, whose names would go into checkpoints."""
+    return accelerator.unwrap_model(network, keep_torch_compile=False)  # type: ignore[no-any-return]
 
 
 def is_sharded(network: nn.Module) -> bool:

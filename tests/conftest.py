@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+from tests.training import run
 
 
 @pytest.fixture
@@ -59,3 +62,14 @@ def digits() -> torch.Tensor:
     from sklearn.datasets import load_digits
 
     return torch.from_numpy((load_digits().images[:64] * 255 / 16).round().astype(np.uint8))[:, None]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """One uninterrupted short run, and its store."""
+    folder = tmp_path_factory.mktemp("whole")
+    store = f"sqlite:///{folder}/mlflow.db"
+    done = run(folder / "run", "--tag=study=s1", env=os.environ | {"MLFLOW_TRACKING_URI": store})
+    assert done.returncode == 0, done.stderr
+    assert "finished: lowest ICR" in done.stdout
+    return folder / "run", store

@@ -23,27 +23,13 @@ from safetensors.torch import load_file
 from mlflow_icr import verdict
 from mlflow_icr.tracking import read_history
 from tests.test_tracking import as_float32, journal_scalars, mlflow_scalars, tensorboard_scalars
+from tests.training import SHORT, measured, run
 from trainers import train
 from trainers.config import PRESETS, load_config, preset_names
 from trainers.data import _named, load_data
 from trainers.edm import build_network, edm_loss
 from trainers.loop import Order, draw_batch, ema_beta, new_state
 from trainers.loop import train as steps_of
-
-SHORT = [
-    "--preset=digits", "--num-images=32", "--total-kimg=1.2", "--first-measurement-kimg=0.3", "--measurements=3",
-    "--block-channels=16,32", "--num-samples=72", "--sample-steps=4", "--batch-size=32", "--probe-views=4",
-]  # fmt: skip
-
-
-def run(output_dir: Path, *flags: str, **options: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "trainers.train", *SHORT, f"--output-dir={output_dir}", *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)  # type: ignore[call-overload,no-any-return]
-
-
-def measured(folder: Path) -> list[dict[str, float]]:
-    """The history without what depends on the machine's speed."""
-    return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in read_history(folder)]
 
 
 def tensorboard_texts(folder: Path) -> dict[str, str]:
@@ -57,17 +43,6 @@ def tensorboard_texts(folder: Path) -> dict[str, str]:
         for tag in events.Tags()["tensors"]
         if tag.endswith("text_summary")
     }
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """One uninterrupted short run, and its store."""
-    folder = tmp_path_factory.mktemp("whole")
-    store = f"sqlite:///{folder}/mlflow.db"
-    done = run(folder / "run", "--tag=study=s1", env=os.environ | {"MLFLOW_TRACKING_URI": store})
-    assert done.returncode == 0, done.stderr
-    assert "finished: lowest ICR" in done.stdout
-    return folder / "run", store
 
 
 def test_a_run_leaves_what_the_readme_says(whole: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:

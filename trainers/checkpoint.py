@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -53,20 +54,9 @@ def _sync(folder: Path) -> None:
             os.close(descriptor)
 
 
-def save_checkpoint(
-    output_dir: Path, state: TrainState, config: TrainConfig, accelerator: Accelerator, tensors: dict[str, Tensor]
-) -> Path:
-    """Write the checkpoint of a state, on the main process; returns its folder. Raises OSError when the disk is full.
-
-    `tensors` are those of `state_tensors`.
-    """
+def _write(part: Path, state: TrainState, config: TrainConfig, accelerator: Accelerator, tensors: dict[str, Tensor]) -> None:
     from diffusers import ConsistencyModelPipeline, EDMDPMSolverMultistepScheduler
 
-    folder = output_dir / "checkpoints" / f"{state.images_seen:012d}"
-    if (folder / STATE).exists():
-        return folder
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
     # Plain diffusers loads and samples this; with DDPMPipeline it would run and be wrong.
     scheduler = EDMDPMSolverMultistepScheduler(sigma_data=config.sigma_data)
     ConsistencyModelPipeline(unet=state.ema, scheduler=scheduler).save_pretrained(part)
@@ -76,6 +66,24 @@ def save_checkpoint(
         progress["scaler"] = accelerator.scaler.state_dict()
     progress["sha256"] = file_sha256(part / STATE)
     (part / PROGRESS).write_text(json.dumps(progress))
+
+
+def save_checkpoint(
+    output_dir: Path, state: TrainState, config: TrainConfig, accelerator: Accelerator, tensors: dict[str, Tensor]
+) -> Path:
+    """Write the checkpoint of a state, on the main process; returns its folder. Raises OSError when the disk is full.
+
+    `tensors` are those of `state_tensors`.
+    """
+    folder = output_dir / "checkpoints" / f"{state.images_seen:012d}"
+    if (folder / STATE).exists() and _is_whole(folder):
+        return folder
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        _write(part, state, config, accelerator, tensors)
+    except SafetensorError as error:  # its way to tell of a full disk
+        raise OSError(str(error)) from error
     _sync(part)
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
@@ -95,13 +103,13 @@ def mark_turning(output_dir: Path, found: Verdict) -> None:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether a checkpoint is what was written; one that is not is told of."""
+    """Whether a checkpoint that training could go on from is what was written; one that is not is told of."""
     try:
         whole = json.loads((folder / PROGRESS).read_text())["sha256"] == file_sha256(folder / STATE)
     except (OSError, ValueError, KeyError):
         whole = False
     if not whole:
-        logger.warning("%s is damaged; going on from the checkpoint before", folder)
+        logger.warning("%s is damaged; it is not used", folder)
     return whole
 
 

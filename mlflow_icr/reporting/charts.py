@@ -151,7 +151,8 @@ def _line(curve: Curve, frame: Frame, x: Scale, y: Scale) -> Markup:
     return joined(parts)
 
 
-def _legend(curves: Sequence[Curve]) -> Markup:
+def legend(curves: Sequence[Curve]) -> Markup:
+    """The names of curves beside a piece of their lines."""
     entries = []
     for curve in curves:
         line = f"curve c{curve.colour % COLOURS}{' dashed' if curve.dashed else ''}"
@@ -160,8 +161,8 @@ def _legend(curves: Sequence[Curve]) -> Markup:
     return element("ul", entries, class_="legend")
 
 
-def chart(frame: Frame, curves: Sequence[Curve], marks: Sequence[Mark] = ()) -> Markup:
-    """A figure of curves with their intervals; curves without a point that can be drawn are named below it.
+def chart(frame: Frame, curves: Sequence[Curve], marks: Sequence[Mark] = (), *, named: bool = True) -> Markup:
+    """A figure of curves with their intervals and, where they are `named`, a legend and the names of those without a point.
 
     On a logarithmic axis values that are not positive have no place, and so has the start, 0 images seen.
     """
@@ -181,6 +182,6 @@ def chart(frame: Frame, curves: Sequence[Curve], marks: Sequence[Mark] = ()) -> 
     last = "; ".join(_value_text(curve, curve.points[-1], frame) for curve in shown[:COLOURS])
     label = f"{frame.title}. Last values: {last}"
     picture = element("svg", parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=label)
-    legend = _legend(shown) if len(shown) > 1 or shown[0].dashed else None
-    note = element("p", "Not drawn: ", ", ".join(missing), class_="quiet") if missing else None
-    return element("figure", heading, picture, legend, note, class_="chart")
+    names = legend(shown) if named and (len(shown) > 1 or shown[0].dashed) else None
+    note = element("p", "Not drawn: ", ", ".join(missing), class_="quiet") if named and missing else None
+    return element("figure", heading, picture, names, note, class_="chart")

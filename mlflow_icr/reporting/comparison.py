@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mlflow_icr.monitoring.verdict import GENERALIZING, MEMORIZING, TURNING
-from mlflow_icr.reporting.charts import COLOURS
+from mlflow_icr.monitoring.verdict import GENERALIZING, MEMORIZING, TURNING, UNDECIDED
+from mlflow_icr.reporting.charts import COLOURS, Curve, legend
 from mlflow_icr.reporting.curves import comparison_charts
 from mlflow_icr.reporting.markup import Child, Markup, element, fold, images_text, interval, joined, number, table
 from mlflow_icr.reporting.material import RunMaterial
@@ -137,7 +137,8 @@ def comparison(runs: Sequence[RunMaterial], links: Sequence[str]) -> Markup:
     colours = colours_of(runs)
     note = None
     if len(runs) > COLOURS:
-        note = element("p", "Colours of so many runs are those of their verdicts.", class_="quiet")
+        states = [Curve(state, (), colour=colour) for state, colour in {**BY_STATE, UNDECIDED: UNKNOWN_COLOUR}.items()]
+        note = joined(element("p", "So many curves have the colours of their runs' verdicts.", class_="quiet"), legend(states))
     return joined(
         protocol_warning(runs),
         run_table(runs, links),

@@ -130,9 +130,9 @@ def comparison_charts(runs: Sequence[RunMaterial], colours: Sequence[int]) -> Ma
     )
     for frame, key in frames:
         curves = [
-            curve_of(run, run.icr_key if key == "icr" else key, run.name, colour, dashed=place >= len(set(colours)))
-            for place, (run, colour) in enumerate(zip(runs, colours, strict=True))
+            curve_of(run, run.icr_key if key == "icr" else key, run.name, colour)
+            for run, colour in zip(runs, colours, strict=True)
         ]
         if any(curve.points for curve in curves):
-            parts.append(chart(frame, curves, marks))
+            parts.append(chart(frame, curves, marks, named=len(set(colours)) == len(runs)))
     return joined(parts)

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -46,12 +47,12 @@ class RunMaterial:
     status: str = ""
     left_out: int = 0
 
-    @property
+    @cached_property
     def verdict(self) -> Verdict:
         """What the history says."""
         return verdict(self.rows)
 
-    @property
+    @cached_property
     def summary(self) -> Mapping[str, float]:
         """The numbers that a run table is sorted by."""
         return summarise(self.rows)
@@ -84,12 +85,17 @@ class RunMaterial:
         """The interval of a key's value at a measurement, where it has one."""
         # ICR's interval is that of the debiased value, and has the shorter name.
         stem = key.removesuffix("_debiased")
-        row = {name: value for row in self.rows if row["images_seen"] == step for name, value in row.items()}
+        row = self.by_step.get(step, {})
         if key.endswith("/icr") or not {f"{stem}_low", f"{stem}_high"} <= row.keys():
             return None
         return row[f"{stem}_low"], row[f"{stem}_high"]
 
-    @property
+    @cached_property
+    def by_step(self) -> Mapping[int, Mapping[str, float]]:
+        """The rows by images seen."""
+        return {int(row["images_seen"]): row for row in self.rows}
+
+    @cached_property
     def keys(self) -> list[str]:
         """Every key of the history, in order of name."""
         return sorted({key for row in self.rows for key in row} - {"images_seen"})
@@ -106,9 +112,9 @@ class RunMaterial:
             given |= _json_texts(self.tags["logged.protocol"])
         found = {}
         plain = "protocol.layer" not in given
-        for name in PROTOCOL_FIELDS:
+        for name in PROTOCOL_FIELDS if "layer" in given or not plain else ():
             key = PROTOCOL_NAMES.get(name, name) if plain else f"protocol.{name}"
-            if key in given and not (plain and "layer" not in given):
+            if key in given and (plain, name) != (True, "seed"):  # a trainer's seed is that of its training
                 found[name] = given[key]
         digest = given.get("protocol_digest") or self.tags.get("icr.protocol_digest", "")
         return found | ({"digest": digest} if digest else {})

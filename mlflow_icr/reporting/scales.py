@@ -36,7 +36,7 @@ def _linear_ticks(low: float, high: float) -> list[float]:
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * (1 - 1e-9))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]
+    return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
@@ -46,8 +46,9 @@ def _log_ticks(low: float, high: float) -> list[float]:
         found = [value for value in found if low * (1 - 1e-9) <= value <= high * (1 + 1e-9)]
         if len(found) <= MOST_TICKS:
             break
-    every = -(-len(found) // MOST_TICKS)
-    return found[::every] if found else [low, high]
+    if len(found) < 2:  # less than a factor of two or three, where equal ratios look like equal steps
+        return _linear_ticks(low, high)
+    return found[:: -(-len(found) // MOST_TICKS)]
 
 
 def scale_of(values: Sequence[float], start: float, end: float, *, log: bool = False, margin: float = 0.05) -> Scale:

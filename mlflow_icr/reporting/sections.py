@@ -158,12 +158,11 @@ def measurements_section(run: RunMaterial) -> Markup:
     columns = [(key, name) for key, name in COLUMNS if run.of(key)]
     steps = [int(row["images_seen"]) for row in run.rows]
     shown = steps if len(steps) <= MOST_ROWS else [0] * (0 in steps) + spread(steps, MOST_ROWS)
-    by_step = {int(row["images_seen"]): row for row in run.rows}
     rows: list[list[Child]] = []
     for step in shown:
         cells: list[Child] = [images_text(step)]
         for key, _ in columns:
-            value = by_step[step].get(key)
+            value = run.by_step[step].get(key)
             cells.append("\N{EN DASH}" if value is None else value_cell(run, key, (step, value), at=False))
         rows.append(cells)
     note = None

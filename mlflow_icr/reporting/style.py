@@ -86,5 +86,6 @@ footer {{ margin-top: 40px; border-top: 1px solid var(--line); padding-top: 10px
 @media print {{ :root {{ --paper: #ffffff; --ink: #000000; --quiet: #444444; --line: #cccccc; --soft: #ffffff;
   {_variables(LIGHT)} }}
   body {{ max-width: none; padding: 0; font-size: 10.5pt; }} .said {{ border: 1px solid var(--line); }}
+  details::details-content {{ content-visibility: visible; block-size: auto; }}
   figure, tr, .said {{ break-inside: avoid; }} .scroll {{ overflow: visible; }} a {{ text-decoration: none; }} }}
 """

@@ -8,8 +8,8 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -59,21 +59,44 @@ class Parsed(HTMLParser):
         return (attributes for name, attributes in self.tags if name == tag)
 
 
-def folder_of(run: str, place: Path, *, params: Mapping[str, object] | None = None, name: str | None = None) -> Path:
-    """An output folder as a tracker leaves it, with the history of a whole training, pictures and spectra; not yet ended."""
-    rows = read_history(RUNS / run)
-    tracker = Tracker(place, [MLflowSink(run_name=name or run)])
-    given = {"num_images": 64, "layer": "decoder", "sigmas": [0.29], "protocol_digest": "abc123abc123", "num_samples": 128}
-    tracker.open(given | dict(params or {}), {"icr.version": "0"})
-    for count, row in enumerate(rows):
+def folder_of(run: str, place: Path, **params: object) -> Path:
+    """An output folder as a tracker leaves it, with the history of a whole training, pictures and spectra."""
+    tracker = Tracker(place, [MLflowSink(run_name=run)])
+    given = {"layer": "decoder", "sigmas": [0.29], "protocol_digest": "abc123abc123", "num_samples": 128}
+    tracker.open(given | params, {"icr.version": "0"})
+    for count, row in enumerate(read_history(RUNS / run)):
         rng = np.random.default_rng(count)
-        pictures = {key: rng.integers(0, 256, (40, 60, 3), dtype=np.uint8) for key in ("samples", "nearest")}
+        keys = ("samples", "nearest") if count % 4 == 0 else ()
+        pictures = {key: rng.integers(0, 256, (40, 60, 3), dtype=np.uint8) for key in keys}
         values = {key: value for key, value in row.items() if key != "images_seen"}
-        spectrum = {"repr/eigenvalues": np.linspace(3, -0.1, 64)}
         absent = {"mem/carlini": "needs 50 training images"}
+        spectrum = {"repr/eigenvalues": np.linspace(3, -0.1, 64)}
         tracker.record(Report(int(row["images_seen"]), values, pictures, absent, distributions=spectrum))
     tracker.close("FINISHED")
     return place
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Two trainings in folders and in an MLflow experiment, made once; `store` is where."""
+
+    limited: Path
+    rich: Path
+    store: str
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kept]:
+    import mlflow
+
+    place = tmp_path_factory.mktemp("kept")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place}/mlflow.db")
+        patch.delenv("MLFLOW_RUN_ID", raising=False)
+        experiment = mlflow.create_experiment("a <study>", artifact_location=(place / "artifacts").as_uri())
+        patch.setenv("MLFLOW_EXPERIMENT_ID", experiment)
+        folders = [folder_of(run, place / run, num_images=n) for run, n in ((LIMITED, 64), (RICH, 1600))]
+    yield Kept(*folders, store=f"sqlite:///{place}/mlflow.db")
 
 
 def as_page(folder: Path | list[Path | RunMaterial], place: Path) -> Parsed:
@@ -81,8 +104,8 @@ def as_page(folder: Path | list[Path | RunMaterial], place: Path) -> Parsed:
     return Parsed(write_report(runs, place).read_text())
 
 
-def test_every_number_is_the_history_s(tmp_path: Path) -> None:
-    folder = folder_of(LIMITED, tmp_path / "run")
+def test_every_number_is_the_history_s(kept: Kept, tmp_path: Path) -> None:
+    folder = kept.limited
     page = as_page(folder, tmp_path / "page.html")
     rows = {int(row["images_seen"]): row for row in read_history(folder)}
     said = verdict(folder)
@@ -111,14 +134,23 @@ def test_every_number_is_the_history_s(tmp_path: Path) -> None:
     assert "3 / N" not in page.text  # copies were found
 
 
-def test_names_are_text_whatever_they_hold(tmp_path: Path) -> None:
-    folders = [folder_of(run, tmp_path / run, name=f"{EVIL}{run}") for run in (LIMITED, RICH)]
-    (folders[0] / "images" / "samples" / "000000000007.png").write_bytes(EVIL.encode())  # no picture at all
-    (folders[0] / "figures").mkdir()
-    shutil.copyfile(folders[0] / "images/samples/000000000000.png", folders[0] / "figures" / "<script>x<img>.png")
+def evil_runs(kept: Kept, place: Path) -> list[RunMaterial]:
+    """Both runs, with names, parameters, tags and pictures that try to be more than text."""
+    shutil.copytree(kept.limited, place)
+    (place / "images" / "samples" / "000000000007.png").write_bytes(EVIL.encode())  # no picture at all
+    (place / "figures").mkdir()
+    shutil.copyfile(place / "images/samples/000000000000.png", place / "figures" / "<script>x<img>.png")
     tags = {EVIL: EVIL, f"absent.mem/{EVIL}": EVIL, f"absent.repr/{EVIL}": EVIL, f"warning.mem/{EVIL}": EVIL}
     params = [{EVIL: EVIL, "layer": EVIL, "protocol_digest": f"{EVIL}{place}"} for place in range(2)]
-    runs = [replace(gather_folder(folder), params=p, tags=tags) for folder, p in zip(folders, params, strict=True)]
+    folders = (place, kept.rich)
+    return [
+        replace(gather_folder(folder, EVIL + folder.name), params=p, tags=tags)
+        for folder, p in zip(folders, params, strict=True)
+    ]
+
+
+def test_names_are_text_whatever_they_hold(kept: Kept, tmp_path: Path) -> None:
+    runs = evil_runs(kept, tmp_path / "evil")
     text = write_report(runs, tmp_path / "page.html", title=EVIL, notes=[EVIL]).read_text()
     page = Parsed(text)
     assert {tag for tag, _ in page.tags} <= {
@@ -157,14 +189,17 @@ def test_a_short_history_with_what_is_absent_and_not_finite(tmp_path: Path) -> N
     assert "None of these runs has a measurement of ICR" in lonely.text
 
 
-def test_runs_of_different_protocols_are_compared_with_a_warning(tmp_path: Path) -> None:
-    same = [folder_of(run, tmp_path / "same" / run, params={"num_images": n}) for run, n in ((LIMITED, 64), (RICH, 1600))]
-    page = as_page(list(same), tmp_path / "same.html")
+def test_runs_of_different_protocols_are_compared_with_a_warning(kept: Kept, tmp_path: Path) -> None:
+    same: list[Path | RunMaterial] = [kept.limited, kept.rich]
+    page = as_page(same, tmp_path / "same.html")
     assert "not comparable" not in page.text
     assert {"64", "1600"} <= set(re.findall(r"\d+", page.text[page.text.index("What they differ in") :]))
-    states = [verdict(folder).state for folder in same]
-    assert states == ["memorizing", "generalizing"]
-    other = folder_of(RICH, tmp_path / "other", params={"protocol_digest": "fff", "layer": "mid"}, name="elsewhere")
+    assert [a["class"] for a in page.of("span") if "badge" in a.get("class", "")][:2] == [
+        "badge memorizing",
+        "badge generalizing",
+    ]
+    other = gather_folder(kept.rich, "elsewhere")
+    other = replace(other, params={**other.params, "protocol_digest": "fff", "layer": "mid"})
     unknown = tmp_path / "unknown"
     unknown.mkdir()
     (unknown / "history.jsonl").write_bytes((RUNS / LIMITED / "history.jsonl").read_bytes())
@@ -178,7 +213,7 @@ def test_pictures_stay_within_bounds(tmp_path: Path) -> None:
     folder = tmp_path / "large"
     tracker = Tracker(folder, [])
     rng = np.random.default_rng(0)
-    noise = rng.integers(0, 256, (1500, 2400, 3), dtype=np.uint8)  # 10 MB that no format makes smaller
+    noise = rng.integers(0, 256, (1000, 1700, 3), dtype=np.uint8)  # 5 MB that no format makes smaller
     for step in (100, 200):
         tracker.record(Report(step, {"repr/icr": 0.5}, {"samples": noise, "nearest": noise}))
     content = write_report([folder], tmp_path / "page.html").read_text()
@@ -191,14 +226,13 @@ def test_pictures_stay_within_bounds(tmp_path: Path) -> None:
 
 
 def test_a_run_of_mlflow_gives_the_page_of_its_folder_and_keeps_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    kept: Kept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import mlflow
 
     monkeypatch.chdir(tmp_path)
-    experiment = mlflow.create_experiment("a <study>", artifact_location=(tmp_path / "artifacts").as_uri())
-    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", experiment)
-    folder = folder_of(LIMITED, tmp_path / "run")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", kept.store)
+    folder = kept.limited
     run_id = json.loads((folder / "mlflow.json").read_text())["run_id"]
     assert main(["report", str(folder), "--output", "folder.html"]) == 0
     assert main(["report", run_id, "--log"]) == 0
@@ -217,7 +251,6 @@ def test_a_run_of_mlflow_gives_the_page_of_its_folder_and_keeps_it(
     logged = Path(client.download_artifacts(run_id, "report/index.html", str(tmp_path)))
     assert logged.read_bytes() == (tmp_path / "report.html").read_bytes()
 
-    folder_of(RICH, tmp_path / "second")
     assert main(["report", "a <study>", "--output", "all.html"]) == 0
     page = Parsed((tmp_path / "all.html").read_text())
     rows = [a["href"] for a in page.of("a")]
@@ -286,9 +319,8 @@ def test_the_end_of_a_run_delivers_the_page_through_the_outbox(
     assert gather_folder(folder).status == "FINISHED"
 
 
-def test_a_browser_asks_nobody_for_anything(tmp_path: Path) -> None:
-    folders = [folder_of(run, tmp_path / run, name=f"{EVIL}{run}") for run in (LIMITED, RICH)]
-    path = write_report(folders, tmp_path / "page.html", title=EVIL)
+def test_a_browser_asks_nobody_for_anything(kept: Kept, tmp_path: Path) -> None:
+    path = write_report(evil_runs(kept, tmp_path / "evil"), tmp_path / "page.html", title=EVIL)
     with opened(path.as_uri(), size=PHONE, dark=True) as visit:
         visit.page.wait_for_timeout(300)
         assert visit.requests[0] == path.as_uri()

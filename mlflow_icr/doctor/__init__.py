@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ def examine(given_weights: Mapping[str, Path] | None = None, folder: Path | None
     Nothing stays behind but, on a tracking server, a deleted experiment until its `mlflow gc`. Raises nothing: what fails is a
     check that is bad.
     """
-    checks = {
+    checks: dict[str, Callable[[], Iterable[Check]]] = {
         "python": packages.python,
         "mlflow-icr": packages.package,
         "packages": packages.required,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def known() -> tuple[str, ...]:
     return tuple(WEIGHTS)
 
 
-def parse_weights(texts: list[str]) -> dict[str, Path]:
+def parse_weights(texts: Sequence[str]) -> dict[str, Path]:
     """NAME=PATH pairs. Raises ValueError for another form, or a name that is no encoder with weights."""
     found = {}
     for text in texts:

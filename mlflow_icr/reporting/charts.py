@@ -10,7 +10,7 @@ from mlflow_icr.reporting.markup import Markup, element, images_text, joined
 from mlflow_icr.reporting.scales import Scale, scale_of
 
 WIDTH, HEIGHT = 480, 290
-LEFT, RIGHT, TOP, BOTTOM = 58, 470, 20, 244  # of the plot inside the picture
+LEFT, RIGHT, TOP, BOTTOM = 64, 472, 20, 244  # of the plot inside the picture
 MOST_POINTS = 150  # of a curve; a page of thousands of measurements would be slow, and show no more
 COLOURS = 8  # that the page's style has
 
@@ -96,8 +96,8 @@ def _axes(frame: Frame, x: Scale, y: Scale) -> Markup:
     parts.append(element("line", x1=LEFT, x2=RIGHT, y1=BOTTOM, y2=BOTTOM, class_="axis"))
     middle = (TOP + BOTTOM) / 2
     parts.append(element("text", frame.x_label, x=(LEFT + RIGHT) / 2, y=HEIGHT - 8, text_anchor="middle", class_="label"))
-    turned = f"rotate(-90 13 {middle:g})"
-    parts.append(element("text", frame.y_label, x=13, y=middle, transform=turned, text_anchor="middle", class_="label"))
+    turned = f"rotate(-90 11 {middle:g})"
+    parts.append(element("text", frame.y_label, x=11, y=middle, transform=turned, text_anchor="middle", class_="label"))
     return joined(parts)
 
 

@@ -210,7 +210,7 @@ def _of_experiment(client: Any, experiment: str, name: str) -> Gathered:
 def _many(client: Any, title: str, members: Sequence[Any], run_id: str | None) -> Gathered:
     ordered = _in_order(members)
     shown = ordered[:MOST_RUNS]
-    notes = ()
+    notes: tuple[str, ...] = ()
     if len(ordered) > len(shown):
         notes = (f"Of {len(ordered)} runs the newest {len(shown)} are on this page; a report of runs by their ids has others.",)
     return Gathered(title, tuple(gather_run(client, run) for run in shown), run_id, notes=notes)

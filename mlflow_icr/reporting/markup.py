@@ -32,7 +32,7 @@ def joined(*children: Child) -> Markup:
     return Markup(_text(children))
 
 
-def element(name: str, *children: Child, **attributes: str | int | float | bool | None) -> Markup:
+def element(name: str, /, *children: Child, **attributes: str | int | float | bool | None) -> Markup:
     """An element with its children; attributes: `class_` is class, `data_key` data-key, True stands alone, None is left out.
 
     Names are the caller's constants; children and values of attributes are escaped.

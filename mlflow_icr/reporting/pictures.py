@@ -71,7 +71,7 @@ def picture(read: Callable[[], bytes], caption: str, alternative: str, most_byte
         why = error if isinstance(error, ValueError) else type(error).__name__
         return element("figure", element("p", f"This picture is missing: {why}.", class_="quiet"), text, class_="picture")
     size = {"width": found.width, "height": found.height}
-    image = element("img", src=found.uri, alt=alternative, title=alternative, loading="lazy", **size)
+    image = element("img", src=found.uri, alt=alternative, title=alternative, **size)
     return element("figure", image, text, class_="picture")
 
 

@@ -47,17 +47,17 @@ def verdict_section(run: RunMaterial) -> Markup:
     """The verdict with its evidence, and the run in a few numbers."""
     said = run.verdict
     facts: list[tuple[str, Child]] = [
-        ("turned at", joined(turn_cell(run), " images seen") if said.turning_images_seen is not None else "no turn was seen"),
+        ("turned at, images seen", turn_cell(run) if said.turning_images_seen is not None else "no turn was seen"),
         (
-            "copies begin at",
-            joined(onset_cell(run), " images seen") if "mem_onset_images_seen" in run.summary else "nowhere so far",
+            "copies begin at, images seen",
+            onset_cell(run) if "mem_onset_images_seen" in run.summary else "nowhere so far",
         ),
     ]
     if not run.of("mem/ratio_l2"):
-        facts[1] = ("copies begin at", "samples were not compared with training images")
+        facts[1] = (facts[1][0], "samples were not compared with training images")
     if said.checkpoint_images_seen is not None:
         kept = number(said.checkpoint_images_seen, key="checkpoint_images_seen")
-        facts.append(("checkpoint to keep", joined(kept, " images seen")))
+        facts.append(("checkpoint to keep, images seen", kept))
     for key, name in ((run.icr_key, "ICR"), ("repr/view_error_ratio", "view error ratio"), ("mem/ratio_l2", "copies")):
         facts.append((f"{name}, last", value_cell(run, key, run.last(key))))
         if key == run.icr_key:

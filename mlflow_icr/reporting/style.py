@@ -52,7 +52,8 @@ a {{ color: inherit; text-underline-offset: 3px; }}
 figure {{ margin: 0; }}
 .chart svg[role] {{ width: 100%; height: auto; display: block; }}
 .chart text {{ font: 12px system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif; fill: var(--quiet); }}
-.chart text.word {{ fill: var(--c); font-weight: 600; }}
+.chart text.word {{ fill: var(--c); font-weight: 600; paint-order: stroke; stroke: var(--paper); stroke-width: 3px; }}
+data {{ white-space: nowrap; }}
 .grid {{ stroke: var(--line); stroke-width: 1; }}
 .axis {{ stroke: var(--quiet); stroke-width: 1; }}
 .curve {{ stroke: var(--c); stroke-width: 1.8; fill: none; stroke-linejoin: round; }}
@@ -74,7 +75,8 @@ table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-siz
 th, td {{ text-align: left; vertical-align: top; padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line); }}
 thead th {{ color: var(--quiet); font-weight: 500; white-space: nowrap; }}
 tbody th {{ font-weight: 500; }}
-td, tbody th {{ min-width: 6ch; max-width: 44ch; overflow-wrap: anywhere; }}
+td, tbody th {{ max-width: 44ch; overflow-wrap: break-word; }}
+td code, th code {{ overflow-wrap: break-word; }}
 .pairs td {{ max-width: 70ch; }}
 details {{ margin: 10px 0; }}
 summary {{ cursor: pointer; padding: 4px 0; color: var(--ink); }}

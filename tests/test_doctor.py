@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -32,17 +33,25 @@ def rows_of(file: Path) -> dict[str, Any]:
         return {table: sorted(connection.execute(f'SELECT * FROM "{table}"').fetchall(), key=repr) for table in tables}
 
 
-@pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of MLflow's own making, with a run of somebody else's in it."""
     import mlflow
 
-    monkeypatch.chdir(tmp_path)
-    file = tmp_path / "mlflow.db"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{file}")
-    client = mlflow.MlflowClient()
+    file = tmp_path_factory.mktemp("made") / "mlflow.db"
+    client = mlflow.MlflowClient(f"sqlite:///{file}")
     run = client.create_run("0", run_name="somebody else's")
     client.log_metric(run.info.run_id, "x", 1.0)
+    return file
+
+
+@pytest.fixture
+def store(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, which is the one that is used."""
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "mlflow.db"
+    shutil.copyfile(made, file)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{file}")
     return file
 
 
@@ -132,7 +141,7 @@ def test_a_torch_that_cannot_be_imported_is_a_line_and_not_a_crash(store: Path, 
     bad = [line for line in done.stdout.splitlines() if line.startswith("bad")]
     assert any("libcudart.so.12" in line for line in bad)
     assert "Traceback" not in done.stdout + done.stderr
-    assert "ok    tracking store, writing" in done.stdout  # which needs no torch
+    assert "ok    mlflow.run_context_provider" in done.stdout  # which needs no torch
 
 
 @pytest.mark.slow

@@ -86,7 +86,7 @@ class Kept:
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kept]:
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Kept:
     import mlflow
 
     place = tmp_path_factory.mktemp("kept")
@@ -96,7 +96,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kept]:
         experiment = mlflow.create_experiment("a <study>", artifact_location=(place / "artifacts").as_uri())
         patch.setenv("MLFLOW_EXPERIMENT_ID", experiment)
         folders = [folder_of(run, place / run, num_images=n) for run, n in ((LIMITED, 64), (RICH, 1600))]
-    yield Kept(*folders, store=f"sqlite:///{place}/mlflow.db")
+    return Kept(*folders, store=f"sqlite:///{place}/mlflow.db")
 
 
 def as_page(folder: Path | list[Path | RunMaterial], place: Path) -> Parsed:

@@ -42,15 +42,15 @@ def tracking() -> Iterator[Check]:
         yield Check(STORE, BAD, str(error), mend if server else "set MLFLOW_TRACKING_URI to a store that this MLflow reads")
         return
     yield Check(STORE, OK, f"{shown} answers")
-    made: list[str] = []
+    made: list[tuple[str, list[Path]]] = []
     try:
         with answers():
             yield from _write(client, made)
     except StoreError as error:
         yield Check(f"{STORE}, writing", BAD, str(error), "ask for the right to write there, or name another store")
     finally:
-        for experiment in made:
-            _take_away(client, experiment)
+        for experiment, folders in made:
+            _take_away(client, experiment, folders)
 
 
 def _sqlite_file(uri: str) -> Path | None:
@@ -66,12 +66,12 @@ def _new_file(file: Path, shown: str) -> Check:
     return Check(STORE, BAD, f"{shown} is not there, and {folder} cannot be written", "name another with MLFLOW_TRACKING_URI")
 
 
-def _write(client: Any, made: list[str]) -> Iterator[Check]:
+def _write(client: Any, made: list[tuple[str, list[Path]]]) -> Iterator[Check]:
     from mlflow.entities import Metric, RunTag
 
     # A name of its own: others may be at it, and a deleted experiment's name stays taken.
     experiment = client.create_experiment(f"{EXPERIMENT} {uuid.uuid4().hex}")
-    made.append(experiment)
+    made.append((experiment, _new_folders(client.get_experiment(experiment).artifact_location)))
     run = client.create_run(experiment, tags={"role": "doctor"})
     run_id = run.info.run_id
     client.log_batch(run_id, metrics=[Metric("doctor", 0.1, 0, 1)], tags=[RunTag("doctor", "here")])
@@ -100,7 +100,15 @@ def _artifact(client: Any, run: Any) -> Check:
     return Check(ARTIFACTS, OK, "takes a file and gives it back")
 
 
-def _take_away(client: Any, experiment: str) -> None:
+def _new_folders(place: str) -> list[Path]:
+    """The folders of a local artifact store that an experiment's first file will make, the innermost first."""
+    if urlsplit(place).scheme not in ("", "file"):
+        return []
+    folder = Path(unquote(urlsplit(place).path)).absolute()
+    return [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+def _take_away(client: Any, experiment: str, folders: list[Path]) -> None:
     """Delete the doctor's experiment: for good where this process is the store, else as far as a server lets clients."""
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
@@ -110,16 +118,17 @@ def _take_away(client: Any, experiment: str) -> None:
             with contextlib.suppress(Exception):
                 get_artifact_repository(run.info.artifact_uri).delete_artifacts()
             client.delete_run(run.info.run_id)
-        place = client.get_experiment(experiment).artifact_location
         client.delete_experiment(experiment)
         store = client._tracking_client.store
         if hasattr(store, "_hard_delete_experiment"):
             for run in runs:
                 store._hard_delete_run(run.info.run_id)
             store._hard_delete_experiment(experiment)
-        folder = Path(unquote(urlsplit(place).path))
-        if urlsplit(place).scheme in ("", "file") and folder.is_dir():
-            shutil.rmtree(folder)
+    if folders:
+        shutil.rmtree(folders[0], ignore_errors=True)
+    with contextlib.suppress(OSError):  # somebody else's files are in it by now
+        for folder in folders[1:]:
+            folder.rmdir()
 
 
 def plugins() -> Iterator[Check]:

@@ -175,12 +175,13 @@ def audit(run: RunMaterial, most_bytes: int) -> Markup:
             )
         )
         head = ("detector", "threshold", "compared in", "samples", "value", "images seen")
-        parts.append(table(head, rows))
+        parts.append(table(head, rows, class_="wide"))
         parts.append(_reach(run))
     else:
         parts.append(element("p", element("strong", "Nothing was tested for copying in this run."), class_="warning"))
     warned = {key: text for key, text in run.noted("warning").items() if key.startswith(("mem/", "gen/"))}
     if warned:
+        parts.append(element("h4", "To know about these values"))
         parts.append(element("ul", [element("li", element("code", key), f" is {text}") for key, text in warned.items()]))
     parts.append(element("h4", "Not tested"))
     parts.append(element("ul", _untested(run)))

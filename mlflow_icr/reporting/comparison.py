@@ -76,7 +76,7 @@ def run_table(runs: Sequence[RunMaterial], links: Sequence[str]) -> Markup:
                 element("code", digest) if digest else "not recorded",
             ]
         )
-    return table(head, rows, class_="runs")
+    return table(head, rows, class_="wide")
 
 
 def protocol_warning(runs: Sequence[RunMaterial]) -> Markup | None:

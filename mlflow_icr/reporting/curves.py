@@ -82,7 +82,7 @@ def run_charts(run: RunMaterial) -> Markup:
         spectrum_chart(run),
         _group(run, Frame("ICR of other weights and noise levels", "ICR, debiased"), _other_sections(run), marks),
         *(_group(run, frame, keys, marks) for frame, keys in zip(quality, distances, strict=True)),
-        _group(run, Frame("Fidelity and diversity", "share"), fidelity, marks),
+        _group(run, Frame("Fidelity and diversity", "value (high is good)"), fidelity, marks),
         _group(run, Frame("Loss", "loss", log_y=True), losses, marks),
     ]
     return joined([part for part in parts if part is not None])

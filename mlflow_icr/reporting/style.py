@@ -68,6 +68,7 @@ rect.band {{ fill-opacity: 0.08; }}
 .legend svg {{ vertical-align: middle; }}
 .picture img {{ max-width: 100%; height: auto; display: block; background: #ffffff; border-radius: 4px; }}
 .picture {{ margin: 10px 0; }}
+.pair {{ display: grid; grid-template-columns: minmax(0, 2fr) minmax(0, 1fr); gap: 0 24px; align-items: start; }}
 figcaption {{ margin: 2px 0 4px; }}
 .picture figcaption {{ color: var(--quiet); font-size: 0.9em; max-width: 76ch; }}
 .scroll {{ overflow-x: auto; margin: 8px 0; }}
@@ -84,7 +85,7 @@ section.run > details > summary {{ font-size: 1.15rem; font-weight: 600; overflo
 section.run {{ border-top: 1px solid var(--line); padding-top: 6px; }}
 footer {{ margin-top: 40px; border-top: 1px solid var(--line); padding-top: 10px; }}
 @media (max-width: 600px) {{ body {{ padding: 16px 12px 48px; }} .chart text {{ font-size: 14px; }}
-  .said {{ padding: 10px 12px; }} }}
+  .said {{ padding: 10px 12px; }} .pair {{ display: block; }} .wide {{ min-width: 680px; }} }}
 @media print {{ :root {{ --paper: #ffffff; --ink: #000000; --quiet: #444444; --line: #cccccc; --soft: #ffffff;
   {_variables(LIGHT)} }}
   body {{ max-width: none; padding: 0; font-size: 10.5pt; }} .said {{ border: 1px solid var(--line); }}

@@ -19,7 +19,7 @@ from mlflow_icr.tracking import store
 from mlflow_icr.tracking.outbox import OPERATIONS, STATE
 from mlflow_icr.tracking.run_export import STEPPED
 
-MOST_RUNS = 50  # of an experiment; each costs a request for every metric
+MOST_RUNS = 50  # of a folder or an experiment, where each costs a request for every metric
 EIGENVALUES = "repr/eigenvalues"
 STUDY, STUDY_NAME = "study", "study_name"  # tags: which study a run is one of, and which a run is the study's own of
 
@@ -157,7 +157,8 @@ def _of_folder(folder: Path) -> Gathered:
     below = sorted(path.parent for path in folder.rglob(HISTORY))
     if not below:
         raise ValueError(f"folder is {str(folder)!r}, which holds no {HISTORY}; expected the output folder of a run or study")
-    return Gathered(folder.resolve().name, tuple(gather_folder(path) for path in below), run_id, unlogged)
+    runs = tuple(gather_folder(path) for path in below[:MOST_RUNS])
+    return Gathered(folder.resolve().name, runs, run_id, unlogged, _left_out(len(below), "first"))
 
 
 def _in_order(runs: Sequence[Any]) -> list[Any]:
@@ -210,10 +211,15 @@ def _of_experiment(client: Any, experiment: str, name: str) -> Gathered:
 def _many(client: Any, title: str, members: Sequence[Any], run_id: str | None) -> Gathered:
     ordered = _in_order(members)
     shown = ordered[:MOST_RUNS]
-    notes: tuple[str, ...] = ()
-    if len(ordered) > len(shown):
-        notes = (f"Of {len(ordered)} runs the newest {len(shown)} are on this page; a report of runs by their ids has others.",)
-    return Gathered(title, tuple(gather_run(client, run) for run in shown), run_id, notes=notes)
+    runs = tuple(gather_run(client, run) for run in shown)
+    return Gathered(title, runs, run_id, notes=_left_out(len(ordered), "newest"))
+
+
+def _left_out(count: int, which: str) -> tuple[str, ...]:
+    """What to tell where there are more runs than a page takes."""
+    if count <= MOST_RUNS:
+        return ()
+    return (f"Of {count} runs the {which} {MOST_RUNS} are on this page; name some of the others for a page of theirs.",)
 
 
 def gather(target: str) -> Gathered:

@@ -76,6 +76,7 @@ table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-siz
 th, td {{ text-align: left; vertical-align: top; padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line); }}
 thead th {{ color: var(--quiet); font-weight: 500; white-space: nowrap; }}
 tbody th {{ font-weight: 500; }}
+tbody th {{ min-width: 13ch; }}
 td, tbody th {{ max-width: 44ch; overflow-wrap: break-word; }}
 td code, th code {{ overflow-wrap: break-word; }}
 .pairs td {{ max-width: 70ch; }}

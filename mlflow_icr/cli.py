@@ -207,6 +207,18 @@ def _import_tensorboard(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _report(arguments: argparse.Namespace) -> int:
+    from mlflow_icr.reporting import report_command
+
+    return report_command(arguments.target, arguments.output, log=arguments.log, say=_say)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from mlflow_icr.doctor import doctor_command
+
+    return doctor_command(arguments.tracking_uri, arguments.weights, as_json=arguments.json)
+
+
 def _sync(arguments: argparse.Namespace) -> int:
     from mlflow_icr.tracking.sync import sync
 
@@ -281,6 +293,22 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("step_a", type=int, metavar="A", help="images seen")
     compare.add_argument("step_b", type=int, metavar="B", help="images seen")
     compare.set_defaults(run=_compare)
+
+    report = commands.add_parser(
+        "report", help="one self-contained HTML page on a run, or on the runs of a study or experiment"
+    )
+    report.add_argument(
+        "target", nargs="+", help="an output folder, a run's id, an experiment's name or id; several are compared"
+    )
+    report.add_argument("--output", type=Path, default=Path("report.html"), help="the file (default: report.html)")
+    report.add_argument("--log", action="store_true", help="also upload it to the MLflow run, as report/index.html")
+    report.set_defaults(run=_report)
+
+    doctor = commands.add_parser("doctor", help="is this machine ready: versions, devices, MLflow, encoders, plugins; 1 if not")
+    doctor.add_argument("--tracking-uri", help="default: MLFLOW_TRACKING_URI, or MLflow's own")
+    doctor.add_argument("--weights", nargs="+", default=[], metavar="NAME=PATH", help="weights of encoders to check")
+    doctor.add_argument("--json", action="store_true", help="a list of checks, as JSON")
+    doctor.set_defaults(run=_doctor)
 
     sync = commands.add_parser("sync", help="deliver to MLflow what it missed of a run or study; a repeat adds nothing twice")
     sync.add_argument("folder", type=Path, help="an output folder, or one above several")

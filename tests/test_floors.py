@@ -11,7 +11,18 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # From the ground up; a module imports from its own floor and from those below it (docs/structure.md).
-FLOORS = ["representation", "generation", "extraction", "monitoring", "tracking", "integrations", "plugin", "cli"]
+FLOORS = [
+    "representation",
+    "generation",
+    "extraction",
+    "monitoring",
+    "tracking",
+    "reporting",
+    "integrations",
+    "plugin",
+    "doctor",
+    "cli",
+]
 # These two say what features and samples say, by tensor maths alone: neither knows of the other.
 APART = {"representation", "generation"}
 # The package's own front door, its version and what it runs on belong to no floor, and import none.

@@ -60,7 +60,10 @@ def test_mlflow_run_makes_two_siblings_and_a_study(tmp_path: Path) -> None:
     assert runs["limited"].data.params["data_sha256"] != runs["control"].data.params["data_sha256"]
 
     study = runs["study"]
-    assert {f.path for f in client.list_artifacts(study.info.run_id)} >= {"study.png", "study.csv"}
+    assert {f.path for f in client.list_artifacts(study.info.run_id)} >= {"study.png", "study.csv", "report"}
+    for run, folder in ((study, "study"), (runs["limited"], "study/limited")):
+        [page] = client.list_artifacts(run.info.run_id, "report")
+        assert page.file_size == (tmp_path / folder / "report" / "index.html").stat().st_size
     for role, rows in histories.items():
         assert study.data.metrics[f"{role}/icr_min"] == min(row["repr/icr"] for row in rows)
         assert study.data.metrics[f"{role}/icr_end"] == rows[-1]["repr/icr"]

@@ -126,6 +126,7 @@ class Run:
             "protocol_digest": p.digest,
             "data_sha256": self.data.train_sha256,
             "heldout_sha256": self.data.heldout_sha256,
+            "encoder_sha256": self.generation.encoder.weights_sha256,
             "num_parameters": self.num_parameters,
             "feature_dim": self.monitor.dim,
             "probe_degrees_per_dimension": round(p.degrees_per_dimension(self.monitor.dim), 3),

@@ -95,6 +95,7 @@ def configure(arguments: Namespace) -> tuple[TrainConfig, Path, dict[str, str], 
 
 def train_run(run: Run, stop: Stop, output_dir: Path, tags: Mapping[str, str], run_name: str | None, resume: bool) -> str:
     """Train, measure, record and save until the end or a wish to stop; returns FINISHED or KILLED."""
+    from mlflow_icr.reporting import conclude
     from mlflow_icr.tracking import folder_tracker
     from trainers.console import Console
 
@@ -118,6 +119,7 @@ def train_run(run: Run, stop: Stop, output_dir: Path, tags: Mapping[str, str], r
             try:
                 if status != "FAILED":
                     run.conclude(tracker)
+                    conclude(tracker)
             finally:  # a full disk may take no table: every tracker is told how the run ended all the same
                 found = tracker.verdict
                 console.summary(tracker.close(status), found, status, output_dir)

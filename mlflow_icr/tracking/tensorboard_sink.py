@@ -135,6 +135,9 @@ class TensorBoardSink:
         thumbnails = from_numpy(images).permute(0, 3, 1, 2).float() / 255
         self._writer.add_embedding(from_numpy(vectors), list(labels), thumbnails, global_step=step, tag=name)
 
+    def artifact(self, path: str, folder: str | None = None) -> None:
+        """Nothing: event files hold no pages."""
+
     def close(self, status: str) -> None:
         """Close the event file."""
         if self._writer is not None:

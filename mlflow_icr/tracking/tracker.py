@@ -57,6 +57,9 @@ class Sink(Protocol):
     def embedding(self, name: str, vectors: np.ndarray, images: np.ndarray, labels: Sequence[str], step: int) -> None:
         """Show vectors (N, D) with their images (N, H, W, 3) uint8 and texts, where the place can."""
 
+    def artifact(self, path: str, folder: str | None = None) -> None:
+        """Keep a file of the output folder as it is, in a folder of its own, where the place keeps files."""
+
     def close(self, status: str) -> None:
         """Finish: FINISHED, FAILED or KILLED."""
 
@@ -171,6 +174,11 @@ class Tracker:
         """Show vectors (N, D) with thumbnails (N, H, W, 3) uint8 in every sink that can."""
         for sink in self.sinks:
             self._guard(sink, partial(sink.embedding, name, vectors, images, labels, step))
+
+    def artifact(self, path: Path, folder: str | None = None) -> None:
+        """Hand a file of the output folder to every sink that keeps files, for its folder of that name."""
+        for sink in self.sinks:
+            self._guard(sink, partial(sink.artifact, str(path), folder))
 
     @property
     def verdict(self) -> Verdict:

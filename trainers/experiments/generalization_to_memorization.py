@@ -156,6 +156,20 @@ def conclude(study: Study) -> tuple[dict[str, Cells], list[Path]]:
     return table, [picture, sheet]
 
 
+def write_page(study: Study) -> Path | None:
+    """The report on the runs that have a history, in the study's folder; a failure costs a warning, and None is returned."""
+    from mlflow_icr.reporting import gather_folder, write_report
+
+    folders = [study.folder / role for role in study.configs if (study.folder / role / "history.jsonl").exists()]
+    try:
+        return write_report(
+            [gather_folder(folder) for folder in folders], study.folder / "report" / "index.html", title=study.name
+        )
+    except Exception as error:  # it says again what is on the disk already
+        logger.warning("the report is not written (%s); mlflow-icr report %s makes it", type(error).__name__, study.folder)
+        return None
+
+
 def run_study(study: Study, stop: Stop) -> int:
     """Train both runs and conclude, in an MLflow run of the study's own; returns the exit status."""
     import mlflow
@@ -182,6 +196,9 @@ def run_study(study: Study, stop: Stop) -> int:
         sink.summary(metrics, first.total_images)
         for path in files:
             sink.artifact(str(path))
+        page = write_page(study)
+        if page is not None:
+            sink.artifact(str(page), "report")
         address = chart_address(mlflow.get_tracking_uri(), sink.experiment_id or "0", study.name)
         note = f"{_text(table)}\n\n[Both curves]({address})\n\nRuns: `tags.study = '{study.name}'`"
         sink.note(note)
@@ -199,6 +216,7 @@ def run_study(study: Study, stop: Stop) -> int:
 def _say(study: Study, status: str, table: Mapping[str, Cells], address: str, tracking_uri: str) -> None:
     print(f"\n{_text(table)}\n")
     print(f"figure       {study.folder / 'study.png'}")
+    print(f"report       {study.folder / 'report' / 'index.html'}")
     print(f"MLflow       {address}")
     if not tracking_uri.startswith(("http://", "https://")):
         print(f"             (after: make ui, or mlflow ui --backend-store-uri {without_secrets(tracking_uri)})")

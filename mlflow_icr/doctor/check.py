@@ -1,0 +1,56 @@
+"""What a check says: one line, and what to do about it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+OK, WARN, BAD = "ok", "warn", "bad"
+
+
+@dataclass(frozen=True)
+class Check:
+    """A name, a state (ok, warn or bad), what was found, and the mend of what is not ok."""
+
+    name: str
+    state: str
+    text: str
+    mend: str = ""
+
+    @property
+    def line(self) -> str:
+        """The check as one line of a terminal."""
+        mend = f"; {self.mend}" if self.mend else ""
+        return f"{self.state:<4}  {self.name}: {self.text}{mend}"
+
+
+def first_line(error: BaseException) -> str:
+    """The kind of an error and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Libraries print and warn while they are tried; what matters is in the checks."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def carried_out(name: str, check: Callable[[], Iterable[Check]]) -> list[Check]:
+    """The results of a check; one that fails in a way that it does not know is bad, and does not stop the others."""
+    try:
+        with quietly():
+            return list(check())
+    except Exception as error:  # a broken library may raise anything when it is imported
+        return [Check(name, BAD, first_line(error), "the package named there does not work; install it anew")]

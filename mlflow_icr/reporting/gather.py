@@ -1,0 +1,267 @@
+"""From output folders, MLflow runs and experiments to what a report is made of."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mlflow_icr.monitoring.series import HISTORY, read_distributions, read_history
+from mlflow_icr.reporting.material import MEASURED, TELLING, RunMaterial, finite_rows
+from mlflow_icr.tracking import store
+from mlflow_icr.tracking.outbox import OPERATIONS, STATE
+from mlflow_icr.tracking.run_export import STEPPED
+
+MOST_RUNS = 50  # of a folder or an experiment, where each costs a request for every metric
+EIGENVALUES = "repr/eigenvalues"
+STUDY, STUDY_NAME = "study", "study_name"  # tags: which study a run is one of, and which a run is the study's own of
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """The runs of a report, its title, the MLflow run that it belongs to (None: `unlogged` says why), and what to tell."""
+
+    title: str
+    runs: tuple[RunMaterial, ...]
+    run_id: str | None = None
+    unlogged: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def _operations(folder: Path) -> Iterator[Mapping[str, Any]]:
+    """What the folder's outbox says; a torn or foreign line says nothing here."""
+    path = folder / OPERATIONS
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
+        try:
+            operation = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(operation, dict):
+            yield operation
+
+
+def _texts(found: object) -> dict[str, str]:
+    return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
+
+
+def _described(folder: Path) -> tuple[str, dict[str, str], dict[str, str], str]:
+    """Name, parameters, tags and status of a folder's run."""
+    name, status = folder.resolve().name, ""
+    params: dict[str, str] = {}
+    tags: dict[str, str] = {}
+    for operation in _operations(folder):
+        if operation.get("kind") == "start":
+            name = operation.get("name") or name
+            params = _texts(operation.get("params")) | params  # a run's parameter stays what it was first
+            status = ""
+        elif operation.get("kind") == "end":
+            status = str(operation.get("status", ""))
+        tags |= _texts(operation.get("tags"))
+    if not params and (folder / "config.yaml").exists():
+        try:
+            params = _texts(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+        except yaml.YAMLError:
+            params = {}
+    return str(name), params, tags, status
+
+
+def _folder_eigenvalues(folder: Path, step: int) -> Any:
+    return read_distributions(folder, step)[EIGENVALUES]
+
+
+def gather_folder(folder: Path | str, name: str = "") -> RunMaterial:
+    """An output folder's run. Raises FileNotFoundError where it has no history, ValueError for a damaged one."""
+    folder = Path(folder)
+    rows, left_out = finite_rows(read_history(folder))
+    found, params, tags, status = _described(folder)
+    pictures: dict[str, dict[int, Callable[[], bytes]]] = {}
+    for path in sorted((folder / "images").rglob("*.png")):
+        if path.stem.isdigit():
+            key = path.parent.relative_to(folder / "images").as_posix()
+            pictures.setdefault(key, {})[int(path.stem)] = path.read_bytes
+    figures = {path.stem: path.read_bytes for path in sorted((folder / "figures").glob("*.png"))}
+    steps = sorted(int(path.stem) for path in (folder / "distributions").glob("*.npz") if path.stem.isdigit())
+    eigenvalues = {step: partial(_folder_eigenvalues, folder, step) for step in steps}
+    return RunMaterial(name or found, str(folder), rows, params, tags, pictures, figures, eigenvalues, status, left_out)
+
+
+def run_of_folder(folder: Path) -> str | None:
+    """The MLflow run of an output folder, once the server has said which it is."""
+    try:
+        return str(json.loads((folder / STATE).read_text())["run_id"] or "") or None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _download(client: Any, run_id: str, path: str) -> bytes:
+    with tempfile.TemporaryDirectory() as temporary:
+        return store.download(client, run_id, path, Path(temporary))
+
+
+def _points(client: Any, run_id: str, key: str) -> Iterator[Any]:
+    count, more = 0, True
+    while more:
+        page, more = store.metric_page(client, run_id, key, count)
+        count += len(page)
+        yield from page
+
+
+def gather_run(client: Any, run: Any) -> RunMaterial:
+    """An MLflow run, by its metrics and artifacts. Raises StoreError when the store does not answer."""
+    run_id = run.info.run_id
+    by_step: dict[int, dict[str, float]] = {}
+    for key in filter(MEASURED.match, sorted(run.data.metrics)):
+        # The store's order is by time: the newest of equal steps is the last, and stays.
+        for point in _points(client, run_id, key):
+            by_step.setdefault(point.step, {"images_seen": point.step})[key] = point.value
+    measured = [row for row in by_step.values() if any(TELLING.match(key) for key in row)]
+    rows, left_out = finite_rows(measured)
+    pictures: dict[str, dict[int, Callable[[], bytes]]] = {}
+    figures: dict[str, Callable[[], bytes]] = {}
+    for path in _picture_paths(client, run_id) if rows else []:
+        stepped = STEPPED.fullmatch(path)
+        reader = partial(_download, client, run_id, path)
+        if stepped:
+            pictures.setdefault(re.sub("[~#]", "/", stepped["key"]), {})[int(stepped["step"])] = reader
+        else:
+            figures[Path(path).stem] = reader
+    info, data = run.info, run.data
+    return RunMaterial(
+        info.run_name or run_id, run_id, rows, dict(data.params), dict(data.tags), pictures, figures,
+        status=info.status, left_out=left_out,
+    )  # fmt: skip
+
+
+def _picture_paths(client: Any, run_id: str) -> list[str]:
+    """Pictures among the artifacts, as they are named; none where the artifact store does not answer: numbers come first."""
+    try:
+        found = [file.path for folder in ("images", "figures") for file in store.files(client, run_id, folder)]
+    except store.StoreError:
+        return []
+    return [path for path in found if path.lower().endswith(".png")]
+
+
+def _of_folder(folder: Path) -> Gathered:
+    unlogged = f"{str(folder)!r} belongs to no MLflow run that is known ({STATE})"
+    run_id = run_of_folder(folder)
+    if (folder / HISTORY).exists():
+        run = gather_folder(folder)
+        return Gathered(run.name, (run,), run_id, unlogged)
+    below = sorted(path.parent for path in folder.rglob(HISTORY))
+    if not below:
+        raise ValueError(f"folder is {str(folder)!r}, which holds no {HISTORY}; expected the output folder of a run or study")
+    runs = tuple(gather_folder(path) for path in below[:MOST_RUNS])
+    return Gathered(folder.resolve().name, runs, run_id, unlogged, _left_out(len(below), "first"))
+
+
+def _in_order(runs: Sequence[Any]) -> list[Any]:
+    """Runs in the order of `mlflow.search_runs`, newest first, each followed by the runs nested in it."""
+    newest = sorted(runs, key=lambda run: (-(run.info.start_time or 0), run.info.run_id))
+    ids = {run.info.run_id for run in runs}
+    children: dict[str, list[Any]] = {}
+    for run in newest:
+        parent = run.data.tags.get(store.PARENT_TAG, "")
+        children.setdefault(parent if parent in ids and parent != run.info.run_id else "", []).append(run)
+    found: list[Any] = []
+
+    def add(run: Any) -> None:
+        found.append(run)
+        for child in children.get(run.info.run_id, []):
+            add(child)
+
+    for run in children.get("", []):
+        add(run)
+    return found
+
+
+def _of_run(client: Any, run: Any) -> Gathered:
+    """A run with those nested in it, or the runs of the study that it is the study's own run of."""
+    name = run.info.run_name or run.info.run_id
+    members = list(store.family(client, run.info.run_id))
+    study = run.data.tags.get(STUDY_NAME)
+    if study:
+        there = {member.info.run_id for member in members}
+        others = store.runs(client, run.info.experiment_id)
+        members += [one for one in others if one.data.tags.get(STUDY) == study and one.info.run_id not in there]
+        # The study's own run has no curves; it is what the page is about.
+        members = [one for one in members if one.info.run_id != run.info.run_id] or members
+    return _many(client, name, members, run.info.run_id)
+
+
+def _of_experiment(client: Any, experiment: str, name: str) -> Gathered:
+    members = list(store.runs(client, experiment))
+    if not members:
+        raise ValueError(f"experiment is {name!r}, which has no runs")
+    studies = [run for run in members if STUDY_NAME in run.data.tags]
+    parents = {run.data.tags.get(store.PARENT_TAG) for run in members}
+    owners = studies or [run for run in members if run.info.run_id in parents] or members
+    run_id = owners[0].info.run_id if len(owners) == 1 else None
+    why = f"experiment {name!r} has no single study or parent run that a page of all its runs belongs to; name a run instead"
+    found = _many(client, name, members, run_id)
+    return Gathered(found.title, found.runs, run_id, why, found.notes)
+
+
+def _many(client: Any, title: str, members: Sequence[Any], run_id: str | None) -> Gathered:
+    ordered = _in_order(members)
+    shown = ordered[:MOST_RUNS]
+    runs = tuple(gather_run(client, run) for run in shown)
+    return Gathered(title, runs, run_id, notes=_left_out(len(ordered), "newest"))
+
+
+def _left_out(count: int, which: str) -> tuple[str, ...]:
+    """What to tell where there are more runs than a page takes."""
+    if count <= MOST_RUNS:
+        return ()
+    return (f"Of {count} runs the {which} {MOST_RUNS} are on this page; name some of the others for a page of theirs.",)
+
+
+def gather(target: str) -> Gathered:
+    """What a name stands for: an output folder, or one above several; a run's id; an experiment's name or id.
+
+    Raises ValueError for what is none of them, StoreError when the tracking store does not answer.
+    """
+    folder = Path(target)
+    if folder.is_dir() and next(folder.rglob(HISTORY), None) is not None:
+        return _of_folder(folder)
+    client = store.connect()
+    with store.answers():
+        named = client.get_experiment_by_name(target)
+    if named is not None:
+        return _of_experiment(client, named.experiment_id, named.name)
+    if target.isdigit():
+        from mlflow.exceptions import MlflowException
+
+        with store.answers():
+            try:
+                experiment = client.get_experiment(target)
+            except MlflowException as error:
+                if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                    raise
+                experiment = None
+        if experiment is not None:
+            return _of_experiment(client, experiment.experiment_id, experiment.name)
+    if re.fullmatch(r"[0-9a-fA-F]{32}", target):
+        return _of_run(client, store.get_run(client, target))
+    raise ValueError(
+        f"target is {target!r}, which is no folder with a {HISTORY}, and no run's id (32 hexadecimal digits), experiment's "
+        "name or "
+        "experiment's id that the tracking store has"
+    )
+
+
+def gather_all(targets: Sequence[str]) -> Gathered:
+    """Several targets as one page, as they are named. Raises ValueError as `gather` does."""
+    parts = [gather(target) for target in targets]
+    if len(parts) == 1:
+        return parts[0]
+    title = " and ".join(part.title for part in parts)
+    notes = tuple(note for part in parts for note in part.notes)
+    why = f"a page of {len(parts)} targets belongs to no single run; expected one"
+    return Gathered(title, tuple(run for part in parts for run in part.runs), None, why, notes)

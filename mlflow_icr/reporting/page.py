@@ -1,0 +1,89 @@
+"""The page as a whole: one HTML file that asks for nothing from anywhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from mlflow_icr.reporting.comparison import comparison
+from mlflow_icr.reporting.markup import Child, Markup, element, joined
+from mlflow_icr.reporting.material import RunMaterial
+from mlflow_icr.reporting.sections import PICTURES_OF_A_RUN, method_section, run_section
+from mlflow_icr.reporting.style import STYLE
+from mlflow_icr.version import __version__
+
+# Of all pictures together; base64 adds a third, charts and tables some hundred kilobytes a run: under 10 MB in all.
+PICTURE_BYTES = 6 * 2**20
+MOST_DETAILED = 12  # runs with a section of their own; of more, a page would be too long to read and to load
+# Nothing may be loaded or run, whatever a name or picture from a tracking store tries.
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+
+
+def page(title: str, runs: Sequence[RunMaterial], notes: Sequence[str] = ()) -> str:
+    """The HTML text of a report on runs; those without an ICR are named as such."""
+    measured = [run for run in runs if run.measured]
+    others = [run for run in runs if not run.measured]
+    detailed = measured[:MOST_DETAILED]
+    links = [f"run-{place}" if place <= len(detailed) else "" for place in range(1, len(measured) + 1)]
+    most_bytes = PICTURE_BYTES // (PICTURES_OF_A_RUN * max(1, len(detailed)))
+    alone = len(measured) == 1
+    said = [*notes, *_said_of(others)]
+    if len(measured) > len(detailed):
+        said.append(f"The first {len(detailed)} of {len(measured)} runs have sections of their own; name others for theirs.")
+    sections = [
+        run_section(run, link, most_bytes, opened=place < 2, alone=alone)
+        for place, (run, link) in enumerate(zip(detailed, links, strict=False))
+    ]
+    parts: list[Child] = [
+        element(
+            "header",
+            element("h1", title),
+            element("p", "Does the model still learn, or does it copy its training images? ", _counted(runs), class_="quiet"),
+        ),
+        [element("p", note, class_="quiet") for note in said],
+    ]
+    if len(measured) > 1:
+        parts.append(element("section", element("h2", "Runs side by side"), comparison(measured, links), id="comparison"))
+        parts.append(element("h2", "Each run"))
+    parts.append(sections)
+    if not measured:
+        parts.append(element("p", "None of these runs has a measurement of ICR: there is nothing to report.", class_="warning"))
+    parts.append(element("section", element("h2", "How this was computed"), method_section(), id="method"))
+    parts.append(_footer())
+    return _document(title, joined(parts))
+
+
+def _counted(runs: Sequence[RunMaterial]) -> str:
+    if len(runs) != 1:
+        return f"{len(runs)} runs."
+    return f"{len(runs[0].rows)} measurements."
+
+
+def _said_of(runs: Sequence[RunMaterial]) -> list[str]:
+    if not runs:
+        return []
+    names = ", ".join(f"{run.name} ({run.place})" for run in runs[:20])
+    more = f" and {len(runs) - 20} more" if len(runs) > 20 else ""
+    return [f"Without a measurement of ICR, and so not compared: {names}{more}."]
+
+
+def _footer() -> Markup:
+    now = time.gmtime()
+    written = element(
+        "time", time.strftime("%Y-%m-%d %H:%M UTC", now), datetime=time.strftime("%Y-%m-%dT%H:%M:%SZ", now)
+    )  # fmt: skip
+    text = joined(f"Written by mlflow-icr {__version__} at ", written, ". Point at a number or a dot for its exact value.")
+    return element("footer", element("p", text, class_="quiet"))
+
+
+def _document(title: str, body: Markup) -> str:
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", http_equiv="Content-Security-Policy", content=POLICY),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", name="referrer", content="no-referrer"),
+        element("title", title),
+        element("style", Markup(STYLE)),
+    )
+    return f"<!DOCTYPE html>\n{element('html', head, element('body', body), lang='en')}\n"

@@ -1,0 +1,92 @@
+"""Writing a report, and putting it where its run is."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlflow_icr.extraction.files import write_whole
+from mlflow_icr.reporting.gather import gather_all, gather_folder
+from mlflow_icr.reporting.material import RunMaterial
+from mlflow_icr.reporting.page import page
+from mlflow_icr.tracking import Tracker, store
+
+logger = logging.getLogger(__name__)
+
+FOLDER, NAME = "report", "index.html"  # in an output folder and among a run's artifacts
+
+
+def write_report(
+    runs: Sequence[RunMaterial | Path | str], path: Path | str, *, title: str = "", notes: Sequence[str] = ()
+) -> Path:
+    """Write the page on some runs, or output folders, as one HTML file, whole or not at all; returns its path.
+
+    Raises ValueError for no runs or a damaged history, FileNotFoundError for a folder without one, OSError.
+    """
+    if not runs:
+        raise ValueError("runs is empty; expected at least one run to report on")
+    gathered = [run if isinstance(run, RunMaterial) else gather_folder(run) for run in runs]
+    content = page(title or ", ".join(run.name for run in gathered[:4]), gathered, notes)
+    path = Path(path)
+    # Names from elsewhere may hold halves of characters, which no file can.
+    write_whole(path, lambda file: file.write(content.encode("utf-8", "replace")))
+    return path
+
+
+def log_report(client: Any, run_id: str, path: Path) -> str:
+    """Upload a written page as `report/index.html` of an MLflow run; returns the artifact's path. Raises StoreError."""
+    store.get_run(client, run_id)
+    with tempfile.TemporaryDirectory() as temporary:
+        copy = Path(temporary) / NAME
+        shutil.copyfile(path, copy)
+        try:
+            with store.answers():
+                client.log_artifact(run_id, str(copy), FOLDER)
+        except store.StoreError:
+            raise
+        except Exception as error:  # each artifact store brings its own library with its own errors
+            raise store.StoreError(f"the artifact store does not take the report: {type(error).__name__}") from error
+    return f"{FOLDER}/{NAME}"
+
+
+def conclude(tracker: Tracker) -> Path | None:
+    """Write the page of a tracker's folder at the end of its run, and hand it to every sink; returns its path.
+
+    It says again what is recorded already, so that its failure costs a warning, not the run.
+    """
+    folder = tracker.journal.folder
+    try:
+        path = write_report([folder], folder / FOLDER / NAME)
+    except Exception as error:  # of whatever kind
+        logger.warning("the report is not written (%s); mlflow-icr report %s makes it", type(error).__name__, folder)
+        logger.debug("the report failed", exc_info=error)
+        return None
+    tracker.artifact(path, FOLDER)
+    return path
+
+
+def report_command(targets: Sequence[str], output: Path, *, log: bool = False, say: Callable[[str], None]) -> int:
+    """Write the report on some targets (see `gather`) to a file, which is printed, and with `log` to their MLflow run.
+
+    Returns the exit status; `say` hears what is worth a line. Raises ValueError for targets or an output that cannot be, and
+    OSError when a disk or store does not take it.
+    """
+    if output.is_dir():
+        raise ValueError(f"output is {str(output)!r}, which is a folder; expected the name of a file, such as report.html")
+    found = gather_all(targets)
+    if log and found.run_id is None:
+        raise ValueError(f"log is set, but {found.unlogged}")
+    write_report(found.runs, output, title=found.title, notes=found.notes)
+    for note in found.notes:
+        say(note)
+    without = [run.name for run in found.runs if not run.measured]
+    if without:
+        say(f"without a measurement of ICR: {', '.join(without)}")
+    print(output)
+    if log and found.run_id is not None:
+        say(f"logged as {log_report(store.connect(), found.run_id, output)} of run {found.run_id}")
+    return 0

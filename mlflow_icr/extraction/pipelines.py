@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from mlflow_icr.extraction.adapters import LatentDenoiser, adapt, adapt_pipeline
 from mlflow_icr.extraction.adapters.choose import NETWORKS, side_of
@@ -17,6 +18,7 @@ INDEX = "model_index.json"
 SCHEDULER = "scheduler/scheduler_config.json"
 # What a measurement needs of a pipeline; safety checkers and image encoders stay where they are.
 PARTS = re.compile(r"unet|transformer|vae|scheduler|(text_encoder|tokenizer)(_\d)?")
+TEXT = re.compile("text_encoder|tokenizer")  # larger than the network, often, and of no use once the condition is there
 LIBRARIES = ("diffusers", "transformers")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -61,10 +63,16 @@ def load_pipeline(
             pipeline = _whole(folder, DTYPES[dtype], trust_remote_code)
             side = resolution or side_of(pipeline)
             denoiser = adapt_pipeline(pipeline, side=side, prompt=prompt, class_label=class_label)
+            pipeline.register_modules(**dict.fromkeys((name for name in pipeline.components if TEXT.match(name)), None))
     denoiser.network.to(target, DTYPES[dtype]).eval().requires_grad_(False)
     if isinstance(denoiser, LatentDenoiser):
         denoiser.autoencoder.to(target, torch.float32).eval()
     return denoiser, side, pipeline
+
+
+def batch_size_for(denoiser: Denoiser) -> int:
+    """Views that go through a network at a time unless somebody knows better: few where they are latents of large images."""
+    return 16 if isinstance(denoiser, LatentDenoiser) else 512
 
 
 def _device(name: str | None) -> torch.device:
@@ -116,7 +124,7 @@ def _is_unconditional(folder: Path) -> bool:
 
 
 def load_network(folder: Path) -> Any:
-    """A network of diffusers from its own folder, in float32. Raises ValueError for other classes, or weights of other kinds."""
+    """A network of diffusers from its own folder, in float32. Raises ValueError for another class or other weights."""
     import diffusers
 
     name = str(_config(folder / "config.json").get("_class_name"))
@@ -124,8 +132,8 @@ def load_network(folder: Path) -> Any:
         raise ValueError(f"checkpoint has the network {name}; expected one of {', '.join(NETWORKS)}")
     try:
         return getattr(diffusers, name).from_pretrained(folder, use_safetensors=True)
-    except OSError as error:
-        raise ValueError(f"checkpoint has no weights as safetensors in {folder} ({_line(error)})") from None
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"checkpoint has no weights as safetensors in {str(folder)!r} ({_line(error)})") from None
 
 
 def load_scheduler(folder: Path) -> Any:
@@ -171,5 +179,5 @@ def _whole(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
             **left_out,
             **options,
         )
-    except (OSError, ValueError, ImportError, AttributeError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, AttributeError, SafetensorError) as error:
         raise ValueError(f"checkpoint is {str(folder)!r}, which diffusers does not load ({_line(error)})") from None

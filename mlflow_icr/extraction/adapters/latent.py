@@ -15,7 +15,7 @@ class LatentDenoiser:
     """A denoiser of latents, with the autoencoder (diffusers' AutoencoderKL) whose latents they are.
 
     `encode` gives the mean of the posterior, shifted and scaled as the autoencoder's config says: views differ by what was
-    drawn for them, and by nothing else. Raises ValueError for an autoencoder whose latents the network does not take.
+    drawn for them, and by nothing else.
     """
 
     def __init__(self, denoiser: Denoiser, autoencoder: nn.Module) -> None:
@@ -24,7 +24,6 @@ class LatentDenoiser:
         self.scale = float(getattr(config, "scaling_factor", None) or 1.0)
         self.shift = float(getattr(config, "shift_factor", None) or 0.0)
         self.downsampling = 2 ** (len(config.block_out_channels) - 1)  # pixels a side of one latent
-        autoencoder.requires_grad_(False)
 
     @property
     def network(self) -> nn.Module:

@@ -112,8 +112,9 @@ def test_sampling_by_the_denoiser_is_the_pipelines_own(pipelines: dict[str, Any]
     """Prompt, time, packing, guidance and prediction type: all that a pipeline does to its network goes into this."""
     pipeline = pipelines[name]
     theirs, ours = sampled(name, pipeline, adapt_pipeline(pipeline, side=SIDE))
-    # Whole timesteps are found again from sigma to a hundredth: a random network's output differs by less than this.
-    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-3)
+    # Whole timesteps are found again from sigma to a hundredth. With a time that is off by ten, or another prompt, size,
+    # guidance or class, these networks end between 6e-3 and 4 elsewhere.
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -121,7 +122,10 @@ def test_a_measurement_changes_nothing_and_does_not_depend_on_batches(
     pipelines: dict[str, Any], images: Tensor, name: str
 ) -> None:
     pipeline = pipelines[name]
-    denoiser = adapt_pipeline(pipeline, side=SIDE)
+    denoiser: Any = adapt_pipeline(pipeline, side=SIDE)
+    if name == "flux":  # whose empty prompt is 512 tokens, and more work than all the rest
+        condition = denoiser._denoiser._call
+        condition.embeddings = condition.embeddings[:, :8]
     parts = [denoiser.network, pipeline.vae]
     weights = [{key: value.clone() for key, value in part.state_dict().items()} for part in parts]
     pipeline.vae.train()
@@ -237,7 +241,7 @@ def write(folder: Path, images: Tensor) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("name", ["stable_diffusion_xl", "flux", "dit"])
+@pytest.mark.parametrize("name", ["stable_diffusion_xl", "stable_diffusion_3"])
 def test_a_saved_pipeline_is_measured_by_the_command(
     pipelines: dict[str, Any], images: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:

@@ -158,9 +158,27 @@ def test_the_folder_alone_then_the_run_gives_the_run_the_same(training: Path, da
         measure_checkpoints(training, data, run_id=other.info.run_id, **options)
 
 
-def test_killed_between_checkpoints_it_goes_on_as_if_nothing_had_happened(
+def without_seconds(folder: Path) -> list[dict[str, float]]:
+    return [{key: value for key, value in row.items() if key != "perf/measure_seconds"} for row in read_history(folder)]
+
+
+def test_interrupted_between_checkpoints_it_goes_on_as_if_nothing_had_happened(
     training: Path, data: Path, tmp_path: Path
 ) -> None:
+    def interrupt(line: str) -> None:
+        if line.startswith("checkpoint-4:"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure_checkpoints(training, data, tmp_path / "cut", protocol=VIEWS, say=interrupt)
+    again = measure_checkpoints(training, data, tmp_path / "cut", protocol=VIEWS)
+    assert (again.measured, again.known) == ([10], [2, 4])
+    measure_checkpoints(training, data, tmp_path / "whole", protocol=VIEWS)
+    assert without_seconds(tmp_path / "cut") == without_seconds(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_killed_between_checkpoints_it_goes_on_as_if_nothing_had_happened(training: Path, data: Path, tmp_path: Path) -> None:
     with mlflow.start_run() as run:
         pass
     out = [tmp_path / "killed", tmp_path / "whole"]
@@ -178,9 +196,7 @@ def test_killed_between_checkpoints_it_goes_on_as_if_nothing_had_happened(
     assert again.complete
     assert sorted(again.measured + again.known) == [2, 4, 10]
     measure_checkpoints(training, data, out[1], **options)
-    rows, whole = read_history(out[0]), read_history(out[1])
-    for row in (*rows, *whole):
-        del row["perf/measure_seconds"]
+    rows, whole = without_seconds(out[0]), without_seconds(out[1])
     assert len(rows) == 3
     for row, same in zip(rows, whole, strict=True):
         assert row == pytest.approx(same, rel=1e-6, abs=1e-12)

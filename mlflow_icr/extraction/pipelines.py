@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ def load_pipeline(
 ) -> tuple[Denoiser, int, Any]:
     """The denoiser of a diffusers folder or a name on the hub, its images' side in pixels, and the pipeline where one was made.
 
+    A Path is a folder only; a text that names no folder here, and has one slash, is looked for on the hub by diffusers.
     Weights are safetensors: nothing is unpickled, and nothing that a pipeline brings along is run unless `trust_remote_code`.
     Networks of text or classes get the condition that means none, or `prompt` or `class_label`. `dtype` is the network's; an
     autoencoder stays in float32, since some do not work in less. `resolution` None is what the network was made for, `device`
@@ -64,9 +66,11 @@ def load_pipeline(
             side = resolution or side_of(pipeline)
             denoiser = adapt_pipeline(pipeline, side=side, prompt=prompt, class_label=class_label)
             pipeline.register_modules(**dict.fromkeys((name for name in pipeline.components if TEXT.match(name)), None))
-    denoiser.network.to(target, DTYPES[dtype]).eval().requires_grad_(False)
+    network = denoiser.network.to(target).eval().requires_grad_(False)
+    if pipeline is None and DTYPES[dtype] != torch.float32:
+        network.to(DTYPES[dtype])
     if isinstance(denoiser, LatentDenoiser):
-        denoiser.autoencoder.to(target, torch.float32).eval()
+        denoiser.autoencoder.to(target).eval()
     return denoiser, side, pipeline
 
 
@@ -90,7 +94,7 @@ def _folder(place: Path | str, trust_remote_code: bool) -> Path:
     if any((folder / part).exists() for part in (INDEX, "unet/config.json")):
         return folder
     name = str(place)
-    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if isinstance(place, Path) or folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise ValueError(f"checkpoint is {name!r}; expected a diffusers folder with unet/ and scheduler/, or with {INDEX}")
     from diffusers import DiffusionPipeline
 
@@ -169,15 +173,21 @@ def _whole(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
             raise ValueError(f"checkpoint's {name} is a {kind} of {library!r}; expected one of diffusers' or transformers'")
         if name in ("unet", "transformer") and kind not in NETWORKS:
             raise ValueError(f"checkpoint has the network {kind}; expected one of {', '.join(NETWORKS)}")
-    options: dict[str, Any] = {} if dtype == torch.float32 else {"torch_dtype": dtype}
+    options: dict[str, Any] = {}
+    if dtype != torch.float32:  # newer versions have another name for it, and take this one
+        options["torch_dtype"] = {"vae": torch.float32, "default": dtype}
+    if "requires_safety_checker" in index:  # nothing is generated
+        options["requires_safety_checker"] = False
     try:
-        return DiffusionPipeline.from_pretrained(
-            folder,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=trust_remote_code,
-            **left_out,
-            **options,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            return DiffusionPipeline.from_pretrained(
+                folder,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+                **left_out,
+                **options,
+            )
     except (OSError, ValueError, RuntimeError, ImportError, AttributeError, SafetensorError) as error:
         raise ValueError(f"checkpoint is {str(folder)!r}, which diffusers does not load ({_line(error)})") from None

@@ -80,7 +80,9 @@ def measure_checkpoints(
         "protocol_digest": monitor.protocol.digest,
         "probe_sha256": content_hash(monitor.reader.images),
         "images_per_step": images_per_step,
-        **{key: value for key, value in options.items() if key in ("dtype", "prompt", "class_label")},
+        "dtype": options.get("dtype", "float32"),
+        "prompt": options.get("prompt", ""),
+        "class_label": options.get("class_label"),
     }
     _check_settings(out, settings, mine)
     load_state(out, monitor)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from mlflow_icr.extraction.denoisers import Denoiser
 from mlflow_icr.extraction.pipelines import INDEX, SCHEDULER, load_network, load_pipeline
@@ -114,21 +119,36 @@ class SavedTraining:
             raise ValueError(f"its network is not the {type(network).__name__} of the others ({why})") from None
 
     def _load_lora(self, checkpoint: SavedCheckpoint) -> None:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         if not hasattr(self._pipeline, "load_lora_weights"):
             raise ValueError("it is a LoRA; expected pipeline to be one of text and images, which takes it")
-        try:
-            state = load_file(checkpoint.weights)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{LORA} cannot be read ({type(error).__name__}: {error})") from None
-        # A LoRA of the text encoder moves prompts, and none is read here.
-        mine = {key: value for key, value in state.items() if not key.startswith("text_encoder")}
-        try:
-            self._pipeline.unload_lora_weights()
-            self._pipeline.load_lora_weights(mine, adapter_name="measured")
-        except (ValueError, RuntimeError, ImportError) as error:
-            why = " ".join(str(error).split())[:200]
-            raise ValueError(f"{LORA} does not fit the pipeline, or the package peft is not there ({why})") from None
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = _without_text_encoder(checkpoint.weights, Path(scratch))
+            # It says of each LoRA that the text encoder, which is not there any more, gets nothing of it.
+            logger = logging.getLogger("diffusers.loaders.lora_base")
+            disabled, logger.disabled = logger.disabled, True
+            try:
+                self._pipeline.unload_lora_weights()
+                self._pipeline.load_lora_weights(folder, weight_name=LORA, use_safetensors=True, adapter_name="measured")
+            except (OSError, ValueError, RuntimeError, ImportError) as error:
+                why = " ".join(str(error).split())[:200]
+                raise ValueError(f"{LORA} does not fit the pipeline, or the package peft is not there ({why})") from None
+            finally:
+                logger.disabled = disabled
         self.denoiser.network.requires_grad_(False)
+
+
+def _without_text_encoder(path: Path, scratch: Path) -> Path:
+    """The folder of a LoRA of the network alone: a part for the text encoder moves prompts, and none is read here.
+
+    Raises ValueError for a file that is no safetensors.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            mine = [key for key in file.keys() if not key.startswith("text_encoder")]  # noqa: SIM118 - not a mapping
+            if len(mine) == len(list(file.keys())):
+                return path.parent
+            # The scale of the LoRA may be in the metadata.
+            save_file({key: file.get_tensor(key) for key in mine}, scratch / LORA, file.metadata())
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{LORA} cannot be read ({type(error).__name__}: {error})") from None
+    return scratch

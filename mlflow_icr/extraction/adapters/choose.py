@@ -50,8 +50,8 @@ def adapt(network: nn.Module, scheduler: Any, *, call: Call | None = None, autoe
 def adapt_pipeline(pipeline: Any, *, side: int | None = None, prompt: str = "", class_label: int | None = None) -> Denoiser:
     """A pipeline of diffusers as a denoiser of images of `side` pixels; of conditions, the one that means none.
 
-    `prompt` and `class_label` name another. The text encoders are run once, on the CPU, and not kept. Raises ValueError for a
-    network that has no adapter, or a scheduler, side, prompt or label that do not fit.
+    `prompt` and `class_label` name another. The text encoders are run once, where they are, and not kept. Raises ValueError
+    for a network that has no adapter, or a scheduler, side, prompt or label that do not fit.
     """
     network = network_of(pipeline)
     name, autoencoder = type(network).__name__, getattr(pipeline, "vae", None)

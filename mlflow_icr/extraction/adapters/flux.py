@@ -42,7 +42,8 @@ class FluxCondition:
         return pixel_shuffle(found.sample.mT.unflatten(2, (height, width)), 2)
 
 
+@torch.no_grad()
 def null_flux(pipeline: Any, prompt: str = "") -> FluxCondition:
     """The condition of a Flux pipeline for a prompt, which by default is empty."""
-    embeddings, pooled, _ = pipeline.encode_prompt(prompt, None, device="cpu")
+    embeddings, pooled, _ = pipeline.encode_prompt(prompt, None, device=pipeline.device)
     return FluxCondition(embeddings, pooled)

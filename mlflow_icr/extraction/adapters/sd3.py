@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mlflow_icr.extraction.adapters.text import spread
@@ -25,8 +26,9 @@ class SD3Condition:
         )
 
 
+@torch.no_grad()
 def null_sd3(pipeline: Any, prompt: str = "") -> SD3Condition:
     """The condition of a Stable Diffusion 3 pipeline where there is no prompt, or for a prompt."""
-    found = pipeline.encode_prompt(prompt, None, None, device="cpu", do_classifier_free_guidance=True)
+    found = pipeline.encode_prompt(prompt, None, None, device=pipeline.device, do_classifier_free_guidance=True)
     which = 0 if prompt else 1
     return SD3Condition(found[which], found[which + 2])

@@ -52,6 +52,7 @@ def check_text_unet(network: nn.Module) -> None:
         raise ValueError(f"the network's num_class_embeds is {c.num_class_embeds}; expected a network without classes")
 
 
+@torch.no_grad()
 def null_text(pipeline: Any, side: int, prompt: str = "") -> TextCondition:
     """The condition of a Stable Diffusion pipeline where there is no prompt, or for a prompt, for images of `side` pixels.
 
@@ -59,7 +60,7 @@ def null_text(pipeline: Any, side: int, prompt: str = "") -> TextCondition:
     """
     check_text_unet(pipeline.unet)
     xl = pipeline.unet.config.addition_embed_type == "text_time"
-    found = pipeline.encode_prompt(prompt, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True)
+    found = pipeline.encode_prompt(prompt, device=pipeline.device, num_images_per_prompt=1, do_classifier_free_guidance=True)
     which = 0 if prompt else 1
     if not xl:
         return TextCondition(found[which])

@@ -91,10 +91,10 @@ def _denoiser(network: nn.Module, scheduler: Any, autoencoder: nn.Module, condit
     if type(network).__name__ != "UNet2DConditionModel":
         raise ValueError(f"unet is a {type(network).__name__}; expected a UNet2DConditionModel")
     check_text_unet(network)
-    if network.config.addition_embed_type is not None:
+    config: Any = network.config
+    latents: Any = autoencoder.config
+    if config.addition_embed_type is not None:
         raise ValueError("unet is Stable Diffusion XL's; expected adapt_pipeline on a pipeline of the script's parts")
-    if network.config.in_channels != autoencoder.config.latent_channels:
-        raise ValueError(
-            f"unet takes {network.config.in_channels} channels, and the autoencoder makes {autoencoder.config.latent_channels}"
-        )
+    if config.in_channels != latents.latent_channels:
+        raise ValueError(f"unet takes {config.in_channels} channels, and the autoencoder makes {latents.latent_channels}")
     return adapt(network, scheduler, call=condition, autoencoder=autoencoder)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 def null_class(network: nn.Module) -> int:
     """The label that a DiTTransformer2DModel was trained with where a label was dropped: the one after its classes."""
-    return int(network.config.num_embeds_ada_norm)
+    config: Any = network.config
+    return int(config.num_embeds_ada_norm)
 
 
 class ClassCondition:

@@ -25,11 +25,12 @@ class FluxCondition:
 
     def __call__(self, network: nn.Module, x: Tensor, time: Tensor) -> Tensor:
         """The network's output, (B, C, H, W), on x of that shape at times (B,) in [0, 1000]; H and W are even."""
+        config: Any = network.config
         height, width = x.shape[-2] // 2, x.shape[-1] // 2
         packed = pixel_unshuffle(x, 2).flatten(2).mT  # (B, H W / 4, 4 C)
         rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         places = torch.stack([torch.zeros_like(rows), rows, columns], -1).view(-1, 3).to(x)
-        guidance = torch.full((len(x),), self.guidance).to(x) if network.config.guidance_embeds else None
+        guidance = torch.full((len(x),), self.guidance).to(x) if config.guidance_embeds else None
         found = network(
             hidden_states=packed,
             timestep=(time / 1000).to(x.dtype),  # which the network multiplies by 1000

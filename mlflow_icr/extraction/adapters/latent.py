@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -19,8 +21,9 @@ class LatentDenoiser:
     """
 
     def __init__(self, denoiser: Denoiser, autoencoder: nn.Module) -> None:
-        self._denoiser, self.autoencoder = denoiser, autoencoder
-        config = autoencoder.config
+        self._denoiser = denoiser
+        self.autoencoder: Any = autoencoder
+        config: Any = self.autoencoder.config
         self.scale = float(getattr(config, "scaling_factor", None) or 1.0)
         self.shift = float(getattr(config, "shift_factor", None) or 0.0)
         self.downsampling = 2 ** (len(config.block_out_channels) - 1)  # pixels a side of one latent

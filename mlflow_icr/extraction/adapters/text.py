@@ -43,7 +43,7 @@ def embed_prompt(text_encoder: nn.Module, tokenizer: Any, prompt: str = "") -> T
 
 def check_text_unet(network: nn.Module) -> None:
     """Raise ValueError for a UNet2DConditionModel with conditions that are neither a prompt nor Stable Diffusion XL's."""
-    c = network.config
+    c: Any = network.config
     kinds = {"addition_embed_type": (None, "text_time"), "class_embed_type": (None,), "encoder_hid_dim_type": (None,)}
     for field, known in kinds.items():
         if getattr(c, field, None) not in known:

@@ -41,6 +41,8 @@ def adapt(network: nn.Module, scheduler: Any, *, call: Call | None = None, autoe
         found = EDMDenoiser(network, float(config["sigma_data"]), call=call)
     elif config.get("timestep_type", "discrete") != "discrete":
         raise ValueError(f"the scheduler {name} has timestep_type {config['timestep_type']!r}; expected discrete")
+    elif not hasattr(scheduler, "alphas_cumprod"):
+        raise ValueError(f"the scheduler is a {name}; expected DDPMScheduler or one of its kind, of flow matching, or EDM's")
     else:
         learned = getattr(getattr(network, "config", None), "time_embedding_type", None) == "learned"  # a table of timesteps
         found = SchedulerDenoiser(network, scheduler, nearest=learned, call=call)

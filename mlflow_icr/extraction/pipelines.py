@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 import warnings
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ def _folder(place: Path | str, trust_remote_code: bool) -> Path:
 
 def _line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200]}"
+    return f"{type(error).__name__}: {textwrap.shorten(lines[0], 160, placeholder=' ...')}"
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -165,9 +166,10 @@ def _whole(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
 
     index = _config(folder / INDEX)
     parts = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2}
-    left_out = {name: None for name, (library, _) in parts.items() if library is not None and not PARTS.fullmatch(name)}
+    # What was saved as none, such as Stable Diffusion 3's third text encoder, diffusers wants to be told of.
+    left_out = {name: None for name, (library, _) in parts.items() if library is None or not PARTS.fullmatch(name)}
     for name, (library, kind) in parts.items():
-        if name in left_out or library is None:
+        if name in left_out:
             continue
         if library not in LIBRARIES and not trust_remote_code:
             raise ValueError(f"checkpoint's {name} is a {kind} of {library!r}; expected one of diffusers' or transformers'")

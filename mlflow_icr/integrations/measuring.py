@@ -61,6 +61,8 @@ def measure(arguments: argparse.Namespace) -> int:
     for name in ("run_id", "output_dir"):
         if getattr(arguments, name) is not None:
             raise ValueError(f"{name} is {str(getattr(arguments, name))!r}; expected none without --generated or --checkpoints")
+    if arguments.projection is not None and arguments.images_seen < 1:  # of an untrained network nothing is projected
+        raise ValueError(f"images_seen is {arguments.images_seen}; expected a number > 0 where projection is given")
     from mlflow_icr.extraction.adapters.choose import image_channels
     from mlflow_icr.extraction.images import folder_labels, load_folder, with_channels
     from mlflow_icr.extraction.pipelines import batch_size_for, load_denoiser

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -115,7 +116,7 @@ class SavedTraining:
                 raise RuntimeError(f"it is a {type(found).__name__}")
             network.load_state_dict(found.state_dict())
         except RuntimeError as error:
-            why = " ".join(str(error).split())[:200]
+            why = shorten(str(error), 200, placeholder=" ...")
             raise ValueError(f"its network is not the {type(network).__name__} of the others ({why})") from None
 
     def _load_lora(self, checkpoint: SavedCheckpoint) -> None:
@@ -130,7 +131,7 @@ class SavedTraining:
                 self._pipeline.unload_lora_weights()
                 self._pipeline.load_lora_weights(folder, weight_name=LORA, use_safetensors=True, adapter_name="measured")
             except (OSError, ValueError, RuntimeError, ImportError) as error:
-                why = " ".join(str(error).split())[:200]
+                why = shorten(str(error), 200, placeholder=" ...")
                 raise ValueError(f"{LORA} does not fit the pipeline, or the package peft is not there ({why})") from None
             finally:
                 logger.disabled = disabled

@@ -79,7 +79,7 @@ def test_a_lora_is_watched_while_it_is_trained(pipeline: Any, images: Tensor, tm
         with Tap(watch.denoiser.network, "decoder") as tap:
             features.append(tap(lambda: watch.denoiser(x, 0.3)))
 
-    with lora_watch(*parts(pipeline), images, tmp_path / "out", schedule=[0, 8, 16]) as watch:
+    with lora_watch(*parts(pipeline), images, tmp_path / "out", schedule=[4, 16]) as watch:
         watch(0)
         look(watch)
         for images_seen in train(pipeline, images, 4):
@@ -89,9 +89,9 @@ def test_a_lora_is_watched_while_it_is_trained(pipeline: Any, images: Tensor, tm
         assert trainable
         assert all("lora" in key for key in trainable)
     rows = read_history(tmp_path / "out")
-    assert [row["images_seen"] for row in rows] == [0, 8, 16]
-    assert rows[1]["repr/icr"] != rows[2]["repr/icr"]
-    assert rows[1]["repr/view_error_ratio"] != rows[2]["repr/view_error_ratio"]
+    assert [row["images_seen"] for row in rows] == [4, 16]
+    assert rows[0]["repr/icr"] != rows[1]["repr/icr"]
+    assert rows[0]["repr/view_error_ratio"] != rows[1]["repr/view_error_ratio"]
     assert (features[0] - features[1]).abs().max() > 1e-4
     assert all(torch.equal(base[key], v) for key, v in pipeline.unet.state_dict().items() if key in base)
     # The same training without a watch ends with the same LoRA.
@@ -103,7 +103,7 @@ def test_a_lora_is_watched_while_it_is_trained(pipeline: Any, images: Tensor, tm
     # What was read is the pipeline's own network, unconditionally.
     protocol = few_images_protocol(len(images), 16)
     again = ICRMonitor(adapt_pipeline(pipeline, side=SIDE), images, protocol, batch_size=16).measure(16)
-    assert again.values["repr/view_error_ratio"] == pytest.approx(rows[2]["repr/view_error_ratio"], rel=1e-5)
+    assert again.values["repr/view_error_ratio"] == pytest.approx(rows[1]["repr/view_error_ratio"], rel=1e-5)
     (run,) = mlflow.search_runs(search_all_experiments=True, output_format="list")
     assert "LoRA fine-tuning" in run.data.tags["icr.experimental"]
     assert run.data.params["protocol.num_views"] == "54"
@@ -135,7 +135,7 @@ def test_checkpoints_of_a_lora_are_measured_on_the_pipeline_that_it_began_with(
     pipeline.save_pretrained(tmp_path / "base")
     unet, expected, protocol = with_lora(pipeline.unet), [], Protocol(num_views=8, projection=4)
     monitor = ICRMonitor(adapt_pipeline(pipeline, side=SIDE), images, protocol, batch_size=16)
-    for images_seen in train(pipeline, images, 3):
+    for images_seen in train(pipeline, images, 2):
         checkpoint = tmp_path / "lora" / f"checkpoint-{images_seen // BATCH}"
         checkpoint.mkdir(parents=True)
         state = peft.get_peft_model_state_dict(unet)
@@ -148,7 +148,7 @@ def test_checkpoints_of_a_lora_are_measured_on_the_pipeline_that_it_began_with(
         tmp_path / "lora", tmp_path / "data", pipeline=tmp_path / "base", images_per_step=BATCH, protocol=protocol,
         resolution=SIDE,
     )  # fmt: skip
-    assert found.measured == [4, 8, 12]
+    assert found.measured == [4, 8]
     for row, values in zip(read_history(tmp_path / "lora" / "icr"), expected, strict=True):
         for key in ("repr/icr", "repr/view_error_ratio", "repr/icr_rise"):
             assert row[key] == pytest.approx(values[key], rel=1e-4, abs=1e-6), key

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mlflow_icr.integrations.measuring import add_options  # itself light
 from mlflow_icr.version import __version__
 
 # Those of Li et al. 2026, figure 2, for EDM; here so that --help does not wait for torch.
@@ -28,33 +29,9 @@ def _summary(arguments: argparse.Namespace) -> int:
 def _measure(arguments: argparse.Namespace) -> int:
     if arguments.generated is not None:
         return _measure_generated(arguments)
-    if arguments.checkpoint is None or arguments.data is None:
-        raise ValueError(
-            "checkpoint and data are not both given; expected CHECKPOINT --data FOLDER, or --generated and --train"
-        )
-    from mlflow_icr.extraction.images import folder_labels, load_folder
-    from mlflow_icr.extraction.pipelines import load_denoiser
-    from mlflow_icr.monitoring import ICRMonitor, Protocol
+    from mlflow_icr.integrations.measuring import measure
 
-    denoiser, resolution = load_denoiser(arguments.checkpoint)
-    protocol = Protocol(
-        layer=arguments.layer,
-        sigmas=tuple(arguments.sigma),
-        augmentation_level=arguments.augmentation_level,
-        num_images=arguments.num_images,
-        num_views=arguments.num_views,
-        seed=arguments.seed,
-        ridge=arguments.ridge,
-        projection=arguments.projection,
-        shrinkage=arguments.shrinkage,
-    )
-    images, labels = load_folder(arguments.data, resolution), folder_labels(arguments.data)
-    monitor = ICRMonitor(denoiser, images, protocol, companions=arguments.companions, labels=labels)
-    report = monitor.measure(arguments.images_seen)
-    print(json.dumps(report.flat() | {"protocol_digest": report.protocol_digest}, indent=2))
-    for key, why in report.absent.items():
-        print(f"{key} is absent: {why}", file=sys.stderr)
-    return 0
+    return measure(arguments)
 
 
 def _measure_generated(arguments: argparse.Namespace) -> int:
@@ -129,23 +106,33 @@ def _sweep_noise(arguments: argparse.Namespace) -> int:
     import csv
     from dataclasses import asdict, fields
 
-    from mlflow_icr.extraction.images import folder_labels, load_folder
-    from mlflow_icr.extraction.pipelines import load_denoiser
+    from mlflow_icr.extraction.adapters.choose import image_channels
+    from mlflow_icr.extraction.images import folder_labels, load_folder, with_channels
+    from mlflow_icr.extraction.pipelines import batch_size_for, load_denoiser
     from mlflow_icr.monitoring.plots import sweep_figure
     from mlflow_icr.monitoring.protocol import Protocol
     from mlflow_icr.monitoring.sweep import SweepPoint, sweep_noise
 
     denoiser, resolution = load_denoiser(arguments.checkpoint)
-    images, labels = load_folder(arguments.data, resolution), folder_labels(arguments.data)
+    channels = image_channels(denoiser)
+    images, labels = with_channels(load_folder(arguments.data, resolution), channels), folder_labels(arguments.data)
     test: dict[str, Any] = {}
     if arguments.test_data is not None:
         test_labels = folder_labels(arguments.test_data)
         if labels is None or test_labels is None:
             raise ValueError("test_data is given, but a folder has no classes; expected one subfolder for each class in both")
-        test = {"test_images": load_folder(arguments.test_data, resolution), "test_labels": test_labels}
+        test_images = with_channels(load_folder(arguments.test_data, resolution), channels)
+        test = {"test_images": test_images, "test_labels": test_labels}
     protocol = Protocol(augmentation_level=arguments.augmentation_level, num_views=arguments.num_views, seed=arguments.seed)
     sweep = sweep_noise(
-        denoiser, images, sigmas=arguments.sigma, layers=arguments.layers, protocol=protocol, labels=labels, **test
+        denoiser,
+        images,
+        sigmas=arguments.sigma,
+        layers=arguments.layers,
+        protocol=protocol,
+        labels=labels,
+        batch_size=batch_size_for(denoiser),
+        **test,
     )
     if arguments.output_dir is not None:
         arguments.output_dir.mkdir(parents=True, exist_ok=True)
@@ -233,7 +220,7 @@ def _parser() -> argparse.ArgumentParser:
 
     measure = commands.add_parser(
         "measure",
-        help="ICR of a saved EDM pipeline on its training images, or copies and distances of generated images, as JSON",
+        help="ICR of saved models on their training images, or copies and distances of generated images, as JSON",
     )
     measure.add_argument(
         "checkpoint", type=Path, nargs="?", help="a diffusers folder, such as checkpoints/000000131072 of a run"
@@ -244,20 +231,17 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("--heldout", type=Path, help="with --generated: images that were not trained on, likewise")
     measure.add_argument("--encoder", default="pixels", help="with --generated: pixels, inception, sscd, dinov2, clip, ...")
     measure.add_argument("--encoder-weights", type=Path, help="its file, or folder")
-    measure.add_argument("--resolution", type=int, help="with --generated: side in pixels, where images differ in size")
-    measure.add_argument("--output-dir", type=Path, help="with --generated: where scores.csv and the wall of pairs go")
-    measure.add_argument("--run-id", help="with --generated: an MLflow run to log to as well, at --images-seen")
-    measure.add_argument("--layer", default="decoder")
-    measure.add_argument("--sigma", type=float, nargs="+", default=[0.29], help="noise standard deviations")
-    measure.add_argument("--augmentation-level", type=int, default=3)
-    measure.add_argument("--num-images", type=int, help="default: all of the folder")
-    measure.add_argument("--num-views", type=int, help="default: as many as the layer's width needs")
-    measure.add_argument("--seed", type=int, default=0)
-    measure.add_argument("--ridge", type=float, default=0.0)
-    measure.add_argument("--projection", type=int, help="read this many principal directions, where views are too few")
-    measure.add_argument("--shrinkage", default="none", help="of the residual covariance: none, ledoit-wolf or oas")
-    measure.add_argument("--companions", nargs="+", default=[], help="further measures, such as alignment rankme lidar")
-    measure.add_argument("--images-seen", type=int, default=0, help="written into the result as it is given")
+    measure.add_argument("--resolution", type=int, help="side in pixels; with --generated where images differ in size")
+    measure.add_argument(
+        "--output-dir",
+        type=Path,
+        help="with --generated: where scores.csv and the wall of pairs go; with "
+        "--checkpoints: where the history does, default their folder's icr/",
+    )
+    measure.add_argument(
+        "--run-id", help="an MLflow run to log to as well: with --generated at --images-seen, with --checkpoints at their steps"
+    )
+    add_options(measure)
     measure.set_defaults(run=_measure)
 
     sweep = commands.add_parser("sweep-noise", help="ICR over noise levels and layers of a saved pipeline: where to look")

@@ -184,8 +184,8 @@ def test_protocols_are_frozen_and_their_digest_is_theirs(small_unet: nn.Module, 
     assert len({p.digest for p in [PROTOCOL, *changed]}) == 5
     with pytest.raises(ValueError, match="num_images is 65; expected 2 to 64, the number of images given"):
         ICRMonitor(EDMDenoiser(small_unet), digits, Protocol(num_images=65))
-    with pytest.raises(ValueError, match="layer is 'middle'"):
-        ICRMonitor(EDMDenoiser(small_unet), digits, Protocol(layer="middle"))
+    with pytest.raises(ValueError, match="layer is 'nowhere'"):
+        ICRMonitor(EDMDenoiser(small_unet), digits, Protocol(layer="nowhere"))
 
 
 def test_reports_hold_finite_values_only() -> None:

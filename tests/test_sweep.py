@@ -85,7 +85,7 @@ def test_a_sweep_is_icr_at_each_sigma_and_layer(small_unet: nn.Module, digits: t
         ({"sigmas": (0.0,)}, "expected positive finite numbers"),
         ({"labels": labels[:3]}, "labels has 3 entries for 64 images"),
         ({"test_images": digits, "test_labels": labels}, "need labels"),
-        ({"layers": ["middle"]}, "layer is 'middle'"),
+        ({"layers": ["nowhere"]}, "layer is 'nowhere'"),
     ):
         with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):
             sweep_noise(denoiser, digits, **bad)  # type: ignore[arg-type]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 class Denoiser(Protocol):
     """Anything with a `network` to tap and a call D(x, sigma) that runs it.
 
-    x is (B, C, H, W) in [-1, 1] plus noise of standard deviation sigma, a float or (B,); the result has x's shape.
+    x is (B, C, H, W) in [-1, 1] plus noise of standard deviation sigma, a float or (B,); the result has x's shape. One that
+    works on latents has a method `encode(images)` too: x then is `encode(images)` plus noise.
     """
 
     @property
@@ -23,6 +24,17 @@ class Denoiser(Protocol):
 
     def __call__(self, x: Tensor, sigma: Tensor | float) -> Tensor:
         """The clean image that is seen in x."""
+
+
+Call = Callable[[nn.Module, Tensor, Tensor], Any]
+"""How a network is run on x (B, C, H, W) and times (B,), where it wants more than these two: a prompt, a class."""
+
+Encode = Callable[[Tensor], Tensor]
+
+
+def encoder_of(denoiser: Denoiser) -> Encode | None:
+    """A latent denoiser's map from images in [-1, 1] to what its network sees; None for a network of pixels."""
+    return getattr(denoiser, "encode", None)
 
 
 def device_of(denoiser: Denoiser) -> torch.device:
@@ -46,13 +58,14 @@ class EDMDenoiser:
     """EDM's preconditioning around a network F(x, time), such as diffusers' UNet2DModel.
 
     D(x, sigma) = c_skip x + c_out F(c_in x, c_noise); `sigma_data` is the standard deviation of clean images.
-    Source: Karras et al. 2022, "Elucidating the design space of diffusion-based generative models", table 1.
+    `call` runs a network that wants a condition too. Source: Karras et al. 2022, "Elucidating the design space of
+    diffusion-based generative models", table 1.
     """
 
-    def __init__(self, network: nn.Module, sigma_data: float = 0.5) -> None:
+    def __init__(self, network: nn.Module, sigma_data: float = 0.5, *, call: Call | None = None) -> None:
         if not sigma_data > 0:
             raise ValueError(f"sigma_data is {sigma_data}; expected a positive number")
-        self._network = network
+        self._network, self._call = network, call
         self.sigma_data = sigma_data
 
     @property
@@ -68,13 +81,14 @@ class EDMDenoiser:
         c_skip = self.sigma_data**2 / variance
         c_out = s * self.sigma_data / variance.sqrt()
         # UNet2DModel casts a Python float time to long; a tensor keeps c_noise as it is.
-        return c_skip * x + c_out * _run(self._network, x / variance.sqrt(), sigma.log() / 4)
+        return c_skip * x + c_out * run_network(self._network, x / variance.sqrt(), sigma.log() / 4, self._call)
 
 
-def _run(network: nn.Module, x: Tensor, time: Tensor) -> Tensor:
+def run_network(network: nn.Module, x: Tensor, time: Tensor, call: Call | None = None) -> Tensor:
     """F(x, time) in float32, of a network whose weights may be of another type, out of diffusers' output class."""
     weight = next(network.parameters(), x)
-    output = network(x.to(weight.dtype), time)
+    x = x.to(weight.dtype)
+    output = network(x, time) if call is None else call(network, x, time)
     f: Tensor = output.sample if hasattr(output, "sample") else output
     return f.float()
 
@@ -89,12 +103,13 @@ class SchedulerDenoiser:
     alpha_bar) noise - sqrt(1 - alpha_bar) x_0, the clean image is x - sigma F for `epsilon`, F for `sample`, and alpha_bar x -
     sqrt(1 - alpha_bar) F for `v_prediction`. t lies between the timesteps whose noise is next, linear in log sigma; with
     `nearest` it is the nearest whole one, for networks that look timesteps up in a table. Noise beyond the scheduler's has its
-    first or last timestep. Of a network that predicts a variance too, the second half of the channels is left aside. Raises
-    ValueError for a scheduler without alphas_cumprod or with another prediction type.
+    first or last timestep. Of a network that predicts a variance too, the second half of the channels is left aside. `call`
+    runs a network that wants a condition too. Raises ValueError for a scheduler without alphas_cumprod or with another
+    prediction type.
     Source: Ho et al. 2020, equation 4; Salimans & Ho 2022, appendix D (v).
     """
 
-    def __init__(self, network: nn.Module, scheduler: Any, *, nearest: bool = False) -> None:
+    def __init__(self, network: nn.Module, scheduler: Any, *, nearest: bool = False, call: Call | None = None) -> None:
         alphas = getattr(scheduler, "alphas_cumprod", None)
         if not isinstance(alphas, Tensor):
             raise ValueError(
@@ -103,7 +118,7 @@ class SchedulerDenoiser:
         self.prediction_type = str(scheduler.config.prediction_type)
         if self.prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type is {self.prediction_type!r}; expected one of {', '.join(PREDICTION_TYPES)}")
-        self._network = network
+        self._network, self._call = network, call
         self.nearest = nearest
         alphas = alphas.detach().double().cpu()
         # A rescaled schedule ends in pure noise, alpha_bar = 0, whose sigma has no logarithm to interpolate in.
@@ -129,7 +144,7 @@ class SchedulerDenoiser:
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(x.shape[0])
         s = sigma.view(-1, 1, 1, 1)
         alpha = 1 / (1 + s.square())
-        f = _run(self._network, alpha.sqrt() * x, self.timestep(sigma))[:, : x.shape[1]]
+        f = run_network(self._network, alpha.sqrt() * x, self.timestep(sigma), self._call)[:, : x.shape[1]]
         if self.prediction_type == "epsilon":
             return x - s * f
         if self.prediction_type == "sample":

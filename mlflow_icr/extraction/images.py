@@ -47,6 +47,18 @@ def stack_images(images: Iterable[Image.Image], resolution: int) -> Tensor:
     return stacked[:, None] if grey else stacked.permute(0, 3, 1, 2).contiguous()
 
 
+def with_channels(images: Tensor, channels: int | None) -> Tensor:
+    """Images (N, C, H, W) as a network of so many channels takes them: grey ones are repeated; None takes them as they are.
+
+    Raises ValueError for any other number of channels.
+    """
+    if channels is None or images.shape[1] == channels:
+        return images
+    if images.shape[1] == 1:
+        return images.expand(-1, channels, -1, -1).contiguous()
+    raise ValueError(f"data has {images.shape[1]} channels, and the network takes {channels}")
+
+
 def image_paths(folder: Path | str) -> list[Path]:
     """All image files below a folder, in the order of their paths."""
     return sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())

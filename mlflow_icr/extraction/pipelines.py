@@ -1,45 +1,195 @@
-"""Saved pipelines: a diffusers folder as a denoiser."""
+"""Saved pipelines: a diffusers folder, or a name on the hub, as a denoiser."""
 
 from __future__ import annotations
 
 import json
+import re
+import textwrap
+import warnings
 from pathlib import Path
+from typing import Any
 
-from mlflow_icr.extraction.denoisers import EDMDenoiser, SchedulerDenoiser
+import torch
+from safetensors import SafetensorError
 
-# Whose noise is that of training: betas and a prediction type say all.
-VARIANCE_PRESERVING = (
-    "DDPMScheduler",
-    "DDIMScheduler",
-    "PNDMScheduler",
-    "DPMSolverMultistepScheduler",
-    "UniPCMultistepScheduler",
-)
+from mlflow_icr.extraction.adapters import LatentDenoiser, adapt, adapt_pipeline
+from mlflow_icr.extraction.adapters.choose import NETWORKS, side_of
+from mlflow_icr.extraction.denoisers import Denoiser
+
+INDEX = "model_index.json"
+SCHEDULER = "scheduler/scheduler_config.json"
+# What a measurement needs of a pipeline; safety checkers and image encoders stay where they are.
+PARTS = re.compile(r"unet|transformer|vae|scheduler|(text_encoder|tokenizer)(_\d)?")
+TEXT = re.compile("text_encoder|tokenizer")  # larger than the network, often, and of no use once the condition is there
+LIBRARIES = ("diffusers", "transformers")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_denoiser(folder: Path | str) -> tuple[EDMDenoiser | SchedulerDenoiser, int]:
-    """The denoiser of an unconditional pipeline's folder (safetensors, nothing unpickled), and its images' side in pixels.
+def load_denoiser(place: Path | str, **options: Any) -> tuple[Denoiser, int]:
+    """The denoiser of a saved pipeline, and its images' side in pixels; options are those of `load_pipeline`.
 
-    The scheduler says which one: EDM's, or a variance-preserving one (DDPM, DDIM, ...) with epsilon, sample or v prediction.
-    Raises ValueError when the folder holds no `unet/`, another scheduler, or weights in another format.
+    A folder with `unet/` (an unconditional UNet2DModel) and `scheduler/` will do. Raises ValueError as `load_pipeline` does.
     """
-    from diffusers import UNet2DModel
+    denoiser, side, _ = load_pipeline(place, **options)
+    return denoiser, side
 
-    folder = Path(folder)
-    if not (folder / "unet" / "config.json").exists():
-        raise ValueError(f"checkpoint is {str(folder)!r}; expected a diffusers folder with unet/ and scheduler/")
-    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    name = str(scheduler.get("_class_name", ""))
-    if not name.startswith("EDM") and name not in VARIANCE_PRESERVING:
-        allowed = ", ".join(("EDM's", *VARIANCE_PRESERVING))
-        raise ValueError(f"checkpoint has the scheduler {name!r}; expected one of {allowed}")
-    network = UNet2DModel.from_pretrained(folder / "unet", use_safetensors=True).eval()
-    side = int(network.config["sample_size"])
-    if name.startswith("EDM"):
-        return EDMDenoiser(network, float(scheduler["sigma_data"])), side
+
+def load_pipeline(
+    place: Path | str,
+    *,
+    resolution: int | None = None,
+    device: str | None = None,
+    dtype: str = "float32",
+    prompt: str = "",
+    class_label: int | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Denoiser, int, Any]:
+    """The denoiser of a diffusers folder or a name on the hub, its images' side in pixels, and the pipeline where one was made.
+
+    A Path is a folder only; a text that names no folder here, and has one slash, is looked for on the hub by diffusers.
+    Weights are safetensors: nothing is unpickled, and nothing that a pipeline brings along is run unless `trust_remote_code`.
+    Networks of text or classes get the condition that means none, or `prompt` or `class_label`. `dtype` is the network's; an
+    autoencoder stays in float32, since some do not work in less. `resolution` None is what the network was made for, `device`
+    None the CPU. Raises ValueError, in one line, for a place, network, scheduler, weights or options that do not fit.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+    target = _device(device)
+    folder = _folder(place, trust_remote_code)
+    with torch.random.fork_rng(devices=[]):  # diffusers draws from the global generator where it makes a scheduler
+        if _is_unconditional(folder):
+            if prompt or class_label is not None:
+                raise ValueError("prompt and class_label are for networks of text and classes; expected neither")
+            denoiser, side = _unconditional(folder)
+            side, pipeline = resolution or side, None
+        else:
+            pipeline = _whole(folder, DTYPES[dtype], trust_remote_code)
+            side = resolution or side_of(pipeline)
+            denoiser = adapt_pipeline(pipeline, side=side, prompt=prompt, class_label=class_label)
+            pipeline.register_modules(**dict.fromkeys((name for name in pipeline.components if TEXT.match(name)), None))
+    network = denoiser.network.to(target).eval().requires_grad_(False)
+    if pipeline is None and DTYPES[dtype] != torch.float32:
+        network.to(DTYPES[dtype])
+    if isinstance(denoiser, LatentDenoiser):
+        denoiser.autoencoder.to(target).eval()
+    return denoiser, side, pipeline
+
+
+def batch_size_for(denoiser: Denoiser) -> int:
+    """Views that go through a network at a time unless somebody knows better: few where they are latents of large images."""
+    return 16 if isinstance(denoiser, LatentDenoiser) else 512
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device("cpu" if name is None else name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device is {name!r}, which is not here ({str(error).splitlines()[0]})") from None
+    return device
+
+
+def _folder(place: Path | str, trust_remote_code: bool) -> Path:
+    """The folder itself, or where diffusers' own loader has put what a name on the hub stands for."""
+    folder = Path(place)
+    if any((folder / part).exists() for part in (INDEX, "unet/config.json")):
+        return folder
+    name = str(place)
+    if isinstance(place, Path) or folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ValueError(f"checkpoint is {name!r}; expected a diffusers folder with unet/ and scheduler/, or with {INDEX}")
+    from diffusers import DiffusionPipeline
+
+    try:
+        return Path(DiffusionPipeline.download(name, use_safetensors=True, trust_remote_code=trust_remote_code))
+    except Exception as error:  # the hub's client and its transports raise what they like
+        raise ValueError(
+            f"checkpoint is {name!r}, which is no folder here, and cannot be had from the hub ({_line(error)}); expected a "
+            f"diffusers folder with unet/ and scheduler/, or with {INDEX}"
+        ) from None
+
+
+def _line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {textwrap.shorten(lines[0], 160, placeholder=' ...')}"
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"checkpoint has no {path.name} that can be read ({_line(error)})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is not a config; expected an object with _class_name")
+    return found
+
+
+def _is_unconditional(folder: Path) -> bool:
+    path = folder / "unet" / "config.json"
+    return path.exists() and not (folder / "vae").exists() and _config(path).get("_class_name") == "UNet2DModel"
+
+
+def load_network(folder: Path) -> Any:
+    """A network of diffusers from its own folder, in float32. Raises ValueError for another class or other weights."""
     import diffusers
-    import torch
 
-    with torch.random.fork_rng(devices=[]):  # diffusers draws from the global generator here
-        made = getattr(diffusers, name).from_config(scheduler)
-    return SchedulerDenoiser(network, made), side
+    name = str(_config(folder / "config.json").get("_class_name"))
+    if name not in NETWORKS:
+        raise ValueError(f"checkpoint has the network {name}; expected one of {', '.join(NETWORKS)}")
+    try:
+        return getattr(diffusers, name).from_pretrained(folder, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"checkpoint has no weights as safetensors in {str(folder)!r} ({_line(error)})") from None
+
+
+def load_scheduler(folder: Path) -> Any:
+    """The scheduler of a diffusers folder. Raises ValueError where there is none, or none of diffusers'."""
+    import diffusers
+
+    config = _config(folder / SCHEDULER)
+    made = getattr(diffusers, str(config.get("_class_name")), None)
+    if made is None or not hasattr(made, "from_config"):
+        raise ValueError(f"checkpoint has the scheduler {config.get('_class_name')!r}; expected one of diffusers'")
+    return made.from_config(config)
+
+
+def _unconditional(folder: Path) -> tuple[Denoiser, int]:
+    scheduler = load_scheduler(folder)
+    network = load_network(folder / "unet")
+    if network.config.get("num_class_embeds") or network.config.get("class_embed_type"):
+        raise ValueError("the network is a UNet2DModel with classes, which does not say which one means none")
+    return adapt(network, scheduler), int(network.config["sample_size"])
+
+
+def _whole(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    """The pipeline of a folder, without the parts that a measurement has no use for."""
+    from diffusers import DiffusionPipeline
+
+    index = _config(folder / INDEX)
+    parts = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2}
+    # What was saved as none, such as Stable Diffusion 3's third text encoder, diffusers wants to be told of.
+    left_out = {name: None for name, (library, _) in parts.items() if library is None or not PARTS.fullmatch(name)}
+    for name, (library, kind) in parts.items():
+        if name in left_out:
+            continue
+        if library not in LIBRARIES and not trust_remote_code:
+            raise ValueError(f"checkpoint's {name} is a {kind} of {library!r}; expected one of diffusers' or transformers'")
+        if name in ("unet", "transformer") and kind not in NETWORKS:
+            raise ValueError(f"checkpoint has the network {kind}; expected one of {', '.join(NETWORKS)}")
+    options: dict[str, Any] = {}
+    if dtype != torch.float32:  # newer versions have another name for it, and take this one
+        options["torch_dtype"] = {"vae": torch.float32, "default": dtype}
+    if "requires_safety_checker" in index:  # nothing is generated
+        options["requires_safety_checker"] = False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            return DiffusionPipeline.from_pretrained(
+                folder,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+                **left_out,
+                **options,
+            )
+    except (OSError, ValueError, RuntimeError, ImportError, AttributeError, SafetensorError) as error:
+        raise ValueError(f"checkpoint is {str(folder)!r}, which diffusers does not load ({_line(error)})") from None

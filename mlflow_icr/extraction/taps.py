@@ -7,14 +7,16 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mlflow_icr.extraction.denoisers import evaluating
 
-ALIASES = "mid, mid-1, mid+1, ..., decoder"
+ALIASES = "encoder, middle (or mid), decoder, mid-1, mid+1, ..., first, last"
+# Blocks of images and text together, of diffusers, that return (text, image): the image's tokens are what is read.
+JOINT_BLOCKS = {"JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock"}
 
 
 class _Reached(Exception):  # noqa: N818 - not an error
@@ -32,24 +34,44 @@ def unwrap(network: nn.Module) -> nn.Module:
         network = inner
 
 
-def _stages(network: nn.Module) -> tuple[list[str], int, int] | None:
-    """The network's blocks in the order of the data, and the places in it that `mid` and `decoder` mean."""
-    blocks = getattr(network, "transformer_blocks", None)
-    if isinstance(blocks, nn.ModuleList) and len(blocks):
+class _Stages(NamedTuple):
+    """A network's blocks in the order of the data, and the places in it of encoder, middle and decoder."""
+
+    names: list[str]
+    encoder: int
+    middle: int
+    decoder: int
+
+    def place(self, layer: str) -> int | None:
+        """The place that an alias means, which may lie outside; None where it is no alias."""
+        if layer.startswith(("mid+", "mid-")) and layer[4:].isdigit():
+            return self.middle + int(layer[3:])
+        aliases = {"mid": self.middle, "middle": self.middle, "encoder": self.encoder, "decoder": self.decoder}
+        return (aliases | {"first": 0, "last": len(self.names) - 1}).get(layer)
+
+
+def _stages(network: nn.Module) -> _Stages | None:
+    lists = {name: getattr(network, name, None) for name in ("transformer_blocks", "single_transformer_blocks")}
+    blocks = [f"{name}.{i}" for name, found in lists.items() if isinstance(found, nn.ModuleList) for i in range(len(found))]
+    if blocks:
         middle = len(blocks) // 2  # block 14 of SiT-XL/2's 28, the paper's choice
-        return [f"transformer_blocks.{i}" for i in range(len(blocks))], middle, middle
+        return _Stages(blocks, 0, middle, middle)
     down, up = getattr(network, "down_blocks", None), getattr(network, "up_blocks", None)
-    if isinstance(down, nn.ModuleList) and isinstance(up, nn.ModuleList) and getattr(network, "mid_block", None) is not None:
-        stages = [f"down_blocks.{i}" for i in range(len(down))] + ["mid_block"] + [f"up_blocks.{i}" for i in range(len(up))]
-        return stages, len(down), len(down) + 1
-    return None
+    if not (isinstance(down, nn.ModuleList) and isinstance(up, nn.ModuleList) and len(down) and len(up)):
+        return None
+    # Small text-to-image U-Nets go from the last block down straight to the first one up.
+    mid = ["mid_block"] if getattr(network, "mid_block", None) is not None else []
+    names = [f"down_blocks.{i}" for i in range(len(down))] + mid + [f"up_blocks.{i}" for i in range(len(up))]
+    return _Stages(names, len(down) - 1, len(down) - 1 + len(mid), len(down) + len(mid))
 
 
 def resolve_layer(network: nn.Module, layer: str) -> str:
-    """The module path that `layer` means in a network: a path itself, or one of the aliases mid, mid+1, mid-1, decoder.
+    """The module path that `layer` means in a network: a path itself, or an alias.
 
-    `decoder` is the first block after a U-Net's bottleneck, and the middle block of a transformer.
-    Raises ValueError, with the layers there are, when nothing of that name exists.
+    Of a U-Net, `middle` (or `mid`) is the bottleneck, `encoder` the block before it and `decoder` the one after it. Of a
+    transformer, `encoder` is the first block, and `middle` and `decoder` the middle one. `first` and `last` are the outermost
+    blocks, `mid-1`, `mid+1`, ... the neighbours of the middle. Raises ValueError, with the layers there are, when nothing of
+    that name exists.
     """
     network = unwrap(network)
     paths = [name for name, _ in network.named_modules() if name]
@@ -57,21 +79,21 @@ def resolve_layer(network: nn.Module, layer: str) -> str:
         return layer
     stages = _stages(network)
     if stages is not None:
-        names, middle, decoder = stages
-        place: int | None = None
-        if layer == "decoder":
-            place = decoder
-        elif layer == "mid":
-            place = middle
-        elif layer.startswith(("mid+", "mid-")) and layer[4:].isdigit():
-            place = middle + int(layer[3:])
-        if place is not None and 0 <= place < len(names):
-            return names[place]
-    shown = names if stages is not None else [p for p in paths if p.count(".") <= 1]
+        place = stages.place(layer)
+        if place is not None and 0 <= place < len(stages.names):
+            return stages.names[place]
+    shown = stages.names if stages is not None else [p for p in paths if p.count(".") <= 1]
     known = (f"aliases {ALIASES} (over " if stages is not None else "module paths (such as ") + ", ".join(shown[:40]) + ")"
     close = difflib.get_close_matches(layer, paths, n=3)
     hint = f"; did you mean {' or '.join(close)}?" if close else ""
     raise ValueError(f"layer is {layer!r}, which {type(network).__name__} does not have{hint}; it has {known}")
+
+
+def image_stream(module: nn.Module, output: Any) -> Any:
+    """What a layer says of the image: of a joint block's (text, image) the second, of anything else all."""
+    if type(module).__name__ in JOINT_BLOCKS and isinstance(output, tuple) and len(output) == 2:
+        return output[1]
+    return output
 
 
 def pool(output: Any) -> Tensor:
@@ -97,7 +119,7 @@ def pool(output: Any) -> Tensor:
 def middle_layers(network: nn.Module) -> list[str]:
     """The network's blocks in the order of the data: of a U-Net down, middle and up, of a transformer all; else empty."""
     stages = _stages(unwrap(network))
-    return [] if stages is None else stages[0]
+    return [] if stages is None else stages.names
 
 
 class Tap:
@@ -123,7 +145,7 @@ class Tap:
         return self
 
     def _reach(self, layer: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        self._outputs[layer] = pool(output)
+        self._outputs[layer] = pool(image_stream(module, output))
         if len(self._outputs) == len(set(self.layers)):
             raise _Reached
 

@@ -8,8 +8,7 @@ also the crop of level 5; and the noise at two sigmas is the same noise, scaled.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -37,24 +36,6 @@ ROTATION_DEGREES = 15.0
 CENTRE_CROP = 0.875  # side of the centre crop over the image's side: 224 of 256 pixels, the usual test-time crop
 
 NUM_PARAMETERS = 10  # uniform draws per view; fixed, so that levels share their crops
-
-
-@dataclass(frozen=True)
-class _Draws:
-    """What was drawn for B views: parameters uniform in [0, 1), (B, 10), and unit noise, (B, C, H, W)."""
-
-    uniform: Tensor
-    noise: Tensor
-
-
-def _draw(indices: Sequence[int], views: Sequence[int], seed: int, shape: tuple[int, ...]) -> _Draws:
-    uniform = np.empty((len(indices), NUM_PARAMETERS))
-    noise = np.empty((len(indices), *shape), dtype=np.float32)
-    for row, (image, view) in enumerate(zip(indices, views, strict=True)):
-        generator = keyed_generator("view", seed, image, view)
-        uniform[row] = generator.random(NUM_PARAMETERS)
-        noise[row] = generator.standard_normal(shape, dtype=np.float32)
-    return _Draws(torch.from_numpy(uniform), torch.from_numpy(noise))
 
 
 def as_unit_interval(images: Tensor) -> Tensor:
@@ -135,8 +116,12 @@ def make_views(
     seed: int,
     level: int = 3,
     device: torch.device | str = "cpu",
+    encode: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Noised, augmented views of some images: (B, K, C, H, W) float32 in [-1, 1] plus noise of standard deviation sigma.
+
+    With `encode`, a latent model's map from images (B, C, H, W) in [-1, 1] to latents (B, C', H', W'), views are augmented as
+    pixels, encoded, and noised as latents: the result is (B, K, C', H', W').
 
     `images` are the B images themselves, (B, C, H, W), uint8 or floats in [0, 1]; `indices` are their B fixed numbers in
     the data set, which key the draws. Draws are made on the CPU; augmentation runs on `device`, where floating point may
@@ -155,9 +140,14 @@ def make_views(
     batch, shape = clean.shape[0], tuple(clean.shape[1:])
     if batch == 0:
         return clean.new_empty(0, num_views, *shape)
-    draws = _draw([int(i) for i in indices for _ in range(num_views)], list(range(num_views)) * batch, seed, shape)
-    views = _resample(clean.repeat_interleave(num_views, 0), _sampling_matrices(draws.uniform, level, shape[1], shape[2]))
+    streams = [keyed_generator("view", seed, int(image), view) for image in indices for view in range(num_views)]
+    uniform = torch.from_numpy(np.stack([stream.random(NUM_PARAMETERS) for stream in streams]))  # (B K, 10)
+    views = _resample(clean.repeat_interleave(num_views, 0), _sampling_matrices(uniform, level, shape[1], shape[2]))
     if level >= 3:
-        views = _jitter(views, draws.uniform)
-    views = views * 2 - 1 + sigma * draws.noise.to(device)
-    return views.view(batch, num_views, *shape)
+        views = _jitter(views, uniform)
+    views = views * 2 - 1
+    if encode is not None:
+        views = encode(views)
+        shape = tuple(views.shape[1:])
+    noise = torch.from_numpy(np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams]))
+    return (views + sigma * noise.to(device)).view(batch, num_views, *shape)

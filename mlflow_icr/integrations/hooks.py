@@ -24,7 +24,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from mlflow_icr.extraction import SchedulerDenoiser, keyed_generator
-from mlflow_icr.extraction.images import read_images
+from mlflow_icr.extraction.images import read_images, with_channels
 from mlflow_icr.integrations.accelerate import ICRTracker
 from mlflow_icr.integrations.watch import ICRWatch
 from mlflow_icr.integrations.weights import measured_network
@@ -46,12 +46,7 @@ def check_network(network: nn.Module) -> None:
 
 def images_for(network: Any, path: Path, seed: int) -> Tensor:
     """The images (N, C, side, side) uint8 at a path, as the network takes them, in an order fixed by the seed."""
-    found = read_images(path, network.config.sample_size).images
-    channels = network.config.in_channels
-    if found.shape[1] == 1 and channels == 3:
-        found = found.expand(-1, 3, -1, -1)
-    elif found.shape[1] != channels:
-        raise ValueError(f"data has {found.shape[1]} channels, and the network takes {channels}")
+    found = with_channels(read_images(path, network.config.sample_size).images, network.config.in_channels)
     return found[torch.from_numpy(keyed_generator("probe", seed).permutation(len(found)))].contiguous()
 
 

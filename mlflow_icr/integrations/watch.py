@@ -36,6 +36,32 @@ def check_stop_on(stop_on: str) -> None:
         raise ValueError(f"stop_on is {stop_on!r}; expected one of {', '.join(STOPPING)}, or empty")
 
 
+def described(monitor: ICRMonitor, denoiser: Denoiser) -> dict[str, Any]:
+    """What trackers show of a measurement."""
+    p, images = monitor.protocol, monitor.reader.images
+    found: dict[str, Any] = {f"protocol.{f.name}": getattr(p, f.name) for f in dataclasses.fields(p)}
+    found |= {"protocol_digest": p.digest, "feature_dim": monitor.dim, "world_size": world()[1]}
+    found |= {"denoiser": type(denoiser).__name__, "torch_version": torch.__version__}
+    return found | ({"probe_sha256": content_hash(images)} if images.dtype == torch.uint8 else {})
+
+
+def state_of(monitor: ICRMonitor) -> bytes:
+    """What growth and rise are relative to, as the content of a file."""
+    return save(monitor.state_dict(), {"protocol_digest": monitor.protocol.digest})
+
+
+def load_state(output_dir: Path, monitor: ICRMonitor) -> None:
+    """Go on with what growth and rise are relative to in a folder. Raises ValueError for another protocol's."""
+    path = output_dir / MONITOR_STATE
+    if not path.exists():  # ended before its first measurement
+        return
+    with safe_open(path, "pt") as file:
+        digest = (file.metadata() or {}).get("protocol_digest")
+    if digest != monitor.protocol.digest:
+        raise ValueError(f"protocol_digest is {monitor.protocol.digest}, but {str(output_dir)!r} has {digest}")
+    monitor.load_state_dict(load_file(path))
+
+
 class ICRWatch:
     """Measures a denoiser on its training images (N, C, H, W) when it is due; records it in a folder, MLflow, TensorBoard.
 
@@ -60,6 +86,7 @@ class ICRWatch:
         refresh: Callable[[], object] | None = None,
         labels: Tensor | None = None,
         pictures: bool = True,
+        batch_size: int = 512,
         params: Mapping[str, object] | None = None,
         tags: Mapping[str, str] | None = None,
         run_name: str | None = None,
@@ -76,20 +103,20 @@ class ICRWatch:
             check_folder(output_dir, resume)
         if refresh is not None:
             refresh()
-        self.monitor = ICRMonitor(denoiser, images, protocol, labels=labels, pictures=pictures)
+        self.monitor = ICRMonitor(denoiser, images, protocol, labels=labels, pictures=pictures, batch_size=batch_size)
         self.generation, self.denoiser = generation, denoiser
         self.images_seen, self.stops = images_seen, False
         self.measured_at: int | None = None  # images seen of the newest measurement of this process
         self.pending, self._batches = 0, 0
         if resume:
-            self._load_state()
+            load_state(self.output_dir, self.monitor)
         self._owned, self.tracker = tracker is None, tracker
         self._stay: Callable[[], None] = lambda: None
         if self.is_main:
             self._open(params or {}, tags or {}, run_name, resume)
 
     def _open(self, params: Mapping[str, object], tags: Mapping[str, str], run_name: str | None, resume: bool) -> None:
-        measured = self._described()
+        measured = described(self.monitor, self.denoiser)
         if self.tracker is None:
             self.tracker = folder_tracker(self.output_dir, run_name=run_name, resume=resume)
             self.tracker.open({**params, **measured}, tags)
@@ -97,25 +124,6 @@ class ICRWatch:
         else:
             text = json.dumps({**params, **measured})
             self.tracker.log(Logged(0, time.time(), {}, {"protocol": text}))
-
-    def _described(self) -> dict[str, Any]:
-        """What trackers show of the measurement."""
-        p, images = self.monitor.protocol, self.monitor.reader.images
-        found: dict[str, Any] = {f"protocol.{f.name}": getattr(p, f.name) for f in dataclasses.fields(p)}
-        found |= {"protocol_digest": p.digest, "feature_dim": self.monitor.dim, "world_size": world()[1]}
-        found |= {"denoiser": type(self.denoiser).__name__, "torch_version": torch.__version__}
-        return found | ({"probe_sha256": content_hash(images)} if images.dtype == torch.uint8 else {})
-
-    def _load_state(self) -> None:
-        """Go on with what growth and rise are relative to. Raises ValueError for another protocol's."""
-        path = self.output_dir / MONITOR_STATE
-        if not path.exists():  # ended before its first measurement
-            return
-        with safe_open(path, "pt") as file:
-            digest = (file.metadata() or {}).get("protocol_digest")
-        if digest != self.monitor.protocol.digest:
-            raise ValueError(f"protocol_digest is {self.monitor.protocol.digest}, but {str(self.output_dir)!r} has {digest}")
-        self.monitor.load_state_dict(load_file(path))
 
     def __call__(self, images_seen: int) -> bool:
         """Measure when it is due at so many images seen, of all ranks; whether to stop, the same on all of them."""
@@ -153,8 +161,7 @@ class ICRWatch:
         wants = False
         if self.tracker is not None and self.is_main:
             self.tracker.record(report)
-            state = save(self.monitor.state_dict(), {"protocol_digest": self.monitor.protocol.digest})
-            self.tracker.journal.write_file(MONITOR_STATE, state)
+            self.tracker.journal.write_file(MONITOR_STATE, state_of(self.monitor))
             found = verdict(self.tracker.journal.rows).state
             wants = bool(self.stop_on) and found in STOPPING[STOPPING.index(self.stop_on) :]
         self.stops = sum_over_ranks(int(wants), device_of(self.denoiser)) > 0

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mlflow_icr.extraction.denoisers import Denoiser, device_of
+from mlflow_icr.extraction.denoisers import Denoiser, Encode, device_of, encoder_of
 from mlflow_icr.extraction.taps import Tap
 from mlflow_icr.extraction.views import as_unit_interval, make_views
 from mlflow_icr.monitoring.protocol import Protocol
@@ -23,8 +23,12 @@ def view_batches(
     protocol: Protocol,
     batch_size: int,
     device: torch.device,
+    encode: Encode | None = None,
 ) -> Iterator[Tensor]:
-    """Views (B, K, C, H, W) of the images with these places in the set, some `batch_size` views at a time."""
+    """Views (B, K, C, H, W) of the images with these places in the set, some `batch_size` views at a time.
+
+    With `encode` they are views of latents, as `make_views` has them.
+    """
     step = max(1, batch_size // num_views)
     for start in range(0, len(indices), step):
         some = list(indices[start : start + step])
@@ -36,13 +40,15 @@ def view_batches(
             seed=protocol.seed,
             level=protocol.augmentation_level,
             device=device,
+            encode=encode,
         )
 
 
 class FeatureReader:
     """Reads (N, K, D) features of a fixed set of views; views are made once and kept while they fit into `cache_bytes`.
 
-    `images` (N, C, H, W) are those that `protocol` resolves to. Image i belongs to rank i modulo the number of ranks.
+    `images` (N, C, H, W) are those that `protocol` resolves to. Image i belongs to rank i modulo the number of ranks. Views for
+    a latent denoiser are latents: the encoder runs once for each.
     """
 
     def __init__(self, denoiser: Denoiser, images: Tensor, protocol: Protocol, batch_size: int, cache_bytes: int) -> None:
@@ -50,18 +56,18 @@ class FeatureReader:
             raise ValueError(f"batch_size is {batch_size}; expected at least 1 view")
         as_unit_interval(images)  # refuses what cannot be viewed now, not at the first measurement
         self.batch_size, self.cache_bytes = batch_size, cache_bytes
-        self.dim = self._width(denoiser, images[:1], protocol)
+        self._encode = encoder_of(denoiser)
+        self.dim, self._view_size = self._width(denoiser, images[:1], protocol)
         self.protocol = protocol.resolve(images=len(images), dim=self.dim)
         self.images = images[: self.protocol.num_images]
         self._cache: dict[float, list[Tensor]] = {}
 
-    @staticmethod
-    def _width(denoiser: Denoiser, image: Tensor, protocol: Protocol) -> int:
-        """D of the tapped layer, from one image."""
+    def _width(self, denoiser: Denoiser, image: Tensor, protocol: Protocol) -> tuple[int, int]:
+        """D of the tapped layer, from one image, and how many numbers a view has."""
         sigma = protocol.sigmas[0]
-        view = make_views(image, [0], num_views=1, sigma=sigma, seed=0, device=device_of(denoiser))[0]
+        view = make_views(image, [0], num_views=1, sigma=sigma, seed=0, device=device_of(denoiser), encode=self._encode)[0]
         with Tap(denoiser.network, protocol.layer) as tap:
-            return int(tap(lambda: denoiser(view, sigma)).shape[1])
+            return int(tap(lambda: denoiser(view, sigma)).shape[1]), view.numel()
 
     @property
     def num_views(self) -> int:
@@ -78,10 +84,10 @@ class FeatureReader:
         p, k = self.protocol, self.num_views
         mine = list(range(rank, len(self.images), ranks))
         kept: list[Tensor] | None = []
-        total = 4 * k * self.images[0].numel() * len(mine) * len(p.sigmas)
+        total = 4 * k * self._view_size * len(mine) * len(p.sigmas)
         if total > self.cache_bytes:
             kept = None
-        for views in view_batches(self.images, mine, k, sigma, p, self.batch_size, device):
+        for views in view_batches(self.images, mine, k, sigma, p, self.batch_size, device, self._encode):
             if kept is not None:
                 kept.append(views)
             yield views
@@ -97,7 +103,9 @@ class FeatureReader:
         device = device_of(denoiser)
         with Tap(denoiser.network, self.protocol.layer) as tap:
             for views in self.views(sigma, device):
-                parts.append(tap(partial(denoiser, views.flatten(0, 1), sigma)).view(len(views), self.num_views, -1))
+                # One image may have more views than a batch is to have.
+                some = [tap(partial(denoiser, x, sigma)) for x in views.flatten(0, 1).split(self.batch_size)]
+                parts.append(torch.cat(some).view(len(views), self.num_views, -1))
         features = torch.cat(parts) if parts else torch.empty(0, self.num_views, self.dim, device=device)
         # All ranks find out together: one that raised alone would leave the others waiting for its moments.
         broken = sum_over_ranks(int((~features.isfinite().flatten(1).all(1)).sum()), device)

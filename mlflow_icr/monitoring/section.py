@@ -163,7 +163,9 @@ class Section:
         """What later measurements are relative to, by name."""
         state = {}
         if self._basis is not None:
-            state["basis"] = self._basis.cpu()
+            state["basis"] = (
+                self._basis.cpu().contiguous()
+            )  # columns of an eigenbasis, which safetensors does not take as they are
         if self._reference is not None:
             state["reference"] = self._reference.sigma_residual.cpu()
         if self._lowest is not None:

@@ -82,14 +82,19 @@ class TensorBoardSink:
                     found.setdefault(event.step, set()).add(value.tag)
         return found
 
+    def _moment(self, step: int) -> float | None:
+        """When what is said of a step was found, in seconds: None for now, unless somebody knows better."""
+        return None
+
     def write(self, report: Report) -> None:
         """Add a report's values as scalars and its pictures as images, its distributions as histograms."""
+        time = self._moment(report.step)
         for key, value in report.values.items():
-            self._writer.add_scalar(key, value, report.step)
+            self._writer.add_scalar(key, value, report.step, walltime=time)
         for key, picture in report.figures.items():
-            self._writer.add_image(key, picture, report.step, dataformats="HWC")
+            self._writer.add_image(key, picture, report.step, walltime=time, dataformats="HWC")
         for key, numbers in report.distributions.items():
-            self._writer.add_histogram(key, numbers, report.step)
+            self._writer.add_histogram(key, numbers, report.step, walltime=time)
         for key, why in report.absent.items():
             self._writer.add_text(f"absent/{key}", why, report.step)
         for key, text in report.warnings.items():

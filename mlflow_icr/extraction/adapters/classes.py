@@ -1,0 +1,26 @@
+"""Classes: networks that want a label, read with the one that means none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def null_class(network: nn.Module) -> int:
+    """The label that a DiTTransformer2DModel was trained with where a label was dropped: the one after its classes."""
+    config: Any = network.config
+    return int(config.num_embeds_ada_norm)
+
+
+class ClassCondition:
+    """Runs a network that wants class labels with one label for all images."""
+
+    def __init__(self, label: int) -> None:
+        self.label = label
+
+    def __call__(self, network: nn.Module, x: Tensor, time: Tensor) -> Any:
+        """The network's output on x (B, C, H, W) at times (B,)."""
+        labels = torch.full((len(x),), self.label, dtype=torch.long, device=x.device)
+        return network(x, time, class_labels=labels)

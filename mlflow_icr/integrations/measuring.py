@@ -1,0 +1,131 @@
+"""The command `mlflow-icr measure` on saved models: one, or the checkpoints that a training has left.
+
+Nothing heavy is imported before it is needed: the command line reads its options from here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of what is measured, and how, beside the checkpoint itself and its data."""
+    parser.add_argument("--pipeline", help="the same, or a name on the hub; with --checkpoints: what the training began with")
+    parser.add_argument(
+        "--checkpoints", type=Path, help="a folder of numbered checkpoints, measured in order; prints the verdict"
+    )
+    parser.add_argument(
+        "--images-per-step", type=int, default=1, help="with --checkpoints that are numbered by optimizer steps"
+    )
+    parser.add_argument("--prompt", default="", help="of a text-to-image model; default: the empty one")
+    parser.add_argument("--class-label", type=int, help="of a model of classes; default: the one that means none")
+    parser.add_argument("--device", help="such as cuda; default: the CPU")
+    parser.add_argument("--dtype", default="float32", help="of the network's weights: float32, bfloat16 or float16")
+    parser.add_argument("--batch-size", type=int, help="views at a time; default: 512, of latents 16")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that a pipeline brings along")
+    parser.add_argument("--layer", default="decoder")
+    parser.add_argument("--sigma", type=float, nargs="+", default=[0.29], help="noise standard deviations")
+    parser.add_argument("--augmentation-level", type=int, default=3)
+    parser.add_argument("--num-images", type=int, help="default: all of the folder")
+    parser.add_argument("--num-views", type=int, help="default: as many as the layer's width needs")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ridge", type=float, default=0.0)
+    parser.add_argument("--projection", type=int, help="read this many principal directions, where views are too few")
+    parser.add_argument("--shrinkage", default="none", help="of the residual covariance: none, ledoit-wolf or oas")
+    parser.add_argument("--companions", nargs="+", default=[], help="further measures, such as alignment rankme lidar")
+    parser.add_argument("--images-seen", type=int, default=0, help="written into the result as it is given")
+
+
+def say(text: str) -> None:
+    """A line for the person at the terminal."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def measure(arguments: argparse.Namespace) -> int:
+    """Measure what the arguments name; returns the exit status. Raises ValueError for arguments that do not fit together."""
+    place = arguments.checkpoint if arguments.pipeline is None else arguments.pipeline
+    if arguments.data is None or (place is None and arguments.checkpoints is None):
+        raise ValueError(
+            "checkpoint and data are not both given; expected CHECKPOINT --data FOLDER, or --generated and --train, or "
+            "--checkpoints DIR --data FOLDER"
+        )
+    if arguments.checkpoint is not None and not (arguments.pipeline is None and arguments.checkpoints is None):
+        other = "--pipeline" if arguments.checkpoints is None else "--checkpoints"
+        raise ValueError(f"checkpoint and {other} are both given; expected one of them")
+    if arguments.checkpoints is not None:
+        return _checkpoints(arguments)
+    for name in ("run_id", "output_dir"):
+        if getattr(arguments, name) is not None:
+            raise ValueError(f"{name} is {str(getattr(arguments, name))!r}; expected none without --generated or --checkpoints")
+    if arguments.projection is not None and arguments.images_seen < 1:  # of an untrained network nothing is projected
+        raise ValueError(f"images_seen is {arguments.images_seen}; expected a number > 0 where projection is given")
+    from mlflow_icr.extraction.adapters.choose import image_channels
+    from mlflow_icr.extraction.images import folder_labels, load_folder, with_channels
+    from mlflow_icr.extraction.pipelines import batch_size_for, load_denoiser
+    from mlflow_icr.monitoring import ICRMonitor
+
+    protocol = _protocol(arguments)
+    denoiser, resolution = load_denoiser(place, **_loading(arguments))
+    images = with_channels(load_folder(arguments.data, resolution), image_channels(denoiser))
+    monitor = ICRMonitor(
+        denoiser,
+        images,
+        protocol,
+        companions=arguments.companions,
+        labels=folder_labels(arguments.data),
+        batch_size=arguments.batch_size or batch_size_for(denoiser),
+    )
+    report = monitor.measure(arguments.images_seen)
+    print(json.dumps(report.flat() | {"protocol_digest": report.protocol_digest}, indent=2))
+    for key, why in report.absent.items():
+        print(f"{key} is absent: {why}", file=sys.stderr)
+    return 0
+
+
+def _protocol(arguments: argparse.Namespace) -> Any:
+    from mlflow_icr.monitoring import Protocol
+
+    return Protocol(
+        layer=arguments.layer,
+        sigmas=tuple(arguments.sigma),
+        augmentation_level=arguments.augmentation_level,
+        num_images=arguments.num_images,
+        num_views=arguments.num_views,
+        seed=arguments.seed,
+        ridge=arguments.ridge,
+        projection=arguments.projection,
+        shrinkage=arguments.shrinkage,
+    )
+
+
+def _loading(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `load_pipeline` is to know."""
+    names = ("resolution", "device", "dtype", "prompt", "class_label", "trust_remote_code")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def _checkpoints(arguments: argparse.Namespace) -> int:
+    from mlflow_icr.integrations.backfill import measure_checkpoints
+
+    found = measure_checkpoints(
+        arguments.checkpoints,
+        arguments.data,
+        arguments.output_dir,
+        pipeline=arguments.pipeline,
+        run_id=arguments.run_id,
+        images_per_step=arguments.images_per_step,
+        protocol=_protocol(arguments),
+        companions=arguments.companions,
+        batch_size=arguments.batch_size,
+        say=say,
+        **_loading(arguments),
+    )
+    for name, why in found.left_out.items():
+        say(f"{name} is left out: {why}")
+    say(f"{len(found.measured)} checkpoints measured, {len(found.known)} were before; all is in {found.output_dir}")
+    print(found.verdict.text.replace("**", "").replace("\n\n", "\n"))
+    return 0 if found.complete and not found.left_out else 1

@@ -38,19 +38,22 @@ def heun_sample(
     sigma_min: float = 0.002,
     sigma_max: float = 80.0,
     rho: float = 7.0,
+    labels: Tensor | None = None,
 ) -> Tensor:
     """Images (B, C, H, W), about in [-1, 1], by EDM's deterministic second-order sampler from unit noise of that shape.
 
-    Costs 2 num_steps - 1 calls of the denoiser. Raises ValueError for an impossible schedule.
+    Costs 2 num_steps - 1 calls of the denoiser, with `labels` (B,) where they are given. Raises ValueError for an impossible
+    schedule.
     Source: Karras et al. 2022, algorithm 1; the defaults are its CIFAR-10 settings.
     """
     sigmas = karras_sigmas(num_steps, sigma_min, sigma_max, rho)
+    known = {} if labels is None else {"labels": labels}
     x = noise.to(torch.float32) * sigmas[0]
     for sigma, sigma_next in pairwise(sigmas):
-        slope = (x - denoiser(x, sigma)) / sigma
+        slope = (x - denoiser(x, sigma, **known)) / sigma
         x_next = x + (sigma_next - sigma) * slope
         if sigma_next > 0:
-            slope_next = (x_next - denoiser(x_next, sigma_next)) / sigma_next
+            slope_next = (x_next - denoiser(x_next, sigma_next, **known)) / sigma_next
             x_next = x + (sigma_next - sigma) * (slope + slope_next) / 2
         x = x_next
     return x

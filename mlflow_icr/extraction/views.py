@@ -8,8 +8,7 @@ also the crop of level 5; and the noise at two sigmas is the same noise, scaled.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -39,22 +38,16 @@ CENTRE_CROP = 0.875  # side of the centre crop over the image's side: 224 of 256
 NUM_PARAMETERS = 10  # uniform draws per view; fixed, so that levels share their crops
 
 
-@dataclass(frozen=True)
 class _Draws:
-    """What was drawn for B views: parameters uniform in [0, 1), (B, 10), and unit noise, (B, C, H, W)."""
+    """What is drawn for B views: parameters uniform in [0, 1), (B, 10) float64, and after them unit noise."""
 
-    uniform: Tensor
-    noise: Tensor
+    def __init__(self, indices: Sequence[int], views: Sequence[int], seed: int) -> None:
+        self._streams = [keyed_generator("view", seed, i, k) for i, k in zip(indices, views, strict=True)]
+        self.uniform = torch.from_numpy(np.stack([stream.random(NUM_PARAMETERS) for stream in self._streams]))
 
-
-def _draw(indices: Sequence[int], views: Sequence[int], seed: int, shape: tuple[int, ...]) -> _Draws:
-    uniform = np.empty((len(indices), NUM_PARAMETERS))
-    noise = np.empty((len(indices), *shape), dtype=np.float32)
-    for row, (image, view) in enumerate(zip(indices, views, strict=True)):
-        generator = keyed_generator("view", seed, image, view)
-        uniform[row] = generator.random(NUM_PARAMETERS)
-        noise[row] = generator.standard_normal(shape, dtype=np.float32)
-    return _Draws(torch.from_numpy(uniform), torch.from_numpy(noise))
+    def noise(self, shape: tuple[int, ...]) -> Tensor:
+        """Unit noise (B, *shape) float32, to be asked for once."""
+        return torch.from_numpy(np.stack([s.standard_normal(shape, dtype=np.float32) for s in self._streams]))
 
 
 def as_unit_interval(images: Tensor) -> Tensor:
@@ -135,12 +128,14 @@ def make_views(
     seed: int,
     level: int = 3,
     device: torch.device | str = "cpu",
+    encode: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Noised, augmented views of some images: (B, K, C, H, W) float32 in [-1, 1] plus noise of standard deviation sigma.
 
     `images` are the B images themselves, (B, C, H, W), uint8 or floats in [0, 1]; `indices` are their B fixed numbers in
     the data set, which key the draws. Draws are made on the CPU; augmentation runs on `device`, where floating point may
-    round differently. `level` is one of AUGMENTATION_LEVELS. Raises ValueError for values outside their range.
+    round differently. `level` is one of AUGMENTATION_LEVELS. With `encode`, from images in [-1, 1] to latents, views are
+    augmented as images and noised as latents: (B, K, c, h, w). Raises ValueError for values outside their range.
     Source: Li et al. 2026, section "Protocol".
     """
     if level not in AUGMENTATION_LEVELS:
@@ -155,9 +150,12 @@ def make_views(
     batch, shape = clean.shape[0], tuple(clean.shape[1:])
     if batch == 0:
         return clean.new_empty(0, num_views, *shape)
-    draws = _draw([int(i) for i in indices for _ in range(num_views)], list(range(num_views)) * batch, seed, shape)
+    draws = _Draws([int(i) for i in indices for _ in range(num_views)], list(range(num_views)) * batch, seed)
     views = _resample(clean.repeat_interleave(num_views, 0), _sampling_matrices(draws.uniform, level, shape[1], shape[2]))
     if level >= 3:
         views = _jitter(views, draws.uniform)
-    views = views * 2 - 1 + sigma * draws.noise.to(device)
-    return views.view(batch, num_views, *shape)
+    views = views * 2 - 1
+    if encode is not None:
+        views = encode(views)
+    shape = tuple(views.shape[1:])
+    return (views + sigma * draws.noise(shape).to(views.device)).view(batch, num_views, *shape)

@@ -17,13 +17,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mlflow_icr import Verdict
-from trainers.config import TrainConfig
+from mlflow_icr.extraction.latents import Autoencoder
+from trainers.families import Family
 from trainers.loop import TrainState
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 STATE, PROGRESS, TURNING = "state.safetensors", "progress.json", "turning.json"
+AUTOENCODER = "autoencoder"
 KEPT_STATES = 2  # the newest, and the one before it in case the newest cannot be read
 
 
@@ -47,20 +49,39 @@ def _sync(folder: Path) -> None:
             os.close(descriptor)
 
 
+def place_autoencoder(folder: Path, autoencoder: Autoencoder, output_dir: Path) -> None:
+    """Put the autoencoder into a pipeline's folder as `vae/`: one copy in `output_dir`, to which the checkpoints' are links."""
+    kept = output_dir / AUTOENCODER
+    if not kept.exists():
+        part = kept.with_name(f".{AUTOENCODER}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        autoencoder.network.save_pretrained(part)
+        _sync(part)
+        part.rename(kept)
+    try:
+        shutil.copytree(kept, folder / "vae", copy_function=os.link)
+    except OSError:  # a file system without hard links; shutil.Error is an OSError too
+        shutil.rmtree(folder / "vae", ignore_errors=True)
+        shutil.copytree(kept, folder / "vae")
+
+
 def save_checkpoint(
-    output_dir: Path, state: TrainState, config: TrainConfig, accelerator: Accelerator, monitor: dict[str, Tensor]
+    output_dir: Path,
+    state: TrainState,
+    family: Family,
+    accelerator: Accelerator,
+    monitor: dict[str, Tensor],
+    autoencoder: Autoencoder | None = None,
 ) -> Path:
     """Write the checkpoint of a state, on the main process; returns its folder. Raises OSError when the disk is full."""
-    from diffusers import ConsistencyModelPipeline, EDMDPMSolverMultistepScheduler
-
     folder = output_dir / "checkpoints" / f"{state.images_seen:012d}"
     if (folder / STATE).exists():
         return folder
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    # Plain diffusers loads and samples this; with DDPMPipeline it would run and be wrong.
-    scheduler = EDMDPMSolverMultistepScheduler(sigma_data=config.sigma_data)
-    ConsistencyModelPipeline(unet=state.ema, scheduler=scheduler).save_pretrained(part)
+    family.save(part, state.ema, latent=autoencoder is not None)
+    if autoencoder is not None:
+        place_autoencoder(part, autoencoder, output_dir)
     save_file(_tensors(state, accelerator, monitor), part / STATE)
     progress = {"images_seen": state.images_seen, "loss_steps": state.loss_steps}
     (part / PROGRESS).write_text(json.dumps(progress))

@@ -116,9 +116,7 @@ class SchedulerDenoiser:
     Source: Ho et al. 2020, equation 4; Salimans & Ho 2022, appendix D (v).
     """
 
-    def __init__(
-        self, network: nn.Module, scheduler: Any, *, nearest: bool = False, null_class: int | None = None
-    ) -> None:
+    def __init__(self, network: nn.Module, scheduler: Any, *, nearest: bool = False, null_class: int | None = None) -> None:
         alphas = getattr(scheduler, "alphas_cumprod", None)
         if not isinstance(alphas, Tensor):
             raise ValueError(

@@ -42,19 +42,19 @@ class FlowDenoiser:
         scale = (1 + sigma).view(-1, 1, 1, 1)
         return x / scale - t.view(-1, 1, 1, 1) * self.velocity(x / scale, t, labels)
 
+    @torch.no_grad()
+    def sample(self, noise: Tensor, *, num_steps: int = 25, labels: Tensor | None = None) -> Tensor:
+        """Images (B, C, H, W), about in [-1, 1], from unit noise of that shape: dx/dt = v from t = 1 to 0 by Heun's method.
 
-@torch.no_grad()
-def flow_sample(denoiser: FlowDenoiser, noise: Tensor, *, num_steps: int = 25, labels: Tensor | None = None) -> Tensor:
-    """Images (B, C, H, W), about in [-1, 1], from unit noise of that shape: dx/dt = v from t = 1 to 0 by Heun's method.
-
-    Steps in t are equal; costs 2 num_steps calls of the network. Raises ValueError for no steps. Source: Ma et al. 2024, ODE.
-    """
-    if num_steps < 1:
-        raise ValueError(f"num_steps is {num_steps}; expected at least 1")
-    x, step = noise.to(torch.float32), 1 / num_steps
-    for i in range(num_steps):
-        t = 1 - i * step
-        slope = denoiser.velocity(x, t, labels)
-        after = denoiser.velocity(x - step * slope, max(0.0, t - step), labels)
-        x = x - step * (slope + after) / 2
-    return x
+        Steps in t are equal; costs 2 num_steps calls of the network. Raises ValueError for no steps.
+        Source: Ma et al. 2024, the probability flow ODE.
+        """
+        if num_steps < 1:
+            raise ValueError(f"num_steps is {num_steps}; expected at least 1")
+        x, step = noise.to(torch.float32), 1 / num_steps
+        for i in range(num_steps):
+            t = 1 - i * step
+            slope = self.velocity(x, t, labels)
+            after = self.velocity(x - step * slope, max(0.0, t - step), labels)
+            x = x - step * (slope + after) / 2
+        return x

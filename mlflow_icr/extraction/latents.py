@@ -130,6 +130,11 @@ class LatentDenoiser:
         """The denoised latents, of the shape of x, noised latents (B, c, h, w)."""
         return self.denoiser(x, sigma) if labels is None else self.denoiser(x, sigma, labels)  # type: ignore[call-arg]
 
+    @property
+    def sample(self) -> Callable[..., Tensor] | None:
+        """The denoiser's own sampler of latents, where it has one."""
+        return getattr(self.denoiser, "sample", None)
+
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) in [-1, 1] as latents (B, c, h, w)."""
         return self.autoencoder.encode(images)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlflow_icr.extraction.denoisers import Denoiser
+from mlflow_icr.extraction.denoisers import Denoiser, decoder_of
 from mlflow_icr.extraction.keyed import keyed_generator
 
 
@@ -57,3 +57,17 @@ def heun_sample(
             x_next = x + (sigma_next - sigma) * (slope + slope_next) / 2
         x = x_next
     return x
+
+
+def sample(denoiser: Denoiser, noise: Tensor, *, num_steps: int, labels: Tensor | None = None) -> Tensor:
+    """Images (B, C, H, W), about in [-1, 1], from unit noise of the shape that the denoiser works on.
+
+    A denoiser's own `sample` is used where it has one, else EDM's sampler; latents are decoded. `labels` (B,) are told to a
+    denoiser of classes; without them its images are of none.
+    """
+    own, decode = getattr(denoiser, "sample", None), decoder_of(denoiser)
+    if own is None:
+        x = heun_sample(denoiser, noise, num_steps=num_steps, labels=labels)
+    else:
+        x = own(noise, num_steps=num_steps, labels=labels)
+    return x if decode is None else decode(x)

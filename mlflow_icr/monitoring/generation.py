@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from mlflow_icr.extraction.cache import ReferenceCache, cache_folder
-from mlflow_icr.extraction.denoisers import Denoiser, decoder_of, device_of, encoder_of, evaluating
+from mlflow_icr.extraction.denoisers import Denoiser, device_of, encoder_of, evaluating
 from mlflow_icr.extraction.encoders import Encoder, load_encoder
-from mlflow_icr.extraction.samplers import heun_sample, starting_noise
+from mlflow_icr.extraction.samplers import sample, starting_noise
 from mlflow_icr.extraction.views import as_unit_interval
 from mlflow_icr.generation import Reference, memorization_ratio
 from mlflow_icr.monitoring.generation_plots import distance_histogram
@@ -21,8 +20,6 @@ from mlflow_icr.monitoring.ranks import gather_rows, sum_over_ranks, world
 from mlflow_icr.monitoring.report import Report
 
 GRID_COLUMNS, GRID_ROWS = 16, 4
-# sampler(denoiser, noise, num_steps=...) is what the denoiser makes of unit noise; with labels=(B,), of these classes.
-Sampler = Callable[..., Tensor]
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -36,8 +33,8 @@ class GenerationMonitor:
     `train` (N, C, H, W) and `heldout` (M, C, H, W) are uint8 or floats in [0, 1]. Sample i starts from the same noise at every
     step (keyed by seed and i), so that pictures can be compared. Samples are judged as uint8: copies by their pixels, and
     everything by the embeddings of `encoder`, which are pixels too unless one is given. Under torch.distributed the ranks
-    share sampling and encoding and get the same report. `sampler` is EDM's unless given; of a denoiser of latents, what it makes
-    is decoded. With `labels` (N,), sample i is of class labels[i modulo N], else of none. Embeddings of real images are read from `cache` where they are there.
+    share sampling and encoding and get the same report. With `labels` (N,), sample i is of class labels[i modulo N],
+    else of none. Embeddings of real images are read from `cache` where they are there.
     Raises ValueError for sets that do not fit.
     """
 
@@ -53,7 +50,6 @@ class GenerationMonitor:
         seed: int = 0,
         batch_size: int = 256,
         cache: ReferenceCache | None = None,
-        sampler: Sampler = heun_sample,
         labels: Tensor | None = None,
     ) -> None:
         if num_samples < 1 or batch_size < 1:
@@ -62,7 +58,7 @@ class GenerationMonitor:
             raise ValueError(f"train has {len(train)} image(s); a second nearest neighbour needs at least 2")
         if heldout is not None and heldout.shape[1:] != train.shape[1:]:
             raise ValueError(f"heldout images are {tuple(heldout.shape[1:])}, training images {tuple(train.shape[1:])}")
-        self.denoiser, self.sampler, self.labels = denoiser, sampler, labels
+        self.denoiser, self.labels = denoiser, labels
         self.shape = tuple(train.shape[1:])
         self.noise_shape = self._noise_shape(train[:1])
         self.images = train
@@ -84,10 +80,8 @@ class GenerationMonitor:
     def _sample(self, indices: list[int], device: torch.device) -> Tensor:
         """The samples with these indices, (B, C, H, W), about in [-1, 1]."""
         noise = starting_noise(indices, self.noise_shape, self.seed).to(device)
-        known = {} if self.labels is None else {"labels": self.labels[torch.tensor(indices) % len(self.labels)].to(device)}
-        x = self.sampler(self.denoiser, noise, num_steps=self.num_steps, **known)
-        decode = decoder_of(self.denoiser)
-        return x if decode is None else decode(x)
+        labels = None if self.labels is None else self.labels[torch.tensor(indices) % len(self.labels)].to(device)
+        return sample(self.denoiser, noise, num_steps=self.num_steps, labels=labels)
 
     def sample(self) -> Tensor:
         """The samples, (num_samples, C, H, W) uint8 on the CPU. Raises ValueError when one is not finite."""

@@ -66,7 +66,7 @@ def main() -> None:
         console = Console(config, shown=True)
 
         def ours() -> Iterator[None]:
-            for state in train(run.state, run.data.train, config, run.accelerator):
+            for state in train(run.state, run.inputs, run.family, run.accelerator):
                 console.step(state)
                 yield
 

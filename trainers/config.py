@@ -46,8 +46,8 @@ class TrainConfig:
     seed: int = 0
     data_split: str = "train"
     balanced: bool = False  # whether a subset has equally many images of each class, as far as there are
-    # What is trained: edm, ddpm (with prediction epsilon or v) or flow; of classes or not; of pixels, or of the latents that the
-    # AutoencoderKL in this folder makes of them.
+    # What is trained: edm, ddpm (with prediction epsilon or v) or flow; of classes or not; of pixels, or of the latents that
+    # the AutoencoderKL in the folder `autoencoder` makes of them.
     family: str = "edm"
     prediction: str = "epsilon"
     beta_schedule: str = "linear"
@@ -178,10 +178,9 @@ class TrainConfig:
                 raise ValueError(f"resolution is {self.resolution}{what}; expected a multiple of patch_size, {self.patch_size}")
             return
         blocks = len(self.block_channels)
-        if side % 2 ** (blocks - 1):
-            raise ValueError(
-                f"resolution is {self.resolution}{what}; expected a multiple of {2 ** (blocks - 1)} for {blocks} blocks"
-            )
+        unit = 2 ** (blocks - 1)
+        if side % unit:
+            raise ValueError(f"resolution is {self.resolution}{what}; expected a multiple of {unit} for {blocks} blocks")
         levels = [side // 2**i for i in range(blocks)]
         if not set(self.attention_resolutions) <= set(levels):
             raise ValueError(

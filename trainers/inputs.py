@@ -16,7 +16,7 @@ from trainers.data import DataSet
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """Images (N, C, H, W) uint8; or mean and deviation of latents, (N, 2 C, H, W) float32, of which each step draws; classes (N,)."""
+    """Images (N, C, H, W) uint8, or mean and deviation of latents, (N, 2 C, H, W) float32; and classes (N,)."""
 
     images: Tensor
     labels: Tensor | None = None
@@ -69,7 +69,10 @@ def _moments(autoencoder: Autoencoder, images: Tensor, device: torch.device) -> 
 
 
 def inputs_of(config: TrainConfig, data: DataSet, autoencoder: Autoencoder | None, device: torch.device) -> Inputs:
-    """What a configuration's network is trained on. Raises ValueError where the data has no classes, or not the right channels."""
+    """What a configuration's network is trained on.
+
+    Raises ValueError where the data has no classes, or other channels than the autoencoder.
+    """
     if config.labels and data.train_labels is None:
         raise ValueError(f"labels is True, but data {config.data!r} has no classes; expected subfolders, or a set with labels")
     labels = data.train_labels if config.labels else None
@@ -78,7 +81,7 @@ def inputs_of(config: TrainConfig, data: DataSet, autoencoder: Autoencoder | Non
     channels = data.train.shape[1]
     if channels != autoencoder.channels:
         raise ValueError(
-            f"autoencoder is {config.autoencoder!r}, for images of {autoencoder.channels} channels; expected one for {channels}, "
-            f"as {config.data!r} has"
+            f"autoencoder is {config.autoencoder!r}, for images of {autoencoder.channels} channels; expected one for "
+            f"{channels}, as {config.data!r} has"
         )
     return Inputs(_moments(autoencoder, data.train, device), labels)

@@ -129,8 +129,8 @@ def new_state(network: nn.Module, config: TrainConfig, accelerator: Accelerator)
 def train(state: TrainState, inputs: Inputs, family: Family, accelerator: Accelerator) -> Iterator[TrainState]:
     """Train on inputs by a family's loss, yielding the state after every optimizer step, for as long as it is asked.
 
-    Order, noise and dropped labels are keyed by (seed, images seen, place in the batch), so that neither ranks, nor accumulation, nor a
-    resumption change them. A rank takes an equal, consecutive share of each accumulated part.
+    Order, noise and dropped labels are keyed by (seed, images seen, place in the batch), so that neither ranks, nor
+    accumulation, nor a resumption change them. A rank takes an equal, consecutive share of each accumulated part.
     """
     config, device = family.config, accelerator.device
     denoiser = family.denoiser(state.network)

@@ -73,7 +73,8 @@ class Run:
         heldout = self.data.heldout if len(self.data.heldout) else None
         self.losses = None
         if heldout is not None:
-            self.losses = LossMonitor(ema, partial(self.family.loss, ema), self.family.draw, self.data.train, heldout)
+            loss = partial(self.family.loss, self.family.denoiser(self.state.ema))
+            self.losses = LossMonitor(ema, loss, self.family.draw, self.data.train, heldout)
         self.generation = GenerationMonitor(
             ema,
             self.data.train,

@@ -22,8 +22,9 @@ class LossMonitor:
     """Evaluates a loss without training on it: `loss/train_eval`, `loss/heldout`, and their difference `loss/gap`.
 
     `loss(images, sigma, noise)` is the trainer's own, of `denoiser`; `draw(generator, count)` gives `count` noise levels. For
-    a denoiser of latents, images are encoded. `train` and `heldout` are (N, C, H, W), uint8 or floats in [0, 1]; up to `num_images` of each are used,
-    in `draws` noises each. Noise level and noise i are the same for both sets and at every step. Every rank computes the whole.
+    a denoiser of latents, images are encoded. `train` and `heldout` are (N, C, H, W), uint8 or floats in [0, 1]; up to
+    `num_images` of each are used, in `draws` noises each. Noise level and noise i are the same for both sets and at every step.
+    Every rank computes the whole.
     """
 
     def __init__(

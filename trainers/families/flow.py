@@ -1,9 +1,9 @@
 """Flow matching as in SiT (Ma et al. 2024), on diffusers' DiTTransformer2DModel.
 
-The interpolant is linear, x_t = (1 - t) x + t noise, and the network learns its velocity, noise - x, at t uniform in [0, 1]. t is
-the share of noise, as in SiT's paper; the network is told 1000 t, as diffusers' flow-matching schedulers do, where SiT's code tells
-it t. Unlike diffusers, SiT shares the embedding of time and class between its blocks: so does the network here, and a saved
-one has a copy in each block.
+The interpolant is linear, x_t = (1 - t) x + t noise, and the network learns its velocity, noise - x, at t uniform in [0, 1].
+t is the share of noise, as in SiT's paper; the network is told 1000 t, as diffusers' flow-matching schedulers do, where SiT's
+code tells it t. Unlike diffusers, SiT shares the embedding of time and class between its blocks: so does the network here, and
+a saved one has a copy in each block.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ EMBEDDING_STD = 0.02  # of the time and class embeddings' initial weights, in Di
 
 
 def initialise(network: Any) -> None:
-    """DiT's initialisation: Xavier for linear layers, and zeros for each adaLN and the output, so that blocks begin as identity.
+    """DiT's initialisation: Xavier for linear layers, zeros for each adaLN and the output, so that blocks begin as identity.
 
     Source: Peebles & Xie 2023, section 3.2 (adaLN-Zero).
     """
@@ -44,7 +44,7 @@ def initialise(network: Any) -> None:
 
 
 def share_embedding(network: Any) -> None:
-    """One embedding of time and class for all blocks; its labels are dropped by us, keyed, and not from the global generator."""
+    """One embedding of time and class for all blocks, which drops no labels: the batches do, by keys."""
     first = network.transformer_blocks[0].norm1
     first.emb.class_embedder.dropout_prob = 0.0
     for block in network.transformer_blocks[1:]:

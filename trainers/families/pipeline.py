@@ -1,10 +1,10 @@
-"""From noise to images, through latents or not, of classes or not: the pipeline in folders that no pipeline of diffusers samples.
+"""From noise to images, through latents or not, of classes or not: what diffusers has no pipeline of its own for.
 
-This file is copied into such folders and needs diffusers and torch alone:
+This file is copied into the folders of such models and needs diffusers and torch alone:
 DiffusionPipeline.from_pretrained(folder, trust_remote_code=True).
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
@@ -17,7 +17,7 @@ class NoiseToImagePipeline(DiffusionPipeline):  # type: ignore[misc]
     The last entry of the network's table of classes is the null class, which stands for none.
     """
 
-    _optional_components = ["unet", "transformer", "vae"]
+    _optional_components: ClassVar[list[str]] = ["unet", "transformer", "vae"]
     model_cpu_offload_seq = "unet->transformer->vae"
 
     def __init__(self, scheduler: Any, unet: Any = None, transformer: Any = None, vae: Any = None) -> None:

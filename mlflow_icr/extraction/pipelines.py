@@ -63,6 +63,13 @@ def load_denoiser(folder: Path | str) -> tuple[SavedDenoiser, int]:
     return LatentDenoiser(denoiser, autoencoder), side * autoencoder.factor
 
 
+def image_channels(denoiser: SavedDenoiser) -> int:
+    """C, of the images that a saved denoiser is for."""
+    if isinstance(denoiser, LatentDenoiser):
+        return denoiser.autoencoder.channels
+    return int(denoiser.network.config["in_channels"])
+
+
 def _network(folder: Path, part: str) -> Any:
     import diffusers
 

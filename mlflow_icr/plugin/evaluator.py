@@ -57,7 +57,7 @@ class ICREvaluator(ModelEvaluator):  # type: ignore[misc]
 
         Raises MlflowException, in one line, for a model, configuration or images that do not fit.
         """
-        from mlflow_icr.extraction.pipelines import load_denoiser
+        from mlflow_icr.extraction.pipelines import image_channels, load_denoiser
         from mlflow_icr.plugin.evaluation import EvaluationConfig, evaluate_denoiser, load_images
         from mlflow_icr.plugin.pipeline import download_pipeline, pipeline_of
 
@@ -71,8 +71,7 @@ class ICREvaluator(ModelEvaluator):  # type: ignore[misc]
                 raise ValueError(f"model and evaluator_config's pipeline: {there} given; expected one of them")
             folder = pipeline_of(model) if config.pipeline is None else download_pipeline(config.pipeline)
             denoiser, side = load_denoiser(folder)
-            channels = getattr(getattr(denoiser.network, "config", None), "in_channels", None)
-            images = load_images(config, getattr(dataset, "features_data", None), side, channels)
+            images = load_images(config, getattr(dataset, "features_data", None), side, image_channels(denoiser))
             found = evaluate_denoiser(denoiser, images, config)
         except (ValueError, OSError) as error:
             raise MlflowException.invalid_parameter_value(f"evaluator icr: {error}") from error

@@ -44,8 +44,8 @@ class DDPM(Family):
 
     def loss(self, denoiser: Any, x: Tensor, level: Tensor, noise: Tensor, labels: Tensor | None = None) -> Tensor:
         """The mean squared error of what is predicted: the noise, or v = sqrt(abar) noise - sqrt(1 - abar) x; unweighted."""
-        log_variance = 2 * denoiser.log_sigmas[level.long().cpu()].view(-1, 1, 1, 1)  # of noise on clean x, (1 - abar) / abar
-        signal, share = (torch.sigmoid(s * log_variance).sqrt().to(x) for s in (-1, 1))  # sqrt(abar), sqrt(1 - abar)
+        shares = (torch.sigmoid(sign * denoiser.log_sigmas).sqrt() for sign in (-2, 2))  # sqrt(abar) and sqrt(1 - abar), (T,)
+        signal, share = (s.to(x)[level.long()].view(-1, 1, 1, 1) for s in shares)
         target = noise if self.config.prediction == "epsilon" else signal * noise - share * x
         return (denoiser.predict(signal * x + share * noise, level, labels) - target).square().mean()
 

@@ -11,7 +11,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
-from mlflow_icr import ICRMonitor, LossMonitor
+from mlflow_icr import ICRMonitor, LossMonitor, SchedulerDenoiser
 from mlflow_icr.extraction.flow import FlowDenoiser
 from mlflow_icr.extraction.pipelines import load_denoiser
 from mlflow_icr.extraction.samplers import heun_sample, sample
@@ -101,7 +101,7 @@ def test_sit_begins_as_identity_and_its_blocks_share_one_embedding() -> None:
     network: Any = family.build(1, 8)
     x, noise = torch.rand(2, 1, 8, 8), torch.randn(2, 1, 8, 8)
     loss = family.loss(family.denoiser(network), x, torch.tensor([0.2, 0.9]), noise, torch.tensor([3, 10]))
-    assert float(loss) == pytest.approx(float((noise - x).square().mean()), rel=1e-6)  # zeros come out
+    assert float(loss.detach()) == pytest.approx(float((noise - x).square().mean()), rel=1e-6)  # zeros come out
     first = network.transformer_blocks[0].norm1
     assert all(block.norm1.emb is first.emb for block in network.transformer_blocks)
     assert first.emb.class_embedder.embedding_table.num_embeddings == 11
@@ -122,7 +122,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, digits_inputs: Inputs) -> 
     """A folder of each family, trained on digits until its loss on fixed noise has fallen."""
     folders = {}
     for name in FAMILIES:
-        config = configured(name, batch_size=64, learning_rate=2e-3)
+        config = configured(name, learning_rate=3e-3)
         family, state, accelerator = started(config)
         inputs = digits_inputs if config.labels else Inputs(digits_inputs.images)
         loss = LossMonitor(
@@ -130,7 +130,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, digits_inputs: Inputs) -> 
             inputs.images, inputs.images,
         )  # fmt: skip
         before, steps = loss.measure(0).values["loss/train_eval"], train(state, inputs, family, accelerator)
-        for _ in range(120):
+        for _ in range(40):
             next(steps)
         after = loss.measure(1).values["loss/train_eval"]
         assert after < 0.7 * before, (name, before, after)
@@ -146,12 +146,17 @@ def test_plain_diffusers_samples_what_each_family_saves_as_our_sampler_does(trai
         "edm-labels": "ConsistencyModelPipeline", "ddpm": "DDPMPipeline", "ddpm-v-labels": "ConsistencyModelPipeline",
         "flow": "NoiseToImagePipeline", "flow-labels": "NoiseToImagePipeline",
     }  # fmt: skip
-    noise = torch.randn(4, 1, 8, 8, generator=torch.manual_seed(3))
+    noise = torch.randn(3, 1, 8, 8, generator=torch.manual_seed(3))
     for name, (_, images) in found.items():
         assert not list(trained[name].rglob("*.bin")), name
         denoiser, side = load_denoiser(trained[name])
         assert side == 8
-        ours = (sample(denoiser, noise, num_steps=50) / 2 + 0.5).clamp(0, 1)
+        if isinstance(denoiser, SchedulerDenoiser):  # from where its own schedule starts
+            low, high = (float(denoiser.log_sigmas[i].exp()) for i in (0, -1))
+            ours = heun_sample(denoiser, noise, num_steps=25, sigma_min=low, sigma_max=high)
+        else:
+            ours = sample(denoiser, noise, num_steps=20)
+        ours = (ours / 2 + 0.5).clamp(0, 1)
         # Two solvers of one ODE, from the same noise: nearer by far than two samples are.
         distance, scale = float((images - ours).abs().mean()), float((images - images.roll(1, 0)).abs().mean())
         assert distance < 0.1 * scale, (name, distance, scale)

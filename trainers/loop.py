@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
@@ -67,17 +67,19 @@ class Batch:
     labels: Tensor | None = None
     spread: Tensor | None = None
 
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        given = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return Batch(**{name: value if value is None else change(value) for name, value in given.items()})
+
     def part(self, place: int, parts: int) -> Batch:
         """One of equal consecutive parts."""
         size = len(self.images) // parts
         rows = slice(place * size, (place + 1) * size)
-        values = (getattr(self, entry.name) for entry in fields(self))
-        return Batch(*(value if value is None else value[rows] for value in values))
+        return self._each(lambda value: value[rows])
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device."""
-        values = (getattr(self, entry.name) for entry in fields(self))
-        return Batch(*(value if value is None else value.to(device) for value in values))
+        return self._each(lambda value: value.to(device))
 
     def clean(self) -> Tensor:
         """What is noised, (B, C, H, W): images in [-1, 1], or latents."""

@@ -67,7 +67,8 @@ def image_channels(denoiser: SavedDenoiser) -> int:
     """C, of the images that a saved denoiser is for."""
     if isinstance(denoiser, LatentDenoiser):
         return denoiser.autoencoder.channels
-    return int(denoiser.network.config["in_channels"])
+    network: Any = denoiser.network
+    return int(network.config["in_channels"])
 
 
 def _network(folder: Path, part: str) -> Any:

@@ -79,7 +79,7 @@ class NoiseToImagePipeline(DiffusionPipeline):  # type: ignore[misc]
                 known, unknown = output.chunk(2)
                 output = unknown + guidance_scale * (known - unknown)
             x = self.scheduler.step(output, t, x, return_dict=False, **noisy)[0]
-        images = (self._decode(x.to(network.dtype)) / 2 + 0.5).clamp(0, 1)
+        images: Any = (self._decode(x.to(network.dtype)) / 2 + 0.5).clamp(0, 1)
         if output_type != "pt":
             images = images.cpu().permute(0, 2, 3, 1).float().numpy()
             if output_type == "pil":

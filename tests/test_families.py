@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from mlflow_icr import ICRMonitor, LossMonitor, SchedulerDenoiser
 from mlflow_icr.extraction.flow import FlowDenoiser
+from mlflow_icr.extraction.latents import Autoencoder, LatentDenoiser
 from mlflow_icr.extraction.pipelines import load_denoiser
 from mlflow_icr.extraction.samplers import heun_sample, sample
-from tests.family_runs import FAMILIES, configured, sampled_by_diffusers, started
+from tests.family_runs import FAMILIES, configured, sampled_by_diffusers, started, tiny_autoencoder
+from trainers.checkpoint import place_autoencoder
 from trainers.data import load_data
 from trainers.families import family_of
 from trainers.inputs import Inputs
@@ -136,6 +138,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory, digits_inputs: Inputs) -> 
         assert after < 0.7 * before, (name, before, after)
         folders[name] = tmp_path_factory.mktemp("saved") / name
         family.save(folders[name], state.ema)
+    folders["latent-labels"] = tmp_path_factory.mktemp("saved") / "latent-labels"  # untrained: only the way is of interest
+    family = family_of(configured("ddpm-v-labels"), 10)
+    family.save(folders["latent-labels"], family.build(2, 4), latent=True)
+    place_autoencoder(folders["latent-labels"], Autoencoder(tiny_autoencoder()), folders["latent-labels"].parent)
     return folders
 
 
@@ -144,16 +150,19 @@ def test_plain_diffusers_samples_what_each_family_saves_as_our_sampler_does(trai
     kinds = {name: kind for name, (kind, _) in found.items()}
     assert kinds == {
         "edm-labels": "ConsistencyModelPipeline", "ddpm": "DDPMPipeline", "ddpm-v-labels": "ConsistencyModelPipeline",
-        "flow": "NoiseToImagePipeline", "flow-labels": "NoiseToImagePipeline",
+        "flow": "NoiseToImagePipeline", "flow-labels": "NoiseToImagePipeline", "latent-labels": "NoiseToImagePipeline",
     }  # fmt: skip
-    noise = torch.randn(3, 1, 8, 8, generator=torch.manual_seed(3))
     for name, (_, images) in found.items():
         assert not list(trained[name].rglob("*.bin")), name
         denoiser, side = load_denoiser(trained[name])
         assert side == 8
-        if isinstance(denoiser, SchedulerDenoiser):  # from where its own schedule starts
-            low, high = (float(denoiser.log_sigmas[i].exp()) for i in (0, -1))
-            ours = heun_sample(denoiser, noise, num_steps=25, sigma_min=low, sigma_max=high)
+        shape = (3, 2, 4, 4) if isinstance(denoiser, LatentDenoiser) else (3, 1, 8, 8)
+        noise = torch.randn(shape, generator=torch.manual_seed(3))
+        inner = denoiser.denoiser if isinstance(denoiser, LatentDenoiser) else denoiser
+        if isinstance(inner, SchedulerDenoiser):  # from where its own schedule starts
+            low, high = (float(inner.log_sigmas[i].exp()) for i in (0, -1))
+            ours = heun_sample(inner, noise, num_steps=25, sigma_min=low, sigma_max=high)
+            ours = denoiser.decode(ours) if isinstance(denoiser, LatentDenoiser) else ours
         else:
             ours = sample(denoiser, noise, num_steps=20)
         ours = (ours / 2 + 0.5).clamp(0, 1)

@@ -218,7 +218,7 @@ def test_other_models_are_left_alone(client: mlflow.MlflowClient) -> None:
 def test_bad_input_gets_one_line_that_names_it(checkpoint: Path, folders: dict[str, Path], tmp_path: Path) -> None:
     other = tmp_path / "ddpm"
     shutil.copytree(checkpoint, other)
-    (other / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "FlowMatchEulerDiscreteScheduler"}')
+    (other / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "KarrasVeScheduler"}')
     (tmp_path / "colour").mkdir()
     Image.new("RGB", (8, 8), (9, 0, 200)).save(tmp_path / "colour" / "a.png")
     (tmp_path / "broken").mkdir()
@@ -250,7 +250,7 @@ def test_bad_input_gets_one_line_that_names_it(checkpoint: Path, folders: dict[s
         (seeds, {"pipeline": str(tmp_path / "colour")}, "pipeline is '.*colour', which holds 0 diffusers folders"),
         (seeds, {"pipeline": "models:/nothing/1"}, "pipeline is 'models:/nothing/1', which cannot be had"),
         (seeds, {"pipeline": "ftp://user:hunter2@127.0.0.1:9/x"}, "pipeline is 'ftp://127.0.0.1:9/x', which cannot be had"),
-        (seeds, {"pipeline": str(other)}, "scheduler 'FlowMatchEulerDiscreteScheduler'; expected one of EDM's, DDPMScheduler"),
+        (seeds, {"pipeline": str(other)}, "scheduler 'KarrasVeScheduler'; expected one of EDM's, DDPMScheduler"),
     ):
         with pytest.raises(MlflowException, match=message) as caught:
             mlflow.models.evaluate(data=data, model_type="diffusion", evaluators="icr", evaluator_config={**good, **change})

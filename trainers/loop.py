@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -68,7 +68,7 @@ class Batch:
     spread: Tensor | None = None
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        given = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        given: dict[str, Any] = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         return Batch(**{name: value if value is None else change(value) for name, value in given.items()})
 
     def part(self, place: int, parts: int) -> Batch:

@@ -68,8 +68,9 @@ class Batch:
     spread: Tensor | None = None
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        given: dict[str, Any] = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        return Batch(**{name: value if value is None else change(value) for name, value in given.items()})
+        given = ((entry.name, getattr(self, entry.name)) for entry in fields(self))
+        changed: dict[str, Any] = {name: value if value is None else change(value) for name, value in given}
+        return Batch(**changed)
 
     def part(self, place: int, parts: int) -> Batch:
         """One of equal consecutive parts."""

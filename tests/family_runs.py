@@ -22,8 +22,8 @@ from trainers.loop import TrainState, new_state
 from trainers.run import Run
 
 UNET = {"block_channels": [16, 32]}
-SIT = {"block_channels": [32, 64], "sigma_data": 0.5, "family": "flow", "hidden_size": 32, "num_layers": 3, "num_heads": 2}
-DDPM = UNET | {"sigma_data": 0.5, "family": "ddpm"}
+SIT = {"family": "flow", "hidden_size": 32, "num_layers": 3, "num_heads": 2}
+DDPM = UNET | {"family": "ddpm"}
 FAMILIES: dict[str, dict[str, Any]] = {
     "edm-labels": UNET | {"labels": True},
     "ddpm": DDPM,

@@ -75,9 +75,9 @@ def test_presets_take_a_folder_of_classes(
     ("changes", "message"),
     [
         ({"family": "gan"}, "family is 'gan'; expected one of edm, ddpm, flow"),
-        ({"family": "ddpm", "sigma_data": 0.5, "prediction": "x"}, "prediction is 'x'; expected one of epsilon, v"),
-        ({"family": "ddpm", "sigma_data": 0.5, "beta_schedule": "cosine"}, "beta_schedule is 'cosine'; expected one of linear"),
-        ({"family": "ddpm"}, "sigma_data is 0.75; expected nothing for family ddpm: it is of edm"),
+        ({"family": "ddpm", "prediction": "x"}, "prediction is 'x'; expected one of epsilon, v"),
+        ({"family": "ddpm", "beta_schedule": "cosine"}, "beta_schedule is 'cosine'; expected one of linear"),
+        ({"family": "ddpm", "sigma_data": 0.75}, "sigma_data is 0.75; expected nothing for family ddpm: it is of edm"),
         ({"prediction": "v"}, "prediction is 'v'; expected nothing for family edm: it is of ddpm"),
         ({"hidden_size": 64}, "hidden_size is 64; expected nothing for family edm: it is of flow"),
         ({**SIT, "block_channels": [8]}, r"block_channels is \(8,\); expected nothing for family flow: it is of edm and ddpm"),

@@ -224,9 +224,17 @@ def refuse_unknown(kind: str, name: str, known: list[str]) -> None:
 
 
 def load_config(preset: str, changes: Mapping[str, Any]) -> TrainConfig:
-    """A preset's configuration with some fields changed. Raises ValueError for unknown presets, keys or values."""
+    """A preset's configuration with some fields changed; with another family, without what only the preset's own reads.
+
+    Raises ValueError for unknown presets, keys or values.
+    """
     refuse_unknown("preset", preset, preset_names())
-    values = yaml.safe_load((PRESETS / f"{preset}.yaml").read_text()) | {"preset": preset} | dict(changes)
+    values = yaml.safe_load((PRESETS / f"{preset}.yaml").read_text()) | {"preset": preset}
+    family = changes.get("family")
+    if family in FAMILIES and family != values.get("family", "edm"):
+        unread = {name for families, names in READ_BY.items() if family not in families for name in names}
+        values = {key: value for key, value in values.items() if key not in unread}
+    values |= dict(changes)
     if values.get("encoder") == "auto":  # settled here, so that a resumed run keeps it whatever is installed by then
         values["encoder"] = "efficientnet_lite0" if is_installed("efficientnet_lite0") else "pixels"
     return config_from(values)

@@ -17,14 +17,14 @@ import torch
 
 from trainers.config import TrainConfig, load_config
 from trainers.console import Console
-from trainers.edm import build_network
+from trainers.families import family_of
 from trainers.loop import train
 from trainers.run import Run
 
 
 def bare_loop(images: torch.Tensor, config: TrainConfig) -> Iterator[None]:
     """EDM training as short as it can be written in PyTorch."""
-    network = build_network(config, images.shape[1])
+    network = family_of(config).build(images.shape[1], config.resolution)
     ema = copy.deepcopy(network)
     optimizer = torch.optim.Adam(network.parameters(), lr=config.learning_rate, fused=True)
     x0, sd, seen = images.float() / 127.5 - 1, config.sigma_data, 0
@@ -66,7 +66,7 @@ def main() -> None:
         console = Console(config, shown=True)
 
         def ours() -> Iterator[None]:
-            for state in train(run.state, run.data.train, config, run.accelerator):
+            for state in train(run.state, run.inputs, run.family, run.accelerator):
                 console.step(state)
                 yield
 

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from mlflow_icr import ICRMonitor, Protocol, icr, make_views
 from mlflow_icr.cli import main
-from mlflow_icr.extraction.adapters import FlowMatchingDenoiser, FunctionDenoiser, LatentDenoiser, adapt, adapt_pipeline
+from mlflow_icr.extraction.adapters import FunctionDenoiser, adapt, adapt_pipeline
+from mlflow_icr.extraction.flow import FlowDenoiser
+from mlflow_icr.extraction.latents import LatentDenoiser
 from mlflow_icr.extraction.pipelines import load_denoiser
 from mlflow_icr.extraction.taps import Tap, resolve_layer
 from tests import tiny_models
@@ -223,7 +225,7 @@ def test_the_best_flow_denoiser_of_a_gaussian_is_its_closed_form() -> None:
     x = torch.randn(4, 1, 4, 4, generator=torch.Generator().manual_seed(1))
     sigma = torch.tensor([0.05, 0.29, 1.0, 20.0])
     expected = c**2 / (c**2 + sigma**2).view(-1, 1, 1, 1) * x
-    torch.testing.assert_close(FlowMatchingDenoiser(Best(), 200)(x, sigma), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(FlowDenoiser(Best(), time_scale=200)(x, sigma), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_any_function_is_a_denoiser(small_unet: nn.Module, digits: Tensor) -> None:

@@ -27,8 +27,9 @@ def _train(rank: int, folder: str, ranks: int, port: int, parts: int, engine: st
 
     from trainers.checkpoint import state_tensors
     from trainers.data import data_of
-    from trainers.edm import build_network
     from trainers.engine import is_sharded
+    from trainers.families import family_of
+    from trainers.inputs import inputs_of
     from trainers.loop import new_state, take_mean_loss
     from trainers.loop import train as steps_of
 
@@ -46,16 +47,16 @@ def _train(rank: int, folder: str, ranks: int, port: int, parts: int, engine: st
     if engine == "fsdp":  # Accelerate offers it for devices only; its own code for them does the rest
         accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="NO_WRAP")
-    images = data_of(config).train
-    network = build_network(config, 1)
-    state = new_state(network, config, accelerator)
+    data = data_of(config)
+    inputs, family = inputs_of(config, data, None, accelerator.device), family_of(config, data.num_classes)
+    state = new_state(family.build(*inputs.shape[:2]), config, accelerator)
     assert is_sharded(state.network) == (engine == "fsdp")
     assert hasattr(state.network, "_orig_mod") == (engine == "compile")
-    losses, steps = [], steps_of(state, images, config, accelerator)
+    losses, steps = [], steps_of(state, inputs, family, accelerator)
     for _ in range(STEPS):
         next(steps)
         losses.append(take_mean_loss(state, accelerator))
-    report = ICRMonitor(EDMDenoiser(state.ema), images, Protocol(num_images=48, num_views=4)).measure(state.images_seen)
+    report = ICRMonitor(EDMDenoiser(state.ema), data.train, Protocol(num_images=48, num_views=4)).measure(state.images_seen)
     tensors = state_tensors(state, accelerator, {})
     if rank == 0:
         values = {key: value for key, value in report.values.items() if key.startswith("repr/")}

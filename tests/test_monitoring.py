@@ -226,7 +226,7 @@ def test_the_schedule_is_geometric_in_images_seen() -> None:
 def test_losses_are_those_of_the_trainer_on_the_same_noise(small_unet: nn.Module, digits: torch.Tensor) -> None:
     from functools import partial
 
-    from trainers.edm import edm_loss, training_sigma
+    from trainers.families.edm import edm_loss, training_sigma
 
     denoiser = EDMDenoiser(small_unet)
     loss, draw = partial(edm_loss, denoiser, sigma_data=0.5), partial(training_sigma, p_mean=-1.2, p_std=1.2)

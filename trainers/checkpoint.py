@@ -20,8 +20,9 @@ from torch import Tensor
 
 from mlflow_icr import Verdict
 from mlflow_icr.extraction.files import file_sha256, write_whole
-from trainers.config import TrainConfig
+from mlflow_icr.extraction.latents import Autoencoder
 from trainers.engine import bare, load_whole, shared_like, whole
+from trainers.families import Family
 from trainers.loop import TrainState
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STATE, PROGRESS, TURNING = "state.safetensors", "progress.json", "turning.json"
+AUTOENCODER = "autoencoder"
 KEPT_STATES = 2  # the newest, and the one before it in case the newest cannot be read
 
 
@@ -54,12 +56,23 @@ def _sync(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _write(part: Path, state: TrainState, config: TrainConfig, accelerator: Accelerator, tensors: dict[str, Tensor]) -> None:
-    from diffusers import ConsistencyModelPipeline, EDMDPMSolverMultistepScheduler
+def place_autoencoder(folder: Path, autoencoder: Autoencoder, output_dir: Path) -> None:
+    """Put the autoencoder into a pipeline's folder as `vae/`: one copy in `output_dir`, to which the checkpoints' are links."""
+    kept = output_dir / AUTOENCODER
+    if not kept.exists():
+        part = kept.with_name(f".{AUTOENCODER}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        autoencoder.network.save_pretrained(part)
+        _sync(part)
+        part.rename(kept)
+    try:
+        shutil.copytree(kept, folder / "vae", copy_function=os.link)
+    except OSError:  # a file system without hard links; shutil.Error is an OSError too
+        shutil.rmtree(folder / "vae", ignore_errors=True)
+        shutil.copytree(kept, folder / "vae")
 
-    # Plain diffusers loads and samples this; with DDPMPipeline it would run and be wrong.
-    scheduler = EDMDPMSolverMultistepScheduler(sigma_data=config.sigma_data)
-    ConsistencyModelPipeline(unet=state.ema, scheduler=scheduler).save_pretrained(part)
+
+def _write_state(part: Path, state: TrainState, accelerator: Accelerator, tensors: dict[str, Tensor]) -> None:
     save_file(tensors, part / STATE)
     progress: dict[str, Any] = {"images_seen": state.images_seen, "loss_steps": state.loss_steps}
     if accelerator.scaler is not None:  # of fp16: plain numbers
@@ -69,7 +82,12 @@ def _write(part: Path, state: TrainState, config: TrainConfig, accelerator: Acce
 
 
 def save_checkpoint(
-    output_dir: Path, state: TrainState, config: TrainConfig, accelerator: Accelerator, tensors: dict[str, Tensor]
+    output_dir: Path,
+    state: TrainState,
+    family: Family,
+    accelerator: Accelerator,
+    tensors: dict[str, Tensor],
+    autoencoder: Autoencoder | None = None,
 ) -> Path:
     """Write the checkpoint of a state, on the main process; returns its folder. Raises OSError when the disk is full.
 
@@ -81,7 +99,10 @@ def save_checkpoint(
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
-        _write(part, state, config, accelerator, tensors)
+        family.save(part, state.ema, latent=autoencoder is not None)
+        if autoencoder is not None:
+            place_autoencoder(part, autoencoder, output_dir)
+        _write_state(part, state, accelerator, tensors)
     except SafetensorError as error:  # its way to tell of a full disk
         raise OSError(str(error)) from error
     _sync(part)

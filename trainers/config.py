@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -17,6 +17,16 @@ from mlflow_icr.extraction.encoders import is_installed
 PRESETS = Path(__file__).parent / "presets"
 MIXED_PRECISIONS = ("", "no", "bf16", "fp16")  # empty: as the launcher says, no without one
 STOPPING = ("", "turning", "memorizing")  # each later one is past the earlier
+FAMILIES = ("edm", "ddpm", "flow")
+PREDICTIONS = ("epsilon", "v")
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")  # diffusers' names
+# What only some families make use of: setting it for another one would change nothing, unnoticed.
+READ_BY = {
+    ("edm", "ddpm"): ("block_channels", "layers_per_block", "attention_resolutions"),
+    ("flow",): ("hidden_size", "num_layers", "num_heads", "patch_size"),
+    ("edm",): ("p_mean", "p_std", "sigma_data"),
+    ("ddpm",): ("prediction", "beta_schedule"),
+}
 
 
 @dataclass(frozen=True)
@@ -35,11 +45,25 @@ class TrainConfig:
     total_kimg: float
     seed: int = 0
     data_split: str = "train"
-    # Network: diffusers' UNet2DModel.
+    balanced: bool = False  # whether a subset has equally many images of each class, as far as there are
+    # What is trained: edm, ddpm (with prediction epsilon or v) or flow; of classes or not; of pixels, or of the latents that
+    # the AutoencoderKL in the folder `autoencoder` makes of them.
+    family: str = "edm"
+    prediction: str = "epsilon"
+    beta_schedule: str = "linear"
+    labels: bool = False
+    label_dropout: float = 0.1  # how often a label is replaced by the null class, which the monitor reads
+    autoencoder: str = ""
+    # Network of edm and ddpm: diffusers' UNet2DModel; resolutions are those of the latents where there are any.
     block_channels: tuple[int, ...] = (32, 64)
     layers_per_block: int = 1
     attention_resolutions: tuple[int, ...] = ()
     dropout: float = 0.0
+    # Network of flow: diffusers' DiTTransformer2DModel.
+    hidden_size: int = 384
+    num_layers: int = 12
+    num_heads: int = 6
+    patch_size: int = 2
     # Optimization. batch_size counts all ranks and accumulated parts together.
     batch_size: int = 64
     learning_rate: float = 1e-3
@@ -89,6 +113,10 @@ class TrainConfig:
             "gradient_accumulation_steps",
             "num_samples",
             "generate_every",
+            "hidden_size",
+            "num_layers",
+            "num_heads",
+            "patch_size",
         ):
             if getattr(self, name) < 1:
                 refuse(name, "a whole number >= 1")
@@ -106,13 +134,9 @@ class TrainConfig:
             refuse("mixed_precision", f"one of {', '.join(MIXED_PRECISIONS[1:])}, or empty for the launcher's")
         if self.num_images < 2:
             refuse("num_images", "at least 2 images")
-        if not self.block_channels or any(c < 8 or c % 8 for c in self.block_channels):
-            refuse("block_channels", "positive multiples of 8, one for each resolution")
-        if self.resolution % 2 ** (len(self.block_channels) - 1):
-            refuse("resolution", f"a multiple of {2 ** (len(self.block_channels) - 1)} for {len(self.block_channels)} blocks")
-        levels = [self.resolution // 2**i for i in range(len(self.block_channels))]
-        if not set(self.attention_resolutions) <= set(levels):
-            refuse("attention_resolutions", f"some of {', '.join(map(str, levels))}, the resolutions of the blocks")
+        self._check_family(refuse)
+        if not self.autoencoder:
+            self.check_network(self.resolution)
         if self.batch_size % self.gradient_accumulation_steps:
             refuse("batch_size", f"a multiple of gradient_accumulation_steps, {self.gradient_accumulation_steps}")
         if self.stop_on not in STOPPING:
@@ -129,6 +153,40 @@ class TrainConfig:
             ours = {"num_images": "probe_images", "num_views": "probe_views"}
             name, rest = str(error).split(" ", 1)
             raise ValueError(f"{ours.get(name, name)} {rest}") from None
+
+    def _check_family(self, refuse: Callable[[str, str], None]) -> None:
+        for name, allowed in (("family", FAMILIES), ("prediction", PREDICTIONS), ("beta_schedule", BETA_SCHEDULES)):
+            if getattr(self, name) not in allowed:
+                refuse(name, f"one of {', '.join(allowed)}")
+        defaults = {field.name: field.default for field in fields(self)}
+        for families, names in READ_BY.items():
+            for name in names:
+                if self.family not in families and getattr(self, name) != defaults[name]:
+                    refuse(name, f"nothing for family {self.family}: it is of {' and '.join(families)}")
+        if not 0 < self.label_dropout < 1:
+            refuse("label_dropout", "a number in (0, 1): the monitor reads the null class, which stands for dropped labels")
+        if not self.block_channels or any(c < 8 or c % 8 for c in self.block_channels):
+            refuse("block_channels", "positive multiples of 8, one for each resolution")
+        if self.hidden_size % (4 * self.num_heads):
+            refuse("hidden_size", f"a multiple of {4 * self.num_heads}, four times num_heads")
+
+    def check_network(self, side: int) -> None:
+        """Raise ValueError where the network does not fit what it is trained on, images or latents of this side."""
+        what = "" if side == self.resolution else f", which makes latents of side {side}"
+        if self.family == "flow":
+            if side % self.patch_size:
+                raise ValueError(f"resolution is {self.resolution}{what}; expected a multiple of patch_size, {self.patch_size}")
+            return
+        blocks = len(self.block_channels)
+        unit = 2 ** (blocks - 1)
+        if side % unit:
+            raise ValueError(f"resolution is {self.resolution}{what}; expected a multiple of {unit} for {blocks} blocks")
+        levels = [side // 2**i for i in range(blocks)]
+        if not set(self.attention_resolutions) <= set(levels):
+            raise ValueError(
+                f"attention_resolutions is {self.attention_resolutions!r}; expected some of {', '.join(map(str, levels))}, "
+                "the resolutions of the blocks"
+            )
 
     def protocol(self) -> Protocol:
         """What the monitor of this run measures."""
@@ -166,9 +224,17 @@ def refuse_unknown(kind: str, name: str, known: list[str]) -> None:
 
 
 def load_config(preset: str, changes: Mapping[str, Any]) -> TrainConfig:
-    """A preset's configuration with some fields changed. Raises ValueError for unknown presets, keys or values."""
+    """A preset's configuration with some fields changed; with another family, without what only the preset's own reads.
+
+    Raises ValueError for unknown presets, keys or values.
+    """
     refuse_unknown("preset", preset, preset_names())
-    values = yaml.safe_load((PRESETS / f"{preset}.yaml").read_text()) | {"preset": preset} | dict(changes)
+    values = yaml.safe_load((PRESETS / f"{preset}.yaml").read_text()) | {"preset": preset}
+    family = changes.get("family")
+    if family in FAMILIES and family != values.get("family", "edm"):
+        unread = {name for families, names in READ_BY.items() if family not in families for name in names}
+        values = {key: value for key, value in values.items() if key not in unread}
+    values |= dict(changes)
     if values.get("encoder") == "auto":  # settled here, so that a resumed run keeps it whatever is installed by then
         values["encoder"] = "efficientnet_lite0" if is_installed("efficientnet_lite0") else "pixels"
     return config_from(values)

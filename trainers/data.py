@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from mlflow_icr.extraction import keyed_generator
-from mlflow_icr.extraction.images import content_hash, folder_labels, load_folder, stack_images
+from mlflow_icr.extraction.images import content_hash, folder_labels, folder_paths, read_paths, stack_images
 from trainers.config import TrainConfig
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts its files
@@ -29,14 +29,30 @@ class DataSet:
     heldout_sha256: str
     train_labels: Tensor | None = None  # (N,) integers
     heldout_labels: Tensor | None = None
+    num_classes: int | None = None  # of the whole set, so that subsets train the same network
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """All images of a set in its own order, (N, C, H, W) uint8, and their classes, (N,) integers, where they are known."""
+    """All images of a set in its own order: (N, C, H, W) uint8, or files to be read; their classes, (N,) integers, if known."""
 
-    images: Tensor
+    images: Tensor | None
     labels: Tensor | None = None
+    paths: tuple[Path, ...] = ()
+    resolution: int = 0  # of files
+
+    def __len__(self) -> int:
+        return len(self.paths) if self.images is None else len(self.images)
+
+    def read(self, *parts: Tensor) -> list[Tensor]:
+        """The images with these places in the set, (N, C, H, W) uint8; grey where all of all parts are.
+
+        Raises ValueError naming files that cannot be read.
+        """
+        if self.images is not None:
+            return [self.images[part] for part in parts]
+        found = read_paths([self.paths[i] for part in parts for i in part.tolist()], self.resolution)
+        return list(found.split([len(part) for part in parts]))
 
 
 def _source(images: np.ndarray, labels: np.ndarray, resolution: int) -> Source:
@@ -107,26 +123,54 @@ def load_source(data: str, resolution: int, split: str = "train") -> Source:
     if data in embedded:
         return embedded[data](resolution)
     if Path(data).is_dir():
-        return Source(load_folder(data, resolution), folder_labels(data))
+        return Source(None, folder_labels(data), tuple(folder_paths(data)), resolution)
     return _named(data, split, resolution)
 
 
-def load_data(data: str, *, resolution: int, num_images: int, num_heldout: int, seed: int, split: str = "train") -> DataSet:
+def subset_order(source: Source, seed: int, balanced: bool) -> Tensor:
+    """The order (N,) that subsets are taken of: by chance, or the first of each class, the second of each, and so on.
+
+    Raises ValueError for a balanced order of a set without classes.
+    """
+    order = torch.from_numpy(keyed_generator("subset", seed).permutation(len(source)))
+    if not balanced:
+        return order
+    if source.labels is None:
+        raise ValueError("balanced is True, but the data has no classes; expected subfolders, or a set with labels")
+    labels = source.labels[order]
+    by_class = torch.argsort(labels, stable=True)
+    counts = torch.bincount(labels)
+    place = torch.empty(len(order), dtype=torch.int64)  # of each image among those of its class
+    place[by_class] = torch.arange(len(order)) - (counts.cumsum(0) - counts)[labels[by_class]]
+    return order[torch.argsort(place, stable=True)]
+
+
+def load_data(
+    data: str,
+    *,
+    resolution: int,
+    num_images: int,
+    num_heldout: int,
+    seed: int,
+    split: str = "train",
+    balanced: bool = False,
+) -> DataSet:
     """num_images training images and num_heldout others, by an order that the seed fixes.
 
     Subsets nest: the first 64 of 128 images are the 64 of a run with num_images 64, and the held-out images, taken from the
-    end of the order, are the same for every num_images. Raises ValueError when the set has too few.
+    end of the order, are the same for every num_images. Of a folder, no other images are read. Raises ValueError when the set
+    has too few.
     """
     source = load_source(data, resolution, split)
-    images, labels = source.images, source.labels
-    if num_images + num_heldout > len(images):
+    labels = source.labels
+    if num_images + num_heldout > len(source):
         raise ValueError(
-            f"num_images is {num_images} and num_heldout {num_heldout}; expected at most {len(images)} together, "
+            f"num_images is {num_images} and num_heldout {num_heldout}; expected at most {len(source)} together, "
             f"the size of {data!r}"
         )
-    order = torch.from_numpy(keyed_generator("subset", seed).permutation(len(images)))
-    first, last = order[:num_images], order[len(images) - num_heldout :]
-    train, heldout = images[first], images[last]
+    order = subset_order(source, seed, balanced)
+    first, last = order[:num_images], order[len(source) - num_heldout :]
+    train, heldout = source.read(first, last)
     return DataSet(
         train,
         heldout,
@@ -134,6 +178,7 @@ def load_data(data: str, *, resolution: int, num_images: int, num_heldout: int, 
         content_hash(heldout),
         None if labels is None else labels[first],
         None if labels is None else labels[last],
+        None if labels is None else int(labels.max()) + 1,
     )
 
 
@@ -146,6 +191,7 @@ def data_of(config: TrainConfig) -> DataSet:
         num_heldout=config.num_heldout,
         seed=config.seed,
         split=config.data_split,
+        balanced=config.balanced,
     )
 
 

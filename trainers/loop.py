@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from mlflow_icr import EDMDenoiser
 from mlflow_icr.extraction import keyed_generator
 from trainers.config import TrainConfig
-from trainers.edm import edm_loss, training_sigma
 from trainers.engine import bare, whole
+from trainers.families import Family
+from trainers.inputs import Inputs
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -56,27 +56,61 @@ class Order:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Images (B, C, H, W) uint8, noise levels (B,), unit noise (B, C, H, W)."""
+    """Inputs (B, C, H, W), noise levels (B,), unit noise (B, C, H, W), and where the model has them classes (B,).
+
+    Of latents, inputs are mean and deviation, (B, 2 C, H, W), and `spread` is the unit noise (B, C, H, W) that says which one
+    of the posterior is taken.
+    """
 
     images: Tensor
-    sigma: Tensor
+    level: Tensor
     noise: Tensor
+    labels: Tensor | None = None
+    spread: Tensor | None = None
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        given = ((entry.name, getattr(self, entry.name)) for entry in fields(self))
+        changed: dict[str, Any] = {name: value if value is None else change(value) for name, value in given}
+        return Batch(**changed)
 
     def part(self, place: int, parts: int) -> Batch:
         """One of equal consecutive parts."""
         size = len(self.images) // parts
         rows = slice(place * size, (place + 1) * size)
-        return Batch(self.images[rows], self.sigma[rows], self.noise[rows])
+        return self._each(lambda value: value[rows])
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        return self._each(lambda value: value.to(device))
+
+    def clean(self) -> Tensor:
+        """What is noised, (B, C, H, W): images in [-1, 1], or latents."""
+        if self.spread is None:
+            return self.images.float() / 127.5 - 1
+        mean, deviation = self.images.chunk(2, 1)
+        return mean + deviation * self.spread
 
 
-def draw_batch(images: Tensor, order: Order, config: TrainConfig, images_seen: int) -> Batch:
+def draw_batch(inputs: Inputs, order: Order, family: Family, images_seen: int) -> Batch:
     """The whole batch, of all ranks, that follows after images_seen: a function of the configuration and that number."""
-    count = config.batch_size
+    config, count = family.config, family.config.batch_size
+
+    def stream(purpose: str) -> np.random.Generator:
+        return keyed_generator(purpose, config.seed, images_seen)
+
+    def unit(generator: np.random.Generator) -> Tensor:
+        return torch.from_numpy(generator.standard_normal((count, *inputs.shape), dtype=np.float32))
+
     indices = torch.from_numpy(order.at(images_seen, images_seen + count))
-    generator = keyed_generator("train", config.seed, images_seen)
-    sigma = training_sigma(generator, count, config.p_mean, config.p_std)
-    noise = torch.from_numpy(generator.standard_normal((count, *images.shape[1:]), dtype=np.float32))
-    return Batch(images[indices.to(images.device)], sigma, noise)
+    generator = stream("train")
+    level = family.draw(generator, count)
+    noise = unit(generator)
+    labels = None
+    if inputs.labels is not None and family.null_class is not None:
+        dropped = torch.from_numpy(stream("label dropout").random(count) < config.label_dropout)
+        labels = torch.where(dropped, family.null_class, inputs.labels[indices.to(inputs.labels.device)].cpu())
+    spread = unit(stream("posterior")) if inputs.latent else None
+    return Batch(inputs.images[indices.to(inputs.images.device)], level, noise, labels, spread)
 
 
 def ema_beta(config: TrainConfig, images_seen: int) -> float:
@@ -96,21 +130,23 @@ def new_state(network: nn.Module, config: TrainConfig, accelerator: Accelerator)
     return TrainState(network, ema, optimizer, loss_sum=torch.zeros((), dtype=torch.float64, device=accelerator.device))
 
 
-def train(state: TrainState, images: Tensor, config: TrainConfig, accelerator: Accelerator) -> Iterator[TrainState]:
-    """Train on images (N, C, H, W) uint8, yielding the state after every optimizer step, for as long as it is asked.
+def train(state: TrainState, inputs: Inputs, family: Family, accelerator: Accelerator) -> Iterator[TrainState]:
+    """Train on inputs by a family's loss, yielding the state after every optimizer step, for as long as it is asked.
 
-    Order and noise are keyed by (seed, images seen, place in the batch), so that neither ranks, nor accumulation, nor a
-    resumption change them. A rank takes an equal, consecutive share of each accumulated part. Dropout draws from the global
-    generator, in the shape of a rank's share: it is keyed too, and by the rank, so that a resumption does not change it.
+    Order, noise and dropped labels are keyed by (seed, images seen, place in the batch), so that neither ranks, nor
+    accumulation, nor a resumption change them. A rank takes an equal, consecutive share of each accumulated part. Dropout draws
+    from the global generator, in the shape of a rank's share: it is keyed too, and by the rank, so that a resumption does not
+    change it.
     """
-    denoiser = EDMDenoiser(state.network, config.sigma_data)
-    order = Order(len(images), config.seed)
+    config, device = family.config, accelerator.device
+    denoiser = family.denoiser(state.network)
+    order = Order(len(inputs.images), config.seed)
     average = list(state.ema.parameters())
     weights = list(bare(state.network, accelerator).parameters())
-    images, device = images.to(accelerator.device), accelerator.device
+    inputs = inputs.to(device)
     state.network.train()
     while True:
-        batch = draw_batch(images, order, config, state.images_seen)
+        batch = draw_batch(inputs, order, family, state.images_seen)
         rate = config.learning_rate * min(1.0, (state.images_seen + config.batch_size) / max(config.rampup_kimg * 1000, 1e-8))
         for group in state.optimizer.param_groups:
             group["lr"] = rate
@@ -119,10 +155,9 @@ def train(state: TrainState, images: Tensor, config: TrainConfig, accelerator: A
             torch.manual_seed(int(key.integers(2**63)))
         for place in range(accelerator.gradient_accumulation_steps):  # a launcher's configuration may have set it
             part = batch.part(place, accelerator.gradient_accumulation_steps)
-            mine = part.part(accelerator.process_index, accelerator.num_processes)
-            x = mine.images.float() / 127.5 - 1
+            mine = part.part(accelerator.process_index, accelerator.num_processes).to(device)
             with accelerator.accumulate(state.network):
-                loss = edm_loss(denoiser, x, mine.sigma.to(device), mine.noise.to(device), config.sigma_data)
+                loss = family.loss(denoiser, mine.clean(), mine.level, mine.noise, mine.labels)
                 accelerator.backward(loss)
                 state.optimizer.step()
                 state.optimizer.zero_grad()

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
+from torch import nn
 
-from mlflow_icr import EDMDenoiser, GenerationMonitor, ICRMonitor, LossMonitor, Report, geometric_schedule, verdict
+from mlflow_icr import Denoiser, GenerationMonitor, ICRMonitor, LossMonitor, Report, geometric_schedule, verdict
 from mlflow_icr.environment import environment_tags
 from mlflow_icr.extraction.encoders import load_encoder
+from mlflow_icr.extraction.latents import LatentDenoiser
 from mlflow_icr.monitoring.generation_plots import trade_off
 from mlflow_icr.monitoring.grid import image_tiles
 from mlflow_icr.monitoring.neighbours import invariant_part, residual_part
@@ -26,12 +28,15 @@ from trainers.checkpoint import latest_checkpoint, load_checkpoint, mark_turning
 from trainers.config import STOPPING, TrainConfig
 from trainers.console import Console
 from trainers.data import data_of, describe_data
-from trainers.edm import build_network, edm_loss, training_sigma
 from trainers.engine import bare, is_sharded
+from trainers.families import family_of
+from trainers.inputs import inputs_of, open_autoencoder
 from trainers.loop import new_state, take_mean_loss, train
 
 # Ranks must stop at the same step; asking all of them after every step would make each wait for the others' hosts.
 STOP_EVERY_STEPS = 8
+# Views that are kept, in bytes: to encode them again would cost as much as many measurements.
+VIEW_CACHE, LATENT_CACHE = 512 * 2**20, 4 * 2**30
 PROJECTOR_IMAGES = 1000  # more make one sprite that browsers are slow with
 
 
@@ -53,12 +58,15 @@ class Run:
             cpu=not torch.cuda.is_available() and not torch.backends.mps.is_available(),
         )
         self._check_engine()
+        self.autoencoder = open_autoencoder(config, self.accelerator.device)
         self.data = data_of(config)
-        network = build_network(config, self.data.train.shape[1])
+        self.inputs = inputs_of(config, self.data, self.autoencoder, self.accelerator.device)
+        self.family = family_of(config, self.data.num_classes)
+        network = self.family.build(*self.inputs.shape[:2])
         self.num_parameters = sum(p.numel() for p in network.parameters())
         self.state = new_state(network, config, self.accelerator)
-        ema = EDMDenoiser(self.state.ema, config.sigma_data)
-        raw = EDMDenoiser(bare(self.state.network, self.accelerator), config.sigma_data) if config.measure_raw else None
+        ema = self._denoiser(self.state.ema)
+        raw = self._denoiser(bare(self.state.network, self.accelerator)) if config.measure_raw else None
         self.monitor = ICRMonitor(
             ema,
             self.data.train,
@@ -67,13 +75,13 @@ class Run:
             companions=config.companions,
             labels=self.data.train_labels,
             pictures=True,
+            cache_bytes=(LATENT_CACHE if self.autoencoder else VIEW_CACHE),
         )
         heldout = self.data.heldout if len(self.data.heldout) else None
         self.losses = None
         if heldout is not None:
-            loss = partial(edm_loss, ema, sigma_data=config.sigma_data)
-            draw = partial(training_sigma, p_mean=config.p_mean, p_std=config.p_std)
-            self.losses = LossMonitor(ema, loss, draw, self.data.train, heldout)
+            loss = partial(self.family.loss, self.family.denoiser(self.state.ema))
+            self.losses = LossMonitor(ema, loss, self.family.draw, self.data.train, heldout)
         self.generation = GenerationMonitor(
             ema,
             self.data.train,
@@ -86,6 +94,7 @@ class Run:
             ),
             num_samples=config.num_samples,
             num_steps=config.sample_steps,
+            labels=self.inputs.labels,
         )
         self.schedule = geometric_schedule(
             config.total_images,
@@ -101,6 +110,11 @@ class Run:
         # Of what the verdict reads, on every rank the same.
         self.rows = list(read_history(output_dir)) if resume and (output_dir / HISTORY).exists() else []
         self._trained_seconds, self._trained_images = 0.0, 0
+
+    def _denoiser(self, network: nn.Module) -> Denoiser:
+        """A network as the monitors read it."""
+        denoiser = self.family.denoiser(network)
+        return denoiser if self.autoencoder is None else LatentDenoiser(denoiser, self.autoencoder)
 
     def _check_engine(self) -> None:
         c, ranks, parts = self.config, self.accelerator.num_processes, self.accelerator.gradient_accumulation_steps
@@ -167,7 +181,7 @@ class Run:
     def go(self, tracker: Tracker | None, console: Console, wants_stop: Callable[[], bool]) -> str:
         """Train to the end of the schedule, or until asked to stop; returns FINISHED or KILLED."""
         due = [step for step in self.schedule if step >= self.state.images_seen]
-        steps = train(self.state, self.data.train, self.config, self.accelerator)
+        steps = train(self.state, self.inputs, self.family, self.accelerator)
         since, trained = time.perf_counter(), 0
         while due:
             if self.state.images_seen == due[0]:
@@ -219,7 +233,7 @@ class Run:
             tensors = state_tensors(self.state, self.accelerator, self.monitor.state_dict())
         if self.is_main:
             assert tensors is not None
-            save_checkpoint(self.output_dir, self.state, self.config, self.accelerator, tensors)
+            save_checkpoint(self.output_dir, self.state, self.family, self.accelerator, tensors, self.autoencoder)
             mark_turning(self.output_dir, verdict(self.rows))
         self.accelerator.wait_for_everyone()
 

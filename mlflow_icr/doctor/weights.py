@@ -80,7 +80,8 @@ def _packaged(name: str, path: Path | None) -> Check:
 
 def _folder(name: str, path: Path | None) -> Check:
     """An encoder of the transformers library, from a folder that its user has."""
-    from mlflow_icr.extraction.encoder_weights import WEIGHTS, file_sha256
+    from mlflow_icr.extraction.encoder_weights import WEIGHTS
+    from mlflow_icr.extraction.files import file_sha256
 
     label = f"encoder {name}"
     if find_spec("transformers") is None:

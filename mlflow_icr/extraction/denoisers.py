@@ -33,8 +33,13 @@ Encode = Callable[[Tensor], Tensor]
 
 
 def encoder_of(denoiser: Denoiser) -> Encode | None:
-    """A latent denoiser's map from images in [-1, 1] to what its network sees; None for a network of pixels."""
+    """How images (B, C, H, W) in [-1, 1] get to where a denoiser works; None for one that works on them as they are."""
     return getattr(denoiser, "encode", None)
+
+
+def decoder_of(denoiser: Denoiser) -> Encode | None:
+    """The way back from there; None for a denoiser that works on images as they are."""
+    return getattr(denoiser, "decode", None)
 
 
 def device_of(denoiser: Denoiser) -> torch.device:
@@ -58,37 +63,56 @@ class EDMDenoiser:
     """EDM's preconditioning around a network F(x, time), such as diffusers' UNet2DModel.
 
     D(x, sigma) = c_skip x + c_out F(c_in x, c_noise); `sigma_data` is the standard deviation of clean images.
-    `call` runs a network that wants a condition too. Source: Karras et al. 2022, "Elucidating the design space of
-    diffusion-based generative models", table 1.
+    A network of classes has a `null_class`, which stands for none of them: it is read where no labels are given. `call` runs a
+    network that wants another condition. Raises ValueError for a sigma_data that is not positive.
+    Source: Karras et al. 2022, "Elucidating the design space of diffusion-based generative models", table 1.
     """
 
-    def __init__(self, network: nn.Module, sigma_data: float = 0.5, *, call: Call | None = None) -> None:
+    def __init__(
+        self, network: nn.Module, sigma_data: float = 0.5, *, null_class: int | None = None, call: Call | None = None
+    ) -> None:
         if not sigma_data > 0:
             raise ValueError(f"sigma_data is {sigma_data}; expected a positive number")
         self._network, self._call = network, call
-        self.sigma_data = sigma_data
+        self.sigma_data, self.null_class = sigma_data, null_class
 
     @property
     def network(self) -> nn.Module:
         """The wrapped network."""
         return self._network
 
-    def __call__(self, x: Tensor, sigma: Tensor | float) -> Tensor:
-        """The denoised images, (B, C, H, W) float32, for x of that shape and sigma > 0, a float or (B,)."""
+    def __call__(self, x: Tensor, sigma: Tensor | float, labels: Tensor | None = None) -> Tensor:
+        """The denoised images, (B, C, H, W) float32, for x of that shape, sigma > 0, a float or (B,), and classes (B,)."""
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(x.shape[0])
         s = sigma.view(-1, 1, 1, 1)
         variance = s.square() + self.sigma_data**2
         c_skip = self.sigma_data**2 / variance
         c_out = s * self.sigma_data / variance.sqrt()
         # UNet2DModel casts a Python float time to long; a tensor keeps c_noise as it is.
-        return c_skip * x + c_out * run_network(self._network, x / variance.sqrt(), sigma.log() / 4, self._call)
+        f = run_network(self._network, x / variance.sqrt(), sigma.log() / 4, labels, self.null_class, self._call)
+        return c_skip * x + c_out * f
 
 
-def run_network(network: nn.Module, x: Tensor, time: Tensor, call: Call | None = None) -> Tensor:
-    """F(x, time) in float32, of a network whose weights may be of another type, out of diffusers' output class."""
+def run_network(
+    network: nn.Module,
+    x: Tensor,
+    time: Tensor,
+    labels: Tensor | None = None,
+    null_class: int | None = None,
+    call: Call | None = None,
+) -> Tensor:
+    """F(x, time) in float32, of a network whose weights may be of another type, out of diffusers' output class.
+
+    x is (B, C, H, W), time (B,). A network with a null class is told `labels` (B,), or that class for every image; `call` runs
+    one that wants something else.
+    """
     weight = next(network.parameters(), x)
     x = x.to(weight.dtype)
-    output = network(x, time) if call is None else call(network, x, time)
+    conditions = {}
+    if null_class is not None:
+        null = torch.full((len(x),), null_class, device=x.device)
+        conditions["class_labels"] = null if labels is None else labels.to(x.device)
+    output = network(x, time, **conditions) if call is None else call(network, x, time)
     f: Tensor = output.sample if hasattr(output, "sample") else output
     return f.float()
 
@@ -103,13 +127,21 @@ class SchedulerDenoiser:
     alpha_bar) noise - sqrt(1 - alpha_bar) x_0, the clean image is x - sigma F for `epsilon`, F for `sample`, and alpha_bar x -
     sqrt(1 - alpha_bar) F for `v_prediction`. t lies between the timesteps whose noise is next, linear in log sigma; with
     `nearest` it is the nearest whole one, for networks that look timesteps up in a table. Noise beyond the scheduler's has its
-    first or last timestep. Of a network that predicts a variance too, the second half of the channels is left aside. `call`
-    runs a network that wants a condition too. Raises ValueError for a scheduler without alphas_cumprod or with another
-    prediction type.
+    first or last timestep. Of a network that predicts a variance too, the second half of the channels is left aside. The
+    `null_class` of a network of classes is read where no labels are given; `call` runs a network that wants another condition.
+    Raises ValueError for a scheduler without alphas_cumprod or with another prediction type.
     Source: Ho et al. 2020, equation 4; Salimans & Ho 2022, appendix D (v).
     """
 
-    def __init__(self, network: nn.Module, scheduler: Any, *, nearest: bool = False, call: Call | None = None) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        scheduler: Any,
+        *,
+        nearest: bool = False,
+        null_class: int | None = None,
+        call: Call | None = None,
+    ) -> None:
         alphas = getattr(scheduler, "alphas_cumprod", None)
         if not isinstance(alphas, Tensor):
             raise ValueError(
@@ -119,7 +151,7 @@ class SchedulerDenoiser:
         if self.prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type is {self.prediction_type!r}; expected one of {', '.join(PREDICTION_TYPES)}")
         self._network, self._call = network, call
-        self.nearest = nearest
+        self.nearest, self.null_class = nearest, null_class
         alphas = alphas.detach().double().cpu()
         # A rescaled schedule ends in pure noise, alpha_bar = 0, whose sigma has no logarithm to interpolate in.
         alphas = alphas[alphas > 0]
@@ -139,12 +171,16 @@ class SchedulerDenoiser:
         t = left + (wanted - known[left]) / (known[right] - known[left])
         return t.round().long() if self.nearest else t.float()
 
-    def __call__(self, x: Tensor, sigma: Tensor | float) -> Tensor:
-        """The denoised images, (B, C, H, W) float32, for x of that shape and sigma > 0, a float or (B,)."""
+    def predict(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """F(x_t, t): what the network says of x_t (B, C, H, W) at timesteps (B,), in the scheduler's prediction type."""
+        return run_network(self._network, x, t, labels, self.null_class, self._call)[:, : x.shape[1]]
+
+    def __call__(self, x: Tensor, sigma: Tensor | float, labels: Tensor | None = None) -> Tensor:
+        """The denoised images, (B, C, H, W) float32, for x of that shape, sigma > 0, a float or (B,), and classes (B,)."""
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(x.shape[0])
         s = sigma.view(-1, 1, 1, 1)
         alpha = 1 / (1 + s.square())
-        f = run_network(self._network, alpha.sqrt() * x, self.timestep(sigma), self._call)[:, : x.shape[1]]
+        f = self.predict(alpha.sqrt() * x, self.timestep(sigma), labels)
         if self.prediction_type == "epsilon":
             return x - s * f
         if self.prediction_type == "sample":

@@ -79,13 +79,36 @@ def load_folder(folder: Path | str, resolution: int) -> Tensor:
 
     Raises ValueError when there are none, or naming the files that cannot be read.
     """
+    return read_paths(folder_paths(folder), resolution)
+
+
+def folder_paths(folder: Path | str) -> list[Path]:
+    """All image files below a folder of training images, in the order of their paths. Raises ValueError when there are none."""
     paths = image_paths(folder)
     if not paths:
         raise ValueError(f"data is {str(folder)!r}, a folder without images ({', '.join(sorted(SUFFIXES))})")
-    images, unreadable = _open_all((str(path), path) for path in paths)
+    return paths
+
+
+def read_paths(paths: Sequence[Path], resolution: int) -> Tensor:
+    """Image files as (N, C, resolution, resolution) uint8: one channel when all are grey, else RGB.
+
+    One file is in memory at a time, whatever its size. Raises ValueError naming the files that cannot be read.
+    """
+    arrays, unreadable, grey = [], [], True
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                grey = grey and image.mode in GREY_MODES
+                arrays.append(np.asarray(fit(as_eight_bit(image, grey), resolution)))
+        except (UnidentifiedImageError, OSError) as error:
+            unreadable.append(f"{path} ({error})")
     if unreadable:
         raise ValueError(f"{len(unreadable)} of {len(paths)} images cannot be read: {named(unreadable)}")
-    return stack_images(images, resolution)
+    if not grey:  # those before the first of colour were read as grey
+        arrays = [array if array.ndim == 3 else np.repeat(array[..., None], 3, axis=2) for array in arrays]
+    stacked = torch.from_numpy(np.stack(arrays))
+    return stacked[:, None] if grey else stacked.permute(0, 3, 1, 2).contiguous()
 
 
 def named(unreadable: Sequence[str]) -> str:

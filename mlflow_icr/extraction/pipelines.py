@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from mlflow_icr.extraction.adapters import LatentDenoiser, adapt, adapt_pipeline
-from mlflow_icr.extraction.adapters.choose import NETWORKS, side_of
+from mlflow_icr.extraction.adapters import ClassCondition, adapt, adapt_pipeline
+from mlflow_icr.extraction.adapters.choose import NETWORKS, label_of, side_of
 from mlflow_icr.extraction.denoisers import Denoiser
+from mlflow_icr.extraction.latents import LatentDenoiser, load_autoencoder
 
+NULL_CLASS = "_null_class"  # in model_index.json: which class of a U-Net stands for none
 INDEX = "model_index.json"
 SCHEDULER = "scheduler/scheduler_config.json"
 # What a measurement needs of a pipeline; safety checkers and image encoders stay where they are.
@@ -28,7 +30,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def load_denoiser(place: Path | str, **options: Any) -> tuple[Denoiser, int]:
     """The denoiser of a saved pipeline, and its images' side in pixels; options are those of `load_pipeline`.
 
-    A folder with `unet/` (an unconditional UNet2DModel) and `scheduler/` will do. Raises ValueError as `load_pipeline` does.
+    A folder with `unet/` (a UNet2DModel) or `transformer/` (a DiTTransformer2DModel), and `scheduler/`, will do. Raises
+    ValueError as `load_pipeline` does.
     """
     denoiser, side, _ = load_pipeline(place, **options)
     return denoiser, side
@@ -57,10 +60,11 @@ def load_pipeline(
     target = _device(device)
     folder = _folder(place, trust_remote_code)
     with torch.random.fork_rng(devices=[]):  # diffusers draws from the global generator where it makes a scheduler
-        if _is_unconditional(folder):
-            if prompt or class_label is not None:
-                raise ValueError("prompt and class_label are for networks of text and classes; expected neither")
-            denoiser, side = _unconditional(folder)
+        part = _bare_part(folder)
+        if part is not None:
+            if prompt:
+                raise ValueError("prompt is for networks of text; expected none")
+            denoiser, side = _from_parts(folder, part, class_label)
             side, pipeline = resolution or side, None
         else:
             pipeline = _whole(folder, DTYPES[dtype], trust_remote_code)
@@ -71,7 +75,7 @@ def load_pipeline(
     if pipeline is None and DTYPES[dtype] != torch.float32:
         network.to(DTYPES[dtype])
     if isinstance(denoiser, LatentDenoiser):
-        denoiser.autoencoder.to(target).eval()
+        denoiser.autoencoder.network.to(target).eval().requires_grad_(False)
     return denoiser, side, pipeline
 
 
@@ -123,9 +127,19 @@ def _config(path: Path) -> dict[str, Any]:
     return found
 
 
-def _is_unconditional(folder: Path) -> bool:
-    path = folder / "unet" / "config.json"
-    return path.exists() and not (folder / "vae").exists() and _config(path).get("_class_name") == "UNet2DModel"
+def _bare_part(folder: Path) -> str | None:
+    """Where the network is that needs no pipeline to be read: a UNet2DModel of pixels, or one of ours; else None.
+
+    Our own folders of flow matching and of latents come with a pipeline's code, which is not run.
+    """
+    known = {"unet": "UNet2DModel", "transformer": "DiTTransformer2DModel"}
+    path = folder / INDEX
+    ours = path.exists() and isinstance(_config(path).get("_class_name"), list)
+    for part, kind in known.items():
+        config = folder / part / "config.json"
+        if config.exists() and _config(config).get("_class_name") == kind:
+            return part if ours or (part == "unet" and not (folder / "vae").exists()) else None
+    return None
 
 
 def load_network(folder: Path) -> Any:
@@ -152,12 +166,34 @@ def load_scheduler(folder: Path) -> Any:
     return made.from_config(config)
 
 
-def _unconditional(folder: Path) -> tuple[Denoiser, int]:
-    scheduler = load_scheduler(folder)
-    network = load_network(folder / "unet")
-    if network.config.get("num_class_embeds") or network.config.get("class_embed_type"):
-        raise ValueError("the network is a UNet2DModel with classes, which does not say which one means none")
-    return adapt(network, scheduler), int(network.config["sample_size"])
+def _from_parts(folder: Path, part: str, class_label: int | None) -> tuple[Denoiser, int]:
+    scheduler, network = load_scheduler(folder), load_network(folder / part)
+    null, call = _null_class(folder, network), None
+    if class_label is not None:
+        if null is None:
+            raise ValueError("class_label is for networks of classes; expected none")
+        call = ClassCondition(label_of(class_label, null))
+    side, autoencoder = int(network.config["sample_size"]), None
+    if (folder / "vae").exists():
+        autoencoder = load_autoencoder(folder / "vae")
+        side *= autoencoder.factor
+    return adapt(network, scheduler, null_class=null, call=call, autoencoder=autoencoder), side
+
+
+def _null_class(folder: Path, network: Any) -> int | None:
+    """The null class of a network of classes; None for one without. Raises ValueError for a U-Net that names none."""
+    config = network.config
+    if "num_embeds_ada_norm" in config:  # a DiT's table always ends with it
+        return int(config["num_embeds_ada_norm"])
+    if not config.get("num_class_embeds") and not config.get("class_embed_type"):
+        return None
+    found = _config(folder / INDEX).get(NULL_CLASS) if (folder / INDEX).exists() else None
+    if not isinstance(found, int):
+        raise ValueError(
+            "the network is a UNet2DModel with classes, which does not say which one means none; "
+            f"expected {NULL_CLASS} in its {INDEX}"
+        )
+    return found
 
 
 def _whole(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlflow_icr.extraction.denoisers import Denoiser
+from mlflow_icr.extraction.denoisers import Denoiser, decoder_of
 from mlflow_icr.extraction.keyed import keyed_generator
 
 
@@ -38,19 +38,36 @@ def heun_sample(
     sigma_min: float = 0.002,
     sigma_max: float = 80.0,
     rho: float = 7.0,
+    labels: Tensor | None = None,
 ) -> Tensor:
     """Images (B, C, H, W), about in [-1, 1], by EDM's deterministic second-order sampler from unit noise of that shape.
 
-    Costs 2 num_steps - 1 calls of the denoiser. Raises ValueError for an impossible schedule.
+    Costs 2 num_steps - 1 calls of the denoiser, with `labels` (B,) where they are given. Raises ValueError for an impossible
+    schedule.
     Source: Karras et al. 2022, algorithm 1; the defaults are its CIFAR-10 settings.
     """
     sigmas = karras_sigmas(num_steps, sigma_min, sigma_max, rho)
+    known = {} if labels is None else {"labels": labels}
     x = noise.to(torch.float32) * sigmas[0]
     for sigma, sigma_next in pairwise(sigmas):
-        slope = (x - denoiser(x, sigma)) / sigma
+        slope = (x - denoiser(x, sigma, **known)) / sigma
         x_next = x + (sigma_next - sigma) * slope
         if sigma_next > 0:
-            slope_next = (x_next - denoiser(x_next, sigma_next)) / sigma_next
+            slope_next = (x_next - denoiser(x_next, sigma_next, **known)) / sigma_next
             x_next = x + (sigma_next - sigma) * (slope + slope_next) / 2
         x = x_next
     return x
+
+
+def sample(denoiser: Denoiser, noise: Tensor, *, num_steps: int, labels: Tensor | None = None) -> Tensor:
+    """Images (B, C, H, W), about in [-1, 1], from unit noise of the shape that the denoiser works on.
+
+    A denoiser's own `sample` is used where it has one, else EDM's sampler; latents are decoded. `labels` (B,) are told to a
+    denoiser of classes; without them its images are of none.
+    """
+    own, decode = getattr(denoiser, "sample", None), decoder_of(denoiser)
+    if own is None:
+        x = heun_sample(denoiser, noise, num_steps=num_steps, labels=labels)
+    else:
+        x = own(noise, num_steps=num_steps, labels=labels)
+    return x if decode is None else decode(x)

@@ -38,6 +38,18 @@ CENTRE_CROP = 0.875  # side of the centre crop over the image's side: 224 of 256
 NUM_PARAMETERS = 10  # uniform draws per view; fixed, so that levels share their crops
 
 
+class _Draws:
+    """What is drawn for B views: parameters uniform in [0, 1), (B, 10) float64, and after them unit noise."""
+
+    def __init__(self, indices: Sequence[int], views: Sequence[int], seed: int) -> None:
+        self._streams = [keyed_generator("view", seed, i, k) for i, k in zip(indices, views, strict=True)]
+        self.uniform = torch.from_numpy(np.stack([stream.random(NUM_PARAMETERS) for stream in self._streams]))
+
+    def noise(self, shape: tuple[int, ...]) -> Tensor:
+        """Unit noise (B, *shape) float32, to be asked for once."""
+        return torch.from_numpy(np.stack([s.standard_normal(shape, dtype=np.float32) for s in self._streams]))
+
+
 def as_unit_interval(images: Tensor) -> Tensor:
     """Images (N, C, H, W) as float32 in [0, 1], from uint8, from uint16, or from floats that already are.
 
@@ -125,7 +137,8 @@ def make_views(
 
     `images` are the B images themselves, (B, C, H, W), uint8 or floats in [0, 1]; `indices` are their B fixed numbers in
     the data set, which key the draws. Draws are made on the CPU; augmentation runs on `device`, where floating point may
-    round differently. `level` is one of AUGMENTATION_LEVELS. Raises ValueError for values outside their range.
+    round differently. `level` is one of AUGMENTATION_LEVELS. With `encode`, from images in [-1, 1] to latents, views are
+    augmented as images and noised as latents: (B, K, c, h, w). Raises ValueError for values outside their range.
     Source: Li et al. 2026, section "Protocol".
     """
     if level not in AUGMENTATION_LEVELS:
@@ -140,14 +153,12 @@ def make_views(
     batch, shape = clean.shape[0], tuple(clean.shape[1:])
     if batch == 0:
         return clean.new_empty(0, num_views, *shape)
-    streams = [keyed_generator("view", seed, int(image), view) for image in indices for view in range(num_views)]
-    uniform = torch.from_numpy(np.stack([stream.random(NUM_PARAMETERS) for stream in streams]))  # (B K, 10)
-    views = _resample(clean.repeat_interleave(num_views, 0), _sampling_matrices(uniform, level, shape[1], shape[2]))
+    draws = _Draws([int(i) for i in indices for _ in range(num_views)], list(range(num_views)) * batch, seed)
+    views = _resample(clean.repeat_interleave(num_views, 0), _sampling_matrices(draws.uniform, level, shape[1], shape[2]))
     if level >= 3:
-        views = _jitter(views, uniform)
+        views = _jitter(views, draws.uniform)
     views = views * 2 - 1
     if encode is not None:
         views = encode(views)
-        shape = tuple(views.shape[1:])
-    noise = torch.from_numpy(np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams]))
-    return (views + sigma * noise.to(device)).view(batch, num_views, *shape)
+    shape = tuple(views.shape[1:])
+    return (views + sigma * draws.noise(shape).to(views.device)).view(batch, num_views, *shape)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from mlflow_icr.extraction.cache import ReferenceCache, cache_folder
-from mlflow_icr.extraction.denoisers import Denoiser, device_of, evaluating
+from mlflow_icr.extraction.denoisers import Denoiser, device_of, encoder_of, evaluating
 from mlflow_icr.extraction.encoders import Encoder, load_encoder
-from mlflow_icr.extraction.samplers import heun_sample, starting_noise
+from mlflow_icr.extraction.samplers import sample, starting_noise
 from mlflow_icr.extraction.views import as_unit_interval
 from mlflow_icr.generation import Reference, memorization_ratio
 from mlflow_icr.monitoring.generation_plots import distance_histogram
@@ -33,7 +33,8 @@ class GenerationMonitor:
     `train` (N, C, H, W) and `heldout` (M, C, H, W) are uint8 or floats in [0, 1]. Sample i starts from the same noise at every
     step (keyed by seed and i), so that pictures can be compared. Samples are judged as uint8: copies by their pixels, and
     everything by the embeddings of `encoder`, which are pixels too unless one is given. Under torch.distributed the ranks
-    share sampling and encoding and get the same report. Embeddings of real images are read from `cache` where they are there.
+    share sampling and encoding and get the same report. With `labels` (N,), sample i is of class labels[i modulo N],
+    else of none. Embeddings of real images are read from `cache` where they are there.
     Raises ValueError for sets that do not fit.
     """
 
@@ -49,6 +50,7 @@ class GenerationMonitor:
         seed: int = 0,
         batch_size: int = 256,
         cache: ReferenceCache | None = None,
+        labels: Tensor | None = None,
     ) -> None:
         if num_samples < 1 or batch_size < 1:
             raise ValueError(f"num_samples is {num_samples} and batch_size {batch_size}; expected at least 1")
@@ -56,8 +58,9 @@ class GenerationMonitor:
             raise ValueError(f"train has {len(train)} image(s); a second nearest neighbour needs at least 2")
         if heldout is not None and heldout.shape[1:] != train.shape[1:]:
             raise ValueError(f"heldout images are {tuple(heldout.shape[1:])}, training images {tuple(train.shape[1:])}")
-        self.denoiser = denoiser
+        self.denoiser, self.labels = denoiser, labels
         self.shape = tuple(train.shape[1:])
+        self.noise_shape = self._noise_shape(train[:1])
         self.images = train
         self.encoder = encoder or load_encoder("pixels", shape=self.shape)
         # As samples are judged, in 8 bits; float32 is exact for them.
@@ -66,6 +69,19 @@ class GenerationMonitor:
         self._references: tuple[Reference, Reference | None] | None = None
         self.cache = ReferenceCache(cache_folder()) if cache is None else cache
         self.num_samples, self.num_steps, self.seed, self.batch_size = num_samples, num_steps, seed, batch_size
+
+    def _noise_shape(self, image: Tensor) -> tuple[int, ...]:
+        """Of what samples begin as: of images, or of their latents."""
+        encode = encoder_of(self.denoiser)
+        if encode is None:
+            return self.shape
+        return tuple(encode(as_unit_interval(image).to(device_of(self.denoiser)) * 2 - 1).shape[1:])
+
+    def _sample(self, indices: list[int], device: torch.device) -> Tensor:
+        """The samples with these indices, (B, C, H, W), about in [-1, 1]."""
+        noise = starting_noise(indices, self.noise_shape, self.seed).to(device)
+        labels = None if self.labels is None else self.labels[torch.tensor(indices) % len(self.labels)].to(device)
+        return sample(self.denoiser, noise, num_steps=self.num_steps, labels=labels)
 
     def sample(self) -> Tensor:
         """The samples, (num_samples, C, H, W) uint8 on the CPU. Raises ValueError when one is not finite."""
@@ -76,8 +92,7 @@ class GenerationMonitor:
         finite = torch.ones(len(mine), 1, dtype=torch.uint8, device=device)
         with evaluating(self.denoiser.network):
             for start in range(0, len(mine), self.batch_size):
-                noise = starting_noise(mine[start : start + self.batch_size], self.shape, self.seed)
-                x = heun_sample(self.denoiser, noise.to(device), num_steps=self.num_steps)
+                x = self._sample(mine[start : start + self.batch_size], device)
                 finite[start : start + len(x)] = x.isfinite().flatten(1).all(1, keepdim=True)
                 images[start : start + len(x)] = to_uint8(x.nan_to_num())
         broken = int((gather_rows(finite, self.num_samples) == 0).sum())

@@ -8,21 +8,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlflow_icr.extraction.denoisers import Denoiser, device_of, evaluating
+from mlflow_icr.extraction.denoisers import Denoiser, device_of, encoder_of, evaluating
 from mlflow_icr.extraction.keyed import keyed_generator
 from mlflow_icr.extraction.views import as_unit_interval
 from mlflow_icr.monitoring.report import Report
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # images (B, C, H, W) in [-1, 1], sigma (B,), unit noise: the mean loss
+# images (B, C, H, W) in [-1, 1] or latents, noise levels (B,) of the trainer's own kind, unit noise: the mean loss
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 KEYS = ("loss/train_eval", "loss/heldout", "loss/gap")
 
 
 class LossMonitor:
     """Evaluates a loss without training on it: `loss/train_eval`, `loss/heldout`, and their difference `loss/gap`.
 
-    `loss(images, sigma, noise)` is the trainer's own, of `denoiser`; `draw(generator, count)` gives `count` noise levels.
-    `train` and `heldout` are (N, C, H, W), uint8 or floats in [0, 1]; up to `num_images` of each are used, in `draws` noises
-    each. Noise level and noise i are the same for both sets and at every step. Every rank computes the whole.
+    `loss(images, sigma, noise)` is the trainer's own, of `denoiser`; `draw(generator, count)` gives `count` noise levels. For
+    a denoiser of latents, images are encoded. `train` and `heldout` are (N, C, H, W), uint8 or floats in [0, 1]; up to
+    `num_images` of each are used, in `draws` noises each. Noise level and noise i are the same for both sets and at every step.
+    Every rank computes the whole.
     """
 
     def __init__(
@@ -43,12 +45,17 @@ class LossMonitor:
         self.denoiser, self.loss, self.batch_size = denoiser, loss, batch_size
         count = min(num_images, len(train), len(heldout))
         self.sets = {
-            "loss/train_eval": (as_unit_interval(train[:count]) * 2 - 1).repeat(draws, 1, 1, 1),
-            "loss/heldout": (as_unit_interval(heldout[:count]) * 2 - 1).repeat(draws, 1, 1, 1),
+            "loss/train_eval": self._clean(train[:count]).repeat(draws, 1, 1, 1),
+            "loss/heldout": self._clean(heldout[:count]).repeat(draws, 1, 1, 1),
         }
+        shape = (count * draws, *self.sets["loss/heldout"].shape[1:])
         generator = keyed_generator("loss", seed)
         self.sigma = draw(generator, count * draws)
-        self.noise = torch.from_numpy(generator.standard_normal((count * draws, *train.shape[1:]), dtype=np.float32))
+        self.noise = torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
+
+    def _clean(self, images: Tensor) -> Tensor:
+        encode, clean = encoder_of(self.denoiser), as_unit_interval(images) * 2 - 1
+        return clean if encode is None else encode(clean.to(device_of(self.denoiser))).cpu()
 
     @torch.no_grad()
     def measure(self, step: int) -> Report:

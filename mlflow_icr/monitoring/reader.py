@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from mlflow_icr.extraction.denoisers import Denoiser, Encode, device_of, encoder_of
+from mlflow_icr.extraction.denoisers import Denoiser, device_of, encoder_of
 from mlflow_icr.extraction.taps import Tap
 from mlflow_icr.extraction.views import as_unit_interval, make_views
 from mlflow_icr.monitoring.protocol import Protocol
@@ -23,7 +23,7 @@ def view_batches(
     protocol: Protocol,
     batch_size: int,
     device: torch.device,
-    encode: Encode | None = None,
+    encode: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[Tensor]:
     """Views (B, K, C, H, W) of the images with these places in the set, some `batch_size` views at a time.
 
@@ -47,8 +47,8 @@ def view_batches(
 class FeatureReader:
     """Reads (N, K, D) features of a fixed set of views; views are made once and kept while they fit into `cache_bytes`.
 
-    `images` (N, C, H, W) are those that `protocol` resolves to. Image i belongs to rank i modulo the number of ranks. Views for
-    a latent denoiser are latents: the encoder runs once for each.
+    Of a denoiser of latents, views are encoded once, and latents are what is kept. `images` (N, C, H, W) are those that
+    `protocol` resolves to. Image i belongs to rank i modulo the number of ranks.
     """
 
     def __init__(self, denoiser: Denoiser, images: Tensor, protocol: Protocol, batch_size: int, cache_bytes: int) -> None:
@@ -57,17 +57,17 @@ class FeatureReader:
         as_unit_interval(images)  # refuses what cannot be viewed now, not at the first measurement
         self.batch_size, self.cache_bytes = batch_size, cache_bytes
         self._encode = encoder_of(denoiser)
-        self.dim, self._view_size = self._width(denoiser, images[:1], protocol)
+        self.dim, self._view_bytes = self._width(denoiser, images[:1], protocol)
         self.protocol = protocol.resolve(images=len(images), dim=self.dim)
         self.images = images[: self.protocol.num_images]
         self._cache: dict[float, list[Tensor]] = {}
 
     def _width(self, denoiser: Denoiser, image: Tensor, protocol: Protocol) -> tuple[int, int]:
-        """D of the tapped layer, from one image, and how many numbers a view has."""
+        """D of the tapped layer and the bytes of a view, from one image."""
         sigma = protocol.sigmas[0]
         view = make_views(image, [0], num_views=1, sigma=sigma, seed=0, device=device_of(denoiser), encode=self._encode)[0]
         with Tap(denoiser.network, protocol.layer) as tap:
-            return int(tap(lambda: denoiser(view, sigma)).shape[1]), view.numel()
+            return int(tap(lambda: denoiser(view, sigma)).shape[1]), 4 * view.numel()
 
     @property
     def num_views(self) -> int:
@@ -84,7 +84,7 @@ class FeatureReader:
         p, k = self.protocol, self.num_views
         mine = list(range(rank, len(self.images), ranks))
         kept: list[Tensor] | None = []
-        total = 4 * k * self._view_size * len(mine) * len(p.sigmas)
+        total = k * self._view_bytes * len(mine) * len(p.sigmas)
         if total > self.cache_bytes:
             kept = None
         for views in view_batches(self.images, mine, k, sigma, p, self.batch_size, device, self._encode):

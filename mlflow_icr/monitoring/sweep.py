@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlflow_icr.extraction.denoisers import Denoiser, Encode, device_of, encoder_of
+from mlflow_icr.extraction.denoisers import Denoiser, device_of, encoder_of
 from mlflow_icr.extraction.keyed import keyed_generator
 from mlflow_icr.extraction.taps import Tap, middle_layers
 from mlflow_icr.extraction.views import as_unit_interval
@@ -114,15 +114,15 @@ def _views_needed(dims: Sequence[int], num_images: int, protocol: Protocol) -> i
     return resolved
 
 
-def _noised(images: Tensor, start: int, sigma: float, seed: int, device: torch.device, encode: Encode | None = None) -> Tensor:
-    """Images as they are, (B, C, H, W) in [-1, 1] or encoded, plus noise that is keyed by their place in the set."""
-    clean = as_unit_interval(images).to(device) * 2 - 1
-    clean = clean if encode is None else encode(clean)
-    shape = tuple(clean.shape[1:])
+def _noised(images: Tensor, start: int, sigma: float, seed: int) -> Tensor:
+    """Clean images or latents (B, C, H, W) plus noise that is keyed by their place in the set."""
     noise = np.stack(
-        [keyed_generator("probe", seed, start + i).standard_normal(shape, dtype=np.float32) for i in range(len(images))]
+        [
+            keyed_generator("probe", seed, start + i).standard_normal(tuple(images.shape[1:]), dtype=np.float32)
+            for i in range(len(images))
+        ]
     )
-    return clean + sigma * torch.from_numpy(noise).to(device)
+    return images + sigma * torch.from_numpy(noise).to(images.device)
 
 
 class _Sweeper:
@@ -131,26 +131,29 @@ class _Sweeper:
     def __init__(self, denoiser: Denoiser, images: Tensor, layers: Sequence[str], protocol: Protocol, batch_size: int) -> None:
         self.denoiser, self.images, self.layers, self.batch_size = denoiser, images, list(layers), batch_size
         self.device, self.encode = device_of(denoiser), encoder_of(denoiser)
-        x = _noised(images[:1], 0, 1.0, 0, self.device, self.encode)
+        x = self._clean(images[:1])
         with Tap(denoiser.network, *self.layers) as tap:
             self.dims = [f.shape[1] for f in tap.each(lambda: denoiser(x, 1.0))]
             self.names = tap.layers
         self.num_views = _views_needed(self.dims, len(images), protocol)
         self.protocol = protocol
 
+    def _clean(self, images: Tensor) -> Tensor:
+        clean = as_unit_interval(images).to(self.device) * 2 - 1
+        return clean if self.encode is None else self.encode(clean)
+
     def views(self, sigma: float) -> list[Tensor]:
         """Features (N, K, D) of each layer on views."""
         everyone = range(len(self.images))
-        batches = view_batches(
-            self.images, everyone, self.num_views, sigma, self.protocol, self.batch_size, self.device, self.encode
-        )
+        p, size = self.protocol, self.batch_size
+        batches = view_batches(self.images, everyone, self.num_views, sigma, p, size, self.device, self.encode)
         features = self._read((views.flatten(0, 1) for views in batches), sigma)
         return [f.view(len(self.images), self.num_views, -1) for f in features]
 
     def plain(self, images: Tensor, sigma: float, seed: int) -> list[Tensor]:
         """Features (N, D) of each layer on noised images that are not augmented."""
         step = self.batch_size
-        batches = (_noised(images[i : i + step], i, sigma, seed, self.device, self.encode) for i in range(0, len(images), step))
+        batches = (_noised(self._clean(images[i : i + step]), i, sigma, seed) for i in range(0, len(images), step))
         return self._read(batches, sigma)
 
     def _read(self, batches: Iterator[Tensor], sigma: float) -> list[Tensor]:

@@ -58,7 +58,6 @@ class ICREvaluator(ModelEvaluator):  # type: ignore[misc]
         Raises MlflowException, in one line, for a model, configuration or images that do not fit.
         """
         from mlflow_icr.extraction.adapters.choose import image_channels
-        from mlflow_icr.extraction.denoisers import encoder_of
         from mlflow_icr.extraction.pipelines import load_denoiser
         from mlflow_icr.plugin.evaluation import EvaluationConfig, evaluate_denoiser, load_images
         from mlflow_icr.plugin.pipeline import download_pipeline, pipeline_of
@@ -73,8 +72,6 @@ class ICREvaluator(ModelEvaluator):  # type: ignore[misc]
                 raise ValueError(f"model and evaluator_config's pipeline: {there} given; expected one of them")
             folder = pipeline_of(model) if config.pipeline is None else download_pipeline(config.pipeline)
             denoiser, side = load_denoiser(folder)
-            if encoder_of(denoiser) is not None and config.num_samples:
-                raise ValueError(f"num_samples is {config.num_samples}; expected 0 for a model of latents")
             images = load_images(config, getattr(dataset, "features_data", None), side, image_channels(denoiser))
             found = evaluate_denoiser(denoiser, images, config)
         except (ValueError, OSError) as error:

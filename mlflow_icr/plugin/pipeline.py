@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from mlflow.models.model import ModelInfo
 
 INDEX = "model_index.json"
+CODE = "pipeline.py"  # of a pipeline that diffusers has no class for
 ARTIFACT = "pipeline"
 BATCH = 256
+STEPS = 18  # EDM's, and an evaluation's unless it says otherwise
 
 
 class PipelineModel(PythonModel):  # type: ignore[misc]
-    """An EDM pipeline as an MLflow model: seeds in, images out. Weights are read at the first prediction."""
+    """A pipeline as an MLflow model: seeds in, images out. Weights are read at the first prediction."""
 
     def load_context(self, context: PythonModelContext) -> None:
         """Note where the pipeline lies."""
@@ -33,18 +35,21 @@ class PipelineModel(PythonModel):  # type: ignore[misc]
     # MLflow makes the model's signature of this hint: a list, or a frame of one column, of whole numbers.
     def predict(self, model_input: list[int]) -> np.ndarray:
         """Images (N, H, W, C) uint8, one for each seed; seed i gives sample i of an evaluation with seed 0."""
+        from mlflow_icr.extraction.adapters.choose import image_channels
         from mlflow_icr.extraction.denoisers import evaluating
         from mlflow_icr.extraction.pipelines import load_denoiser
-        from mlflow_icr.extraction.samplers import heun_sample, starting_noise
+        from mlflow_icr.extraction.samplers import sample, starting_noise
         from mlflow_icr.monitoring.generation import to_uint8
 
         self._loaded = self._loaded or load_denoiser(self.folder)
         denoiser, side = self._loaded
-        shape = (int(denoiser.network.config["in_channels"]), side, side)
-        images = [np.empty((0, side, side, shape[0]), np.uint8)]
+        config = denoiser.network.config
+        shape = (int(config["in_channels"]), *[int(config["sample_size"])] * 2)  # of images, or of their latents
+        images = [np.empty((0, side, side, image_channels(denoiser) or 0), np.uint8)]
         with evaluating(denoiser.network):
             for start in range(0, len(model_input), BATCH):
-                sampled = heun_sample(denoiser, starting_noise(model_input[start : start + BATCH], shape, 0))
+                noise = starting_noise(model_input[start : start + BATCH], shape, 0)
+                sampled = sample(denoiser, noise, num_steps=STEPS)
                 images.append(to_uint8(sampled).permute(0, 2, 3, 1).numpy())
         return np.concatenate(images)
 
@@ -64,7 +69,7 @@ def log_pipeline(folder: Path | str, name: str = ARTIFACT, **arguments: Any) -> 
         for part in folder.iterdir():
             if part.is_dir():
                 shutil.copytree(part, copy / part.name)
-            elif part.name == INDEX:
+            elif part.name in (INDEX, CODE):
                 shutil.copy(part, copy)
         defaults = {"pip_requirements": [f"mlflow-icr=={__version__}"], "model_type": "diffusion"}
         code = Path(__file__).with_name("pipeline_code.py")

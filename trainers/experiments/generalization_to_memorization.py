@@ -74,7 +74,7 @@ def plan(argv: Sequence[str] | None) -> Study:
     arguments = _parser().parse_args(argv)
     changes = config_changes(arguments)
     limited = load_config(arguments.preset, changes)
-    available = len(load_source(limited.data, limited.resolution, limited.data_split).images) - limited.num_heldout
+    available = len(load_source(limited.data, limited.resolution, limited.data_split)) - limited.num_heldout
     wanted = available if arguments.control_images == AUTO else _count("control_images", arguments.control_images)
     if not limited.num_images < wanted <= available:
         raise ValueError(

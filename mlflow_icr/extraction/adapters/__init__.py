@@ -2,19 +2,15 @@
 
 from mlflow_icr.extraction.adapters.choose import adapt, adapt_pipeline
 from mlflow_icr.extraction.adapters.classes import ClassCondition
-from mlflow_icr.extraction.adapters.flow_matching import FlowMatchingDenoiser
 from mlflow_icr.extraction.adapters.flux import FluxCondition
 from mlflow_icr.extraction.adapters.function import FunctionDenoiser
-from mlflow_icr.extraction.adapters.latent import LatentDenoiser
 from mlflow_icr.extraction.adapters.sd3 import SD3Condition
 from mlflow_icr.extraction.adapters.text import TextCondition
 
 __all__ = [
     "ClassCondition",
-    "FlowMatchingDenoiser",
     "FluxCondition",
     "FunctionDenoiser",
-    "LatentDenoiser",
     "SD3Condition",
     "TextCondition",
     "adapt",

@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import nn
 
-from mlflow_icr.extraction.adapters.classes import ClassCondition, null_class
-from mlflow_icr.extraction.adapters.flow_matching import FlowMatchingDenoiser
+from mlflow_icr.extraction.adapters.classes import ClassCondition, null_class_of
 from mlflow_icr.extraction.adapters.flux import null_flux
-from mlflow_icr.extraction.adapters.latent import LatentDenoiser
 from mlflow_icr.extraction.adapters.sd3 import null_sd3
 from mlflow_icr.extraction.adapters.text import null_text
 from mlflow_icr.extraction.denoisers import Call, Denoiser, EDMDenoiser, SchedulerDenoiser
+from mlflow_icr.extraction.flow import FlowDenoiser
+from mlflow_icr.extraction.latents import Autoencoder, LatentDenoiser
 
 NETWORKS = (
     "UNet2DModel",
@@ -23,30 +23,39 @@ NETWORKS = (
 )
 
 
-def adapt(network: nn.Module, scheduler: Any, *, call: Call | None = None, autoencoder: nn.Module | None = None) -> Denoiser:
+def adapt(
+    network: nn.Module,
+    scheduler: Any,
+    *,
+    null_class: int | None = None,
+    call: Call | None = None,
+    autoencoder: nn.Module | Autoencoder | None = None,
+) -> Denoiser:
     """A network of diffusers as a denoiser, by what its scheduler's config says that it predicts of what.
 
     Epsilon, sample or v_prediction of a variance-preserving scheduler (one with `alphas_cumprod`), flow matching, or EDM's
-    preconditioning. `call` runs a network that wants a condition; with an `autoencoder` the network's images are latents.
-    Raises ValueError for a scheduler of another kind.
+    preconditioning. A network of classes has a `null_class`, `call` runs one that wants another condition; with an
+    `autoencoder` the network's images are latents. Raises ValueError for a scheduler of another kind.
     """
     config, name = scheduler.config, type(scheduler).__name__
     prediction = config.get("prediction_type", "epsilon")
     found: Denoiser
     if name.startswith("FlowMatch") or prediction == "flow_prediction":
-        found = FlowMatchingDenoiser(network, int(config["num_train_timesteps"]), call=call)
+        found = FlowDenoiser(network, time_scale=float(config["num_train_timesteps"]), null_class=null_class, call=call)
     elif name.startswith("EDM"):
         if prediction != "epsilon":
             raise ValueError(f"the scheduler {name} has prediction_type {prediction!r}; expected epsilon")
-        found = EDMDenoiser(network, float(config["sigma_data"]), call=call)
+        found = EDMDenoiser(network, float(config["sigma_data"]), null_class=null_class, call=call)
     elif config.get("timestep_type", "discrete") != "discrete":
         raise ValueError(f"the scheduler {name} has timestep_type {config['timestep_type']!r}; expected discrete")
     elif not hasattr(scheduler, "alphas_cumprod"):
         raise ValueError(f"the scheduler is a {name}; expected DDPMScheduler or one of its kind, of flow matching, or EDM's")
     else:
         learned = getattr(getattr(network, "config", None), "time_embedding_type", None) == "learned"  # a table of timesteps
-        found = SchedulerDenoiser(network, scheduler, nearest=learned, call=call)
-    return found if autoencoder is None else LatentDenoiser(found, autoencoder)
+        found = SchedulerDenoiser(network, scheduler, nearest=learned, null_class=null_class, call=call)
+    if autoencoder is None:
+        return found
+    return LatentDenoiser(found, autoencoder if isinstance(autoencoder, Autoencoder) else Autoencoder(autoencoder))
 
 
 def adapt_pipeline(pipeline: Any, *, side: int | None = None, prompt: str = "", class_label: int | None = None) -> Denoiser:
@@ -67,7 +76,7 @@ def adapt_pipeline(pipeline: Any, *, side: int | None = None, prompt: str = "", 
     if name == "UNet2DConditionModel":
         call = null_text(pipeline, side, prompt)
     elif name == "DiTTransformer2DModel":
-        call = ClassCondition(_label(network, class_label))
+        call = ClassCondition(label_of(class_label, null_class_of(network)))
     elif name == "SD3Transformer2DModel":
         call = null_sd3(pipeline, prompt)
     elif name == "FluxTransformer2DModel":
@@ -77,8 +86,8 @@ def adapt_pipeline(pipeline: Any, *, side: int | None = None, prompt: str = "", 
     return adapt(network, pipeline.scheduler, call=call, autoencoder=autoencoder)
 
 
-def _label(network: nn.Module, label: int | None) -> int:
-    null = null_class(network)
+def label_of(label: int | None, null: int) -> int:
+    """A class to read a network with: the one that is given, or the null class, which is the last. Raises ValueError."""
     if label is not None and not 0 <= label <= null:
         raise ValueError(f"class_label is {label}; expected 0 to {null}, which means none")
     return null if label is None else label
@@ -129,6 +138,7 @@ def check_side(pipeline: Any, side: int) -> None:
 
 def image_channels(denoiser: Denoiser) -> int | None:
     """Channels of the images that a denoiser takes, 1 or 3 mostly; None where nothing says so."""
-    whose = denoiser.autoencoder if isinstance(denoiser, LatentDenoiser) else denoiser.network
-    config = getattr(whose, "config", None)
+    if isinstance(denoiser, LatentDenoiser):
+        return denoiser.autoencoder.channels
+    config = getattr(denoiser.network, "config", None)
     return None if config is None else config.get("in_channels")

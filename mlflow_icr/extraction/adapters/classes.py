@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 
-def null_class(network: nn.Module) -> int:
+def null_class_of(network: nn.Module) -> int:
     """The label that a DiTTransformer2DModel was trained with where a label was dropped: the one after its classes."""
     config: Any = network.config
     return int(config.num_embeds_ada_norm)

@@ -1,0 +1,200 @@
+"""Latents: where a latent model works, the way there and back, and what is kept on disk of it.
+
+Images are encoded once: mean and deviation of each one's posterior are kept by what they are of, the SHA-256 of the pixels and
+of the autoencoder's weights, so that whatever would change a latent leads to another file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mlflow_icr.extraction.denoisers import Denoiser, evaluating
+from mlflow_icr.extraction.files import write_whole
+from mlflow_icr.extraction.images import content_hash
+from mlflow_icr.extraction.views import as_unit_interval
+
+logger = logging.getLogger(__name__)
+
+ENCODED_AT_ONCE = 16  # images of 256x256 pixels take a gigabyte of activations
+
+
+class Autoencoder:
+    """diffusers' AutoencoderKL between images (N, C, H, W) in [-1, 1] and latents (N, c, h, w), which its config normalises.
+
+    Latents are (z - shift) times scale, by `scaling_factor` and `shift_factor`, or `latents_mean` and `latents_std` where the
+    config has them. The network is run in evaluation mode, and left as it was.
+    """
+
+    def __init__(self, network: Any, batch_size: int = ENCODED_AT_ONCE) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; expected at least 1")
+        self.network = network
+        self.batch_size = batch_size
+        config = network.config
+        scale, mean, std = config.scaling_factor, getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+        if mean is None or std is None:
+            mean, std = [getattr(config, "shift_factor", None) or 0.0], [1.0]
+        self._shift, self._scale = torch.tensor(mean).view(1, -1, 1, 1), (scale / torch.tensor(std)).view(1, -1, 1, 1)
+
+    @property
+    def channels(self) -> int:
+        """C, of images."""
+        return int(self.network.config.in_channels)
+
+    @property
+    def factor(self) -> int:
+        """Pixels of an image's side for one of its latent's."""
+        return 2 ** (len(self.network.config.block_out_channels) - 1)
+
+    @property
+    def latent_channels(self) -> int:
+        """c, of latents."""
+        return int(self.network.config.latent_channels)
+
+    @property
+    def identity(self) -> str:
+        """Sixteen hexadecimal digits of what decides a latent: weights and configuration."""
+        config = {key: value for key, value in self.network.config.items() if not key.startswith("_")}
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+        for key, value in sorted(self.network.state_dict().items()):
+            digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def _parts(self, x: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
+        weight = next(self.network.parameters())
+        with torch.no_grad(), evaluating(self.network):
+            return torch.cat([work(part.to(weight)).float() for part in x.split(self.batch_size)]).to(x.device)
+
+    def moments(self, images: Tensor) -> Tensor:
+        """Mean and standard deviation of each image's normalised latent, (N, 2 c, h, w), mean first."""
+
+        def both(part: Tensor) -> Tensor:
+            posterior = self.network.encode(part).latent_dist
+            shift, scale = self._shift.to(part), self._scale.to(part)
+            return torch.cat([(posterior.mean - shift) * scale, posterior.std * scale], 1)
+
+        return self._parts(images, both)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """The means of images' latents, (N, c, h, w)."""
+        return self.moments(images).chunk(2, 1)[0]
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (N, C, H, W), about in [-1, 1]."""
+        return self._parts(latents, lambda z: self.network.decode(z / self._scale.to(z) + self._shift.to(z)).sample)
+
+
+def load_autoencoder(folder: Path | str) -> Autoencoder:
+    """The autoencoder of a folder of diffusers' AutoencoderKL, or in the `vae/` of a pipeline's; float32, safetensors alone.
+
+    Raises ValueError, naming `autoencoder`, when there is none.
+    """
+    folder = Path(folder)
+    place = folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
+    expected = "expected a folder of diffusers' AutoencoderKL, with config.json and weights as safetensors"
+    try:
+        kind = json.loads((place / "config.json").read_text()).get("_class_name")
+    except (OSError, ValueError):
+        raise ValueError(f"autoencoder is {str(folder)!r}; {expected}") from None
+    if kind != "AutoencoderKL":
+        raise ValueError(f"autoencoder is {str(folder)!r}, of class {kind!r}; {expected}")
+    from diffusers import AutoencoderKL
+
+    try:
+        network = AutoencoderKL.from_pretrained(place, use_safetensors=True, torch_dtype=torch.float32)
+        return Autoencoder(network.requires_grad_(False))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"autoencoder is {str(folder)!r}; {expected} ({str(error).strip().splitlines()[0]})") from None
+
+
+class LatentDenoiser:
+    """A denoiser that works on an autoencoder's latents, with the way there: monitors augment images, encode, then noise."""
+
+    def __init__(self, denoiser: Denoiser, autoencoder: Autoencoder) -> None:
+        self.denoiser, self.autoencoder = denoiser, autoencoder
+
+    @property
+    def network(self) -> nn.Module:
+        """The denoiser's network."""
+        return self.denoiser.network
+
+    def __call__(self, x: Tensor, sigma: Tensor | float, labels: Tensor | None = None) -> Tensor:
+        """The denoised latents, of the shape of x, noised latents (B, c, h, w)."""
+        return self.denoiser(x, sigma) if labels is None else self.denoiser(x, sigma, labels)  # type: ignore[call-arg]
+
+    @property
+    def sample(self) -> Callable[..., Tensor] | None:
+        """The denoiser's own sampler of latents, where it has one."""
+        return getattr(self.denoiser, "sample", None)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [-1, 1] as latents (B, c, h, w)."""
+        return self.autoencoder.encode(images)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, c, h, w) as images (B, C, H, W)."""
+        return self.autoencoder.decode(latents)
+
+
+class LatentCache:
+    """Moments of images (N, C, H, W) in 8 bits or in [0, 1], from `folder` where they are there, else made and kept."""
+
+    def __init__(self, folder: Path | str | None) -> None:
+        self.folder = None if folder is None else Path(folder)
+
+    def path(self, autoencoder: Autoencoder, images: Tensor) -> Path | None:
+        """The file of a set and an autoencoder; None where nothing is kept."""
+        if self.folder is None:
+            return None
+        return self.folder / f"latents-{autoencoder.identity}" / f"{content_hash(images)}.safetensors"
+
+    def find(self, autoencoder: Autoencoder, images: Tensor) -> Tensor | None:
+        """The kept moments (N, 2 c, h, w), or None; a file that is damaged, or of another shape, counts as none."""
+        path = self.path(autoencoder, images)
+        if path is None or not path.is_file():
+            return None
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        try:
+            found = load(path.read_bytes())["moments"]
+        except (SafetensorError, KeyError, OSError):
+            return None
+        side = [int(s) // autoencoder.factor for s in images.shape[2:]]
+        expected = (len(images), 2 * autoencoder.latent_channels, *side)
+        return found if tuple(found.shape) == expected and bool(found.isfinite().all()) else None
+
+    def keep(self, autoencoder: Autoencoder, images: Tensor, moments: Tensor) -> None:
+        """Write a set's moments, whole or not at all; a folder that cannot be written costs a warning."""
+        path = self.path(autoencoder, images)
+        if path is None:
+            return
+        from safetensors.torch import save
+
+        content = save({"moments": moments.detach().float().cpu().contiguous()})
+        try:
+            write_whole(path, lambda file: file.write(content))
+        except OSError as error:
+            logger.warning("latents are not kept in %s (%s)", self.folder, error.strerror)
+
+
+def encode_images(autoencoder: Autoencoder, images: Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """Moments (N, 2 c, h, w), on the CPU, of images (N, C, H, W), uint8 or floats in [0, 1].
+
+    Raises ValueError when one is not finite.
+    """
+    size = autoencoder.batch_size
+    parts = [autoencoder.moments(as_unit_interval(part).to(device) * 2 - 1).cpu() for part in images.split(size)]
+    moments = torch.cat(parts)
+    if not bool(moments.isfinite().all()):
+        raise ValueError("autoencoder gives NaN or Inf")
+    return moments

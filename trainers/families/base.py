@@ -1,0 +1,92 @@
+"""What the loop, the monitors and the checkpoints ask of a family."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mlflow_icr import Denoiser
+from mlflow_icr.extraction.pipelines import NULL_CLASS
+from trainers.config import TrainConfig
+from trainers.families.pipeline import NoiseToImagePipeline
+
+PIPELINE = Path(__file__).with_name("pipeline.py")
+VAE = "vae"
+
+
+class Family(ABC):
+    """A kind of diffusion model: its network, noise levels, loss, sampler, and the folder it is saved as.
+
+    `x` is what the network works on, (B, C, H, W): images in [-1, 1] or latents. A noise level is of the family's own kind
+    (sigma, a timestep, a time), one for each image. A model of K = `num_classes` classes has a null class, number K.
+    """
+
+    def __init__(self, config: TrainConfig, num_classes: int | None = None) -> None:
+        self.config, self.num_classes = config, num_classes
+
+    @property
+    def null_class(self) -> int | None:
+        """The class that stands for none; None for a model without classes."""
+        return self.num_classes
+
+    def build(self, channels: int, side: int) -> nn.Module:
+        """The network for x (B, channels, side, side), initialised from the configuration's seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)
+            return self._network(channels, side)
+
+    @abstractmethod
+    def _network(self, channels: int, side: int) -> nn.Module:
+        """The network, from torch's global generator."""
+
+    @abstractmethod
+    def denoiser(self, network: nn.Module) -> Denoiser:
+        """D(x, sigma) of a network, which the monitors read; called with `labels=` for classes, else of the null class."""
+
+    @abstractmethod
+    def draw(self, generator: np.random.Generator, count: int) -> Tensor:
+        """Noise levels of a training batch, (count,) float32."""
+
+    @abstractmethod
+    def loss(self, denoiser: Any, x: Tensor, level: Tensor, noise: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The mean loss of this family's `denoiser` on clean x at noise levels (B,), with unit noise and classes (B,)."""
+
+    @abstractmethod
+    def scheduler(self) -> Any:
+        """diffusers' scheduler of the noise that is trained on."""
+
+    def components(self, network: Any) -> dict[str, Any]:
+        """The network as it is saved, by its folder's name."""
+        return {"unet": network}
+
+    def stock_pipeline(self, network: Any) -> Any:
+        """A pipeline of diffusers that samples images of the network; None where there is none."""
+        return None
+
+    def save(self, folder: Path, network: nn.Module, *, latent: bool = False) -> None:
+        """Write a folder that plain diffusers loads and samples; of a `latent` model, all but the autoencoder's `vae/`.
+
+        Where no pipeline of diffusers does it (latents, flow matching), `pipeline.py` is in the folder, and loading it needs
+        trust_remote_code=True. Weights are safetensors.
+        """
+        pipeline = None if latent else self.stock_pipeline(network)
+        if pipeline is None:
+            pipeline = NoiseToImagePipeline(self.scheduler(), **self.components(network))
+        pipeline.save_pretrained(folder)
+        path = folder / "model_index.json"
+        index = json.loads(path.read_text())
+        if isinstance(pipeline, NoiseToImagePipeline):
+            shutil.copy(PIPELINE, folder)
+            index["_class_name"] = [PIPELINE.stem, NoiseToImagePipeline.__name__]
+        if latent:
+            index[VAE] = ["diffusers", "AutoencoderKL"]
+        if self.null_class is not None:
+            index[NULL_CLASS] = self.null_class  # keys of this form are left alone by diffusers
+        path.write_text(json.dumps(index, indent=2) + "\n")

@@ -1,0 +1,59 @@
+"""DDPM: discrete timesteps of a variance-preserving schedule, with epsilon or v prediction, on diffusers' UNet2DModel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mlflow_icr import SchedulerDenoiser
+from trainers.families.base import Family
+from trainers.families.unet import make_unet
+
+TIMESTEPS = 1000
+KINDS = {"epsilon": "epsilon", "v": "v_prediction"}  # ours, and diffusers' words
+
+
+class DDPM(Family):
+    """DDPM (Ho et al. 2020), or with v prediction (Salimans & Ho 2022); a noise level is a timestep, 0 to 999."""
+
+    def _network(self, channels: int, side: int) -> nn.Module:
+        return make_unet(self.config, channels, side, self.num_classes)
+
+    def scheduler(self) -> Any:
+        """diffusers' DDPMScheduler."""
+        from diffusers import DDPMScheduler
+
+        return DDPMScheduler(
+            num_train_timesteps=TIMESTEPS,
+            beta_schedule=self.config.beta_schedule,
+            prediction_type=KINDS[self.config.prediction],
+            clip_sample=not self.config.autoencoder,  # images end in [-1, 1], latents do not
+            timestep_spacing="trailing",  # a few steps start at pure noise too (Lin et al. 2024)
+        )
+
+    def denoiser(self, network: nn.Module) -> SchedulerDenoiser:
+        """The network with its schedule."""
+        return SchedulerDenoiser(network, self.scheduler(), null_class=self.null_class)
+
+    def draw(self, generator: np.random.Generator, count: int) -> Tensor:
+        """Timesteps, (count,) float32 whole numbers, uniform."""
+        return torch.from_numpy(generator.integers(0, TIMESTEPS, count)).float()
+
+    def loss(self, denoiser: Any, x: Tensor, level: Tensor, noise: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The mean squared error of what is predicted: the noise, or v = sqrt(abar) noise - sqrt(1 - abar) x; unweighted."""
+        shares = (torch.sigmoid(sign * denoiser.log_sigmas).sqrt() for sign in (-2, 2))  # sqrt(abar) and sqrt(1 - abar), (T,)
+        signal, share = (s.to(x)[level.long()].view(-1, 1, 1, 1) for s in shares)
+        target = noise if self.config.prediction == "epsilon" else signal * noise - share * x
+        return (denoiser.predict(signal * x + share * noise, level, labels) - target).square().mean()
+
+    def stock_pipeline(self, network: Any) -> Any:
+        """DDPMPipeline, or for a model of classes one that tells a U-Net classes."""
+        from diffusers import ConsistencyModelPipeline, DDPMPipeline
+
+        if self.null_class is None:
+            return DDPMPipeline(network, self.scheduler())
+        # Made for consistency models, it samples by any scheduler, and alone of diffusers' pipelines tells a U-Net classes.
+        return ConsistencyModelPipeline(network, self.scheduler())

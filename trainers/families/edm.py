@@ -1,0 +1,63 @@
+"""EDM: preconditioning, noise and loss of Karras et al. 2022, on diffusers' UNet2DModel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mlflow_icr import EDMDenoiser
+from trainers.families.base import Family
+from trainers.families.unet import make_unet
+
+
+def training_sigma(generator: np.random.Generator, count: int, p_mean: float, p_std: float) -> Tensor:
+    """Noise levels of a training batch, (count,) float32: ln sigma is normal with mean p_mean and deviation p_std."""
+    return torch.from_numpy(np.exp(p_mean + p_std * generator.standard_normal(count))).float()
+
+
+def edm_loss(
+    denoiser: Any, images: Tensor, sigma: Tensor, noise: Tensor, sigma_data: float, labels: Tensor | None = None
+) -> Tensor:
+    """The mean weighted squared error of denoising images (B, C, H, W) in [-1, 1], noised by sigma (B,) times unit noise.
+
+    The weight (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 makes every noise level count alike at initialisation.
+    """
+    weight = (sigma.square() + sigma_data**2) / (sigma * sigma_data).square()
+    noised, known = images + sigma.view(-1, 1, 1, 1) * noise, {} if labels is None else {"labels": labels}
+    denoised = denoiser(noised, sigma, **known)
+    return (weight.view(-1, 1, 1, 1) * (denoised - images).square()).mean()
+
+
+class EDM(Family):
+    """EDM; a noise level is sigma."""
+
+    def _network(self, channels: int, side: int) -> nn.Module:
+        return make_unet(self.config, channels, side, self.num_classes)
+
+    def denoiser(self, network: nn.Module) -> EDMDenoiser:
+        """EDM's preconditioning around a network."""
+        return EDMDenoiser(network, self.config.sigma_data, null_class=self.null_class)
+
+    def draw(self, generator: np.random.Generator, count: int) -> Tensor:
+        """sigma, (count,) float32, log-normal."""
+        return training_sigma(generator, count, self.config.p_mean, self.config.p_std)
+
+    def loss(self, denoiser: Any, x: Tensor, level: Tensor, noise: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The weighted denoising error at sigma."""
+        return edm_loss(denoiser, x, level, noise, self.config.sigma_data, labels)
+
+    def scheduler(self) -> Any:
+        """diffusers' own solver for EDM; it has no Heun."""
+        from diffusers import EDMDPMSolverMultistepScheduler
+
+        return EDMDPMSolverMultistepScheduler(sigma_data=self.config.sigma_data)
+
+    def stock_pipeline(self, network: Any) -> Any:
+        """One that was made for consistency models: it samples by any scheduler."""
+        from diffusers import ConsistencyModelPipeline
+
+        # Plain diffusers loads and samples this; with DDPMPipeline it would run and be wrong.
+        return ConsistencyModelPipeline(unet=network, scheduler=self.scheduler())

@@ -1,0 +1,109 @@
+"""Flow matching as in SiT (Ma et al. 2024), on diffusers' DiTTransformer2DModel.
+
+The interpolant is linear, x_t = (1 - t) x + t noise, and the network learns its velocity, noise - x, at t uniform in [0, 1].
+t is the share of noise, as in SiT's paper; the network is told 1000 t, as diffusers' flow-matching schedulers do, where SiT's
+code tells it t. Unlike diffusers, SiT shares the embedding of time and class between its blocks: so does the network here, and
+a saved one has a copy in each block.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mlflow_icr.extraction.flow import FlowDenoiser
+from trainers.families.base import Family
+
+EMBEDDING_STD = 0.02  # of the time and class embeddings' initial weights, in DiT and SiT
+
+
+def initialise(network: Any) -> None:
+    """DiT's initialisation: Xavier for linear layers, zeros for each adaLN and the output, so that blocks begin as identity.
+
+    Source: Peebles & Xie 2023, section 3.2 (adaLN-Zero).
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    patches = network.pos_embed.proj
+    nn.init.xavier_uniform_(patches.weight.view(patches.out_channels, -1))
+    nn.init.zeros_(patches.bias)
+    embedding = network.transformer_blocks[0].norm1.emb
+    nn.init.normal_(embedding.class_embedder.embedding_table.weight, std=EMBEDDING_STD)
+    for linear in (embedding.timestep_embedder.linear_1, embedding.timestep_embedder.linear_2):
+        nn.init.normal_(linear.weight, std=EMBEDDING_STD)
+    for linear in (*(block.norm1.linear for block in network.transformer_blocks), network.proj_out_1, network.proj_out_2):
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
+
+
+def share_embedding(network: Any) -> None:
+    """One embedding of time and class for all blocks, which drops no labels: the batches do, by keys."""
+    first = network.transformer_blocks[0].norm1
+    first.emb.class_embedder.dropout_prob = 0.0
+    for block in network.transformer_blocks[1:]:
+        block.norm1.emb = first.emb
+
+
+def with_own_embeddings(network: Any) -> Any:
+    """A copy of a network in which no tensor is shared, as safetensors want it."""
+    network = copy.deepcopy(network)
+    for block in network.transformer_blocks[1:]:
+        block.norm1.emb = copy.deepcopy(network.transformer_blocks[0].norm1.emb)
+    return network
+
+
+class Flow(Family):
+    """Flow matching; a noise level is a time t in [0, 1]. A model without classes knows the null class alone, number 0."""
+
+    @property
+    def null_class(self) -> int | None:
+        """The class that stands for none."""
+        return self.num_classes or 0
+
+    def _network(self, channels: int, side: int) -> nn.Module:
+        from diffusers import DiTTransformer2DModel
+
+        c = self.config
+        network = DiTTransformer2DModel(
+            num_attention_heads=c.num_heads,
+            attention_head_dim=c.hidden_size // c.num_heads,
+            in_channels=channels,
+            num_layers=c.num_layers,
+            dropout=c.dropout,
+            sample_size=side,
+            patch_size=c.patch_size,
+            num_embeds_ada_norm=self.num_classes or 0,
+        )
+        share_embedding(network)
+        initialise(network)
+        return network
+
+    def denoiser(self, network: nn.Module) -> FlowDenoiser:
+        """The network as a denoiser."""
+        return FlowDenoiser(network, null_class=self.null_class)
+
+    def draw(self, generator: np.random.Generator, count: int) -> Tensor:
+        """Times, (count,) float32, uniform in [0, 1]."""
+        return torch.from_numpy(generator.random(count)).float()
+
+    def loss(self, denoiser: Any, x: Tensor, level: Tensor, noise: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The mean squared error of the velocity; unweighted."""
+        t = level.view(-1, 1, 1, 1)
+        return (denoiser.velocity((1 - t) * x + t * noise, level, labels) - (noise - x)).square().mean()
+
+    def scheduler(self) -> Any:
+        """diffusers' Euler solver, whose sigma is our t."""
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        return FlowMatchEulerDiscreteScheduler()
+
+    def components(self, network: Any) -> dict[str, Any]:
+        """The transformer, with a copy of the embedding in each block."""
+        return {"transformer": with_own_embeddings(network)}

@@ -42,12 +42,14 @@ def result_row(run: Run, varied: Sequence[str], folder: Path, status: str, why: 
     row: Row = {"run": run.name, "num_images": run.config.num_images, "seed": run.config.seed}
     row |= {field: text_of(run.place[field]) for field in varied if field not in row}
     row |= {"status": status.lower()} | dict.fromkeys(MEASURED)
-    if (folder / HISTORY).exists():
-        rows = read_history(folder)
-        if rows:
-            said = verdict(rows)
-            found = {"images_seen": rows[-1]["images_seen"], "verdict": said.state, **summarise(rows), **said.summary()}
-            row |= {key: found.get(key) for key in MEASURED}
+    try:
+        rows = read_history(folder) if (folder / HISTORY).exists() else []
+    except ValueError as error:  # damaged: of this run there is nothing to show
+        rows, why = [], why or str(error)
+    if rows:
+        said = verdict(rows)
+        found = {"images_seen": rows[-1]["images_seen"], "verdict": said.state, **summarise(rows), **said.summary()}
+        row |= {key: found.get(key) for key in MEASURED}
     return row | {"total_images": run.config.total_images, "error": why}
 
 

@@ -219,8 +219,7 @@ class SlurmLauncher:
         # A measurement that is going on must end before the checkpoint; half of the rest is for the queue's own business.
         work = [TrainJob(job, max(1.0, self.options.stop_seconds - 15.0)) for job in jobs]
         try:
-            with executor.batch():
-                submitted = [executor.submit(one) for one in work]
+            submitted = executor.submit_array(work)
         except Exception as error:  # submitit's, which is not a public type, with what sbatch wrote
             said = [line for line in str(error).splitlines() if "error" in line] or str(error).splitlines() or [repr(error)]
             raise OSError(f"Slurm does not take the jobs: {said[-1].strip()}") from error

@@ -13,8 +13,9 @@ from typing import Any
 from trainers.launchers.job import Job, was_stopped
 
 LOOK_EVERY_SECONDS = 0.2
-# After a trainer was stopped by somebody else than us, for the end of the job or its requeueing, which come next.
-LINGER_SECONDS = 600.0
+# After a trainer was stopped by somebody else than us: Slurm ends or requeues the job next, when its grace time is over. A job
+# that ended by itself before that would not be requeued.
+LINGER_SECONDS = 1800.0
 
 
 class TrainJob:

@@ -168,7 +168,7 @@ def test_jobs_on_a_cluster_fail_alone_and_survive_preemption_and_us(tmp_path: Pa
     assert list(launcher_in(tmp_path, options).run([other], cancel_once, said.append)) == [Ended("other", KILLED, "cancelled")]
     assert list(launcher_in(tmp_path, options).run([other], lambda: False, said.append)) == [Ended("other", FINISHED)]
 
-    with pytest.raises(OSError, match="Slurm does not take the jobs: .* Invalid partition name specified"):
+    with pytest.raises(OSError, match=r"Slurm does not take the jobs: .* Invalid partition name specified"):
         list(launcher_in(tmp_path, SlurmOptions(partition="nowhere")).run(jobs[:1], lambda: False, said.append))
 
 

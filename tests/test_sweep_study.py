@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,13 +28,23 @@ from trainers.experiments.sweep_results import result_row, sweep_figure, table_t
 
 ROOT = Path(__file__).parents[1]
 SHORT = {
-    "first_measurement_kimg": "0.3", "measurements": "2", "block_channels": "16,32", "num_samples": "72", "sample_steps": "4",
+    "first_measurement_kimg": "0.3", "measurements": "2", "block_channels": "16,32", "num_samples": "8", "sample_steps": "2",
     "total_kimg": "0.6", "probe_views": "4",
 }  # fmt: skip
 
 
 def flags(**values: str) -> list[str]:
     return [f"--{key}={value}" for key, value in values.items()]
+
+
+@pytest.fixture
+def _signals() -> Iterator[None]:
+    """A sweep in this process leaves its handlers."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
 
 
 def test_a_grid_is_every_combination_seeds_fastest() -> None:
@@ -134,6 +145,7 @@ def test_a_dry_run_says_what_would_be_run_and_leaves_nothing(
     assert "which holds something else; expected a new folder, or that of a sweep" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("_signals")
 def test_a_failure_is_told_alone_and_the_same_command_goes_on_with_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -148,16 +160,13 @@ def test_a_failure_is_told_alone_and_the_same_command_goes_on_with_it(
     (broken / "config.yaml").write_text(yaml.safe_dump(config.as_dict()))
     (broken / "history.jsonl").write_text("nothing\n")
     (study / "study.json").write_text(json.dumps({"study": "a study"}))
-    command = [sys.executable, "-m", "trainers.experiments.sweep", *flags(**values)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 1, done.stderr
-    assert "2 runs: num_images 32, 48; 2 at a time, on this machine" in done.stdout
-    failure = (
-        rf"n48-seed3 failed: trainers.train: error: {broken}/history.jsonl, line 1: .*; its log: {study}/logs/n48-seed3.log"
-    )
-    assert re.search(failure, done.stdout)
-    assert re.search(failure, done.stderr)
-    assert "FAILED: 1 of 2 runs are finished; the same command goes on with the others" in done.stderr
+    assert sweep.main(flags(**values)) == 1
+    said = capsys.readouterr()
+    assert "2 runs: num_images 32, 48; 2 at a time, on this machine" in said.out
+    failure = rf"n48-seed3 failed: trainers.train: error: {broken}/history.jsonl, line 1: .*; its log: {study}/logs/n48-seed3"
+    assert re.search(failure, said.out)
+    assert re.search(failure, said.err)
+    assert "FAILED: 1 of 2 runs are finished; the same command goes on with the others" in said.err
     client = MlflowClient()
     runs = {run.data.tags["role"]: run for run in client.search_runs(["0"])}
     assert set(runs) == {"study", "run"}

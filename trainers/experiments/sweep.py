@@ -139,6 +139,17 @@ def _conclude(study: Study, status: str) -> None:
         print(f"{status}: {done} of {count} runs are finished; the same command goes on with the others", file=sys.stderr)
 
 
+def _warn_of_local_store() -> None:
+    import mlflow
+
+    uri = mlflow.get_tracking_uri()
+    if not uri.startswith(("http://", "https://", "databricks", "postgresql", "mysql", "mssql")):
+        print(
+            f"MLFLOW_TRACKING_URI is {without_secrets(uri)!r}, which jobs on several machines would all write; better a server",
+            file=sys.stderr,
+        )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 when a run failed, 2 for bad input, 128 + signal when stopped."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
@@ -152,6 +163,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (ValueError, OSError) as error:
             print(f"sweep: error: {error}", file=sys.stderr)
             return 2
+        if sweep.launcher == "slurm":
+            _warn_of_local_store()
         stop = Stop()
         try:
             status = run_sweep(sweep, _launcher(sweep, lock), lambda: stop.signal is not None)

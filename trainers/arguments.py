@@ -52,7 +52,7 @@ def _several(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
     return lambda text: tuple(kind(part) for part in text.split(",") if part)
 
 
-def _converter(name: str, hint: Any) -> Callable[[str], Any]:
+def converter(name: str, hint: Any) -> Callable[[str], Any]:
     """Text to a field's type, with an error that names the field."""
     inner = get_args(hint)
     kinds: dict[Any, tuple[Callable[[str], Any], str]] = {
@@ -86,7 +86,7 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
         options: dict[str, Any] = {"nargs": "?", "const": True} if hint is bool else {}
         group.add_argument(
             f"--{field.name.replace('_', '-')}",
-            type=_converter(field.name, hint),
+            type=converter(field.name, hint),
             default=argparse.SUPPRESS,
             metavar="X" if not isinstance(hint, types.GenericAlias) else "X,Y,...",
             help=default,
@@ -98,6 +98,15 @@ def config_changes(arguments: argparse.Namespace) -> dict[str, Any]:
     """The configuration fields that were given as flags."""
     names = {field.name for field in fields(TrainConfig)} - {"preset"}
     return {key: value for key, value in vars(arguments).items() if key in names}
+
+
+def config_flags(config: TrainConfig) -> list[str]:
+    """The flags of a configuration's every field: what `config_changes` takes apart again, preset included."""
+    flags = []
+    for key, value in config.as_dict().items():
+        text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        flags.append(f"--{key.replace('_', '-')}={text}")
+    return flags
 
 
 def train_parser() -> OneLineParser:

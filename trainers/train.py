@@ -29,14 +29,15 @@ CONFIG = "config.yaml"
 
 
 class Stop:
-    """A wish to stop, from Ctrl-C or SIGTERM, that the loop can look at; a second Ctrl-C interrupts at once.
+    """A wish to stop, from Ctrl-C, SIGTERM or SIGUSR2, that the loop can look at; a second Ctrl-C interrupts at once.
 
-    A SIGTERM after a Ctrl-C is the same wish: `mlflow run` sends one when the terminal has sent the other.
+    A SIGTERM after a Ctrl-C is the same wish: `mlflow run` sends one when the terminal has sent the other. SIGUSR2 is what
+    Slurm sends to a job of submitit's before it takes the machine away.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -95,6 +96,7 @@ def configure(arguments: Namespace) -> tuple[TrainConfig, Path, dict[str, str], 
 
 def train_run(run: Run, stop: Stop, output_dir: Path, tags: Mapping[str, str], run_name: str | None, resume: bool) -> str:
     """Train, measure, record and save until the end or a wish to stop; returns FINISHED or KILLED."""
+    from mlflow_icr.extraction.files import write_whole
     from mlflow_icr.reporting import conclude
     from mlflow_icr.tracking import folder_tracker
     from trainers.console import Console
@@ -103,7 +105,8 @@ def train_run(run: Run, stop: Stop, output_dir: Path, tags: Mapping[str, str], r
     console = Console(run.config, shown=run.is_main, images_seen=run.state.images_seen)
     if run.is_main:
         output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / CONFIG).write_text(yaml.safe_dump(run.config.as_dict(), sort_keys=False))
+        content = yaml.safe_dump(run.config.as_dict(), sort_keys=False).encode()
+        write_whole(output_dir / CONFIG, lambda file: file.write(content))  # a resumption must not find half of it
         # A resumed run goes on in the MLflow run of its folder.
         tracker = folder_tracker(output_dir, run_name=run_name, resume=resume)
         tracker.open(run.params(), {**run.tags(), **tags})

@@ -21,6 +21,23 @@ OPERATIONS, STATE = "mlflow.jsonl", "mlflow.json"
 Operation = dict[str, Any]
 
 
+def ended_as(folder: Path | str) -> str | None:
+    """FINISHED, FAILED or KILLED, as the run of an output folder ended; None where none was started, or one goes on.
+
+    It takes no lock, and so also answers while the run is being written. Raises ValueError naming a line that is damaged.
+    """
+    path, status = Path(folder) / OPERATIONS, None
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            operation = json.loads(line)
+            if operation["kind"] in ("start", "end"):
+                status = operation.get("status")
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: not an operation ({error})") from None
+    return status
+
+
 class Outbox:
     """The operations of one output folder; those that wait are in `waiting`, as (place in the file, operation).
 

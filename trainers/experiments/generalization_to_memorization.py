@@ -15,7 +15,7 @@ from typing import Any
 from mlflow_icr.monitoring.plots import COLOURS
 from mlflow_icr.monitoring.summary import summarise
 from mlflow_icr.monitoring.verdict import verdict
-from trainers.arguments import OneLineParser, add_config_flags, config_changes
+from trainers.arguments import OneLineParser, add_config_flags, config_changes, config_flags
 from trainers.config import TrainConfig, load_config, preset_names
 from trainers.data import load_source
 from trainers.experiments.address import chart_address, without_secrets
@@ -93,15 +93,14 @@ def plan(argv: Sequence[str] | None) -> Study:
 
 
 def _flags(study: Study, role: str, config: TrainConfig) -> list[str]:
-    flags = [f"--preset={config.preset}", f"--output-dir={study.folder / role}", f"--run-name={role} n={config.num_images}"]
     # MLflow draws colours by chance, and two runs may get the same one; these are those of the figure.
     colour = COLOURS[list(study.configs).index(role)]
-    flags += [f"--tag=study={study.name}", f"--tag=role={role}", f"--tag=mlflow.runColor={colour}"]
-    for key, value in config.as_dict().items():
-        if key != "preset":
-            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-            flags.append(f"--{key.replace('_', '-')}={text}")
-    return flags
+    return [
+        *config_flags(config),
+        f"--output-dir={study.folder / role}",
+        f"--run-name={role} n={config.num_images}",
+        *(f"--tag={tag}" for tag in (f"study={study.name}", f"role={role}", f"mlflow.runColor={colour}")),
+    ]
 
 
 Cells = Mapping[str, Any]  # one run's row of the table: numbers, and the verdict's word

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import threading
@@ -10,8 +9,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from trainers.launchers.processes import end_children, environment
+
 LOOK_EVERY_SECONDS = 0.2
-GRACE_SECONDS = 300.0  # for a child that was asked to stop: its measurement in progress, its checkpoint
 
 
 @dataclass(frozen=True)
@@ -20,21 +20,6 @@ class Sibling:
 
     name: str
     flags: Sequence[str]
-
-
-def _cores() -> int:
-    """The cores that this process may use; not all systems tell that, and then all there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def environment(parallel: int) -> dict[str, str]:
-    """The children's: a run of their own each, and a fair share of the cores."""
-    variables = {key: value for key, value in os.environ.items() if key != "MLFLOW_RUN_ID"}
-    # With more threads than cores, those that wait burn what those that work need, and training crawls.
-    given = variables.get("OMP_NUM_THREADS", "")
-    variables["OMP_NUM_THREADS"] = str(max(1, (int(given) if given.isdigit() else _cores()) // parallel))
-    variables["PYTHONUNBUFFERED"] = "1"
-    return variables
 
 
 def _tell(name: str, width: int, child: subprocess.Popen[str]) -> None:
@@ -56,19 +41,6 @@ def _start(sibling: Sibling, variables: Mapping[str, str], width: int) -> tuple[
     teller = threading.Thread(target=_tell, args=(sibling.name, width, child), daemon=True)
     teller.start()
     return child, teller
-
-
-def _end(children: Mapping[str, subprocess.Popen[str]]) -> None:
-    """Ask children to stop, and wait for that; kill those that do not in time."""
-    for child in children.values():
-        child.terminate()
-    deadline = time.monotonic() + GRACE_SECONDS
-    for child in children.values():
-        try:
-            child.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
 
 
 def run_siblings(siblings: Sequence[Sibling], parallel: int, wants_stop: Callable[[], bool]) -> Mapping[str, int]:
@@ -94,7 +66,7 @@ def run_siblings(siblings: Sequence[Sibling], parallel: int, wants_stop: Callabl
             else:
                 time.sleep(LOOK_EVERY_SECONDS)
     finally:
-        _end(children)
+        end_children(children.values())
         for teller in tellers:
             teller.join()
     return {name: child.returncode for name, child in children.items()}

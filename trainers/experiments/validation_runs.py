@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlflow_icr.monitoring.series import HISTORY
-from trainers.experiments.siblings import environment
+from trainers.launchers.processes import environment
 from trainers.train import CONFIG
 
 LABEL_FREE = "alignment,uniformity,rankme,effective_rank,lidar"

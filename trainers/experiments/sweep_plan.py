@@ -1,0 +1,184 @@
+"""What a sweep's command line asks for: the runs, their folder, what earlier commands left of them, and how to launch them."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import yaml
+
+from mlflow_icr.tracking.outbox import ended_as
+from trainers.arguments import OneLineParser, config_flags, converter
+from trainers.checkpoint import latest_checkpoint
+from trainers.config import TrainConfig, config_from, preset_names
+from trainers.experiments.sweep_grid import Run, check_data, expand, grid_fields
+from trainers.launchers.job import FAILED, FINISHED, Job
+from trainers.launchers.slurm import SlurmOptions, check_cluster
+from trainers.launchers.slurm_flags import add_slurm_flags, slurm_options
+from trainers.train import CONFIG, check_project
+
+AUTO = "auto"
+LAUNCHERS = ("local", "slurm")
+STUDY = "study.json"  # what a later command must know of the study: its name
+LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The runs, the study that they belong to and its folder, and how they are launched."""
+
+    name: str
+    folder: Path
+    runs: Sequence[Run]
+    finished: frozenset[str]  # names of the runs that earlier commands have finished
+    states: Mapping[str, str]  # what is to become of each run, in words
+    launcher: str
+    parallel: int
+    slurm: SlurmOptions
+    params: Mapping[str, str]  # of the study's MLflow run
+    dry_run: bool
+
+    def folder_of(self, run: Run) -> Path:
+        """A run's output folder."""
+        return self.folder / "runs" / run.name
+
+    def job(self, run: Run) -> Job:
+        """A run as something to launch."""
+        tags = (f"study={self.name}", "role=run")
+        command = (
+            sys.executable, "-m", "trainers.train", *config_flags(run.config), f"--output-dir={self.folder_of(run)}",
+            f"--run-name={run.name}", *(f"--tag={tag}" for tag in tags),
+        )  # fmt: skip
+        return Job(run.name, command, self.folder_of(run) / CONFIG, self.folder / "logs" / f"{run.name}.log")
+
+
+def _parser() -> OneLineParser:
+    parser = OneLineParser(
+        prog="sweep",
+        description="Train for several sizes, seeds or any other values, and see from where on each run turns and copies. "
+        "Any flag of trainers.train takes several values: --num-images 64,128,256 --seeds 0:5 --batch-size 16,32",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--preset", default="digits", help=f"some of {', '.join(preset_names())}")
+    parser.add_argument("--seeds", default=argparse.SUPPRESS, metavar="X,Y,...", help="the same as --seed")
+    parser.add_argument(
+        "--output-dir", default=AUTO, help="folder of the study; auto makes outputs/sweep-..., the same each time"
+    )
+    parser.add_argument("--launcher", default="local", help=f"one of {', '.join(LAUNCHERS)}")
+    parser.add_argument("--max-parallel", default="2", help="runs at the same time")
+    parser.add_argument(
+        "--dry-run",
+        type=converter("dry_run", bool),
+        nargs="?",
+        const=True,
+        default=False,
+        help="say what would be run, and end",
+    )
+    group = parser.add_argument_group(
+        "configuration", "values between commas (0:5 is 0,1,2,3,4), or semicolons where they hold commas"
+    )
+    for field in grid_fields():
+        group.add_argument(
+            f"--{field.replace('_', '-')}", default=argparse.SUPPRESS, metavar="X,Y,...", nargs="?", const="true"
+        )
+    add_slurm_flags(parser)
+    return parser
+
+
+def _texts(arguments: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """The values of each field as text, sizes first and seeds last, and what fields were given as."""
+    if "seed" in arguments and "seeds" in arguments:
+        raise ValueError(f"seed is {arguments['seed']!r} and seeds {arguments['seeds']!r}; expected one of them")
+    given = {field: arguments[field] for field in grid_fields() if field in arguments}
+    shown = {}
+    if "seeds" in arguments:
+        given["seed"], shown["seed"] = arguments["seeds"], "seeds"
+    order = sorted(given, key=lambda field: (field != "num_images", field == "seed"))
+    return {field: given[field] for field in order}, shown
+
+
+def _same_probe(runs: Sequence[Run]) -> list[Run]:
+    """Subsets of a seed nest: measured on as many images as the smallest has, all its runs are measured on the same ones."""
+    probe = min(min(run.config.probe_images, run.config.num_images) for run in runs)
+    return [replace(run, config=replace(run.config, probe_images=probe)) for run in runs]
+
+
+def _folder(output_dir: str, configs: Sequence[TrainConfig]) -> Path:
+    if output_dir != AUTO:
+        return Path(output_dir)
+    # The same command finds its folder again, and goes on there.
+    content = json.dumps([config.as_dict() for config in configs], sort_keys=True)
+    presets = "-".join(dict.fromkeys(config.preset for config in configs))
+    return Path("outputs") / f"sweep-{presets}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
+
+
+def _study_name(folder: Path, configs: Sequence[TrainConfig]) -> str:
+    """The study's name: that of the folder's study, else a new one, which no other store or clone has. Raises ValueError."""
+    if (folder / STUDY).exists():
+        return str(json.loads((folder / STUDY).read_text())["study"])
+    if folder.exists() and any(path.name != LOCK for path in folder.iterdir()):
+        raise ValueError(
+            f"output_dir is {str(folder)!r}, which holds something else; expected a new folder, or that of a sweep"
+        )
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-sweep-{'-'.join(dict.fromkeys(config.preset for config in configs))}"
+
+
+def _state(run: Run, folder: Path) -> str:
+    """What an earlier command left of a run, in words. Raises ValueError where that was another configuration."""
+    if not (folder / CONFIG).exists():
+        return "new"
+    saved = config_from(yaml.safe_load((folder / CONFIG).read_text())).as_dict()
+    for key, value in run.config.as_dict().items():
+        if saved[key] != value:
+            raise ValueError(
+                f"{key} is {value!r}, but {folder} has a run with {saved[key]!r}; expected the same, or a new output_dir"
+            )
+    ended = ended_as(folder)
+    if ended == FINISHED:
+        return "finished"
+    checkpoint = latest_checkpoint(folder)
+    since = "from the start" if checkpoint is None else f"from {int(checkpoint.name):,} images seen on"
+    return f"failed, and is tried again {since}" if ended == FAILED else f"goes on {since}"
+
+
+def _check_ranks(runs: Sequence[Run], ranks: int) -> None:
+    for run in runs:
+        c = run.config
+        if c.batch_size % (ranks * c.gradient_accumulation_steps):
+            raise ValueError(
+                f"batch_size is {c.batch_size}; expected a multiple of {ranks * c.gradient_accumulation_steps}, the processes "
+                "of a job times gradient_accumulation_steps"
+            )
+
+
+def plan(argv: Sequence[str] | None) -> Sweep:
+    """The sweep that a command line asks for. Raises ValueError for what cannot be, before anything runs or is written."""
+    arguments = vars(_parser().parse_args(argv))
+    launcher, parallel = arguments["launcher"], arguments["max_parallel"]
+    if launcher not in LAUNCHERS:
+        raise ValueError(f"launcher is {launcher!r}; expected one of {', '.join(LAUNCHERS)}")
+    if not parallel.isdigit() or int(parallel) < 1:
+        raise ValueError(f"max_parallel is {parallel!r}; expected a whole number >= 1")
+    slurm = slurm_options(arguments, launcher)
+    texts, shown = _texts(arguments)
+    runs = expand(arguments["preset"], texts, shown)
+    runs = runs if "probe_images" in texts else _same_probe(runs)
+    _check_ranks(runs, slurm.ranks)
+    check_data(runs)
+    if launcher == "slurm":
+        check_cluster()
+    configs = [run.config for run in runs]
+    folder = _folder(arguments["output_dir"], configs)
+    name = _study_name(folder, configs)
+    states = {run.name: _state(run, folder / "runs" / run.name) for run in runs}
+    finished = frozenset(name for name, state in states.items() if state == "finished")
+    check_project()
+    params = {"preset": arguments["preset"], **{shown.get(field, field): text for field, text in texts.items()}}
+    params["launcher"] = launcher
+    return Sweep(name, folder, runs, finished, states, launcher, int(parallel), slurm, params, arguments["dry_run"])

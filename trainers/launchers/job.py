@@ -1,0 +1,53 @@
+"""One training run as something to launch, what became of it, and what a launcher is; loads nothing."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+FINISHED, FAILED, KILLED, RUNNING = "FINISHED", "FAILED", "KILLED", "RUNNING"
+# What ends a trainer on request, after a checkpoint: its exit status is 128 + one of these, or minus one in its first seconds.
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run's name, its command line, the file that is there once the run has begun, and the log that it appends to."""
+
+    name: str
+    command: tuple[str, ...]
+    begun: Path
+    log: Path
+
+    def line(self) -> list[str]:
+        """The command line for now: with --resume where the run has begun."""
+        return [*self.command, *(["--resume"] if self.begun.exists() else [])]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What became of a job: FINISHED, FAILED with the reason, KILLED (it was stopped, and can go on), or RUNNING without us."""
+
+    name: str
+    status: str
+    why: str = ""
+
+
+class Launcher(Protocol):
+    """Runs jobs; the failure of one is nothing to the others."""
+
+    def run(
+        self, jobs: Sequence[Job], wants_stop: Callable[[], bool], say: Callable[[str], None]
+    ) -> Generator[Ended, None, None]:
+        """Yield each job's end as it comes; after `wants_stop`, what can be told of the rest. `say` hears of what goes on.
+
+        Raises OSError when no job can be started at all.
+        """
+
+
+def was_stopped(code: int) -> bool:
+    """Whether an exit status is that of a trainer that was asked to stop."""
+    return code in {128 + number for number in STOPPING} | {-number for number in STOPPING}

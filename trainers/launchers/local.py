@@ -1,0 +1,107 @@
+"""Runs as processes of this machine, some at a time, each with its share of the cores and, where there are several, a GPU."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+
+from trainers.launchers.job import FAILED, FINISHED, KILLED, Ended, Job, was_stopped
+from trainers.launchers.logs import first_error, size
+from trainers.launchers.processes import end_children, environment
+
+LOOK_EVERY_SECONDS = 0.2
+
+
+def visible_gpus() -> list[str]:
+    """The NVIDIA GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; torch, which knows too, stays out."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return [name.strip() for name in given.split(",") if name.strip()]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+    return [str(i) for i, line in enumerate(listed.stdout.splitlines()) if line.startswith("GPU ")]
+
+
+@dataclass(frozen=True)
+class _Running:
+    job: Job
+    child: subprocess.Popen[str]
+    slot: int
+    since: int  # bytes of the log before this attempt
+
+
+class LocalLauncher:
+    """At most `parallel` processes at a time; `inherited` file descriptors stay open in each as long as it lives."""
+
+    def __init__(self, parallel: int, inherited: Sequence[int] = ()) -> None:
+        self.parallel, self.inherited = parallel, tuple(inherited)
+
+    def run(
+        self, jobs: Sequence[Job], wants_stop: Callable[[], bool], say: Callable[[str], None]
+    ) -> Generator[Ended, None, None]:
+        """Yield each job's end as it comes. After `wants_stop` those that run are asked to stop, and no other one starts.
+
+        However this ends, no child is left.
+        """
+        parallel = max(1, min(self.parallel, len(jobs)))
+        shared, gpus = environment(parallel), visible_gpus()
+        waiting, running = deque(jobs), list[_Running]()
+        free = deque(range(parallel))
+        try:
+            while (waiting or running) and not wants_stop():
+                if waiting and free:
+                    job, slot = waiting.popleft(), free.popleft()
+                    own = {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if len(gpus) > 1 else {}
+                    try:
+                        running.append(self._start(job, shared | own, slot))
+                        say(f"{job.name} starts; its output is in {job.log}")
+                    except OSError as error:  # no memory for a process, or no disk for a log
+                        free.append(slot)
+                        yield Ended(job.name, FAILED, str(error))
+                    continue
+                for one in [one for one in running if one.child.poll() is not None]:
+                    running.remove(one)
+                    free.append(one.slot)
+                    yield _ended(one)
+                time.sleep(LOOK_EVERY_SECONDS)
+            end_children([one.child for one in running])
+            stopped, running = running, []
+            for one in stopped:
+                yield _ended(one, asked=True)
+        finally:
+            end_children([one.child for one in running])
+
+    def _start(self, job: Job, variables: dict[str, str], slot: int) -> _Running:
+        job.log.parent.mkdir(parents=True, exist_ok=True)
+        since = size(job.log)
+        with job.log.open("a") as log:
+            child = subprocess.Popen(
+                job.line(),
+                env=variables,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,  # Ctrl-C reaches us alone, and we ask the children once
+                pass_fds=self.inherited,
+            )
+        return _Running(job, child, slot, since)
+
+
+def _ended(one: _Running, *, asked: bool = False) -> Ended:
+    code = one.child.returncode
+    if code == 0:
+        return Ended(one.job.name, FINISHED)
+    if asked or was_stopped(code):
+        return Ended(one.job.name, KILLED)
+    if code < 0:
+        said = signal.Signals(-code).name
+        return Ended(one.job.name, FAILED, f"ended by {said}" + (", as when memory runs out" if said == "SIGKILL" else ""))
+    return Ended(one.job.name, FAILED, first_error(one.job.log, one.since) or f"exit status {code}")

@@ -1,0 +1,42 @@
+"""Child processes: their environment, and their end."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Collection
+
+GRACE_SECONDS = 300.0  # for a child that was asked to stop: its measurement in progress, its checkpoint
+
+
+def cores() -> int:
+    """The cores that this process may use; not all systems tell that, and then all there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def environment(parallel: int) -> dict[str, str]:
+    """The children's: a run of their own each, and a fair share of the cores."""
+    variables = {key: value for key, value in os.environ.items() if key != "MLFLOW_RUN_ID"}
+    # With more threads than cores, those that wait burn what those that work need, and training crawls.
+    given = variables.get("OMP_NUM_THREADS", "")
+    variables["OMP_NUM_THREADS"] = str(max(1, (int(given) if given.isdigit() else cores()) // parallel))
+    variables["PYTHONUNBUFFERED"] = "1"
+    return variables
+
+
+def end_children(children: Collection[subprocess.Popen[str]]) -> None:
+    """Ask children to stop, and wait for that; kill those that do not in time, and all when the wait is interrupted."""
+    for child in children:
+        child.terminate()
+    deadline = time.monotonic() + GRACE_SECONDS
+    try:
+        for child in children:
+            try:
+                child.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                child.kill()
+    finally:
+        for child in children:
+            child.kill()  # which an ended one does not notice
+            child.wait()

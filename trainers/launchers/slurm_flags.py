@@ -1,0 +1,67 @@
+"""Flags of what a Slurm job asks for."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+from trainers.launchers.slurm import SlurmOptions, minutes
+
+WHOLE = {
+    "nodes": "nodes of each run",
+    "gpus_per_node": "GPUs of each node, one process each",
+    "tasks_per_node": "processes on each node; default one a GPU, or one",
+    "cpus_per_task": "cores of each process",
+    "stop_seconds": "from the signal to stop to the end of a job; default 120",
+    "most_timeouts": "how often a run that outlives its time is requeued; default 100",
+}
+TEXTS = {
+    "time": "of each job, in minutes, as H:MM:SS or D-HH:MM:SS; default 60; a run that needs more is requeued",
+    "mem": "memory of each node, as 32GB",
+    "partition": "",
+    "account": "",
+    "qos": "",
+    "constraint": "",
+    "slurm_options": "any others of sbatch, as reservation=NAME;exclusive=",
+}
+
+
+def add_slurm_flags(parser: argparse.ArgumentParser) -> None:
+    """One flag for each option of a job, taken as text."""
+    group = parser.add_argument_group("slurm", "what each job asks for; with --launcher=slurm only")
+    for name, text in (WHOLE | TEXTS).items():
+        group.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, metavar="X", help=text or "as of sbatch")
+
+
+def slurm_options(arguments: Mapping[str, Any], launcher: str) -> SlurmOptions:
+    """The options that were given. Raises ValueError for values that cannot be, and for any where the launcher takes none."""
+    given = {name: arguments[name] for name in WHOLE | TEXTS if name in arguments}
+    if launcher != "slurm" and given:
+        name = next(iter(given))
+        raise ValueError(
+            f"{name} is {given[name]!r}, which is for Slurm, but launcher is {launcher!r}; expected launcher 'slurm'"
+        )
+    values: dict[str, Any] = {}
+    for name, text in given.items():
+        if name in WHOLE:
+            if not text.isdigit():
+                raise ValueError(f"{name} is {text!r}; expected a whole number")
+            values[name] = int(text)
+        elif name == "time":
+            values["time_minutes"] = minutes(text)
+        elif name == "slurm_options":
+            values["others"] = _others(text)
+        else:
+            values[name] = text
+    return SlurmOptions(**values)
+
+
+def _others(text: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for part in filter(None, (part.strip() for part in text.split(";"))):
+        name, equals, value = part.partition("=")
+        if not (name and equals):
+            raise ValueError(f"slurm_options is {text!r}; expected NAME=VALUE, or NAME= for a switch, separated by semicolons")
+        found[name.strip().lstrip("-")] = value.strip() or True
+    return found

@@ -7,8 +7,6 @@ safetensors and JSON; nothing is unpickled.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,14 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mlflow_icr import Verdict
+from mlflow_icr.tracking.checkpoints import checkpoint_path, write_checkpoint
 from trainers.config import TrainConfig
 from trainers.loop import TrainState
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-STATE, PROGRESS, TURNING = "state.safetensors", "progress.json", "turning.json"
+STATE, PROGRESS = "state.safetensors", "progress.json"
 KEPT_STATES = 2  # the newest, and the one before it in case the newest cannot be read
 
 
@@ -38,50 +36,28 @@ def _tensors(state: TrainState, accelerator: Accelerator, monitor: dict[str, Ten
     return {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
 
 
-def _sync(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder, folder.parent]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def save_checkpoint(
     output_dir: Path, state: TrainState, config: TrainConfig, accelerator: Accelerator, monitor: dict[str, Tensor]
 ) -> Path:
     """Write the checkpoint of a state, on the main process; returns its folder. Raises OSError when the disk is full."""
     from diffusers import ConsistencyModelPipeline, EDMDPMSolverMultistepScheduler
 
-    folder = output_dir / "checkpoints" / f"{state.images_seen:012d}"
+    folder = checkpoint_path(output_dir, state.images_seen)
     if (folder / STATE).exists():
         return folder
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    # Plain diffusers loads and samples this; with DDPMPipeline it would run and be wrong.
-    scheduler = EDMDPMSolverMultistepScheduler(sigma_data=config.sigma_data)
-    ConsistencyModelPipeline(unet=state.ema, scheduler=scheduler).save_pretrained(part)
-    save_file(_tensors(state, accelerator, monitor), part / STATE)
-    progress = {"images_seen": state.images_seen, "loss_steps": state.loss_steps}
-    (part / PROGRESS).write_text(json.dumps(progress))
-    _sync(part)
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
-    _sync(folder)
+
+    def write(part: Path) -> None:
+        # Plain diffusers loads and samples this; with DDPMPipeline it would run and be wrong.
+        scheduler = EDMDPMSolverMultistepScheduler(sigma_data=config.sigma_data)
+        ConsistencyModelPipeline(unet=state.ema, scheduler=scheduler).save_pretrained(part)
+        save_file(_tensors(state, accelerator, monitor), part / STATE)
+        progress = {"images_seen": state.images_seen, "loss_steps": state.loss_steps}
+        (part / PROGRESS).write_text(json.dumps(progress))
+
+    write_checkpoint(output_dir, state.images_seen, write)
     for old in sorted(output_dir.glob(f"checkpoints/[0-9]*/{STATE}"))[:-KEPT_STATES]:
         old.unlink()
     return folder
-
-
-def mark_turning(output_dir: Path, found: Verdict) -> None:
-    """Write `checkpoints/turning.json`, which names the checkpoint to keep, once a verdict has found a turn."""
-    if found.turning_images_seen is None:
-        return
-    path = output_dir / "checkpoints" / TURNING
-    part = path.with_name(f".{TURNING}.part")
-    content = found.summary() | {"state": found.state, "checkpoint": f"{found.checkpoint_images_seen:012d}"}
-    part.write_text(json.dumps(content, indent=2) + "\n")
-    part.rename(path)
 
 
 def latest_checkpoint(output_dir: Path) -> Path | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
 
 INDEX = "model_index.json"
 ARTIFACT = "pipeline"
-BATCH = 256
 
 
 class PipelineModel(PythonModel):  # type: ignore[misc]
@@ -33,20 +31,11 @@ class PipelineModel(PythonModel):  # type: ignore[misc]
     # MLflow makes the model's signature of this hint: a list, or a frame of one column, of whole numbers.
     def predict(self, model_input: list[int]) -> np.ndarray:
         """Images (N, H, W, C) uint8, one for each seed; seed i gives sample i of an evaluation with seed 0."""
-        from mlflow_icr.extraction.denoisers import evaluating
         from mlflow_icr.extraction.pipelines import load_denoiser
-        from mlflow_icr.extraction.samplers import heun_sample, starting_noise
-        from mlflow_icr.monitoring.generation import to_uint8
+        from mlflow_icr.tracking.sampling_model import sample_images
 
         self._loaded = self._loaded or load_denoiser(self.folder)
-        denoiser, side = self._loaded
-        shape = (int(denoiser.network.config["in_channels"]), side, side)
-        images = [np.empty((0, side, side, shape[0]), np.uint8)]
-        with evaluating(denoiser.network):
-            for start in range(0, len(model_input), BATCH):
-                sampled = heun_sample(denoiser, starting_noise(model_input[start : start + BATCH], shape, 0))
-                images.append(to_uint8(sampled).permute(0, 2, 3, 1).numpy())
-        return np.concatenate(images)
+        return sample_images(self._loaded, model_input)
 
 
 def log_pipeline(folder: Path | str, name: str = ARTIFACT, **arguments: Any) -> ModelInfo:
@@ -55,17 +44,14 @@ def log_pipeline(folder: Path | str, name: str = ARTIFACT, **arguments: Any) -> 
     `arguments` are those of `mlflow.pyfunc.log_model`. Only the pipeline is copied, not what training needs to go on. Raises
     ValueError for a folder that holds no pipeline.
     """
+    from mlflow_icr.tracking.checkpoints import copy_pipeline
+
     folder = Path(folder)
     if not _is_pipeline(folder):
         raise ValueError(f"folder is {str(folder)!r}; expected a diffusers folder with unet/ and scheduler/")
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / ARTIFACT
-        copy.mkdir()
-        for part in folder.iterdir():
-            if part.is_dir():
-                shutil.copytree(part, copy / part.name)
-            elif part.name == INDEX:
-                shutil.copy(part, copy)
+        copy_pipeline(folder, copy)
         defaults = {"pip_requirements": [f"mlflow-icr=={__version__}"], "model_type": "diffusion"}
         code = Path(__file__).with_name("pipeline_code.py")
         return mlflow.pyfunc.log_model(

@@ -460,6 +460,27 @@ def test_what_is_wrong_with_a_best_checkpoint_is_one_line(
         assert said.out == ""
 
 
+def test_somebody_elses_training_has_checkpoints_too(small_unet: torch.nn.Module, digits: torch.Tensor, tmp_path: Path) -> None:
+    from diffusers import ConsistencyModelPipeline, EDMDPMSolverMultistepScheduler
+
+    from mlflow_icr import Protocol
+    from mlflow_icr.integrations.watch import ICRWatch
+
+    folder = tmp_path / "run"
+    saved = ConsistencyModelPipeline(unet=small_unet, scheduler=EDMDPMSolverMultistepScheduler(sigma_data=0.5)).save_pretrained
+    with ICRWatch(
+        EDMDenoiser(small_unet), digits[:8], folder, schedule=10, protocol=Protocol(num_images=8, num_views=2),
+        pictures=False, save=saved, checkpoints_total_limit=1,
+    ) as watch:  # fmt: skip
+        for images_seen in (10, 20, 30):
+            watch(images_seen)
+    run_id = json.loads((folder / "mlflow.json").read_text())["run_id"]
+    assert set(models_of(run_id)) == {10, 20, 30}
+    assert models_of(run_id)[30].tags["weights"] == "uploaded"
+    assert set(checkpoints(folder)) == {30, *may_be_kept(folder)}
+    assert best_checkpoint(folder) == checkpoint_path(folder, 30)
+
+
 @pytest.mark.parametrize(("early", "late", "icr_rise"), [(0.3, 0.9, 0.0), (0.3, 0.3, 0.2), (0.3, 0.9, 0.2), (0.25, 0.25, 0.0)])
 def test_what_a_verdict_will_keep_is_foreseen(early: float, late: float, icr_rise: float) -> None:
     """A turn is seen when it is past: by then its checkpoint must not have been removed."""

@@ -111,11 +111,12 @@ class ModelDelivery:
         if model.tags.get(WEIGHTS_TAG) == UPLOADED:
             return
         state = self._upload(model, operation, there) if operation["weights"] else LOCAL
-        tags = {WEIGHTS_TAG: state} | ({} if state == UPLOADED else {EXTERNAL: "true"})
-        self._client.set_logged_model_tags(model.model_id, tags)
+        self._client.finalize_logged_model(model.model_id, "READY")
         if state == UPLOADED and EXTERNAL in model.tags:
             self._client.delete_logged_model_tag(model.model_id, EXTERNAL)
-        self._client.finalize_logged_model(model.model_id, "READY")
+        # Last, since a model that says uploaded is not looked at again.
+        tags = {WEIGHTS_TAG: state} | ({} if state == UPLOADED else {EXTERNAL: "true"})
+        self._client.set_logged_model_tags(model.model_id, tags)
 
     def _upload(self, model: Any, operation: Operation, there: dict[str, int]) -> str:
         folder = self.run.folder / operation["path"]

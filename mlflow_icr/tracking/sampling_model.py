@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from mlflow_icr.tracking.model_folder import ARTIFACT, COLUMNS
@@ -82,7 +83,7 @@ class SamplingModel(PythonModel):  # type: ignore[misc]
         self.folder = Path(context.artifacts[ARTIFACT])
         self._loaded: Any = None
 
-    def predict(self, model_input, params=None):  # type: ignore[no-untyped-def]  # MLflow makes checks of its own of hints
+    def predict(self, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> np.ndarray:
         """Images (N, H, W, C) uint8 for rows or a dict of num_images, seed, steps and class_label, each of them optional.
 
         Image i of a seed is the same however many are asked for. Raises ValueError for a value that is not allowed.

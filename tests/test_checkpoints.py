@@ -330,7 +330,7 @@ def train_until_killed(folder: Path, pipeline: Path) -> None:
         while True:
             measured(tracker, step, pipeline)
             step += 100
-            time.sleep(0.2)
+            time.sleep(0.4)
     finally:
         os._exit(1)
 

@@ -203,6 +203,6 @@ def test_training_stops_on_a_turn_and_marks_its_checkpoint(tmp_path: Path) -> No
     run_id = json.loads((tmp_path / "run" / "mlflow.json").read_text())["run_id"]
     models = MlflowClient().search_logged_models(["0"], f"source_run_id = '{run_id}'")
     assert {m.name for m in models} == {f"checkpoint-{row['images_seen']:012d}" for row in rows}
-    roles = {m.tags["role"]: m.name.removeprefix("checkpoint-") for m in models if "role" in m.tags}
-    assert roles == {"turning": marked["checkpoint"], "newest": f"{rows[-1]['images_seen']:012d}"}
+    roles = {m.name.removeprefix("checkpoint-"): m.tags["role"] for m in models if "role" in m.tags}
+    assert roles == {f"{rows[-1]['images_seen']:012d}": "newest"} | {marked["checkpoint"]: "turning"}
     assert "verdict: " in done.stdout

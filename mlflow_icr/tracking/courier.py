@@ -136,7 +136,7 @@ class Courier:
         if "failure" not in self._told:
             self._told.add("failure")
             logger.warning(
-                "MLflow does not take %s (%s); training goes on, and everything is in %s",
+                "MLflow does not take %s (%s); training goes on, and everything measured is in %s",
                 self.what, type(error).__name__, self.box.folder,
             )  # fmt: skip
         logger.debug("MLflow failed", exc_info=error)

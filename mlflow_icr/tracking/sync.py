@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mlflow_icr.monitoring.series import HISTORY
 from mlflow_icr.tracking.mlflow_sink import MLflowSink
-from mlflow_icr.tracking.outbox import OPERATIONS
+from mlflow_icr.tracking.outbox import MODELS, OPERATIONS
 from mlflow_icr.tracking.tracker import Tracker
 
 
@@ -66,7 +66,9 @@ def sync_folder(folder: Path, *, new_run: bool = False) -> Synced:
         for logger, was in zip(told, disabled, strict=True):
             logger.disabled = was
     waiting = sum(len(box.waiting) for box in boxes)
-    refused = {f"{place} in {box.path.name}": why for box in boxes for place, why in box.refused.items()}
+    refused = dict(sink.outbox.refused)
+    if sink.models is not None:
+        refused |= {f"{place} of {MODELS}": why for place, why in sink.models.refused.items()}
     return Synced(folder, sink.run_id, max(0, before - waiting), waiting, refused, sink.failure if waiting else None)
 
 

@@ -135,7 +135,7 @@ def _extreme(found: Sequence[Checkpoint], metric: str, maximum: bool, run: Path 
     if not there:
         raise ValueError(f"metric is {metric!r}, which was measured at no checkpoint of {str(run)!r} that is still there")
     why = f"{there[0].images_seen} images seen, {metric} {there[0].values[metric]:.6g}, the {kind} of the checkpoints there are"
-    if there[0] is not ordered[0]:
+    if there[0].values[metric] != ordered[0].values[metric]:
         best = ordered[0]
         why += f"; it was {best.values[metric]:.6g} at {best.images_seen}, whose checkpoint is gone"
     return Choice(there[0], why)

@@ -67,6 +67,7 @@ if TYPE_CHECKING:
         variability_ratio,
         view_error_ratio,
     )
+    from mlflow_icr.tracking import best_checkpoint
 
 __all__ = [
     "Authenticity",
@@ -90,6 +91,7 @@ __all__ = [
     "__version__",
     "alignment",
     "authenticity",
+    "best_checkpoint",
     "carlini_ratio",
     "class_separation",
     "compare",
@@ -128,7 +130,7 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     if name in __all__:
-        for floor in ("representation", "generation", "extraction", "monitoring"):
+        for floor in ("representation", "generation", "extraction", "monitoring", "tracking"):
             module = import_module(f"mlflow_icr.{floor}")
             if name in module.__all__:
                 globals()[name] = value = getattr(module, name)

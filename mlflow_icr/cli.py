@@ -213,6 +213,18 @@ def _sync(arguments: argparse.Namespace) -> int:
     return 0 if all(part.complete for part in found) else 1
 
 
+def _best_checkpoint(arguments: argparse.Namespace) -> int:
+    from mlflow_icr.tracking.best import check_output, choose, fetch
+
+    check_output(arguments.output)
+    if arguments.max and arguments.metric is None:
+        raise ValueError("max is given without metric; expected --metric KEY, to take the highest value of")
+    choice = choose(arguments.run_or_folder, metric=arguments.metric, maximum=arguments.max)
+    _say(choice.why)
+    print(fetch(choice, arguments.output))
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mlflow-icr", description="Is a diffusion model still learning, or copying?")
     parser.add_argument("--version", action="version", version=__version__)
@@ -298,6 +310,13 @@ def _parser() -> argparse.ArgumentParser:
     sync.add_argument("folder", type=Path, help="an output folder, or one above several")
     sync.add_argument("--new-run", action="store_true", help="everything to a new run, such as on another server")
     sync.set_defaults(run=_sync)
+
+    best = commands.add_parser("best-checkpoint", help="fetch the checkpoint to keep, as a diffusers folder")
+    best.add_argument("run_or_folder", metavar="RUN", help="the id of an MLflow run, or an output folder")
+    best.add_argument("--metric", metavar="KEY", help="that with the lowest value of it, such as repr/icr, not the verdict's")
+    best.add_argument("--max", action="store_true", help="with --metric: the highest")
+    best.add_argument("--output", type=Path, metavar="DIR", help="a new folder; default: where it is, or a temporary one")
+    best.set_defaults(run=_best_checkpoint)
 
     export = commands.add_parser("export-tensorboard", help="MLflow runs as TensorBoard event files; a repeat adds what is new")
     which = export.add_mutually_exclusive_group(required=True)

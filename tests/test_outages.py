@@ -200,7 +200,7 @@ def test_an_answer_that_is_lost_makes_nothing_twice(tmp_path: Path, monkeypatch:
 
     for name in ("create_run", "log_batch", "log_image"):
         lossy(name)
-    monkeypatch.setattr("mlflow_icr.tracking.mlflow_sink.PAUSES", (0.01,))
+    monkeypatch.setattr("mlflow_icr.tracking.courier.PAUSES", (0.01,))
     sink = MLflowSink()
     tracker = Tracker(folder, [sink])
     tracker.open({"seed": 1}, {})
@@ -229,7 +229,7 @@ def test_half_a_picture_is_made_whole(tmp_path: Path, monkeypatch: pytest.Monkey
         return real(self, run_id, path)
 
     monkeypatch.setattr(MlflowClient, "_log_artifact_helper", half)
-    monkeypatch.setattr("mlflow_icr.tracking.mlflow_sink.PAUSES", (0.01,))
+    monkeypatch.setattr("mlflow_icr.tracking.courier.PAUSES", (0.01,))
     sink = MLflowSink()
     tracker = Tracker(folder, [sink])
     tracker.open({}, {})

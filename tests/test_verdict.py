@@ -181,10 +181,12 @@ def test_two_measurements_are_compared_image_by_image(
 
 def test_training_stops_on_a_turn_and_marks_its_checkpoint(tmp_path: Path) -> None:
     """A real training on 16 images, which a network knows by heart within seconds."""
+    from mlflow import MlflowClient
+
     command = [
         sys.executable, "-m", "trainers.train", "--preset=digits", "--num-images=16", "--total-kimg=30", "--measurements=16",
         "--block-channels=16,32", "--num-samples=8", "--sample-steps=4", "--first-measurement-kimg=1", "--stop-on=turning",
-        "--learning-rate=3e-3", "--num-heldout=16", f"--output-dir={tmp_path / 'run'}",
+        "--learning-rate=3e-3", "--num-heldout=16", "--checkpoints-total-limit=1", f"--output-dir={tmp_path / 'run'}",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -196,5 +198,11 @@ def test_training_stops_on_a_turn_and_marks_its_checkpoint(tmp_path: Path) -> No
     assert verdict(rows[:-1]).state in ("generalizing", "undecided")  # it ended with the first measurement that said so
     marked = json.loads((tmp_path / "run" / "checkpoints" / "turning.json").read_text())
     assert marked["checkpoint_images_seen"] == found.checkpoint_images_seen
-    assert (tmp_path / "run" / "checkpoints" / marked["checkpoint"] / "unet").is_dir()
+    assert (tmp_path / "run" / "checkpoints" / marked["checkpoint"] / "unet").is_dir()  # whatever the limit
+    assert len(list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))) <= 4 < len(rows)
+    run_id = json.loads((tmp_path / "run" / "mlflow.json").read_text())["run_id"]
+    models = MlflowClient().search_logged_models(["0"], f"source_run_id = '{run_id}'")
+    assert {m.name for m in models} == {f"checkpoint-{row['images_seen']:012d}" for row in rows}
+    roles = {m.name.removeprefix("checkpoint-"): m.tags["role"] for m in models if "role" in m.tags}
+    assert roles == {f"{rows[-1]['images_seen']:012d}": "newest"} | {marked["checkpoint"]: "turning"}
     assert "verdict: " in done.stdout

@@ -118,7 +118,7 @@ def train_parser() -> OneLineParser:
     parser.add_argument("--output-dir", required=True, help="folder for history.jsonl, checkpoints/, tensorboard/, config.yaml")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
     parser.add_argument("--run-name", help="name of a new MLflow run")
-    parser.add_argument("--num-processes", type=_converter("num_processes", int), default=1, metavar="N", help="ranks to start")
+    parser.add_argument("--num-processes", type=converter("num_processes", int), default=1, metavar="N", help="ranks to start")
     parser.add_argument("--tag", action="append", default=[], metavar="KEY=VALUE", help="a tag of the MLflow run; repeatable")
     add_config_flags(parser)
     return parser

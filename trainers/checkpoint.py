@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mlflow_icr import Verdict
-from mlflow_icr.extraction.files import file_sha256, write_whole
+from mlflow_icr.extraction.files import file_sha256, sync_folder
 from mlflow_icr.extraction.latents import Autoencoder
+from mlflow_icr.tracking.checkpoints import checkpoint_path, write_checkpoint
 from trainers.engine import bare, load_whole, shared_like, whole
 from trainers.families import Family
 from trainers.loop import TrainState
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-STATE, PROGRESS, TURNING = "state.safetensors", "progress.json", "turning.json"
+STATE, PROGRESS = "state.safetensors", "progress.json"
 AUTOENCODER = "autoencoder"
 KEPT_STATES = 2  # the newest, and the one before it in case the newest cannot be read
 
@@ -47,15 +47,6 @@ def state_tensors(state: TrainState, accelerator: Accelerator, monitor: dict[str
     return {key: whole(value.detach()).cpu().contiguous().clone() for key, value in tensors.items()}
 
 
-def _sync(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder, folder.parent]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def place_autoencoder(folder: Path, autoencoder: Autoencoder, output_dir: Path) -> None:
     """Put the autoencoder into a pipeline's folder as `vae/`: one copy in `output_dir`, to which the checkpoints' are links."""
     kept = output_dir / AUTOENCODER
@@ -63,7 +54,8 @@ def place_autoencoder(folder: Path, autoencoder: Autoencoder, output_dir: Path) 
         part = kept.with_name(f".{AUTOENCODER}.part")
         shutil.rmtree(part, ignore_errors=True)
         autoencoder.network.save_pretrained(part)
-        _sync(part)
+        for path in [*part.rglob("*"), part]:
+            sync_folder(path)
         part.rename(kept)
     try:
         shutil.copytree(kept, folder / "vae", copy_function=os.link)
@@ -93,34 +85,23 @@ def save_checkpoint(
 
     `tensors` are those of `state_tensors`.
     """
-    folder = output_dir / "checkpoints" / f"{state.images_seen:012d}"
+    folder = checkpoint_path(output_dir, state.images_seen)
     if (folder / STATE).exists() and _is_whole(folder):
         return folder
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
+
+    def write(part: Path) -> None:
         family.save(part, state.ema, latent=autoencoder is not None)
         if autoencoder is not None:
             place_autoencoder(part, autoencoder, output_dir)
         _write_state(part, state, accelerator, tensors)
+
+    try:
+        write_checkpoint(output_dir, state.images_seen, write)
     except SafetensorError as error:  # its way to tell of a full disk
         raise OSError(str(error)) from error
-    _sync(part)
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
-    _sync(folder)
     for old in sorted(output_dir.glob(f"checkpoints/[0-9]*/{STATE}"))[:-KEPT_STATES]:
         old.unlink()
     return folder
-
-
-def mark_turning(output_dir: Path, found: Verdict) -> None:
-    """Write `checkpoints/turning.json`, which names the checkpoint to keep, once a verdict has found a turn."""
-    if found.turning_images_seen is None:
-        return
-    content = found.summary() | {"state": found.state, "checkpoint": f"{found.checkpoint_images_seen:012d}"}
-    text = json.dumps(content, indent=2) + "\n"
-    write_whole(output_dir / "checkpoints" / TURNING, lambda file: file.write(text.encode()))
 
 
 def _is_whole(folder: Path) -> bool:

@@ -13,6 +13,7 @@ import yaml
 
 from mlflow_icr import Protocol
 from mlflow_icr.extraction.encoders import is_installed
+from mlflow_icr.tracking.checkpoints import check_log_models
 
 PRESETS = Path(__file__).parent / "presets"
 MIXED_PRECISIONS = ("", "no", "bf16", "fp16")  # empty: as the launcher says, no without one
@@ -94,6 +95,12 @@ class TrainConfig:
     encoder_weights: str = ""
     num_samples: int = 128
     sample_steps: int = 18
+    # Checkpoints. At most so many are kept on disk, 0 for all; those that may be the one to keep, and the newest, always are.
+    checkpoints_total_limit: int = 0
+    # Whose averaged weights MLflow gets: all, kept (at the end: the turning and the newest one), or none, and no models at all.
+    # All: a checkpoint on disk has at least the same weights, and a measured one that nobody can sample from is half an answer.
+    # Over a slow line, or for networks of gigabytes, kept is the choice: all are models with their metrics, two have weights.
+    log_models: str = "all"
 
     def __post_init__(self) -> None:
         def refuse(name: str, allowed: str) -> None:
@@ -123,7 +130,7 @@ class TrainConfig:
         for name in ("total_kimg", "learning_rate", "ema_halflife_kimg", "p_std", "sigma_data", "first_measurement_kimg"):
             if not 0 < getattr(self, name) < math.inf:
                 refuse(name, "a positive number")
-        for name in ("num_heldout", "seed", "rampup_kimg"):
+        for name in ("num_heldout", "seed", "rampup_kimg", "checkpoints_total_limit"):
             if not 0 <= getattr(self, name) < math.inf:
                 refuse(name, "a number >= 0")
         if not 0 <= self.dropout < 1:
@@ -141,6 +148,7 @@ class TrainConfig:
             refuse("batch_size", f"a multiple of gradient_accumulation_steps, {self.gradient_accumulation_steps}")
         if self.stop_on not in STOPPING:
             refuse("stop_on", f"one of {', '.join(STOPPING[1:])}, or empty")
+        check_log_models(self.log_models)
         if self.measurements < 2:
             refuse("measurements", "at least 2")
         if self.first_measurement_kimg > self.total_kimg:

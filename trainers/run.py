@@ -23,8 +23,10 @@ from mlflow_icr.monitoring.neighbours import invariant_part, residual_part
 from mlflow_icr.monitoring.ranking import rank_classes, rank_images
 from mlflow_icr.monitoring.schedule import every_nth
 from mlflow_icr.monitoring.series import HISTORY, arrays_path, read_arrays, read_history
+from mlflow_icr.monitoring.verdict import may_be_kept
 from mlflow_icr.tracking import Tracker
-from trainers.checkpoint import latest_checkpoint, load_checkpoint, mark_turning, save_checkpoint, state_tensors
+from mlflow_icr.tracking.checkpoints import mark_turning, remove_old
+from trainers.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, state_tensors
 from trainers.config import STOPPING, TrainConfig
 from trainers.console import Console
 from trainers.data import data_of, describe_data
@@ -210,6 +212,9 @@ class Run:
             tracker.record(report)
         console.measured(report)
         self._save()
+        if tracker is not None:
+            tracker.checkpoint(report.step)
+            remove_old(self.output_dir, self.config.checkpoints_total_limit, may_be_kept(self.rows))
 
     def _stops(self) -> bool:
         """Whether the verdict is the one to stop on, or past it."""

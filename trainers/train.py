@@ -108,7 +108,7 @@ def train_run(run: Run, stop: Stop, output_dir: Path, tags: Mapping[str, str], r
         content = yaml.safe_dump(run.config.as_dict(), sort_keys=False).encode()
         write_whole(output_dir / CONFIG, lambda file: file.write(content))  # a resumption must not find half of it
         # A resumed run goes on in the MLflow run of its folder.
-        tracker = folder_tracker(output_dir, run_name=run_name, resume=resume)
+        tracker = folder_tracker(output_dir, run_name=run_name, resume=resume, log_models=run.config.log_models)
         tracker.open(run.params(), {**run.tags(), **tags})
         run.show_data(tracker)
     status = "FAILED"

@@ -18,11 +18,12 @@ from torch import Tensor
 from mlflow_icr.extraction.denoisers import Denoiser, device_of
 from mlflow_icr.extraction.images import content_hash
 from mlflow_icr.integrations.ending import end_at_exit, status_of
-from mlflow_icr.monitoring import GenerationMonitor, ICRMonitor, Protocol, Report, Verdict, verdict
+from mlflow_icr.monitoring import GenerationMonitor, ICRMonitor, Protocol, Report, Verdict
 from mlflow_icr.monitoring.ranks import sum_over_ranks, world
 from mlflow_icr.monitoring.schedule import measuring_steps
-from mlflow_icr.monitoring.verdict import MEMORIZING, TURNING
+from mlflow_icr.monitoring.verdict import MEMORIZING, TURNING, may_be_kept
 from mlflow_icr.tracking import Logged, Tracker, check_folder, folder_tracker
+from mlflow_icr.tracking.checkpoints import ALL, mark_turning, remove_old, write_checkpoint
 
 STOPPING = (TURNING, MEMORIZING)  # the later one is past the earlier
 MONITOR_STATE = "monitor.safetensors"
@@ -71,6 +72,9 @@ class ICRWatch:
     `generation` measures samples too. Without a `tracker` of the caller's, which the caller closes, the watch has its own: use
     it as a context, or `close` it. With `resume` it goes on in the folder, and in its MLflow run, from `images_seen`. Raises
     ValueError for images, protocol, schedule, `stop_on` or a folder that do not fit, before any work starts.
+
+    `save`, such as a pipeline's `save_pretrained`, writes the network that was measured into a folder, on the main rank: a
+    checkpoint, which is a model in MLflow; `checkpoints_total_limit` are kept, and those to keep, or 0 for all.
     """
 
     def __init__(
@@ -93,8 +97,13 @@ class ICRWatch:
         resume: bool = False,
         images_seen: int = 0,
         tracker: Tracker | None = None,
+        save: Callable[[Path], object] | None = None,
+        checkpoints_total_limit: int = 0,
     ) -> None:
         check_stop_on(stop_on)
+        if checkpoints_total_limit < 0:
+            raise ValueError(f"checkpoints_total_limit is {checkpoints_total_limit}; expected a number >= 0, 0 for all")
+        self._save, self._limit = save, checkpoints_total_limit
         self._due = measuring_steps(schedule)
         self._next: int | None = next((point for point in self._due if point >= images_seen), None)
         self.output_dir, self.stop_on, self._refresh = Path(output_dir), stop_on, refresh
@@ -118,7 +127,8 @@ class ICRWatch:
     def _open(self, params: Mapping[str, object], tags: Mapping[str, str], run_name: str | None, resume: bool) -> None:
         measured = described(self.monitor, self.denoiser)
         if self.tracker is None:
-            self.tracker = folder_tracker(self.output_dir, run_name=run_name, resume=resume)
+            log_models = None if self._save is None else ALL
+            self.tracker = folder_tracker(self.output_dir, run_name=run_name, resume=resume, log_models=log_models)
             self.tracker.open({**params, **measured}, tags)
             self._stay = end_at_exit(self._close)
         else:
@@ -162,10 +172,20 @@ class ICRWatch:
         if self.tracker is not None and self.is_main:
             self.tracker.record(report)
             self.tracker.journal.write_file(MONITOR_STATE, state_of(self.monitor))
-            found = verdict(self.tracker.journal.rows).state
-            wants = bool(self.stop_on) and found in STOPPING[STOPPING.index(self.stop_on) :]
+            found = self.verdict
+            wants = bool(self.stop_on) and found.state in STOPPING[STOPPING.index(self.stop_on) :]
+            self._checkpoint(self.tracker, step, found)
         self.stops = sum_over_ranks(int(wants), device_of(self.denoiser)) > 0
         return report
+
+    def _checkpoint(self, tracker: Tracker, step: int, found: Verdict) -> None:
+        if self._save is None:
+            return
+        folder = tracker.journal.folder
+        write_checkpoint(folder, step, self._save)
+        mark_turning(folder, found)
+        tracker.checkpoint(step)
+        remove_old(folder, self._limit, may_be_kept(tracker.journal.rows))
 
     @property
     def verdict(self) -> Verdict:

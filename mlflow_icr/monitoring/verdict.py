@@ -143,6 +143,11 @@ def elasticities(rows: Rows, thresholds: Thresholds | None = None) -> list[Slope
     return found
 
 
+def _outgrows(slope: Slope, t: Thresholds) -> bool:
+    """Whether the ratio grows faster than while a model learns what images share, as far as the estimate says."""
+    return slope.value > t.elasticity and slope.ratio > t.smallest_ratio
+
+
 def _ratio_turn(rows: Rows, t: Thresholds) -> _Evidence:
     """The turn that the view error ratio shows, and what it says now."""
     slopes = elasticities(rows, t)
@@ -155,11 +160,11 @@ def _ratio_turn(rows: Rows, t: Thresholds) -> _Evidence:
     )
     if sure is None:
         says += f"; a turn is at more than {t.elasticity:g}, with a ratio of {t.smallest_ratio:g} or more"
-        return _Evidence(None, says, True, doubtful=now.value > t.elasticity and now.ratio > t.smallest_ratio)
+        return _Evidence(None, says, True, doubtful=_outgrows(now, t))
     # Back from where it is sure to where the estimate crossed, and to the window before which it was surely below: the turn
     # that a slope shows is somewhere in its window.
     at = sure
-    while at > 0 and slopes[at - 1].value > t.elasticity and slopes[at - 1].ratio > t.smallest_ratio:
+    while at > 0 and _outgrows(slopes[at - 1], t):
         at -= 1
     low = at
     while low > 0 and slopes[low - 1].high > t.elasticity and slopes[low - 1].ratio > t.smallest_ratio:
@@ -189,12 +194,17 @@ def _certainty(rows: Rows, values: Sequence[tuple[int, float]], t: Thresholds) -
     return certain
 
 
+def _icr_values(rows: Rows) -> tuple[str, list[tuple[int, float]]]:
+    """What ICR is called where it is read for a turn, and its values after the start."""
+    debiased = [(at, v) for at, v in series(rows, "repr/icr_debiased") if at > 0]
+    if debiased:
+        return "debiased ICR", debiased
+    return "ICR (plug-in)", [(at, v) for at, v in series(rows, "repr/icr") if at > 0]
+
+
 def _rise_turn(rows: Rows, t: Thresholds) -> _Evidence:
     """The turn that the rise of ICR shows, with both energies, and what it says now."""
-    values = [(at, v) for at, v in series(rows, "repr/icr_debiased") if at > 0]
-    name = "debiased ICR"
-    if not values:
-        values, name = [(at, v) for at, v in series(rows, "repr/icr") if at > 0], "ICR (plug-in)"
+    name, values = _icr_values(rows)
     if len(values) < 2 * t.fewest_points:
         return _Evidence(None, "ICR has too few measurements")
     certain = _certainty(rows, values, t)
@@ -247,3 +257,23 @@ def verdict(history: Path | str | Iterable[Mapping[str, float]], thresholds: Thr
     state = MEMORIZING if any(evidence.far for evidence in found) else TURNING
     keep = max((step for step in steps if step <= first.at), default=steps[0])
     return Verdict(state, first.at, first.low, first.high, (*(turn.evidence for turn in turns), *says), keep)
+
+
+def may_be_kept(history: Path | str | Iterable[Mapping[str, float]], thresholds: Thresholds | None = None) -> set[int]:
+    """Images seen of all measurements so far that are, or may yet turn out to be, the one to keep.
+
+    A turn is seen when it is past: it will have been where the ratio's rate left its range, if it has, or at the lowest ICR.
+    Raises as `verdict` does.
+    """
+    t = thresholds or Thresholds()
+    rows = rows_of(history)
+    kept = verdict(rows, t).checkpoint_images_seen
+    found = set() if kept is None else {kept}
+    slopes = elasticities(rows, t)
+    start = len(slopes)
+    while start > 0 and _outgrows(slopes[start - 1], t):
+        start -= 1
+    if start < len(slopes):
+        found.add(slopes[start].images_seen)
+    _, values = _icr_values(rows)
+    return found | ({min(values, key=lambda point: point[1])[0]} if values else set())

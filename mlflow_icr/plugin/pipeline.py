@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
 INDEX = "model_index.json"
 CODE = "pipeline.py"  # of a pipeline that diffusers has no class for
 ARTIFACT = "pipeline"
-BATCH = 256
-STEPS = 18  # EDM's, and an evaluation's unless it says otherwise
 
 
 class PipelineModel(PythonModel):  # type: ignore[misc]
@@ -35,23 +32,11 @@ class PipelineModel(PythonModel):  # type: ignore[misc]
     # MLflow makes the model's signature of this hint: a list, or a frame of one column, of whole numbers.
     def predict(self, model_input: list[int]) -> np.ndarray:
         """Images (N, H, W, C) uint8, one for each seed; seed i gives sample i of an evaluation with seed 0."""
-        from mlflow_icr.extraction.adapters.choose import image_channels
-        from mlflow_icr.extraction.denoisers import evaluating
         from mlflow_icr.extraction.pipelines import load_denoiser
-        from mlflow_icr.extraction.samplers import sample, starting_noise
-        from mlflow_icr.monitoring.generation import to_uint8
+        from mlflow_icr.tracking.sampling_model import sample_images
 
         self._loaded = self._loaded or load_denoiser(self.folder)
-        denoiser, side = self._loaded
-        config = denoiser.network.config
-        shape = (int(config["in_channels"]), *[int(config["sample_size"])] * 2)  # of images, or of their latents
-        images = [np.empty((0, side, side, image_channels(denoiser) or 0), np.uint8)]
-        with evaluating(denoiser.network):
-            for start in range(0, len(model_input), BATCH):
-                noise = starting_noise(model_input[start : start + BATCH], shape, 0)
-                sampled = sample(denoiser, noise, num_steps=STEPS)
-                images.append(to_uint8(sampled).permute(0, 2, 3, 1).numpy())
-        return np.concatenate(images)
+        return sample_images(self._loaded, model_input)
 
 
 def log_pipeline(folder: Path | str, name: str = ARTIFACT, **arguments: Any) -> ModelInfo:
@@ -60,17 +45,14 @@ def log_pipeline(folder: Path | str, name: str = ARTIFACT, **arguments: Any) -> 
     `arguments` are those of `mlflow.pyfunc.log_model`. Only the pipeline is copied, not what training needs to go on. Raises
     ValueError for a folder that holds no pipeline.
     """
+    from mlflow_icr.tracking.checkpoints import copy_pipeline
+
     folder = Path(folder)
     if not _is_pipeline(folder):
         raise ValueError(f"folder is {str(folder)!r}; expected a diffusers folder with unet/ and scheduler/")
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / ARTIFACT
-        copy.mkdir()
-        for part in folder.iterdir():
-            if part.is_dir():
-                shutil.copytree(part, copy / part.name)
-            elif part.name in (INDEX, CODE):
-                shutil.copy(part, copy)
+        copy_pipeline(folder, copy)
         defaults = {"pip_requirements": [f"mlflow-icr=={__version__}"], "model_type": "diffusion"}
         code = Path(__file__).with_name("pipeline_code.py")
         return mlflow.pyfunc.log_model(

@@ -1,6 +1,7 @@
 """Where results go: the journal, and from it MLflow and TensorBoard."""
 
 from mlflow_icr.monitoring.series import read_arrays, read_history
+from mlflow_icr.tracking.best import best_checkpoint
 from mlflow_icr.tracking.folder import check_folder, folder_tracker
 from mlflow_icr.tracking.journal import Journal
 from mlflow_icr.tracking.logged import Logged, read_logged
@@ -18,6 +19,7 @@ __all__ = [
     "Sink",
     "TensorBoardSink",
     "Tracker",
+    "best_checkpoint",
     "check_folder",
     "export_runs",
     "folder_tracker",

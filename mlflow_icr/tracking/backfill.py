@@ -85,6 +85,6 @@ def is_delivered(folder: Path, run_id: str, rows: list[dict[str, float]]) -> boo
             raise ValueError(f"run_id is {run_id!r}, and the results in {str(folder)!r} go to {box.run_id}; expected that one")
         if box.run_id is None or box.waiting or box.refused:
             return False
-        return all(row.keys() - {"images_seen"} <= box.recorded.get(int(row["images_seen"]), set()) for row in rows)
+        return all(row.keys() - {"images_seen"} <= set(box.recorded.get(int(row["images_seen"]), ())) for row in rows)
     finally:
         box.close()

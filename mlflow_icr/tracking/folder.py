@@ -22,11 +22,14 @@ def check_folder(output_dir: Path | str, resume: bool) -> None:
         raise ValueError(f"output_dir is {str(output_dir)!r}, which holds a run; expected a new folder, or resume")
 
 
-def folder_tracker(output_dir: Path | str, *, run_name: str | None = None, resume: bool = False) -> Tracker:
+def folder_tracker(
+    output_dir: Path | str, *, run_name: str | None = None, resume: bool = False, log_models: str | None = None
+) -> Tracker:
     """A tracker of MLflow and of `tensorboard/` in the folder, to be opened on the main process.
 
-    With `resume` it goes on in the MLflow run that the folder belongs to. Raises ValueError as `check_folder` does.
+    With `resume` it goes on in the MLflow run that the folder belongs to. `log_models` is `MLflowSink`'s. Raises ValueError as
+    `check_folder` and `MLflowSink` do.
     """
     check_folder(output_dir, resume)
     folder = Path(output_dir)
-    return Tracker(folder, [MLflowSink(run_name=run_name), TensorBoardSink(folder / "tensorboard")])
+    return Tracker(folder, [MLflowSink(run_name=run_name, log_models=log_models), TensorBoardSink(folder / "tensorboard")])

@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,16 +18,18 @@ import numpy as np
 from mlflow_icr.extraction.files import write_whole
 from mlflow_icr.monitoring.report import Report
 from mlflow_icr.monitoring.verdict import Verdict
-from mlflow_icr.tracking.delivery import Delivery, RefusalError
+from mlflow_icr.tracking.checkpoints import ALL, KEPT, NONE, check_log_models
+from mlflow_icr.tracking.courier import Courier
+from mlflow_icr.tracking.delivery import Delivery
 from mlflow_icr.tracking.logged import Logged
-from mlflow_icr.tracking.outbox import Operation, Outbox
-from mlflow_icr.tracking.store import PATIENCE, without_credentials
+from mlflow_icr.tracking.model_delivery import ModelDelivery
+from mlflow_icr.tracking.outbox import MODELS, Operation, Outbox
+from mlflow_icr.tracking.store import PATIENCE
 
 logger = logging.getLogger(__name__)
 
-PAUSES = (1.0, 2.0, 5.0, 15.0, 30.0)  # seconds from one attempt to the next, as long as the server does not answer
-LAST_ATTEMPTS = 3  # at the end of a run, before what waits is left to the next process
-STALLED_SECONDS = 90.0  # without any progress, after which the end of a run is not waited for
+# How long the end of a run waits for one checkpoint: a gigabyte at 2 MB/s.
+UPLOAD_SECONDS = 600.0
 
 
 def _now() -> int:
@@ -41,28 +43,44 @@ class MLflowSink:
     and goes on trying while the server is away. What it has not taken when the process ends, `mlflow-icr sync` or a resumed run
     delivers. Parameters that the run has already (those of `mlflow run -P`) stay as they are. With `joins`, results are added
     to the run of `run_id` as it is: it is neither set running nor ended. Use it on the main process only.
+
+    Checkpoints are models of the run: `log_models` says whose weights are uploaded, "all", "kept" (those that are kept at the
+    end), or "none", and then there are no models; None for what the folder's earlier process had. Raises ValueError for others.
     """
 
     name = "MLflow"
 
-    def __init__(self, run_id: str | None = None, run_name: str | None = None, *, joins: bool = False) -> None:
+    def __init__(
+        self, run_id: str | None = None, run_name: str | None = None, *, joins: bool = False, log_models: str | None = None
+    ) -> None:
         if joins and run_id is None:
             raise ValueError("joins is True and run_id None; expected the run to join")
+        if log_models is not None:
+            check_log_models(log_models)
         self.joins, self.run_name = joins, run_name
-        self._given = run_id
+        self._given, self._log_models = run_id, log_models
         self._owned = True
-        self.outbox: Outbox | None = None
-        self.failure: Exception | None = None  # of the last attempt
-        self._told = False
         self._private = False  # whether the outbox is in a folder of nobody's, which goes when everything has arrived
         self._wake = threading.Condition()
-        self._closing = False
-        self._hurry = False  # somebody waits: the pause before the next attempt is over
-        # How many attempts there were, at which one somebody began to wait, and how many have failed since.
-        self._attempts = self._mark = self._failed = 0
-        self._thread: threading.Thread | None = None
+        self._courier: Courier | None = None
+        self._porter: Courier | None = None  # of checkpoints, where there are any
         for variable, value in PATIENCE.items():
             os.environ.setdefault(variable, value)
+
+    @property
+    def outbox(self) -> Outbox | None:
+        """What MLflow is to be told, once there is a folder for it."""
+        return None if self._courier is None else self._courier.box
+
+    @property
+    def models(self) -> Outbox | None:
+        """The same, of checkpoints, where they are logged."""
+        return None if self._porter is None else self._porter.box
+
+    @property
+    def failure(self) -> Exception | None:
+        """Why the last attempt failed, if it did."""
+        return next((c.failure for c in (self._courier, self._porter) if c is not None and c.failure is not None), None)
 
     @property
     def run_id(self) -> str | None:
@@ -76,14 +94,36 @@ class MLflowSink:
 
     def bind(self, folder: Path) -> None:
         """Keep the outbox in an output folder. Raises ValueError when another process delivers from it."""
-        self.outbox = Outbox(folder)
+        box = Outbox(folder)
+        self._courier = Courier(box, Delivery(box), self._wake)
+        if self._log_models in (None, NONE) and not (folder / MODELS).exists():
+            return
+        try:
+            models = Outbox(folder, MODELS)
+        except ValueError:
+            box.close()
+            raise
+        if self._log_models is not None:
+            models.set_policy(self._log_models)
+        # What the run is told goes first: without the run there are no models, and a number is worth more than an upload.
+        self._porter = Courier(
+            models,
+            ModelDelivery(models, box),
+            self._wake,
+            what="checkpoints",
+            may_go=lambda: not box.waiting,
+            stalled_seconds=UPLOAD_SECONDS,
+        )
 
-    def _box(self) -> Outbox:
-        if self.outbox is None:
+    def _main(self) -> Courier:
+        if self._courier is None:
             self._private = True
             self.bind(Path(tempfile.mkdtemp(prefix="mlflow-icr-")))
-        assert self.outbox is not None
-        return self.outbox
+        assert self._courier is not None
+        return self._courier
+
+    def _box(self) -> Outbox:
+        return self._main().box
 
     def open(self, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
         """Find or make the run, and log what it does not have yet."""
@@ -102,20 +142,11 @@ class MLflowSink:
         }
         self.say([start])
 
-    def deliver(self) -> None:
-        """Start delivering, if that has not begun."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="mlflow-icr delivery", daemon=True)
-            self._thread.start()
-
     def say(self, operations: Sequence[Operation]) -> None:
         """Put operations into the outbox. Raises OSError when the disk does not take them."""
-        with self._wake:
-            self._box().append(operations)
-            self._wake.notify_all()
-        self.deliver()
+        self._main().say(operations)
 
-    def recorded(self) -> Mapping[int, set[str]]:
+    def recorded(self) -> Mapping[int, Collection[str]]:
         """Keys by step of all that is in the outbox, taken by the server or not."""
         return self._box().recorded
 
@@ -197,6 +228,29 @@ class MLflowSink:
         """Set the description that the run's page shows."""
         self.say([{"kind": "tags", "tags": {"mlflow.note.content": markdown}}])
 
+    def checkpoint(self, folder: Path, row: Mapping[str, float], found: Verdict, *, kept: bool = False) -> None:
+        """Make a checkpoint a model of the run, with the values of its measurement, and upload it where that is wanted.
+
+        What was said already is not said again.
+        """
+        models, step = self.models, int(row["images_seen"])
+        if models is None or self._porter is None or models.policy == NONE:
+            return
+        weights = models.policy == ALL or (models.policy == KEPT and kept)
+        if step in models.models and (models.models[step] or not weights):
+            return
+        # The points that the run has: the same value, step and time is one point, which then is the model's, too.
+        times = self._box().recorded.get(step, {})
+        said = {
+            "kind": "model",
+            "step": step,
+            "path": os.path.relpath(folder, self._box().folder),
+            "points": [[key, value, step, times[key]] for key, value in row.items() if key in times],
+            "weights": weights,
+            "turning": None if found.turning_images_seen is None else found.checkpoint_images_seen,
+        }
+        self._porter.say([said])
+
     def close(self, status: str) -> None:
         """End the run with a status, unless it was somebody else's, and wait for the server as long as it takes things."""
         if self._owned and self._box().running:
@@ -205,84 +259,27 @@ class MLflowSink:
 
     def finish(self) -> bool:
         """Deliver what waits, as far as that can be done now, and stop; returns whether everything has arrived."""
-        box = self._box()
-        with self._wake:
-            self._closing = True
-        complete = self.flush(LAST_ATTEMPTS)
-        if box.waiting:
+        couriers = [courier for courier in (self._main(), self._porter) if courier is not None]
+        complete = all([courier.finish() for courier in couriers])
+        waiting, folder = sum(len(courier.box.waiting) for courier in couriers), self._box().folder
+        if waiting:
             logger.warning(
                 "MLflow has not taken everything: %d operations wait in %s; mlflow-icr sync %s delivers them",
-                len(box.waiting), box.folder, box.folder,
+                waiting, folder, folder,
             )  # fmt: skip
-        box.close()
+        for courier in couriers:
+            courier.box.close()
         if complete and self._private:
-            shutil.rmtree(box.folder, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
         return complete
 
     def flush(self, patience: int = 1) -> bool:
         """Wait until everything is delivered (True), or `patience` attempts that began after this call have failed (False)."""
-        box = self._box()
-        with self._wake:
-            self._mark, self._failed = self._attempts, 0
-            self._hurry = True
-            self._wake.notify_all()
-        self.deliver()
-        left, since = len(box.waiting), time.monotonic()
-        while box.waiting and self._failed < patience and time.monotonic() - since < STALLED_SECONDS:
-            with self._wake:
-                self._wake.wait(0.1)
-            if len(box.waiting) < left:
-                left, since = len(box.waiting), time.monotonic()
-        return not box.waiting and not box.refused
+        complete = self._main().flush(patience)
+        return complete if self._porter is None else self._porter.flush(patience) and complete
 
-    def _work(self) -> None:
-        """Deliver what waits, in a thread of its own, until told to stop."""
-        box = self._box()
-        delivery = Delivery(box)
-        doubtful = True  # an earlier process may have tried
-        failures = 0  # in a row
-        while True:
-            with self._wake:
-                self._wake.wait_for(lambda: bool(box.waiting) or self._closing)
-                if not box.waiting:
-                    return
-                operation = box.waiting[0][1]
-                self._attempts += 1
-                self._hurry = False
-            try:
-                refusal = self._attempt(delivery, operation, doubtful)
-                with self._wake:
-                    box.acknowledge(refusal)
-                    self._wake.notify_all()
-                self.failure, doubtful, failures = None, False, 0
-            except Exception as error:  # whatever it is, it must not end a training
-                self.failure, doubtful = error, True
-                self._tell(error)
-                with self._wake:
-                    self._failed += self._attempts > self._mark
-                    self._wake.notify_all()
-                    if self._closing and self._failed >= LAST_ATTEMPTS:
-                        return
-                    self._wake.wait_for(lambda: self._hurry, PAUSES[min(failures, len(PAUSES) - 1)])
-                failures += 1
-
-    @staticmethod
-    def _attempt(delivery: Delivery, operation: Operation, doubtful: bool) -> str:
-        """Send one operation; returns why the server does not want it, or nothing."""
-        try:
-            delivery.send(operation, doubtful=doubtful)
-        except RefusalError as error:
-            why = without_credentials(str(error))
-            logger.warning("MLflow does not want %s (%s)", operation["kind"], why)
-            return why
-        return ""
-
-    def _tell(self, error: Exception) -> None:
-        if not self._told:
-            self._told = True
-            # The type only: a tracking URI, which may hold a password, can be part of the message.
-            logger.warning(
-                "%s does not take results (%s); training goes on, and everything measured is in %s",
-                self.name, type(error).__name__, self._box().folder,
-            )  # fmt: skip
-        logger.debug("MLflow failed", exc_info=error)
+    def start_over(self) -> None:
+        """Forget the run and what it has: everything waits again, for a new run."""
+        self._box().start_over()
+        if self.models is not None:
+            self.models.start_over()

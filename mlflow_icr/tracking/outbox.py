@@ -1,7 +1,8 @@
 """The outbox: what MLflow is to be told, in order, on disk before anybody tries, and how much of it the server has taken.
 
 `mlflow.jsonl` in an output folder has one operation a line and only grows; `mlflow.json` says which run they belong to, how
-many were acknowledged, and which the server refused. Whoever delivers holds the lock of the first.
+many were acknowledged, and which the server refused. Whoever delivers holds the lock of the first. Checkpoints have an outbox
+of their own beside it, `models.jsonl` and `models.json`: an upload may take minutes, and no metric waits for it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from typing import Any
 
 from mlflow_icr.extraction.files import append_line, write_whole
 
-OPERATIONS, STATE = "mlflow.jsonl", "mlflow.json"
+OPERATIONS = "mlflow.jsonl"
+MODELS = "models.jsonl"
+STATE = "mlflow.json"  # of the first
 Operation = dict[str, Any]
 
 
@@ -39,15 +42,16 @@ def ended_as(folder: Path | str) -> str | None:
 
 
 class Outbox:
-    """The operations of one output folder; those that wait are in `waiting`, as (place in the file, operation).
+    """The operations in a file of an output folder; those that wait are in `waiting`, as (place in the file, operation).
 
     Raises ValueError when another process delivers from this folder, or a line that was finished is no operation.
     """
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, name: str = OPERATIONS) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.path = self.folder / OPERATIONS
+        self.path = self.folder / name
+        self._state_path = self.path.with_suffix(".json")
         self._lock = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -56,10 +60,12 @@ class Outbox:
             raise ValueError(f"{str(self.folder)!r} is of a run that another process is writing just now") from None
         self._state: dict[str, Any] = {"run_id": None, "experiment_id": None, "acknowledged": 0, "refused": {}}
         self._state["key"] = uuid.uuid4().hex  # which makes operations that were tried before known again
-        if (self.folder / STATE).exists():
-            self._state |= json.loads((self.folder / STATE).read_text())
+        if self._state_path.exists():
+            self._state |= json.loads(self._state_path.read_text())
         self.waiting: deque[tuple[int, Operation]] = deque()
-        self.recorded: dict[int, set[str]] = {}
+        self.recorded: dict[int, dict[str, int]] = {}  # time in ms by step and key
+        self.models: dict[int, bool] = {}  # checkpoints by step, and whether their weights were to be uploaded
+        self.turning: int | None = None  # the one to keep
         self.tables: set[str] = set()  # paths among the artifacts
         self.running = False  # whether the run was started and not ended, by what was appended
         self.count = 0
@@ -84,9 +90,12 @@ class Outbox:
     def _note(self, operation: Operation) -> None:
         kind = operation["kind"]
         if kind == "metrics":
-            self.recorded.setdefault(operation["step"], set()).update(operation["values"])
+            self.recorded.setdefault(operation["step"], {}).update(dict.fromkeys(operation["values"], operation["time"]))
         elif kind == "picture":
-            self.recorded.setdefault(operation["step"], set()).add(operation["key"])
+            self.recorded.setdefault(operation["step"], {})[operation["key"]] = operation["time"]
+        elif kind == "model":
+            self.models[operation["step"]] = operation["weights"]
+            self.turning = operation["turning"]
         elif kind == "table":
             self.tables.add(operation["to"])
         elif kind == "start":
@@ -108,6 +117,17 @@ class Outbox:
     def key(self) -> str:
         """Which outbox this is."""
         return str(self._state["key"])
+
+    @property
+    def policy(self) -> str:
+        """Whose weights are uploaded: all, kept or none; of an outbox of checkpoints."""
+        return str(self._state.get("log_models", "none"))
+
+    def set_policy(self, policy: str) -> None:
+        """Remember whose weights are uploaded, for whoever delivers later."""
+        if self._state.get("log_models") != policy:
+            self._state["log_models"] = policy
+            self._write()
 
     @property
     def refused(self) -> Mapping[str, str]:
@@ -143,11 +163,12 @@ class Outbox:
         self._write()
         self.waiting.clear()
         self.recorded.clear()
+        self.models.clear()
         self.count = 0
         self._read()
 
     def _write(self) -> None:
-        write_whole(self.folder / STATE, lambda file: file.write(json.dumps(self._state).encode()))
+        write_whole(self._state_path, lambda file: file.write(json.dumps(self._state).encode()))
 
     def close(self) -> None:
         """Let others deliver."""

@@ -25,16 +25,16 @@ class StoreError(OSError):
     """The tracking or artifact store does not answer, or refuses; the message names no credentials."""
 
 
-def connect() -> Any:
-    """A client of MLFLOW_TRACKING_URI that gives a dead server up within a minute."""
+def connect(uri: str | None = None) -> Any:
+    """A client of a tracking URI, or of MLFLOW_TRACKING_URI, that gives a dead server up within a minute."""
     for variable, value in PATIENCE.items():
         os.environ.setdefault(variable, value)
     # A bar for each downloaded image would bury the lines that matter.
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    with answers():
+    with answers(uri):
         from mlflow import MlflowClient
 
-        return MlflowClient()
+        return MlflowClient(tracking_uri=uri)
 
 
 def without_credentials(text: str, uri: str = "") -> str:
@@ -48,8 +48,8 @@ def without_credentials(text: str, uri: str = "") -> str:
 
 
 @contextmanager
-def answers() -> Iterator[None]:
-    """Turn what MLflow and its transports raise into StoreError: one line, no credentials."""
+def answers(uri: str | None = None) -> Iterator[None]:
+    """Turn what MLflow and its transports raise into StoreError: one line, no credentials; `uri` where it is not MLflow's."""
     import requests
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
@@ -59,7 +59,7 @@ def answers() -> Iterator[None]:
     except (MlflowException, requests.RequestException, SQLAlchemyError) as error:
         import mlflow
 
-        uri = mlflow.get_tracking_uri()
+        uri = uri or mlflow.get_tracking_uri()
         lines = str(error).strip().splitlines() or [""]
         why = without_credentials(lines[0], uri)[:300]
         if why.startswith("API request to"):  # a refused or unanswered connection; the rest is urllib3's inner life
@@ -139,7 +139,7 @@ def metric_page(client: Any, run_id: str, key: str, start: int) -> tuple[Sequenc
 
 
 @contextmanager
-def _artifacts_answer() -> Iterator[None]:
+def artifacts_answer() -> Iterator[None]:
     """Turn anything that an artifact store raises into StoreError: each brings its own library with its own errors."""
     try:
         yield
@@ -149,7 +149,7 @@ def _artifacts_answer() -> Iterator[None]:
 
 def files(client: Any, run_id: str, folder: str | None = None) -> Iterator[Any]:
     """Every artifact file of a run, depth first."""
-    with _artifacts_answer():
+    with artifacts_answer():
         entries = client.list_artifacts(run_id, folder)
     for entry in entries:
         if entry.is_dir:
@@ -160,7 +160,7 @@ def files(client: Any, run_id: str, folder: str | None = None) -> Iterator[Any]:
 
 def download(client: Any, run_id: str, path: str, folder: Path) -> bytes:
     """The content of one artifact, by way of a folder that it is deleted from again."""
-    with _artifacts_answer():
+    with artifacts_answer():
         local = Path(client.download_artifacts(run_id, path, str(folder)))
     try:
         return local.read_bytes()

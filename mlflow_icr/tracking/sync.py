@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mlflow_icr.monitoring.series import HISTORY
 from mlflow_icr.tracking.mlflow_sink import MLflowSink
-from mlflow_icr.tracking.outbox import OPERATIONS
+from mlflow_icr.tracking.outbox import MODELS, OPERATIONS
 from mlflow_icr.tracking.tracker import Tracker
 
 
@@ -48,21 +48,28 @@ def sync_folder(folder: Path, *, new_run: bool = False, status: str = "KILLED") 
     sink.bind(folder)
     assert sink.outbox is not None
     if new_run:
-        sink.outbox.start_over()
+        sink.start_over()
     if not sink.outbox.count:  # measured without MLflow, or by a process that came no further
         sink.open({}, {})
     tracker = Tracker(folder, [])
     tracker.replay(sink)
-    before = len(sink.outbox.waiting) if sink.outbox.run_id else sink.outbox.count
-    logger = logging.getLogger("mlflow_icr.tracking.mlflow_sink")
-    disabled, logger.disabled = logger.disabled, True  # the caller tells of failures
+    tracker.keep(sink)
+    boxes = [box for box in (sink.outbox, sink.models) if box is not None]
+    before = sum(len(box.waiting) for box in boxes) if sink.outbox.run_id else sum(box.count for box in boxes)
+    told = [logging.getLogger(f"mlflow_icr.tracking.{name}") for name in ("mlflow_sink", "courier")]
+    disabled = [logger.disabled for logger in told]
+    for logger in told:
+        logger.disabled = True  # the caller tells of failures
     try:
         sink.close(status)  # which a run that has ended ignores
     finally:
-        logger.disabled = disabled
-    box = sink.outbox
-    waiting = len(box.waiting)
-    return Synced(folder, box.run_id, max(0, before - waiting), waiting, dict(box.refused), sink.failure if waiting else None)
+        for logger, was in zip(told, disabled, strict=True):
+            logger.disabled = was
+    waiting = sum(len(box.waiting) for box in boxes)
+    refused = dict(sink.outbox.refused)
+    if sink.models is not None:
+        refused |= {f"{place} of {MODELS}": why for place, why in sink.models.refused.items()}
+    return Synced(folder, sink.run_id, max(0, before - waiting), waiting, refused, sink.failure if waiting else None)
 
 
 def sync(folder: Path, *, new_run: bool = False, say: Callable[[str], None] = lambda text: None) -> list[Synced]:

@@ -133,6 +133,9 @@ class TensorBoardSink:
         self._writer.add_image(f"figures/{name}", picture, step, dataformats="HWC")
         self._writer.flush()
 
+    def checkpoint(self, folder: Path, row: Mapping[str, float], found: Verdict, *, kept: bool = False) -> None:
+        """Nothing: event files hold no models."""
+
     def embedding(self, name: str, vectors: np.ndarray, images: np.ndarray, labels: Sequence[str], step: int) -> None:
         """Add vectors (N, D) with thumbnails to the projector."""
         from torch import from_numpy

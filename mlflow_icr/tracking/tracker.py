@@ -13,6 +13,7 @@ import numpy as np
 from mlflow_icr.monitoring.report import Report
 from mlflow_icr.monitoring.summary import summarise
 from mlflow_icr.monitoring.verdict import Verdict, verdict
+from mlflow_icr.tracking.checkpoints import checkpoints
 from mlflow_icr.tracking.journal import Journal
 from mlflow_icr.tracking.logged import FOLDER, VALUES, Logged, LoggedValues
 
@@ -60,6 +61,9 @@ class Sink(Protocol):
     def artifact(self, path: str, folder: str | None = None) -> None:
         """Keep a file of the output folder as it is, in a folder of its own, where the place keeps files."""
 
+    def checkpoint(self, folder: Path, row: Mapping[str, float], found: Verdict, *, kept: bool = False) -> None:
+        """Take a checkpoint with its measurement's row, where the place can, once; `kept`: the run ends, and keeps it."""
+
     def close(self, status: str) -> None:
         """Finish: FINISHED, FAILED or KILLED."""
 
@@ -101,7 +105,7 @@ class Tracker:
         self.replay(sink)
 
     def replay(self, sink: Sink) -> None:
-        """Write to a sink what the journal has and it has not, also of a measurement that was cut off in the middle."""
+        """Write to a sink what the folder has and it has not, also of a measurement that was cut off in the middle."""
         if not self.journal.rows:
             return
         there = sink.recorded()
@@ -110,6 +114,27 @@ class Tracker:
             missing = self.journal.report(row).without(there.get(step, ()))
             if missing.values or missing.figures or missing.distributions:
                 sink.write(missing)
+        self._offer(sink, checkpoints(self.journal.folder))
+
+    def _offer(self, sink: Sink, folders: Mapping[int, Path], *, kept: bool = False) -> None:
+        rows = {int(row["images_seen"]): row for row in self.journal.rows}
+        measured = {step: folder for step, folder in folders.items() if step in rows}
+        found = self.verdict if measured else None
+        for step, folder in measured.items():
+            assert found is not None
+            sink.checkpoint(folder, rows[step], found, kept=kept)
+
+    def keep(self, sink: Sink) -> None:
+        """Show in a sink the checkpoints that a run keeps at its end, the newest and that of its verdict."""
+        kept = {max(self.journal.steps, default=0), self.verdict.checkpoint_images_seen}
+        folders = {step: folder for step, folder in checkpoints(self.journal.folder).items() if step in kept}
+        self._offer(sink, folders, kept=True)
+
+    def checkpoint(self, images_seen: int) -> None:
+        """Show in every sink the checkpoint at a measurement; nothing where there is none, or nothing was measured."""
+        folders = {step: folder for step, folder in checkpoints(self.journal.folder).items() if step == images_seen}
+        for sink in self.sinks:
+            self._guard(sink, partial(self._offer, sink, folders))
 
     def record(self, report: Report) -> None:
         """Write a measurement to the journal, then everywhere; one that the journal has is not written again.
@@ -195,6 +220,7 @@ class Tracker:
         for sink in self.sinks:
             if values:
                 self._guard(sink, partial(sink.summary, values, step))
+            self._guard(sink, partial(self.keep, sink))
             self._guard(sink, partial(sink.close, status))
         return values
 

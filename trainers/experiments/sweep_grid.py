@@ -134,7 +134,7 @@ def check_data(runs: Sequence[Run]) -> None:
         if key not in wanted or c.num_images + c.num_heldout > wanted[key].num_images + wanted[key].num_heldout:
             wanted[key] = c
     for (data, resolution, split), c in wanted.items():
-        there = len(load_source(data, resolution, split).images)
+        there = len(load_source(data, resolution, split))
         if c.num_images + c.num_heldout > there:
             raise ValueError(
                 f"num_images is {c.num_images} and num_heldout {c.num_heldout}; expected at most {there} together, "

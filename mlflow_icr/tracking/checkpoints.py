@@ -1,0 +1,100 @@
+"""`checkpoints/` of an output folder: a diffusers folder for each number of images seen, which of them to keep, and for whom.
+
+A folder is whole or not there: it is written, and taken away, under another name. `turning.json` names the one to keep.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from mlflow_icr.extraction.files import sync_folder, write_whole
+from mlflow_icr.monitoring.verdict import Verdict
+
+FOLDER, TURNING, INDEX = "checkpoints", "turning.json", "model_index.json"
+CODE = "pipeline.py"  # of a pipeline that diffusers has no class for
+
+# Whose weights a tracker takes: of all measured checkpoints, of those that a run keeps at its end, or of none.
+ALL, KEPT, NONE = "all", "kept", "none"
+LOG_MODELS = (ALL, KEPT, NONE)
+
+
+def check_log_models(log_models: str) -> None:
+    """Raise ValueError unless it says whose weights are logged."""
+    if log_models not in LOG_MODELS:
+        raise ValueError(f"log_models is {log_models!r}; expected one of {', '.join(LOG_MODELS)}")
+
+
+def is_pipeline(folder: Path) -> bool:
+    """Whether a folder holds a diffusers pipeline."""
+    return (folder / INDEX).is_file() or (folder / "unet" / "config.json").is_file()
+
+
+def pipeline_files(folder: Path) -> list[Path]:
+    """The files of a diffusers folder, without what training keeps beside it in order to go on."""
+    return sorted(
+        path for path in folder.rglob("*") if path.is_file() and (path.parent != folder or path.name in (INDEX, CODE))
+    )  # fmt: skip
+
+
+def copy_pipeline(folder: Path, to: Path) -> None:
+    """Copy the pipeline of a folder, and nothing else that is in it, to a folder that is not there or empty."""
+    for path in pipeline_files(folder):
+        target = to / path.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+
+
+def checkpoint_path(output_dir: Path, images_seen: int) -> Path:
+    """Where the checkpoint at so many images seen is."""
+    return output_dir / FOLDER / f"{images_seen:012d}"
+
+
+def write_checkpoint(output_dir: Path, images_seen: int, write: Callable[[Path], object]) -> Path:
+    """Make a checkpoint by `write`, which gets an empty folder: on the disk as a whole when this returns. Raises OSError."""
+    folder = checkpoint_path(output_dir, images_seen)
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    write(part)
+    for path in [*part.rglob("*"), part]:
+        sync_folder(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+    sync_folder(folder.parent)
+    return folder
+
+
+def checkpoints(output_dir: Path) -> dict[int, Path]:
+    """The checkpoints of an output folder by images seen, oldest first."""
+    found = sorted(output_dir.glob(f"{FOLDER}/[0-9]*"))
+    return {int(path.name): path for path in found if path.name.isdecimal() and is_pipeline(path)}
+
+
+def mark_turning(output_dir: Path, found: Verdict) -> None:
+    """Write `checkpoints/turning.json`, which names the checkpoint to keep, once a verdict has found a turn."""
+    if found.turning_images_seen is None:
+        return
+    content = found.summary() | {"state": found.state, "checkpoint": f"{found.checkpoint_images_seen:012d}"}
+    text = json.dumps(content, indent=2) + "\n"
+    write_whole(output_dir / FOLDER / TURNING, lambda file: file.write(text.encode()))
+
+
+def remove_old(output_dir: Path, limit: int, keep: Collection[int]) -> list[int]:
+    """Remove the oldest checkpoints until `limit` are left, but never the newest, nor those in `keep`; 0 is no limit.
+
+    Returns what was removed, in images seen. More than `limit` stay where more than so many are to be kept.
+    """
+    found = checkpoints(output_dir)
+    spared = {*keep, max(found, default=0)}
+    surplus = len(found) - limit if limit else 0
+    removed = [images_seen for images_seen in found if images_seen not in spared][: max(0, surplus)]
+    for images_seen in removed:
+        gone = found[images_seen].with_name(f".{found[images_seen].name}.old")
+        shutil.rmtree(gone, ignore_errors=True)
+        os.rename(found[images_seen], gone)
+        shutil.rmtree(gone, ignore_errors=True)
+    return removed

@@ -1,0 +1,164 @@
+"""Delivery of checkpoints: each a LoggedModel of the run, with the metrics of its measurement, its weights and a sampler."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from mlflow_icr.tracking.checkpoints import is_pipeline, pipeline_files
+from mlflow_icr.tracking.delivery import METRICS, RefusalError
+from mlflow_icr.tracking.model_folder import PIPELINE, write_model_files
+from mlflow_icr.tracking.outbox import Operation, Outbox
+
+MODEL_TYPE = "diffusion"
+EXTERNAL = "mlflow.model.isExternal"  # MLflow's own tag for models whose weights it does not have
+# Tags of a model. `role` is turning (the one to keep) or newest; `weights` says where they are.
+STEP_TAG, ROLE_TAG, WEIGHTS_TAG = "images_seen", "role", "weights"
+TURNING, NEWEST = "turning", "newest"
+UPLOADED, LOCAL, REMOVED = "uploaded", "in the output folder", "removed from the output folder before they were uploaded"
+
+
+def model_name(images_seen: int) -> str:
+    """The name of a checkpoint as a model."""
+    return f"checkpoint-{images_seen:012d}"
+
+
+class ModelDelivery:
+    """Does what the operations of an outbox of checkpoints say, for the run of the `run` outbox.
+
+    Everything is looked up before it is made: however often an operation is sent, there is one model.
+    """
+
+    def __init__(self, models: Outbox, run: Outbox) -> None:
+        self.models, self.run = models, run
+        self._client: Any = None
+
+    def send(self, operation: Operation, *, doubtful: bool) -> None:
+        """Bring the run to have the model, all of its metrics, its weights where they are wanted, and the roles.
+
+        Raises RefusalError when the store has no models or finds something invalid, and what MLflow raises when it does not
+        answer.
+        """
+        import mlflow
+        from mlflow.exceptions import MlflowException
+
+        self._client = mlflow.MlflowClient()
+        try:
+            found = self._named(operation["step"])
+            model = self._model(operation, found)
+            self._link_metrics(model, operation)
+            self._finish(model, operation, {} if found is None else self._sizes(model.model_id))
+            self._set_roles()
+        except NotImplementedError:
+            raise RefusalError("this store has no logged models; checkpoints stay in the output folder") from None
+        except MlflowException as error:
+            if error.error_code == "ENDPOINT_NOT_FOUND":  # MLflow 2
+                raise RefusalError("this server has no logged models; checkpoints stay in the output folder") from None
+            if error.error_code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
+                raise RefusalError(str(error).splitlines()[0][:300]) from error
+            raise
+
+    def _search(self, condition: str) -> list[Any]:
+        """The run's models that meet a condition, oldest first."""
+        assert self.run.run_id is not None, "a run is started before its checkpoints are models"
+        return list(
+            self._client.search_logged_models(
+                [self.run.experiment_id],
+                f"source_run_id = '{self.run.run_id}' AND {condition}",
+                order_by=[{"field_name": "creation_timestamp", "ascending": True}],
+            )
+        )
+
+    def _named(self, images_seen: int) -> Any:
+        return next(iter(self._search(f"name = '{model_name(images_seen)}'")), None)
+
+    def _model(self, operation: Operation, model: Any) -> Any:
+        """The checkpoint's model, made where there is none, and an output of the run."""
+        from mlflow.entities import LoggedModelOutput
+
+        step = operation["step"]
+        run = self._client.get_run(self.run.run_id)
+        if model is None:
+            model = self._client.create_logged_model(
+                self.run.experiment_id,
+                model_name(step),
+                source_run_id=self.run.run_id,
+                tags={STEP_TAG: str(step)},
+                params=dict(run.data.params),  # as MLflow's own log_model does it: models are found by what trained them
+                model_type=MODEL_TYPE,
+            )
+        outputs = run.outputs.model_outputs if run.outputs else []
+        if model.model_id not in {output.model_id for output in outputs}:
+            self._client.log_outputs(self.run.run_id, [LoggedModelOutput(model.model_id, step)])
+        return model
+
+    def _link_metrics(self, model: Any, operation: Operation) -> None:
+        """Log the measurement's points once more, now as the model's; for the run they are the points that it has."""
+        from mlflow.entities import Metric
+
+        there = {(metric.key, metric.step, metric.timestamp) for metric in model.metrics or []}
+        metrics = [
+            Metric(key, value, time, step, model_id=model.model_id)
+            for key, value, step, time in operation["points"]
+            if (key, step, time) not in there
+        ]
+        for start in range(0, len(metrics), METRICS):
+            self._client.log_batch(self.run.run_id, metrics=metrics[start : start + METRICS])
+
+    def _finish(self, model: Any, operation: Operation, there: dict[str, int]) -> None:
+        """Upload what is wanted and there, and have the model say where its weights are."""
+        if model.tags.get(WEIGHTS_TAG) == UPLOADED:
+            return
+        state = self._upload(model, operation, there) if operation["weights"] else LOCAL
+        self._client.finalize_logged_model(model.model_id, "READY")
+        if state == UPLOADED and EXTERNAL in model.tags:
+            self._client.delete_logged_model_tag(model.model_id, EXTERNAL)
+        # Last, since a model that says uploaded is not looked at again.
+        tags = {WEIGHTS_TAG: state} | ({} if state == UPLOADED else {EXTERNAL: "true"})
+        self._client.set_logged_model_tags(model.model_id, tags)
+
+    def _upload(self, model: Any, operation: Operation, there: dict[str, int]) -> str:
+        folder = self.run.folder / operation["path"]
+        if not is_pipeline(folder):
+            return REMOVED
+        try:
+            for path in pipeline_files(folder):
+                self._put(model, path, f"{PIPELINE}/{path.relative_to(folder).as_posix()}", there)
+        except FileNotFoundError:
+            if folder.is_dir():
+                raise
+            return REMOVED  # meanwhile, by the training: its limit is more important than the upload
+        with tempfile.TemporaryDirectory() as scratch:
+            for path in write_model_files(Path(scratch), model, operation["step"]):
+                self._put(model, path, path.name, {})
+        return UPLOADED
+
+    def _put(self, model: Any, path: Path, to: str, there: dict[str, int]) -> None:
+        if there.get(to) != path.stat().st_size:  # else an attempt whose answer was lost has brought it
+            self._client.log_model_artifact(model.model_id, str(path), to.rpartition("/")[0] or None)
+
+    def _sizes(self, model_id: str) -> dict[str, int]:
+        """Sizes of the files that a model has, by path."""
+        found: dict[str, int] = {}
+        waiting: list[str | None] = [None]
+        while waiting:
+            for entry in self._client.list_logged_model_artifacts(model_id, waiting.pop()):
+                if entry.is_dir:
+                    waiting.append(entry.path)
+                else:
+                    found[entry.path] = entry.file_size
+        return found
+
+    def _set_roles(self) -> None:
+        """Have exactly the newest model and the turning one say so; a model that is both is the turning one."""
+        roles = {max(self.models.models): NEWEST}
+        if self.models.turning is not None:
+            roles[self.models.turning] = TURNING
+        for model in self._search(f"tags.{ROLE_TAG} IN ('{NEWEST}', '{TURNING}')"):
+            if int(model.tags[STEP_TAG]) not in roles:
+                self._client.delete_logged_model_tag(model.model_id, ROLE_TAG)
+        for step, role in roles.items():
+            model = self._named(step)  # there is none as long as a newer one is still to be made
+            if model is not None and model.tags.get(ROLE_TAG) != role:
+                self._client.set_logged_model_tags(model.model_id, {ROLE_TAG: role})

@@ -1,0 +1,529 @@
+"""Checkpoints are models: one each, with its metrics, its weights and a sampler; and the one to keep is kept, and found."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mlflow_icr import EDMDenoiser, Report, best_checkpoint, heun_sample, verdict
+from mlflow_icr.cli import main
+from mlflow_icr.extraction.samplers import starting_noise
+from mlflow_icr.monitoring.generation import to_uint8
+from mlflow_icr.monitoring.verdict import may_be_kept
+from mlflow_icr.tracking import MLflowSink, Tracker, read_history
+from mlflow_icr.tracking.checkpoints import checkpoint_path, checkpoints, remove_old
+from tests.servers import Server
+from tests.test_verdict import history
+
+STEPS = (0, 100, 200, 300)
+ICR = {0: 0.9, 100: 0.3, 200: 0.2, 300: 0.4}
+
+
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with its tables, which take seconds to make."""
+    from mlflow import MlflowClient
+
+    path, here = tmp_path_factory.mktemp("empty") / "mlflow.db", Path.cwd()
+    os.chdir(path.parent)  # where the default experiment has its artifacts from now on
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    os.chdir(here)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _store(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store of its own for each test."""
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+
+
+@pytest.fixture(scope="session")
+def pipeline(small_unet: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder with what a trainer keeps beside it."""
+    from diffusers import ConsistencyModelPipeline, EDMDPMSolverMultistepScheduler
+
+    folder = tmp_path_factory.mktemp("pipeline") / "p"
+    ConsistencyModelPipeline(unet=small_unet, scheduler=EDMDPMSolverMultistepScheduler(sigma_data=0.5)).save_pretrained(folder)
+    (folder / "state.safetensors").write_bytes(b"not for others")
+    return folder
+
+
+def measured(tracker: Tracker, step: int, pipeline: Path) -> None:
+    """What a trainer does at a measurement, without the training."""
+    tracker.record(Report(step, {"repr/icr": ICR.get(step, 0.5), "mem/ratio_l2": step / 1000, "loss/train": 1 / (step + 3)}))
+    part = tracker.journal.folder / "part"
+    shutil.copytree(pipeline, part)
+    path = checkpoint_path(tracker.journal.folder, step)
+    path.parent.mkdir(exist_ok=True)
+    part.rename(path)
+    tracker.checkpoint(step)
+
+
+def trained(folder: Path, pipeline: Path, log_models: str = "all") -> MLflowSink:
+    """A run with four measurements."""
+    sink = MLflowSink(log_models=log_models)
+    tracker = Tracker(folder, [sink])
+    tracker.open({"seed": 1}, {})
+    for step in STEPS:
+        measured(tracker, step, pipeline)
+    tracker.close("FINISHED")
+    return sink
+
+
+def models_of(run_id: str | None) -> dict[int, Any]:
+    """The run's models as the store has them; none is there twice."""
+    from mlflow import MlflowClient
+
+    found = MlflowClient().search_logged_models(["0"], f"source_run_id = '{run_id}'")
+    names = [model.name for model in found]
+    assert len(set(names)) == len(names)
+    return {int(model.tags["images_seen"]): model for model in found}
+
+
+def artifacts_of(model: Any, folder: str | None = None) -> set[str]:
+    from mlflow import MlflowClient
+
+    found: set[str] = set()
+    for entry in MlflowClient().list_logged_model_artifacts(model.model_id, folder):
+        found |= artifacts_of(model, entry.path) if entry.is_dir else {entry.path}
+    return found
+
+
+WEIGHTS = "artifacts/pipeline/unet/diffusion_pytorch_model.safetensors"
+WHOLE = {
+    "MLmodel", "pipeline_code.py", "requirements.txt", "conda.yaml", "python_env.yaml", WEIGHTS,
+    "artifacts/pipeline/model_index.json", "artifacts/pipeline/unet/config.json",
+    "artifacts/pipeline/scheduler/scheduler_config.json",
+}  # fmt: skip
+
+
+def assert_one_model_for_each_checkpoint(folder: Path) -> dict[int, Any]:
+    """And its metrics are the journal's row, at the run's own points, each of which is there once."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient()
+    run_id = json.loads((folder / "mlflow.json").read_text())["run_id"]
+    models = models_of(run_id)
+    rows = {int(row["images_seen"]): row for row in read_history(folder)}
+    there = checkpoints(folder)
+    assert set(there) <= set(models) <= set(rows)
+    histories: dict[str, list[Any]] = {}
+    for step, model in models.items():
+        metrics = {m.key: (m.value, m.step, m.timestamp) for m in model.metrics}
+        assert len(metrics) == len(model.metrics)
+        assert {key: value for key, (value, *_) in metrics.items()} == {
+            k: v for k, v in rows[step].items() if k != "images_seen"
+        }
+        for key, (value, at, timestamp) in metrics.items():
+            points = histories.setdefault(key, client.get_metric_history(run_id, key))
+            assert [(p.value, p.timestamp) for p in points if p.step == at] == [(value, timestamp)]
+            assert at == step
+        assert str(model.status) == "READY"
+        if step in there:
+            assert artifacts_of(model) == WHOLE
+    outputs = client.get_run(run_id).outputs.model_outputs
+    assert Counter((o.model_id, o.step) for o in outputs) == Counter((m.model_id, step) for step, m in models.items())
+    return models
+
+
+def test_each_checkpoint_is_a_model_with_its_metrics(pipeline: Path, tmp_path: Path) -> None:
+    import mlflow
+
+    sink = trained(tmp_path / "run", pipeline)
+    models = assert_one_model_for_each_checkpoint(tmp_path / "run")
+    assert {step: model.name for step, model in models.items()} == {step: f"checkpoint-{step:012d}" for step in STEPS}
+    assert {step: model.tags.get("role") for step, model in models.items()} == {0: None, 100: None, 200: None, 300: "newest"}
+    assert {(m.params["seed"], m.model_type, m.source_run_id) for m in models.values()} == {("1", "diffusion", sink.run_id)}
+    (best,) = mlflow.search_logged_models(
+        experiment_ids=["0"],
+        order_by=[{"field_name": "metrics.repr/icr", "ascending": True}],
+        max_results=1,
+        output_format="list",
+    )
+    assert best.tags["images_seen"] == "200"
+    assert main(["sync", str(tmp_path / "run")]) == 0  # a repeat adds nothing
+    assert {m.model_id for m in assert_one_model_for_each_checkpoint(tmp_path / "run").values()} == {
+        m.model_id for m in models.values()
+    }
+
+
+def test_a_fresh_process_samples_a_model(pipeline: Path, tmp_path: Path, small_unet: torch.nn.Module) -> None:
+    sink = MLflowSink(log_models="all")
+    tracker = Tracker(tmp_path / "run", [sink])
+    tracker.open({}, {})
+    measured(tracker, 100, pipeline)
+    tracker.close("FINISHED")
+    code = """
+import sys, mlflow, numpy as np, pandas as pd
+model = mlflow.pyfunc.load_model(sys.argv[1])
+x = model.predict({"num_images": 3, "seed": 7, "steps": 4})
+frame = pd.DataFrame({"num_images": [3, 1], "seed": [7, 8], "steps": [4, 4]})
+assert np.array_equal(model.predict(frame)[:3], x) and len(model.predict(frame)) == 4
+assert model.predict({}).shape == (1, 8, 8, 1) and model.predict({"num_images": 0}).shape == (0, 8, 8, 1)
+for bad, message in (({"steps": 1}, "steps is 1; expected a whole number >= 2"), ({"class_label": 0}, "without classes")):
+    try:
+        model.predict(bad)
+    except ValueError as error:
+        assert message in str(error), error
+    else:
+        raise AssertionError(bad)
+np.save(sys.argv[2], x)
+"""
+    uri = f"models:/{models_of(sink.run_id)[100].model_id}"
+    command = [sys.executable, "-c", code, uri, str(tmp_path / "x.npy")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    sampled = np.load(tmp_path / "x.npy")
+    small_unet.eval()
+    expected = heun_sample(EDMDenoiser(small_unet), starting_noise(range(3), (1, 8, 8), 7), num_steps=4)
+    assert sampled.dtype == np.uint8
+    assert abs(sampled.astype(int) - to_uint8(expected).permute(0, 2, 3, 1).numpy()).max() <= 1
+
+
+def test_a_model_of_classes_samples_the_class_that_is_asked_for() -> None:
+    from diffusers import UNet2DModel
+
+    from mlflow_icr.tracking.sampling_model import sample_images
+
+    torch.manual_seed(0)
+    blocks = {"block_out_channels": (16, 16), "down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    network = UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, norm_num_groups=4, num_class_embeds=3, **blocks
+    )
+    with torch.no_grad():
+        network.class_embedding.weight.mul_(20)
+    loaded = (EDMDenoiser(network), 8)
+    one, two = (sample_images(loaded, range(2), steps=4, class_label=label) for label in (1, 2))
+    assert not np.array_equal(one, two)
+    assert np.array_equal(one, sample_images(loaded, range(2), steps=4, class_label=1))
+    for label in (None, 3):
+        with pytest.raises(ValueError, match=f"class_label is {label}; expected a class of this model, 0 to 2"):
+            sample_images(loaded, [0], class_label=label)
+
+
+def test_only_what_is_kept_is_uploaded_where_that_is_wanted(pipeline: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    sink = trained(folder, pipeline, "kept")
+    models = models_of(sink.run_id)
+    assert {step: "MLmodel" in artifacts_of(model) for step, model in models.items()} == {
+        0: False,
+        100: False,
+        200: False,
+        300: True,
+    }
+    assert {step: model.tags["weights"] for step, model in models.items()} == dict.fromkeys(
+        STEPS[:3], "in the output folder"
+    ) | {300: "uploaded"}
+    assert {len(model.metrics) for model in models.values()} == {3}
+    assert {model.tags.get("mlflow.model.isExternal") for step, model in models.items() if step < 300} == {"true"}
+    assert "mlflow.model.isExternal" not in models[300].tags
+    assert models_of(trained(tmp_path / "none", pipeline, "none").run_id) == {}
+    assert not (tmp_path / "none" / "models.jsonl").exists()
+    with pytest.raises(ValueError, match="log_models is 'some'; expected one of all, kept, none"):
+        MLflowSink(log_models="some")
+
+
+def test_a_checkpoint_that_is_gone_before_its_upload_is_a_model_that_says_so(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nobody there
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr("mlflow_icr.tracking.courier.PAUSES", (0.01,))
+    trained(folder, pipeline)
+    assert remove_old(folder, 1, {100}) == [0, 200]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/late.db")
+    monkeypatch.chdir(tmp_path)
+    assert main(["sync", str(folder)]) == 0
+    models = assert_one_model_for_each_checkpoint(folder)
+    assert {step: (model.tags["weights"], "mlflow.model.isExternal" in model.tags) for step, model in models.items()} == {
+        100: ("uploaded", False), 300: ("uploaded", False),
+        0: ("removed from the output folder before they were uploaded", True),
+        200: ("removed from the output folder before they were uploaded", True),
+    }  # fmt: skip
+
+
+def test_a_checkpoint_that_nobody_was_told_of_is_told_by_whoever_comes_next(pipeline: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    tracker = Tracker(folder, [MLflowSink(log_models="all")])
+    tracker.open({}, {})
+    measured(tracker, 0, pipeline)
+    tracker.close("KILLED")
+    shutil.copytree(pipeline, checkpoint_path(folder, 100))  # saved, and then killed
+    tracker.journal.append(Report(100, {"repr/icr": 0.5}))
+    shutil.copytree(pipeline, checkpoint_path(folder, 150))  # of a kill between measurements: not a measured one
+    assert main(["sync", str(folder)]) == 0
+    shutil.rmtree(checkpoint_path(folder, 150))
+    assert set(assert_one_model_for_each_checkpoint(folder)) == {0, 100}
+
+
+def test_an_answer_that_is_lost_makes_no_model_twice(pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call to the store works, and then seems to have failed, once."""
+    from mlflow import MlflowClient
+
+    failed = set()
+
+    def lossy(name: str) -> None:
+        real = getattr(MlflowClient, name)
+
+        def call(self: MlflowClient, *arguments: Any, **options: Any) -> Any:
+            answer = real(self, *arguments, **options)
+            content = (name, *(os.path.basename(str(part)) for part in arguments), str(sorted(options)))
+            if threading.current_thread() is not threading.main_thread() and content not in failed:
+                failed.add(content)
+                raise ConnectionError("the answer is lost")
+            return answer
+
+        monkeypatch.setattr(MlflowClient, name, call)
+
+    for name in ("create_logged_model", "log_outputs", "log_batch", "log_model_artifact", "set_logged_model_tags",
+                 "finalize_logged_model"):  # fmt: skip
+        lossy(name)
+    monkeypatch.setattr("mlflow_icr.tracking.courier.PAUSES", (0.01,))
+    sink = MLflowSink(log_models="all")
+    tracker = Tracker(tmp_path / "run", [sink])
+    tracker.open({}, {})
+    for step in STEPS[:2]:
+        measured(tracker, step, pipeline)
+    for _ in range(200):
+        if sink.flush():
+            break
+    assert {name for name, *_ in failed} >= {"create_logged_model", "log_model_artifact", "finalize_logged_model"}
+    tracker.close("FINISHED")
+    assert_one_model_for_each_checkpoint(tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    made = Server(tmp_path_factory.mktemp("server"))
+    made.start()
+    yield made
+    made.kill()
+
+
+def train_until_killed(folder: Path, pipeline: Path) -> None:
+    """In a child process, which never comes back."""
+    try:
+        shutil.rmtree(folder / "part", ignore_errors=True)
+        tracker = Tracker(folder, [MLflowSink(log_models="all")])
+        tracker.open({"seed": 1}, {})
+        step = max(tracker.journal.steps, default=-100) + 100
+        while True:
+            measured(tracker, step, pipeline)
+            step += 100
+            time.sleep(0.4)
+    finally:
+        os._exit(1)
+
+
+def test_a_real_server_that_dies_and_trainings_that_are_killed(
+    server: Server, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow  # noqa: F401 - the children start with what is loaded here
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    folder, moments = tmp_path / "run", random.Random(20260609)
+    for round_ in range(4):
+        child = os.fork()
+        if child == 0:
+            train_until_killed(folder, pipeline)
+        time.sleep(moments.uniform(0.3, 1.5))
+        if round_ == 2:
+            server.kill()
+        os.kill(child, signal.SIGKILL)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    server.start()
+    assert len(checkpoints(folder)) > 3
+    for _ in range(2):
+        assert main(["sync", str(folder)]) == 0
+        models = assert_one_model_for_each_checkpoint(folder)
+    assert set(models) == set(checkpoints(folder))
+    got = best_checkpoint(json.loads((folder / "mlflow.json").read_text())["run_id"], output_dir=tmp_path / "got")
+    assert (got / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == (
+        pipeline / "unet" / "diffusion_pytorch_model.safetensors"
+    ).read_bytes()
+
+
+@pytest.fixture
+def old_server(server: Server) -> Iterator[str]:
+    """A server as it was before it had models: in front of a real one, what does not know their addresses."""
+
+    class Old(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            if "logged-models" in self.path:
+                self.send_error(404)
+                return
+            request = urllib.request.Request(server.uri + self.path, body or None, method=self.command)
+            request.add_header("Content-Type", self.headers.get("Content-Type") or "application/json")
+            try:
+                with urllib.request.urlopen(request, timeout=60) as there:
+                    status, content = there.status, there.read()
+            except urllib.error.HTTPError as error:
+                status, content = error.code, error.read()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = answer  # noqa: N815
+
+        def log_message(self, format: str, *arguments: object) -> None: ...
+
+    proxy = ThreadingHTTPServer(("127.0.0.1", 0), Old)
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{proxy.server_port}"
+    proxy.shutdown()
+
+
+def test_a_server_without_models_gets_the_rest_and_one_warning(
+    server: Server,
+    old_server: str,
+    pipeline: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from mlflow import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", old_server)
+    sink = trained(tmp_path / "run", pipeline)
+    assert sink.run_id is not None
+    warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert warnings == ["MLflow does not want model (this server has no logged models; checkpoints stay in the output folder)"]
+    run = MlflowClient().get_run(sink.run_id)
+    assert (run.info.status, run.data.metrics["repr/icr"]) == ("FINISHED", ICR[300])
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)  # it has been brought up to date
+    assert main(["sync", str(tmp_path / "run")]) == 0
+    assert_one_model_for_each_checkpoint(tmp_path / "run")
+
+
+def test_the_best_checkpoint_of_a_run_and_of_a_folder(
+    pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from diffusers import DiffusionPipeline
+
+    folder = tmp_path / "run"
+    run_id = str(trained(folder, pipeline).run_id)
+    for place in (run_id, str(folder)):
+        for flags, step in (([], 300), (["--metric", "repr/icr"], 200), (["--metric", "repr/icr", "--max"], 0)):
+            to = tmp_path / "got" / f"{len(place)}-{step}"
+            assert main(["best-checkpoint", place, *flags, "--output", str(to)]) == 0
+            said = capsys.readouterr()
+            assert said.out == f"{to}\n"
+            assert f"{step} images seen" in said.err
+            loaded = DiffusionPipeline.from_pretrained(to)
+            assert type(loaded).__name__ == "ConsistencyModelPipeline"
+            assert not (to / "state.safetensors").exists()
+        assert (best_checkpoint(place, metric="repr/icr") / "model_index.json").exists()
+    assert best_checkpoint(folder) == checkpoint_path(folder, 300)
+    shutil.rmtree(checkpoint_path(folder, 200))
+    assert main(["best-checkpoint", str(folder), "--metric", "repr/icr"]) == 0
+    assert (
+        "100 images seen, repr/icr 0.3, the lowest of the checkpoints there are; it was 0.2 at 200" in capsys.readouterr().err
+    )
+
+
+def test_what_is_wrong_with_a_best_checkpoint_is_one_line(
+    pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_id = str(trained(tmp_path / "run", pipeline).run_id)
+    bare = MLflowSink(log_models="none")
+    tracker = Tracker(tmp_path / "bare", [bare])
+    tracker.open({}, {})
+    tracker.record(Report(0, {"repr/icr": 0.5}))
+    tracker.close("FINISHED")
+    shutil.copytree(tmp_path / "run", tmp_path / "damaged")
+    shutil.rmtree(checkpoint_path(tmp_path / "damaged", 300))
+    wrong = {
+        ("f" * 32,): f"run is '{'f' * 32}', which is no folder, and no run of the tracking store; expected either",
+        ("outputs/onee",): "run is 'outputs/onee'; expected an output folder that is there, or the id of an MLflow run",
+        (str(tmp_path),): f"run is '{tmp_path}', which holds no history.jsonl; expected the output folder of one run",
+        (str(bare.run_id),): f"run is '{bare.run_id}', which has no checkpoints; expected a run with checkpoints",
+        (str(tmp_path / "bare"),): "which has 1 checkpoints without their weights; expected a run with checkpoints",
+        (str(tmp_path / "damaged"),): "keeps the checkpoint at 300 images seen, which is gone; there are 0, 100, 200",
+        (run_id, "--metric", "repr/icy"): (
+            f"metric is 'repr/icy', which no checkpoint of '{run_id}' has; expected one of loss/train, mem/ratio_l2, repr/icr"
+        ),
+        (run_id, "--max"): "max is given without metric; expected --metric KEY",
+        (run_id, "--output", str(tmp_path / "run")): "/run', which is there already; expected a new folder",
+    }  # fmt: skip
+    for arguments, message in wrong.items():
+        assert main(["best-checkpoint", *arguments]) == 2
+        said = capsys.readouterr()
+        assert message in said.err
+        assert said.err.splitlines()[-1].startswith("mlflow-icr: error: ")
+        assert said.out == ""
+
+
+def test_somebody_elses_training_has_checkpoints_too(small_unet: torch.nn.Module, digits: torch.Tensor, tmp_path: Path) -> None:
+    from diffusers import ConsistencyModelPipeline, EDMDPMSolverMultistepScheduler
+
+    from mlflow_icr import Protocol
+    from mlflow_icr.integrations.watch import ICRWatch
+
+    folder = tmp_path / "run"
+    saved = ConsistencyModelPipeline(unet=small_unet, scheduler=EDMDPMSolverMultistepScheduler(sigma_data=0.5)).save_pretrained
+    with ICRWatch(
+        EDMDenoiser(small_unet), digits[:8], folder, schedule=10, protocol=Protocol(num_images=8, num_views=2),
+        pictures=False, save=saved, checkpoints_total_limit=1,
+    ) as watch:  # fmt: skip
+        for images_seen in (10, 20, 30):
+            watch(images_seen)
+    run_id = json.loads((folder / "mlflow.json").read_text())["run_id"]
+    assert set(models_of(run_id)) == {10, 20, 30}
+    assert models_of(run_id)[30].tags["weights"] == "uploaded"
+    assert set(checkpoints(folder)) == {30, *may_be_kept(folder)}
+    assert best_checkpoint(folder) == checkpoint_path(folder, 30)
+
+
+@pytest.mark.parametrize(("early", "late", "icr_rise"), [(0.3, 0.9, 0.0), (0.3, 0.3, 0.2), (0.3, 0.9, 0.2), (0.25, 0.25, 0.0)])
+def test_what_a_verdict_will_keep_is_foreseen(early: float, late: float, icr_rise: float) -> None:
+    """A turn is seen when it is past: by then its checkpoint must not have been removed."""
+    for wobble in (0.0, 0.05):
+        rows = history(early, late, icr_rise=icr_rise, wobble=wobble)
+        for end in range(1, len(rows) + 1):
+            kept = verdict(rows[:end]).checkpoint_images_seen
+            for start in range(1, end + 1):
+                newest = rows[start - 1]["images_seen"]
+                assert kept is not None
+                assert kept > newest or kept in {newest, *may_be_kept(rows[:start])}
+                assert len(may_be_kept(rows[:start])) <= 3
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 3])
+def test_old_checkpoints_go_but_never_those_to_keep(limit: int, tmp_path: Path) -> None:
+    def save(step: int) -> None:
+        path = checkpoint_path(tmp_path, step)
+        path.mkdir(parents=True)
+        (path / "model_index.json").write_text("{}")
+
+    for step in range(0, 600, 100):
+        save(step)
+        remove_old(tmp_path, limit, {200})
+    assert (
+        list(checkpoints(tmp_path))
+        == {0: [0, 100, 200, 300, 400, 500], 1: [200, 500], 2: [200, 500], 3: [200, 400, 500]}[limit]
+    )
+    assert not list((tmp_path / "checkpoints").glob(".*"))

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from trainers.config import TrainConfig
+
 GRACE_SECONDS = 300  # for ranks that were asked to stop: their step or measurement in progress, and the checkpoint
 
 
@@ -17,8 +19,8 @@ def is_launched() -> bool:
     return "RANK" in os.environ
 
 
-def check_processes(count: int) -> None:
-    """Raise ValueError for a number of ranks that cannot be started here."""
+def check_processes(count: int, config: TrainConfig) -> None:
+    """Raise ValueError for a number of ranks that cannot be started here, or that the batch cannot be divided among."""
     if count < 1:
         raise ValueError(f"num_processes is {count}; expected a whole number >= 1")
     if count > 1:
@@ -27,6 +29,11 @@ def check_processes(count: int) -> None:
         devices = torch.cuda.device_count()
         if 0 < devices < count:
             raise ValueError(f"num_processes is {count}; expected at most {devices}, the CUDA devices of this machine")
+    share = count * config.gradient_accumulation_steps
+    if config.batch_size % share:
+        raise ValueError(
+            f"batch_size is {config.batch_size}; expected a multiple of {share}, the ranks times gradient_accumulation_steps"
+        )
 
 
 def launch(count: int, arguments: Sequence[str], output_dir: Path) -> int:

@@ -90,7 +90,7 @@ def configure(arguments: Namespace) -> tuple[TrainConfig, Path, dict[str, str], 
     config = prepare_folder(output_dir, config, changes, arguments.resume)
     check_project()
     if not is_launched():
-        check_processes(arguments.num_processes)
+        check_processes(arguments.num_processes, config)
     return config, output_dir, tags, arguments.run_name, arguments.resume
 
 

@@ -20,6 +20,7 @@ from trainers.config import TrainConfig, load_config, preset_names
 from trainers.data import load_source
 from trainers.experiments.address import chart_address, without_secrets
 from trainers.experiments.siblings import Sibling, run_siblings
+from trainers.launch import check_processes
 from trainers.train import Stop, check_project
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class Study:
     folder: Path
     configs: Mapping[str, TrainConfig]  # by role
     parallel: int
+    num_processes: int  # ranks of each
 
 
 def _parser() -> OneLineParser:
@@ -59,6 +61,7 @@ def _parser() -> OneLineParser:
     )
     parser.add_argument("--output-dir", default=AUTO, help="folder of the study; auto makes a new one in outputs/")
     parser.add_argument("--max-parallel", default="2", help="runs at the same time")
+    parser.add_argument("--num-processes", default="1", help="ranks of each run")
     add_config_flags(parser)
     return parser
 
@@ -88,8 +91,11 @@ def plan(argv: Sequence[str] | None) -> Study:
     folder = Path("outputs") / name if arguments.output_dir == AUTO else Path(arguments.output_dir)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"output_dir is {str(folder)!r}, which is not empty; expected a new folder")
+    ranks = _count("num_processes", arguments.num_processes)
+    check_processes(ranks, limited)
     check_project()
-    return Study(name, folder, {"limited": limited, "control": control}, _count("max_parallel", arguments.max_parallel))
+    runs = {"limited": limited, "control": control}
+    return Study(name, folder, runs, _count("max_parallel", arguments.max_parallel), ranks)
 
 
 def _flags(study: Study, role: str, config: TrainConfig) -> list[str]:
@@ -99,6 +105,7 @@ def _flags(study: Study, role: str, config: TrainConfig) -> list[str]:
         *config_flags(config),
         f"--output-dir={study.folder / role}",
         f"--run-name={role} n={config.num_images}",
+        f"--num-processes={study.num_processes}",
         *(f"--tag={tag}" for tag in (f"study={study.name}", f"role={role}", f"mlflow.runColor={colour}")),
     ]
 

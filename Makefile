@@ -4,7 +4,7 @@ BIN := .venv/bin
 UI_PORT ?= 5000
 TENSORBOARD_PORT ?= 6006
 
-.PHONY: .venv demo test slow lint format ui benchmarks validate screenshots clean
+.PHONY: .venv demo test slow soak lint format ui benchmarks validate screenshots clean
 
 .venv: .venv/.installed
 
@@ -28,6 +28,10 @@ test: .venv
 slow: .venv
 	$(BIN)/python -m pytest -m slow
 
+# At least fifty kills at random moments; half an hour.
+soak: .venv
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/test_soak.py -s
+
 lint: .venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -45,6 +49,8 @@ benchmarks: .venv
 	$(BIN)/python benchmarks/import_time.py
 	$(BIN)/python benchmarks/measurement.py
 	$(BIN)/python benchmarks/trainer.py
+	$(BIN)/python benchmarks/ranks.py
+	$(BIN)/python benchmarks/monitoring.py
 	$(BIN)/python benchmarks/distances.py
 	$(BIN)/python benchmarks/trackers.py
 	$(BIN)/python benchmarks/export.py

@@ -114,7 +114,8 @@ class Delivery:
     def _picture(self, operation: Operation, doubtful: bool) -> None:
         from PIL import Image
 
-        key, step, time = operation["key"], operation["step"], operation["time"]
+        # The characters that MLflow allows in a picture's name are fewer than in a metric's, and it refuses before it asks.
+        key, step, time = re.sub(r"[^a-zA-Z0-9_\-./ ]", "_", operation["key"]), operation["step"], operation["time"]
         if doubtful and self._picture_is_there(key, step, time):
             return
         with Image.open(self._file(operation)) as image:

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -53,7 +53,7 @@ def opened(address: str, *, size: tuple[int, int] = DESK, dark: bool = False, sc
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=QUIET)
         try:
-            scheme = "dark" if dark else "light"
+            scheme: Literal["dark", "light"] = "dark" if dark else "light"
             view = {"width": size[0], "height": size[1]}
             context = browser.new_context(viewport=view, color_scheme=scheme, java_script_enabled=scripts)
             visit = Visit(context.new_page())

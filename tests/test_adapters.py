@@ -123,7 +123,7 @@ def test_a_measurement_changes_nothing_and_does_not_depend_on_batches(
     pipeline = pipelines[name]
     denoiser: Any = adapt_pipeline(pipeline, side=SIDE)
     if name == "flux":  # whose empty prompt is 512 tokens, and more work than all the rest
-        condition = denoiser._denoiser._call
+        condition = denoiser.denoiser._call
         condition.embeddings = condition.embeddings[:, :8]
     parts = [denoiser.network, pipeline.vae]
     weights = [{key: value.clone() for key, value in part.state_dict().items()} for part in parts]

@@ -211,13 +211,16 @@ def test_a_model_of_classes_samples_the_class_that_is_asked_for() -> None:
     )
     with torch.no_grad():
         network.class_embedding.weight.mul_(20)
-    loaded = (EDMDenoiser(network), 8)
-    one, two = (sample_images(loaded, range(2), steps=4, class_label=label) for label in (1, 2))
+    loaded = (EDMDenoiser(network, null_class=2), 8)
+    one, two = (sample_images(loaded, range(2), steps=4, class_label=label) for label in (0, 1))
     assert not np.array_equal(one, two)
     assert np.array_equal(one, sample_images(loaded, range(2), steps=4, class_label=1))
-    for label in (None, 3):
-        with pytest.raises(ValueError, match=f"class_label is {label}; expected a class of this model, 0 to 2"):
-            sample_images(loaded, [0], class_label=label)
+    none = sample_images(loaded, range(2), steps=4)
+    assert np.array_equal(none, sample_images(loaded, range(2), steps=4, class_label=2))
+    with pytest.raises(ValueError, match="class_label is 3; expected a class of this model, 0 to 2, which means none"):
+        sample_images(loaded, [0], class_label=3)
+    with pytest.raises(ValueError, match="class_label is 0, but this model was trained without classes"):
+        sample_images((EDMDenoiser(network), 8), [0], class_label=0)
 
 
 def test_only_what_is_kept_is_uploaded_where_that_is_wanted(pipeline: Path, tmp_path: Path) -> None:
@@ -335,6 +338,7 @@ def train_until_killed(folder: Path, pipeline: Path) -> None:
         os._exit(1)
 
 
+@pytest.mark.slow
 def test_a_real_server_that_dies_and_trainings_that_are_killed(
     server: Server, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -76,7 +76,10 @@ def trained(folder: Path, ranks: int, parts: int, engine: str) -> dict[str, obje
     return torch.load(folder / f"{ranks}-{parts}-{engine}.pt", weights_only=True)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize(("ranks", "parts", "engine"), [(2, 2, "plain"), (4, 1, "plain"), (2, 1, "fsdp"), (1, 1, "compile")])
+@pytest.mark.parametrize(
+    ("ranks", "parts", "engine"),
+    [(2, 2, "plain"), pytest.param(4, 1, "plain", marks=pytest.mark.slow), (2, 1, "fsdp"), (1, 1, "compile")],
+)
 def test_ranks_parts_and_engines_change_nothing_but_rounding(
     alone: tuple[Path, dict[str, object]], ranks: int, parts: int, engine: str
 ) -> None:

@@ -28,7 +28,7 @@ from tests.family_runs import (
     tiny_autoencoder,
     weights,
 )
-from trainers.checkpoint import load_checkpoint, save_checkpoint
+from trainers.checkpoint import load_checkpoint, save_checkpoint, state_tensors
 from trainers.data import load_data
 from trainers.inputs import Inputs
 from trainers.loop import train
@@ -62,7 +62,7 @@ def test_a_resumed_training_is_the_uninterrupted_one(name: str, tmp_path: Path, 
     steps = train(state, inputs, family, accelerator)
     for _ in range(3):
         next(steps)
-    folder = save_checkpoint(tmp_path, state, family, accelerator, {})
+    folder = save_checkpoint(tmp_path, state, family, accelerator, state_tensors(state, accelerator, {}))
     for _ in range(3):
         next(steps)
     _, other, accelerator = started(config)

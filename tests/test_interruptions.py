@@ -19,6 +19,7 @@ from tests.training import SHORT, measured, run
 from trainers.checkpoint import latest_checkpoint
 
 
+@pytest.mark.slow
 def test_a_launchers_configuration_is_honoured(tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
@@ -71,6 +72,7 @@ def test_ranks_of_one_command_share_one_fate(whole: tuple[Path, str], tmp_path: 
         (found,) = MlflowClient().search_runs(["0"])  # one run, all the time
         return str(found.info.status)
 
+    MlflowClient().search_runs(["0"])  # a fresh store is made before: one that is killed while it makes its tables is broken
     folder = tmp_path / "run"
     child = started(folder, until="000000000000")
     os.kill(ranks_of(folder)[0], signal.SIGKILL)
@@ -147,6 +149,7 @@ def test_a_damaged_checkpoint_is_seen_and_the_one_before_is_taken(
 
 
 @pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts a small file system")
+@pytest.mark.slow
 def test_a_full_disk_ends_a_run_with_a_line_and_the_last_checkpoint(whole: tuple[Path, str], tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()

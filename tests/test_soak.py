@@ -67,6 +67,7 @@ def survive(folder: Path, whole: Path, chance: random.Random, kills: int, ranks:
     """Train through so many kills, if it lasts that long, and compare with a run that had none; how many it had."""
     from mlflow import MlflowClient
 
+    MlflowClient().search_runs(["0"])  # a fresh store is made before: one that is killed while it makes its tables is broken
     survived = 0
     while survived < kills and killed(folder, chance, ranks):
         survived += 1

@@ -106,6 +106,7 @@ def test_a_failing_sibling_ends_the_study_with_its_error(tmp_path: Path, monkeyp
     assert status.get("limited", "KILLED") == "KILLED"  # asked to stop, maybe before it had a run
 
 
+@pytest.mark.slow
 def test_a_stopped_study_stops_its_runs(tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
@@ -238,6 +239,7 @@ def test_the_project_file_names_the_entry_points() -> None:
     assert {"main", "train"} <= set(project["entry_points"])
 
 
+@pytest.mark.slow
 def test_the_noise_window_sweeps_what_the_study_left(tmp_path: Path) -> None:
     from mlflow import MlflowClient
 

@@ -148,7 +148,7 @@ def test_the_command_writes_table_and_figure(
     captured = capsys.readouterr()
     assert {"repr/icr", "repr/rankme", "repr/knn_accuracy"} <= json.loads(captured.out).keys()
     assert "repr/icr_debiased is absent: the correction holds without shrinkage" in captured.err
-    assert main([*measure, "--shrinkage", "none", "--projection", "99"]) == 2
+    assert main([*measure, "--shrinkage", "none", "--projection", "99", "--images-seen", "9"]) == 2
     assert "projection is 99; expected at most 32" in capsys.readouterr().err
     assert main([*command, "--test-data", str(tmp_path / "out")]) == 2
     assert "one subfolder for each class" in capsys.readouterr().err

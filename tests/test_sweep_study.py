@@ -146,6 +146,7 @@ def test_a_dry_run_says_what_would_be_run_and_leaves_nothing(
 
 
 @pytest.mark.usefixtures("_signals")
+@pytest.mark.slow
 def test_a_failure_is_told_alone_and_the_same_command_goes_on_with_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

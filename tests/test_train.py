@@ -153,7 +153,7 @@ def test_the_command_line_measures_a_checkpoint_as_the_run_did(whole: tuple[Path
     assert "expected a diffusers folder" in missing.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_stopped_run_goes_on_as_if_it_had_not(whole: tuple[Path, str], tmp_path: Path, number: signal.Signals) -> None:
     from mlflow import MlflowClient
 

@@ -36,8 +36,10 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def append_line(path: Path, line: str) -> None:
+def append_line(path: Path, line: str, *, sync: bool = True) -> None:
     """Append one line or several and fsync them, or leave the file as it was. Raises OSError.
+
+    Without `sync` they survive the process, but not a power cut.
 
     Unbuffered: a file object would keep what a full disk did not take, and write it when it is closed, after the cut.
     """
@@ -48,7 +50,8 @@ def append_line(path: Path, line: str) -> None:
             left = line.encode()
             while left:
                 left = left[os.write(descriptor, left) :]
-            os.fsync(descriptor)
+            if sync:
+                os.fsync(descriptor)
         except OSError:
             os.ftruncate(descriptor, start)  # half a row would spoil the ones after it
             raise

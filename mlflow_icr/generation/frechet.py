@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -85,7 +84,7 @@ def _gram(a: Tensor) -> Tensor:
     if a.device.type != "cpu":
         return a.T @ a
     rows = a.numpy()
-    return torch.from_numpy(np.dot(rows.T, rows))
+    return torch.from_numpy(rows.T @ rows)
 
 
 def _short(a: Tensor) -> Tensor:

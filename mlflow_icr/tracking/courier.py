@@ -52,10 +52,10 @@ class Courier:
         self._attempts = self._mark = self._failed = 0
         self._thread: threading.Thread | None = None
 
-    def say(self, operations: Sequence[Operation]) -> None:
-        """Put operations into the outbox. Raises OSError when the disk does not take them."""
+    def say(self, operations: Sequence[Operation], *, sync: bool = True) -> None:
+        """Put operations into the outbox, on the disk at once or before they are sent. Raises OSError when the disk is full."""
         with self._wake:
-            self.box.append(operations)
+            self.box.append(operations, sync=sync)
             self._wake.notify_all()
         self.set_out()
 
@@ -105,9 +105,10 @@ class Courier:
                 self._attempts += 1
                 self._hurry = False
             try:
+                self.box.sync()
                 refusal = self._attempt(operation, doubtful)
+                self.box.acknowledge(refusal)  # which waits for the disk, and nobody is to wait for that
                 with self._wake:
-                    self.box.acknowledge(refusal)
                     self._wake.notify_all()
                 self.failure, doubtful, failures = None, False, 0
             except Exception as error:  # whatever it is, it must not end a training

@@ -60,6 +60,7 @@ class MLflowSink:
         self.joins, self.run_name = joins, run_name
         self._given, self._log_models = run_id, log_models
         self._owned = True
+        self._verdict: dict[str, str] = {}  # what was said last
         self._private = False  # whether the outbox is in a folder of nobody's, which goes when everything has arrived
         self._wake = threading.Condition()
         self._courier: Courier | None = None
@@ -142,9 +143,9 @@ class MLflowSink:
         }
         self.say([start])
 
-    def say(self, operations: Sequence[Operation]) -> None:
-        """Put operations into the outbox. Raises OSError when the disk does not take them."""
-        self._main().say(operations)
+    def say(self, operations: Sequence[Operation], *, sync: bool = True) -> None:
+        """Put operations into the outbox, on the disk at once or before they are sent. Raises OSError when the disk is full."""
+        self._main().say(operations, sync=sync)
 
     def recorded(self) -> Mapping[int, Collection[str]]:
         """Keys by step of all that is in the outbox, taken by the server or not."""
@@ -168,7 +169,7 @@ class MLflowSink:
         if said:
             operations.append({"kind": "tags", "tags": said})
         if operations:
-            self.say(operations)
+            self.say(operations, sync=False)  # the journal has it on the disk, and is replayed
 
     def _kept(self, path: str, picture: np.ndarray) -> str:
         """The path in the folder of a picture that the journal keeps there; any other is written beside the outbox."""
@@ -202,7 +203,10 @@ class MLflowSink:
     def verdict(self, verdict: Verdict, step: int) -> None:
         """Set the verdict's tags, which a run table can be filtered by."""
         tags = {"verdict": verdict.state, "verdict.text": verdict.text}
-        self.say([{"kind": "tags", "tags": tags | {f"verdict.{key}": f"{v:.0f}" for key, v in verdict.summary().items()}}])
+        tags |= {f"verdict.{key}": f"{value:.0f}" for key, value in verdict.summary().items()}
+        if tags != self._verdict:
+            self.say([{"kind": "tags", "tags": tags}], sync=False)  # it follows from the journal
+            self._verdict = tags
 
     def table(self, name: str, rows: Sequence[Mapping[str, object]], step: int) -> None:
         """Log `tables/<name>.json`, which the run's page shows as a table."""

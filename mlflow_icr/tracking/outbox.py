@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlflow_icr.extraction.files import append_line, write_whole
+from mlflow_icr.extraction.files import append_line, sync_folder, write_whole
 
 OPERATIONS = "mlflow.jsonl"
 MODELS = "models.jsonl"
@@ -69,6 +69,7 @@ class Outbox:
         self.tables: set[str] = set()  # paths among the artifacts
         self.running = False  # whether the run was started and not ended, by what was appended
         self.count = 0
+        self._unsynced = False
         self._read()
 
     def _read(self) -> None:
@@ -134,13 +135,20 @@ class Outbox:
         """Reasons by the place of what the server does not want; it is offered again when the folder is opened again."""
         return dict(self._state["refused"])
 
-    def append(self, operations: Sequence[Operation]) -> None:
-        """Add operations, all or none; they are on the disk when this returns. Raises OSError."""
-        append_line(self.path, "".join(json.dumps(operation) + "\n" for operation in operations))
+    def append(self, operations: Sequence[Operation], *, sync: bool = True) -> None:
+        """Add operations, all or none; with `sync` a power cut cannot take them once this returns. Raises OSError."""
+        append_line(self.path, "".join(json.dumps(operation) + "\n" for operation in operations), sync=sync)
+        self._unsynced = self._unsynced or not sync
         for operation in operations:
             self._note(operation)
             self.waiting.append((self.count, operation))
             self.count += 1
+
+    def sync(self) -> None:
+        """Put on the disk what was added without: before it is sent, or a power cut would have it said a second time."""
+        if self._unsynced:
+            self._unsynced = False
+            sync_folder(self.path)
 
     def belongs_to(self, run_id: str | None, experiment_id: str | None) -> None:
         """Remember the run; None for a run that is still to be made."""

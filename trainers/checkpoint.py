@@ -35,15 +35,20 @@ AUTOENCODER = "autoencoder"
 KEPT_STATES = 2  # the newest, and the one before it in case the newest cannot be read
 
 
-def state_tensors(state: TrainState, accelerator: Accelerator, monitor: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All that training needs to go on, by name, on the CPU; where parameters are sharded, every rank must take part."""
+def state_tensors(
+    state: TrainState, accelerator: Accelerator, monitor: dict[str, Tensor], losses: Tensor | None = None
+) -> dict[str, Tensor]:
+    """All that training needs to go on, by name, on the CPU; where parameters are sharded, every rank must take part.
+
+    `losses` (ranks,) are the sums of losses of all ranks, if there are several.
+    """
     network = bare(state.network, accelerator)
     tensors = {f"network/{key}": value for key, value in network.state_dict().items()}
     tensors |= {f"ema/{key}": value for key, value in state.ema.state_dict().items()}
     for index, entry in state.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{index}/{key}": torch.as_tensor(value) for key, value in entry.items()}
     tensors |= {f"monitor/{key}": value for key, value in monitor.items()}
-    tensors["loss_sum"] = state.loss_sum
+    tensors["loss_sum"] = state.loss_sum.reshape(1) if losses is None else losses
     return {key: whole(value.detach()).cpu().contiguous().clone() for key, value in tensors.items()}
 
 
@@ -150,6 +155,8 @@ def load_checkpoint(folder: Path, state: TrainState, accelerator: Accelerator) -
     if accelerator.scaler is not None and "scaler" in progress:
         accelerator.scaler.load_state_dict(progress["scaler"])
     state.images_seen = progress["images_seen"]
-    state.loss_sum = tensors["loss_sum"].to(accelerator.device)
+    sums, ranks = tensors["loss_sum"].reshape(-1), accelerator.num_processes
+    mine = sums[accelerator.process_index] if len(sums) == ranks else sums.mean()  # the same mean, on another number of ranks
+    state.loss_sum = mine.to(accelerator.device)
     state.loss_steps = progress["loss_steps"]
     return part("monitor/")

@@ -233,9 +233,9 @@ class Run:
         return bool(self.accelerator.reduce(flag, reduction="sum") > 0)
 
     def _save(self) -> None:
-        tensors = None
+        tensors, losses = None, self.accelerator.gather(self.state.loss_sum.reshape(1))
         if self.is_main or is_sharded(self.state.network):
-            tensors = state_tensors(self.state, self.accelerator, self.monitor.state_dict())
+            tensors = state_tensors(self.state, self.accelerator, self.monitor.state_dict(), losses)
         if self.is_main:
             assert tensors is not None
             save_checkpoint(self.output_dir, self.state, self.family, self.accelerator, tensors, self.autoencoder)

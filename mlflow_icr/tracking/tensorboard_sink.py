@@ -119,9 +119,8 @@ class TensorBoardSink:
             self._writer.add_scalar(key, value, step)
 
     def verdict(self, verdict: Verdict, step: int) -> None:
-        """Add the verdict as text at the step that it was found at."""
+        """Add the verdict as text at its step; it follows from the journal, and waits for the next flush."""
         self._writer.add_text("verdict", verdict.text, step)
-        self._writer.flush()
 
     def table(self, name: str, rows: Sequence[Mapping[str, object]], step: int) -> None:
         """Add the first rows of a table as text, in Markdown."""

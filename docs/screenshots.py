@@ -1,4 +1,4 @@
-"""The pictures in README.md, from the newest study in `outputs/`: its figure, the MLflow UI and TensorBoard.
+"""The pictures in README.md and docs, from the newest study in `outputs/`: its figure and report, MLflow UI and TensorBoard.
 
 Starts both servers on free ports, opens the address that the study printed in headless Chromium, and saves what is there.
 Fails when a page does not show the curves.
@@ -66,6 +66,32 @@ def shoot_tensorboard(page: Page, port: int) -> None:
     page.screenshot(path=PICTURES / "tensorboard.png")
 
 
+def shoot_models(page: Page, port: int, experiment_id: str) -> None:
+    """The experiment's models: checkpoints with their metrics."""
+    page.set_viewport_size({"width": 1400, "height": 620})
+    page.goto(f"http://127.0.0.1:{port}/#/experiments/{experiment_id}/models")
+    page.get_by_text("checkpoint-0").first.wait_for(timeout=90_000)
+    page.wait_for_timeout(3000)
+    page.screenshot(path=PICTURES / "models.png")
+
+
+def shoot_custom_scalars(page: Page, port: int) -> None:
+    """ICR with its interval, and copies."""
+    page.set_viewport_size({"width": 1400, "height": 620})
+    page.goto(f"http://127.0.0.1:{port}/#custom_scalars")
+    page.get_by_text("ICR, debiased, with its 95 % interval").first.wait_for(timeout=90_000)
+    page.wait_for_timeout(5000)
+    page.screenshot(path=PICTURES / "custom-scalars.png")
+
+
+def shoot_report(page: Page, folder: Path) -> None:
+    """The top of the study's report."""
+    page.set_viewport_size({"width": 1100, "height": 1300})
+    page.goto((folder / "report" / "index.html").resolve().as_uri())
+    page.get_by_text("How this was computed").first.wait_for(timeout=30_000)
+    page.screenshot(path=PICTURES / "report.png")
+
+
 def main() -> None:
     folder = newest_study()
     place = json.loads((folder / "limited" / "mlflow.json").read_text())
@@ -78,7 +104,10 @@ def main() -> None:
             browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
             page = browser.new_page()
             shoot_mlflow(page, mlflow_port, folder.name, place["experiment_id"])
+            shoot_models(page, mlflow_port, place["experiment_id"])
             shoot_tensorboard(page, tensorboard_port)
+            shoot_custom_scalars(page, tensorboard_port)
+            shoot_report(page, folder)
             browser.close()
     finally:
         stop(servers)

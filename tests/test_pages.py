@@ -93,7 +93,11 @@ def test_mlflow_shows_a_run_with_its_report_images_and_models(site: tuple[str, s
     with opened(f"{place}/artifacts/report/index.html", size=(1400, 1000)) as visit:
         visit.page.frame_locator("iframe").get_by_text("How this was computed").wait_for(timeout=PATIENCE)
     with opened(f"{place}/model-metrics", size=(1400, 1600)) as visit:
-        seen(visit.page, "icr_debiased")
+        visit.page.get_by_placeholder("Search metric charts").fill("repr/icr")
+        seen(visit.page, "repr/icr_low")
+    with opened(f"{place}/artifacts", size=(1400, 1000)) as visit:
+        for name in ("images", "figures", "tables", "report"):
+            seen(visit.page, name)
     with opened(f"{mlflow}/#/experiments/0/models", size=(1600, 1000)) as visit:
         for step in ("000000000000", "000000000320", "000000000608", "000000001216"):
             seen(visit.page, f"checkpoint-{step}")
@@ -113,5 +117,5 @@ def test_tensorboard_shows_its_pages(site: tuple[str, str, Path]) -> None:
         for words in ("first", "second", "batch_size"):
             visit.page.locator(f"text={words}").first.wait_for(timeout=PATIENCE)
     with opened(f"{board}/#projector", size=(1400, 1000)) as visit:
-        seen(visit.page, "Points:")
-        seen(visit.page, "32")  # images
+        inner = visit.page.frame_locator("iframe").frame_locator("iframe")
+        inner.get_by_text("Points: 32").first.wait_for(timeout=PATIENCE)  # images

@@ -158,6 +158,7 @@ def test_a_script_trains_the_same_and_is_measured_as_a_monitor_measures(tmp_path
     assert json.loads(found.data.tags["logged.protocol"])["weights"] == "average"
 
 
+@pytest.mark.slow
 def test_v_prediction_in_colour_without_an_average_and_a_script_that_fails(tmp_path: Path, data: Path) -> None:
     import mlflow
 
@@ -172,6 +173,7 @@ def test_v_prediction_in_colour_without_an_average_and_a_script_that_fails(tmp_p
     assert json.loads(found.data.tags["logged.protocol"])["prediction_type"] == "v_prediction"
 
 
+@pytest.mark.slow
 def test_a_script_that_resumes_goes_on_in_the_run(tmp_path: Path, data: Path) -> None:
     import mlflow
 

@@ -34,6 +34,7 @@ def mlflow_run(*flags: str, **options: object) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_mlflow_run_makes_two_siblings_and_a_study(tmp_path: Path) -> None:
     from mlflow import MlflowClient
 

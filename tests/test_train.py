@@ -115,6 +115,7 @@ def test_a_run_leaves_what_the_readme_says(whole: tuple[Path, str], monkeypatch:
     assert info.data.metrics["icr_min"] == min(row["repr/icr"] for row in rows)
 
 
+@pytest.mark.slow
 def test_samples_are_judged_on_a_schedule_of_their_own(whole: tuple[Path, str], tmp_path: Path) -> None:
     assert (
         run(tmp_path / "run", "--generate-every=3", env=os.environ | {"MLFLOW_TRACKING_URI": "file:/dev/null"}).returncode == 0

@@ -81,6 +81,7 @@ def test_the_planned_runs_are_those_of_the_study() -> None:
         assert not any(chosen_on(run) for run in runs if run.preset == preset)
 
 
+@pytest.mark.slow
 def test_runs_are_trained_once_and_failures_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     class Short(ValidationRun):
         def flags(self, output_dir: Path) -> list[str]:

@@ -62,7 +62,6 @@ validate: .venv
 
 # The pictures in README.md, from the latest demo; needs Chromium (Debian: apt install chromium).
 screenshots: .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[screenshots]'
 	$(BIN)/python docs/screenshots.py
 
 clean:

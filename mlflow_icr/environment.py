@@ -15,6 +15,11 @@ PACKAGES = ("torch", "accelerate", "diffusers")
 MOST_TEXT = 8000  # characters that MLflow takes for a tag's value
 
 
+def cores() -> int:
+    """The cores that this process may use; not all systems tell that, and then all there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @lru_cache(maxsize=1)
 def _versions() -> dict[str, str]:
     """Versions of packages, from their metadata: none of them is imported."""

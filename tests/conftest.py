@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,3 +74,33 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     assert done.returncode == 0, done.stderr
     assert "finished: lowest ICR" in done.stdout
     return folder / "run", store
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with its tables, which take seconds to make."""
+    from mlflow import MlflowClient
+
+    path, here = tmp_path_factory.mktemp("empty") / "mlflow.db", Path.cwd()
+    os.chdir(path.parent)  # where the default experiment has its artifacts from now on
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    os.chdir(here)
+    return path
+
+
+@pytest.fixture
+def own_store(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store of its own for each test."""
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+
+
+@pytest.fixture(scope="session")
+def pipeline(small_unet: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder with what a trainer keeps beside it."""
+    from diffusers import ConsistencyModelPipeline, EDMDPMSolverMultistepScheduler
+
+    folder = tmp_path_factory.mktemp("pipeline") / "p"
+    ConsistencyModelPipeline(unet=small_unet, scheduler=EDMDPMSolverMultistepScheduler(sigma_data=0.5)).save_pretrained(folder)
+    (folder / "state.safetensors").write_bytes(b"not for others")
+    return folder

@@ -336,3 +336,28 @@ def test_other_peoples_pictures_and_earlier_tables_are_not_mixed_up(tmp_path: Pa
     assert np.array_equal(np.asarray(Image.open(folder / "images/samples/000000000000.png")), report(0).figures["samples"])
     marks = json.loads(client.get_run(sink.run_id).data.tags["mlflow.loggedArtifacts"])
     assert [mark["path"] for mark in marks] == ["tables/first.json", "tables/second.json"]
+
+
+def test_what_is_to_be_sent_is_on_the_disk_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that fails once is asked again: nothing is sent that a power cut would have said a second time."""
+    from mlflow_icr.tracking import outbox
+
+    box = outbox.Outbox(tmp_path)
+    synced: list[Path] = []
+    monkeypatch.setattr(outbox, "sync_folder", synced.append)
+    box.append([{"kind": "tags", "tags": {}}])
+    box.sync()
+    assert not synced  # it was on the disk already
+    box.append([{"kind": "tags", "tags": {}}], sync=False)
+
+    def fail(path: Path) -> None:
+        raise OSError("input/output error")
+
+    with monkeypatch.context() as once:
+        once.setattr(outbox, "sync_folder", fail)
+        with pytest.raises(OSError, match="input/output"):
+            box.sync()
+    box.sync()
+    box.sync()
+    assert synced == [tmp_path / OPERATIONS]
+    box.close()

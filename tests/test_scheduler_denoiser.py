@@ -103,6 +103,13 @@ def test_schedulers_of_another_kind_are_refused() -> None:
         SchedulerDenoiser(nn.Identity(), DDPMScheduler(prediction_type="flow"))
 
 
+def test_a_network_of_codes_is_not_read_as_one_of_pixels(small_unet: nn.Module, tmp_path: Path) -> None:
+    DDPMPipeline(small_unet, DDPMScheduler()).save_pretrained(tmp_path)
+    (tmp_path / "vqvae").mkdir()
+    with pytest.raises(ValueError, match="checkpoint has a vqvae; expected a network of pixels"):
+        load_denoiser(tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_a_saved_ddpm_pipeline_is_read_as_it_was_trained(
     small_unet: nn.Module, digits: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str

@@ -178,6 +178,14 @@ class TrainConfig:
         if self.hidden_size % (4 * self.num_heads):
             refuse("hidden_size", f"a multiple of {4 * self.num_heads}, four times num_heads")
 
+    def check_ranks(self, ranks: int, parts: int | None = None) -> None:
+        """Raise ValueError where the batch cannot be divided among ranks and accumulated parts (None: this configuration's)."""
+        share = ranks * (parts or self.gradient_accumulation_steps)
+        if self.batch_size % share:
+            raise ValueError(
+                f"batch_size is {self.batch_size}; expected a multiple of {share}, the ranks times gradient_accumulation_steps"
+            )
+
     def check_network(self, side: int) -> None:
         """Raise ValueError where the network does not fit what it is trained on, images or latents of this side."""
         what = "" if side == self.resolution else f", which makes latents of side {side}"

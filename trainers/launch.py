@@ -9,9 +9,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mlflow_icr.environment import cores
 from trainers.config import TrainConfig
-
-GRACE_SECONDS = 300  # for ranks that were asked to stop: their step or measurement in progress, and the checkpoint
+from trainers.launchers.job import STOPPING
+from trainers.launchers.processes import GRACE_SECONDS
 
 
 def is_launched() -> bool:
@@ -29,37 +30,29 @@ def check_processes(count: int, config: TrainConfig) -> None:
         devices = torch.cuda.device_count()
         if 0 < devices < count:
             raise ValueError(f"num_processes is {count}; expected at most {devices}, the CUDA devices of this machine")
-    share = count * config.gradient_accumulation_steps
-    if config.batch_size % share:
-        raise ValueError(
-            f"batch_size is {config.batch_size}; expected a multiple of {share}, the ranks times gradient_accumulation_steps"
-        )
+    config.check_ranks(count)
 
 
 def launch(count: int, arguments: Sequence[str], output_dir: Path) -> int:
     """Run `trainers.train` with these arguments on several ranks; returns 0, or 128 + signal when stopped, or what a rank left.
 
-    Ctrl-C and SIGTERM reach the ranks as one SIGTERM: they save a checkpoint and end. When a rank fails, torchrun shows its
-    error and ends the others, and the run is FAILED, also where the failing rank is the one that logs.
+    What stops a trainer (Ctrl-C, SIGTERM, SIGUSR2) reaches the ranks as one SIGTERM: they save a checkpoint and end. When a
+    rank fails, torchrun shows its error and ends the others, and the run is FAILED, also where that rank is the one that logs.
     """
     asked: list[int] = []
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    command += [f"--shutdown-timeout={GRACE_SECONDS}", "-m", "trainers.train", *arguments]
+    command += [f"--shutdown-timeout={int(GRACE_SECONDS)}", "-m", "trainers.train", *arguments]
     environment = dict(os.environ)
-    if "OMP_NUM_THREADS" not in environment:  # torchrun's own choice is 1, with a warning
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        environment["OMP_NUM_THREADS"] = str(max(1, cores // count))
-    # A session of its own: Ctrl-C reaches this process alone, which asks once; twice is at once, for a rank.
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // count)))  # torchrun's own choice is 1, with a warning
+    # A session of its own: Ctrl-C reaches this process alone, which asks once.
     child = subprocess.Popen(command, env=environment, start_new_session=True)
 
     def ask(number: int, frame: object) -> None:
         if not asked:
             child.terminate()
-        elif number == signal.SIGINT:
-            os.killpg(child.pid, signal.SIGKILL)
         asked.append(number)
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, ask) for number in STOPPING}
     try:
         status = child.wait()
     finally:
@@ -77,4 +70,7 @@ def _end_run(output_dir: Path, status: str) -> None:
     from mlflow_icr.tracking.sync import sync_folder
 
     if (output_dir / OPERATIONS).exists():
-        sync_folder(output_dir, status=status)
+        try:
+            sync_folder(output_dir, status=status)
+        except (ValueError, OSError) as error:  # a damaged journal, a full disk, a rank that is still there
+            print(f"trainers.train: error: the run is not ended in MLflow: {error}", file=sys.stderr)

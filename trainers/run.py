@@ -119,13 +119,8 @@ class Run:
         return denoiser if self.autoencoder is None else LatentDenoiser(denoiser, self.autoencoder)
 
     def _check_engine(self) -> None:
-        c, ranks, parts = self.config, self.accelerator.num_processes, self.accelerator.gradient_accumulation_steps
-        if c.batch_size % (ranks * parts):
-            raise ValueError(
-                f"batch_size is {c.batch_size}; expected a multiple of {ranks * parts}, the ranks times "
-                "gradient_accumulation_steps"
-            )
-        if c.measure_raw and self.accelerator.distributed_type == DistributedType.FSDP:
+        self.config.check_ranks(self.accelerator.num_processes, self.accelerator.gradient_accumulation_steps)
+        if self.config.measure_raw and self.accelerator.distributed_type == DistributedType.FSDP:
             raise ValueError("measure_raw is True; expected false with FSDP, where no rank has the trained weights whole")
 
     @property

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mlflow_icr.doctor.check import BAD, OK, WARN, Check, first_line
+from mlflow_icr.environment import cores
 
 GIB = 2**30
 LITTLE_DISK, TOO_LITTLE_DISK = 5 * GIB, GIB // 2  # a study of the demo leaves 0.2 GiB, one on photographs several
@@ -35,11 +36,7 @@ def devices() -> Iterator[Check]:
     if NVIDIA_DRIVER.exists():
         text = f"there is an NVIDIA driver, but torch {torch.__version__} does not reach a GPU"
         yield Check("device cuda", WARN, text, mend)
-    yield Check("device cpu", OK, f"{_cores()} cores, {_memory()}, {torch.get_num_threads()} threads")
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    yield Check("device cpu", OK, f"{cores()} cores, {_memory()}, {torch.get_num_threads()} threads")
 
 
 def _memory() -> str:

@@ -16,7 +16,7 @@ from mlflow_icr.version import __version__
 
 DISTRIBUTION = "mlflow-icr"
 NAMED = ("torch", "mlflow", "diffusers", "accelerate", "datasets")  # a line each; the others share one
-DEVELOPMENT = frozenset({"dev", "test", "screenshots"})  # extras that a user does without
+DEVELOPMENT = "dev"  # an extra that a user does without
 
 
 def python() -> Iterator[Check]:
@@ -52,7 +52,7 @@ def _requirements() -> Iterator[tuple[Requirement, str]]:
             yield requirement, ""
             continue
         for extra in metadata(DISTRIBUTION).get_all("Provides-Extra") or []:
-            if extra not in DEVELOPMENT and requirement.marker.evaluate({"extra": extra}):
+            if extra != DEVELOPMENT and requirement.marker.evaluate({"extra": extra}):
                 yield requirement, extra
                 break
 

@@ -132,6 +132,11 @@ class LatentDenoiser:
         return self.denoiser(x, sigma) if labels is None else self.denoiser(x, sigma, labels)  # type: ignore[call-arg]
 
     @property
+    def null_class(self) -> int | None:
+        """The denoiser's class that stands for none, where it has classes."""
+        return getattr(self.denoiser, "null_class", None)
+
+    @property
     def sample(self) -> Callable[..., Tensor] | None:
         """The denoiser's own sampler of latents, where it has one."""
         return getattr(self.denoiser, "sample", None)

@@ -30,8 +30,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def load_denoiser(place: Path | str, **options: Any) -> tuple[Denoiser, int]:
     """The denoiser of a saved pipeline, and its images' side in pixels; options are those of `load_pipeline`.
 
-    A folder with `unet/` (a UNet2DModel) or `transformer/` (a DiTTransformer2DModel), and `scheduler/`, will do. Raises
-    ValueError as `load_pipeline` does.
+    A folder with `unet/` (a UNet2DModel) and `scheduler/` will do. Raises ValueError as `load_pipeline` does.
     """
     denoiser, side, _ = load_pipeline(place, **options)
     return denoiser, side
@@ -133,6 +132,8 @@ def _bare_part(folder: Path) -> str | None:
     Our own folders of flow matching and of latents come with a pipeline's code, which is not run.
     """
     known = {"unet": "UNet2DModel", "transformer": "DiTTransformer2DModel"}
+    if (folder / "vqvae").exists():  # its network sees codes, and would be read as one of pixels
+        raise ValueError("checkpoint has a vqvae; expected a network of pixels, or one of the latents of an AutoencoderKL")
     path = folder / INDEX
     ours = path.exists() and isinstance(_config(path).get("_class_name"), list)
     for part, kind in known.items():

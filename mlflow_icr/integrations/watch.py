@@ -170,8 +170,9 @@ class ICRWatch:
         self.measured_at = step
         wants = False
         if self.tracker is not None and self.is_main:
-            self.tracker.record(report)
+            # Before the row: a kill between the two must not leave a history whose reference is lost.
             self.tracker.journal.write_file(MONITOR_STATE, state_of(self.monitor))
+            self.tracker.record(report)
             found = self.verdict
             wants = bool(self.stop_on) and found.state in STOPPING[STOPPING.index(self.stop_on) :]
             self._checkpoint(self.tracker, step, found)

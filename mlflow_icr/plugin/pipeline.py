@@ -11,13 +11,12 @@ import mlflow
 import numpy as np
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
+from mlflow_icr.tracking.checkpoints import INDEX, copy_pipeline, is_pipeline
 from mlflow_icr.version import __version__
 
 if TYPE_CHECKING:
     from mlflow.models.model import ModelInfo
 
-INDEX = "model_index.json"
-CODE = "pipeline.py"  # of a pipeline that diffusers has no class for
 ARTIFACT = "pipeline"
 
 
@@ -45,10 +44,8 @@ def log_pipeline(folder: Path | str, name: str = ARTIFACT, **arguments: Any) -> 
     `arguments` are those of `mlflow.pyfunc.log_model`. Only the pipeline is copied, not what training needs to go on. Raises
     ValueError for a folder that holds no pipeline.
     """
-    from mlflow_icr.tracking.checkpoints import copy_pipeline
-
     folder = Path(folder)
-    if not _is_pipeline(folder):
+    if not is_pipeline(folder):
         raise ValueError(f"folder is {str(folder)!r}; expected a diffusers folder with unet/ and scheduler/")
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / ARTIFACT
@@ -60,10 +57,6 @@ def log_pipeline(folder: Path | str, name: str = ARTIFACT, **arguments: Any) -> 
         )
 
 
-def _is_pipeline(folder: Path) -> bool:
-    return (folder / INDEX).is_file() or (folder / "unet" / "config.json").is_file()
-
-
 def pipeline_of(model: Any) -> Path:
     """The diffusers folder among the artifacts of a loaded pyfunc model, whoever's class it is.
 
@@ -72,7 +65,7 @@ def pipeline_of(model: Any) -> Path:
     # MLflow keeps a loaded model's artifacts there, and shows them nowhere else.
     context = getattr(getattr(model, "_model_impl", None), "context", None)
     artifacts = getattr(context, "artifacts", None) or {}
-    found = {name: Path(path) for name, path in artifacts.items() if _is_pipeline(Path(path))}
+    found = {name: Path(path) for name, path in artifacts.items() if is_pipeline(Path(path))}
     if len(found) != 1:
         raise ValueError(
             f"model has {len(found)} diffusers folders among its artifacts ({', '.join(artifacts) or 'it has none'}); expected "
@@ -98,7 +91,7 @@ def download_pipeline(place: Path | str) -> Path:
             folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=str(place)))
         except Exception as error:  # stores and their clients raise what they like
             raise ValueError(f"pipeline is {without_password(place)!r}, which cannot be had ({type(error).__name__})") from None
-    if _is_pipeline(folder):
+    if is_pipeline(folder):
         return folder
     found = sorted({path.parent for path in folder.rglob(INDEX)})
     if len(found) != 1:

@@ -81,7 +81,7 @@ def encoder_text(run: RunMaterial, name: str) -> str:
 
 
 def _row(run: RunMaterial, key: str, detector: Detector, match: re.Match[str]) -> list[Child]:
-    step, value = run.last(key) or (0, 0.0)
+    step, value = run.of(key)[-1]  # a key of the history has a value
     bounds = run.bounds(key, step)
     encoder = match.groupdict().get("encoder") or run.encoder
     shown: list[Child] = [number(value, key=key, step=step), " "]
@@ -148,15 +148,13 @@ def _reach(run: RunMaterial) -> Child:
 
 
 LIMITS = (
-    "ICR and the verdict say what a network's features and errors do. They are no proof that a model copies, and none that "
-    "it does "
-    "not: only samples compared with training images show copies, and only for the samples that were drawn.",
+    "ICR and the verdict say what a network's features and errors do. They are no proof that a model copies, and none that it "
+    "does not: only samples compared with training images show copies, and only for the samples that were drawn.",
     "Detectors compare with the images that this run was trained on, as they were given to it. Near-duplicates among those "
-    "images, "
-    "copies of a part of an image, and copies of images that are in no list of training images are not what they look for.",
+    "images, copies of a part of an image, and copies of images that are in no list of training images are not what they look "
+    "for.",
     "How often the verdict is right, and how often intervals hold the truth, was measured on small images and one kind of "
-    "network: "
-    "the file docs/validation.md of mlflow-icr's sources has the rates, with their own intervals.",
+    "network: the file docs/validation.md of mlflow-icr's sources has the rates, with their own intervals.",
 )
 
 
@@ -170,8 +168,7 @@ def audit(run: RunMaterial, most_bytes: int) -> Markup:
             element(
                 "p",
                 f"Samples were compared with training images at {len(judged)} of {len(run.rows)} measurements. Newest values, "
-                "with "
-                f"{INTERVAL_LEVEL}:",
+                f"with {INTERVAL_LEVEL}:",
             )
         )
         head = ("detector", "threshold", "compared in", "samples", "value", "images seen")
@@ -198,8 +195,7 @@ def _worst_pairs(run: RunMaterial, most_bytes: int) -> Child:
     step = max(walls)
     caption = (
         f"At {images_text(step)} images seen: generated images above, the nearest training image below each, the likeliest "
-        "copy first. "
-        "The number is the distance to it as a share of that to the second nearest; small is suspicious."
+        "copy first. The number is the distance to it as a share of that to the second nearest; small is suspicious."
     )
     shown = [picture(walls[step], caption, f"the likeliest copies at {images_text(step)} images seen", most_bytes)]
     histograms = run.pictures.get("distances", {})

@@ -251,8 +251,7 @@ def gather(target: str) -> Gathered:
         return _of_run(client, store.get_run(client, target))
     raise ValueError(
         f"target is {target!r}, which is no folder with a {HISTORY}, and no run's id (32 hexadecimal digits), experiment's "
-        "name or "
-        "experiment's id that the tracking store has"
+        "name or experiment's id that the tracking store has"
     )
 
 

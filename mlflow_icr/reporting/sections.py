@@ -209,27 +209,21 @@ def method_section() -> Markup:
     t = Thresholds()
     values = ", ".join(f"{field.name} {getattr(t, field.name):g}" for field in fields(t))
     items: list[Child] = [
-        "Features: a few training images are augmented and noised, each into several views, and a layer of the network is "
-        "read (see "
-        "the protocol). Two-way centring splits the features into what the views of an image share and what they do not "
+        "Features: a few training images are augmented and noised, each into several views, and a layer of the network is read "
+        "(see the protocol). Two-way centring splits the features into what the views of an image share and what they do not "
         "(residual).",
-        "ICR = 1 / (1 + mean eigenvalue of the shared covariance relative to the residual one): the share of contamination, "
-        "0 to 1; "
+        "ICR = 1 / (1 + mean eigenvalue of the shared covariance relative to the residual one): the share of contamination; "
         "low is clean. The debiased value takes out what a small sample adds; its interval (95 %) comes from leaving images "
         "out.",
         "View error ratio: squared error of denoising views of training images over that of the images themselves, at the "
-        "protocol's "
-        "noise; interval of its logarithm, paired by image.",
+        "protocol's noise; interval of its logarithm, paired by image.",
         f"Verdict: from these alone, without samples or held-out images. Thresholds: {values}. A turn is dated with the bounds "
         "between which it may lie; low and high are images seen.",
-        f"Copies: detectors compare samples with training images (audit). Copies begin at the first measurement from which on "
-        "more "
-        f"than {100 * ONSET_RATIO:g} % of samples are called copies by pixels, to the end.",
-        "Energies: traces and Fisher energies are of l2-normalised features; growth is relative to the first measurement "
-        "after the "
-        "start. A value that could not be computed is left out with its reason; nothing stands in for it.",
+        "Copies: detectors compare samples with training images (audit). Copies begin at the first measurement from which on "
+        f"more than {100 * ONSET_RATIO:g} % of samples are called copies by pixels, to the end.",
+        "Energies: traces and Fisher energies are of l2-normalised features; growth is relative to the first measurement after "
+        "the start. A value that could not be computed is left out with its reason; nothing stands in for it.",
         "ICR: Li, Jia, et al., Evaluating the Representation Space of Diffusion Models via Self-Supervised Principles, ICML "
-        "2026, arXiv "
-        "2606.09718. Formulas in full: docs/structure.md of mlflow-icr's sources.",
+        "2026, arXiv 2606.09718. Formulas in full: docs/structure.md of mlflow-icr's sources.",
     ]
     return element("ul", [element("li", item) for item in items])

@@ -147,8 +147,12 @@ class Outbox:
     def sync(self) -> None:
         """Put on the disk what was added without: before it is sent, or a power cut would have it said a second time."""
         if self._unsynced:
-            self._unsynced = False
-            sync_folder(self.path)
+            self._unsynced = False  # before: what is added meanwhile may not be on the disk
+            try:
+                sync_folder(self.path)
+            except OSError:
+                self._unsynced = True
+                raise
 
     def belongs_to(self, run_id: str | None, experiment_id: str | None) -> None:
         """Remember the run; None for a run that is still to be made."""

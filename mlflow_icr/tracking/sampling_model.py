@@ -48,7 +48,7 @@ def sample_images(
 def _check_class(denoiser: Any, class_label: int | None) -> None:
     if class_label is None:
         return
-    null = getattr(getattr(denoiser, "denoiser", denoiser), "null_class", None)
+    null = getattr(denoiser, "null_class", None)
     if null is None:
         raise ValueError(f"class_label is {class_label}, but this model was trained without classes; expected none")
     if class_label > null:

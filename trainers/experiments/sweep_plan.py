@@ -147,16 +147,6 @@ def _state(run: Run, folder: Path) -> str:
     return f"failed, and is tried again {since}" if ended == FAILED else f"goes on {since}"
 
 
-def _check_ranks(runs: Sequence[Run], ranks: int) -> None:
-    for run in runs:
-        c = run.config
-        if c.batch_size % (ranks * c.gradient_accumulation_steps):
-            raise ValueError(
-                f"batch_size is {c.batch_size}; expected a multiple of {ranks * c.gradient_accumulation_steps}, the processes "
-                "of a job times gradient_accumulation_steps"
-            )
-
-
 def plan(argv: Sequence[str] | None) -> Sweep:
     """The sweep that a command line asks for. Raises ValueError for what cannot be, before anything runs or is written."""
     arguments = vars(_parser().parse_args(argv))
@@ -169,7 +159,8 @@ def plan(argv: Sequence[str] | None) -> Sweep:
     texts, shown = _texts(arguments)
     runs = expand(arguments["preset"], texts, shown)
     runs = runs if "probe_images" in texts else _same_probe(runs)
-    _check_ranks(runs, slurm.ranks)
+    for run in runs:
+        run.config.check_ranks(slurm.ranks)
     check_data(runs)
     if launcher == "slurm":
         check_cluster()

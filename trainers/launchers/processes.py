@@ -7,12 +7,9 @@ import subprocess
 import time
 from collections.abc import Collection
 
+from mlflow_icr.environment import cores
+
 GRACE_SECONDS = 300.0  # for a child that was asked to stop: its measurement in progress, its checkpoint
-
-
-def cores() -> int:
-    """The cores that this process may use; not all systems tell that, and then all there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def environment(parallel: int) -> dict[str, str]:

@@ -102,7 +102,7 @@ def test_flags_of_a_configuration_make_it_again() -> None:
         (["--partition=gpu"], "partition is 'gpu', which is for Slurm, but launcher is 'local'"),
         (["--launcher=slurm", "--time=soon"], "time is 'soon'; expected minutes"),
         (["--launcher=slurm", "--nodes=two"], "nodes is 'two'; expected a whole number"),
-        (["--launcher=slurm", "--tasks-per-node=5"], "batch_size is 48; expected a multiple of 5, the ranks times gradient_accumulation_steps"),
+        (["--launcher=slurm", "--tasks-per-node=5"], "batch_size is 48; expected a multiple of 5, the ranks times"),
         (["--launcher=slurm", "--slurm-options=x"], "slurm_options is 'x'; expected NAME=VALUE"),
         (["--launcher=slurm"], "launcher is 'slurm', "),
         (["--num-image=5"], "flag is 'num-image'; did you mean num-images?"),

@@ -141,7 +141,8 @@ def train_until_killed(folder: Path) -> None:
         os._exit(1)
 
 
-def test_twenty_kills_at_random_moments(server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("rounds", [6, pytest.param(20, marks=pytest.mark.slow)])
+def test_kills_at_random_moments(server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str], rounds: int) -> None:
     import mlflow  # noqa: F401 - the children start with what is loaded here
     import tensorboard.backend.event_processing.event_accumulator  # noqa: F401
     import torch.utils.tensorboard  # noqa: F401
@@ -149,20 +150,20 @@ def test_twenty_kills_at_random_moments(server: Server, tmp_path: Path, capfd: p
     folder = tmp_path / "run"
     moments = random.Random(20260609)
     server.start()
-    for round_ in range(20):
+    for round_ in range(rounds):
         child = os.fork()
         if child == 0:
             train_until_killed(folder)
         time.sleep(moments.uniform(0.05, 1.2))
-        if round_ == 9:  # and for three rounds there is no server
+        if round_ == rounds // 2 - 1:  # and for a while there is no server
             server.kill()
             time.sleep(moments.uniform(0.05, 0.5))
         os.kill(child, signal.SIGKILL)
         assert os.waitpid(child, 0)[1] == signal.SIGKILL
         read_history(folder)
-        if round_ == 12:
+        if round_ == rounds - rounds // 3:
             server.start()
-    assert len(read_history(folder)) > 20
+    assert len(read_history(folder)) > rounds
     for _ in range(2):
         assert main(["sync", str(folder)]) == 0
         assert_the_server_has_exactly_the_journal(folder, "KILLED")

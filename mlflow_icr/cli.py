@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mlflow_icr.arguments import OneLineParser
 from mlflow_icr.integrations.measuring import add_options  # itself light
 from mlflow_icr.version import __version__
 
@@ -27,45 +28,9 @@ def _summary(arguments: argparse.Namespace) -> int:
 
 
 def _measure(arguments: argparse.Namespace) -> int:
-    if arguments.generated is not None:
-        return _measure_generated(arguments)
     from mlflow_icr.integrations.measuring import measure
 
     return measure(arguments)
-
-
-def _measure_generated(arguments: argparse.Namespace) -> int:
-    from mlflow_icr.monitoring.posthoc import measure_generated
-
-    if arguments.train is None:
-        raise ValueError("train is not given; expected the images that the generator was trained on, to look for copies among")
-    found = measure_generated(
-        arguments.generated,
-        arguments.train,
-        arguments.heldout,
-        encoder=arguments.encoder,
-        weights=arguments.encoder_weights,
-        resolution=arguments.resolution,
-        say=lambda text: print(text, file=sys.stderr),
-    )
-    if arguments.output_dir is not None:
-        found.save(arguments.output_dir)
-    if arguments.run_id is not None:
-        from mlflow_icr.tracking import MLflowSink
-        from mlflow_icr.tracking.store import answers
-
-        sink = MLflowSink(run_id=arguments.run_id, joins=True)
-        sink.open({}, {})
-        sink.write(found.report(arguments.images_seen))
-        if not sink.finish():
-            with answers():
-                raise sink.failure or OSError(f"the run {arguments.run_id} does not take the results")
-    print(json.dumps(found.values, indent=2))
-    for key, why in found.absent.items():
-        print(f"{key} is absent: {why}", file=sys.stderr)
-    for key, text in found.warnings.items():
-        print(f"{key} is {text}", file=sys.stderr)
-    return 0
 
 
 def _verdict(arguments: argparse.Namespace) -> int:
@@ -226,7 +191,7 @@ def _best_checkpoint(arguments: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mlflow-icr", description="Is a diffusion model still learning, or copying?")
+    parser = OneLineParser(prog="mlflow-icr", description="Is a diffusion model still learning, or copying?")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -251,7 +216,9 @@ def _parser() -> argparse.ArgumentParser:
         "--checkpoints: where the history does, default their folder's icr/",
     )
     measure.add_argument(
-        "--run-id", help="an MLflow run to log to as well: with --generated at --images-seen, with --checkpoints at their steps"
+        "--run-id",
+        help="an MLflow run to log to as well: with --checkpoints at their steps, else at --images-seen; default: "
+        "MLFLOW_RUN_ID, which `mlflow run` sets",
     )
     add_options(measure)
     measure.set_defaults(run=_measure)

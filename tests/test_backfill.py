@@ -26,6 +26,7 @@ from mlflow_icr.integrations.backfill import measure_checkpoints
 from mlflow_icr.integrations.saved import find_checkpoints
 from mlflow_icr.monitoring.series import read_arrays, read_history
 
+ROOT = Path(__file__).parents[1]
 STEPS = (2, 4, 10)  # whose names are not in this order
 BATCH = 8
 VIEWS = Protocol(num_views=4)
@@ -258,3 +259,42 @@ def test_what_does_not_fit_is_refused_before_anything_is_measured(
     shutil.copytree(training / "checkpoint-2", training / "epoch2")
     with pytest.raises(ValueError, match="checkpoint-2 and epoch2 are of one step"):
         find_checkpoints(training)
+
+
+def test_one_model_is_measured_into_a_run_of_the_same_protocol(
+    training: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client = mlflow.MlflowClient()
+    run_id = client.create_run("0").info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", run_id)  # as `mlflow run` does
+    command = ["measure", "--pipeline", str(training), "--data", str(data), "--num_views=4", "--images-seen", "80"]
+    assert main(command) == 0
+    printed = json.loads(capsys.readouterr().out)
+    found = client.get_run(run_id)
+    assert found.data.params["protocol_digest"] == printed.pop("protocol_digest")
+    assert found.data.metrics == {key: value for key, value in printed.items() if key != "images_seen"}
+    assert {step for values in points(run_id).values() for step, *_ in values} == {80}
+    there = points(run_id)
+    assert main(command) == 0
+    assert points(run_id) == there
+    capsys.readouterr()
+    assert main([*command, "--sigma", "0.5"]) == 2
+    assert "values of two cannot be compared; expected another run, or none" in capsys.readouterr().err
+    assert main([*command, "--run-id", "0" * 32]) == 2
+    assert points(run_id) == there
+
+
+def test_mlflow_run_measures_into_its_own_run(training: Path, data: Path, tmp_path: Path) -> None:
+    path = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    given = {"data": data, "checkpoints": training, "images_per_step": BATCH, "num_views": 4, "output_dir": tmp_path / "out"}
+    command = [sys.executable, "-m", "mlflow", "run", str(ROOT), "-e", "measure", "--env-manager", "local"]
+    command += [part for key, value in given.items() for part in ("-P", f"{key}={value}")]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | path, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    (run,) = mlflow.MlflowClient().search_runs(["0"])
+    rows = read_history(tmp_path / "out")
+    assert [row["images_seen"] for row in rows] == [step * BATCH for step in STEPS]
+    assert run.info.status == "FINISHED"
+    assert [(step, value) for step, _, value in points(run.info.run_id)["repr/icr"]] == [
+        (row["images_seen"], row["repr/icr"]) for row in rows
+    ]

@@ -25,8 +25,8 @@ FLOORS = [
 ]
 # These two say what features and samples say, by tensor maths alone: neither knows of the other.
 APART = {"representation", "generation"}
-# The package's own front door, its version and what it runs on belong to no floor, and import none.
-DOORS = {"__init__", "version", "environment"}
+# The package's own front door, its version, what it runs on and how commands are read belong to no floor, and import none.
+DOORS = {"__init__", "version", "environment", "arguments"}
 
 
 def imported(path: Path) -> set[str]:

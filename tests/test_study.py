@@ -237,7 +237,7 @@ def test_addresses_open_the_chart_and_hold_no_secret() -> None:
 def test_the_project_file_names_the_entry_points() -> None:
     project = yaml.safe_load((ROOT / "MLproject").read_text())
     assert project["entry_points"]["main"] == project["entry_points"]["generalization_to_memorization"]
-    assert {"main", "train"} <= set(project["entry_points"])
+    assert {"main", "train", "sweep", "noise_window", "measure"} <= set(project["entry_points"])
 
 
 @pytest.mark.slow

@@ -3,37 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
-from trainers.config import TrainConfig, preset_names, refuse_unknown
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """A parser whose errors are one line, without the usage, and which knows --num_images and --num-images alike."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print the line and exit with status 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """Parse; `mlflow run -P num_images=64` hands on --num_images."""
-        given = list(sys.argv[1:] if args is None else args)
-        flags = [
-            f"{a.split('=', 1)[0].replace('_', '-')}{a[len(a.split('=', 1)[0]) :]}" if a.startswith("--") else a for a in given
-        ]
-        parsed, unknown = self.parse_known_args(flags, namespace)
-        if unknown:
-            known = sorted(option[2:] for option in self._option_string_actions if option.startswith("--"))
-            try:
-                refuse_unknown("flag", unknown[0].split("=", 1)[0].lstrip("-"), known)
-            except ValueError as error:
-                self.error(str(error))
-            self.error(f"unexpected {' '.join(unknown)}")
-        return parsed
+from mlflow_icr.arguments import OneLineParser
+from trainers.config import TrainConfig, preset_names
 
 
 def _whole(text: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -12,6 +11,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from mlflow_icr import Protocol
+from mlflow_icr.arguments import refuse_unknown
 from mlflow_icr.extraction.encoders import is_installed
 from mlflow_icr.tracking.checkpoints import check_log_models
 
@@ -229,14 +229,6 @@ class TrainConfig:
 def preset_names() -> list[str]:
     """The presets there are."""
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
-
-
-def refuse_unknown(kind: str, name: str, known: list[str]) -> None:
-    """Raise ValueError, with the nearest of what is allowed, unless `known` holds `name`."""
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"{kind} is {name!r}{hint}; expected one of {', '.join(known)}")
 
 
 def load_config(preset: str, changes: Mapping[str, Any]) -> TrainConfig:

@@ -7,9 +7,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlflow_icr.monitoring import Report
+    from mlflow_icr.tracking import MLflowSink
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +53,10 @@ def say(text: str) -> None:
 
 def measure(arguments: argparse.Namespace) -> int:
     """Measure what the arguments name; returns the exit status. Raises ValueError for arguments that do not fit together."""
+    if arguments.run_id is None:
+        arguments.run_id = os.environ.get("MLFLOW_RUN_ID")
+    if arguments.generated is not None:
+        return _generated(arguments)
     place = arguments.checkpoint if arguments.pipeline is None else arguments.pipeline
     if arguments.data is None or (place is None and arguments.checkpoints is None):
         raise ValueError(
@@ -56,11 +66,12 @@ def measure(arguments: argparse.Namespace) -> int:
     if arguments.checkpoint is not None and not (arguments.pipeline is None and arguments.checkpoints is None):
         other = "--pipeline" if arguments.checkpoints is None else "--checkpoints"
         raise ValueError(f"checkpoint and {other} are both given; expected one of them")
-    if arguments.checkpoints is not None:
-        return _checkpoints(arguments)
-    for name in ("run_id", "output_dir"):
-        if getattr(arguments, name) is not None:
-            raise ValueError(f"{name} is {str(getattr(arguments, name))!r}; expected none without --generated or --checkpoints")
+    return _one(arguments, place) if arguments.checkpoints is None else _checkpoints(arguments)
+
+
+def _one(arguments: argparse.Namespace, place: str | Path) -> int:
+    if arguments.output_dir is not None:
+        raise ValueError(f"output_dir is {str(arguments.output_dir)!r}; expected none without --generated or --checkpoints")
     if arguments.projection is not None and arguments.images_seen < 1:  # of an untrained network nothing is projected
         raise ValueError(f"images_seen is {arguments.images_seen}; expected a number > 0 where projection is given")
     from mlflow_icr.extraction.adapters.choose import image_channels
@@ -79,11 +90,53 @@ def measure(arguments: argparse.Namespace) -> int:
         labels=folder_labels(arguments.data),
         batch_size=arguments.batch_size or batch_size_for(denoiser),
     )
+    digest = monitor.protocol.digest
+    sink = None
+    if arguments.run_id is not None:  # before any work: there may be no such run
+        from mlflow_icr.tracking.backfill import BackfillMLflowSink
+
+        sink = BackfillMLflowSink(arguments.run_id, {}, digest)
     report = monitor.measure(arguments.images_seen)
-    print(json.dumps(report.flat() | {"protocol_digest": report.protocol_digest}, indent=2))
-    for key, why in report.absent.items():
-        print(f"{key} is absent: {why}", file=sys.stderr)
+    _show(report, report.flat() | {"protocol_digest": digest}, sink, {"protocol_digest": digest})
     return 0
+
+
+def _generated(arguments: argparse.Namespace) -> int:
+    from mlflow_icr.monitoring.posthoc import measure_generated
+
+    if arguments.train is None:
+        raise ValueError("train is not given; expected the images that the generator was trained on, to look for copies among")
+    found = measure_generated(
+        arguments.generated,
+        arguments.train,
+        arguments.heldout,
+        encoder=arguments.encoder,
+        weights=arguments.encoder_weights,
+        resolution=arguments.resolution,
+        say=say,
+    )
+    if arguments.output_dir is not None:
+        found.save(arguments.output_dir)
+    sink = None
+    if arguments.run_id is not None:
+        from mlflow_icr.tracking import MLflowSink
+
+        sink = MLflowSink(run_id=arguments.run_id, joins=True)
+    _show(found.report(arguments.images_seen), found.values, sink, {})
+    return 0
+
+
+def _show(report: Report, values: Mapping[str, object], sink: MLflowSink | None, params: Mapping[str, object]) -> None:
+    """Print values, and what a report has to say beside them; then log it to the run that a sink joins."""
+    print(json.dumps(values, indent=2))
+    for key, why in report.absent.items():
+        say(f"{key} is absent: {why}")
+    for key, text in report.warnings.items():
+        say(f"{key} is {text}")
+    if sink is not None:
+        from mlflow_icr.tracking.backfill import add_to_run
+
+        add_to_run(sink, report, params)
 
 
 def _protocol(arguments: argparse.Namespace) -> Any:

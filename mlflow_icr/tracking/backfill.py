@@ -74,6 +74,18 @@ def _measured_in(run_id: str, protocol_digest: str) -> dict[int, set[str]]:
     return found
 
 
+def add_to_run(sink: MLflowSink, report: Report, params: Mapping[str, object]) -> None:
+    """Log one report to the run that a sink joins, and wait until the store has it.
+
+    Raises ValueError for a run that does not take it, OSError where the store does not answer.
+    """
+    sink.open(params, {})
+    sink.write(report)
+    if not sink.finish():
+        with answers():
+            raise sink.failure or OSError(f"the run {sink.run_id} does not take the results")
+
+
 def is_delivered(folder: Path, run_id: str, rows: list[dict[str, float]]) -> bool:
     """Whether a run has all rows of a folder's journal, as far as the folder's outbox knows.
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlflow_icr.arguments import OneLineParser
 from mlflow_icr.monitoring.plots import COLOURS
 from mlflow_icr.monitoring.summary import summarise
 from mlflow_icr.monitoring.verdict import verdict
-from trainers.arguments import OneLineParser, add_config_flags, config_changes, config_flags
+from trainers.arguments import add_config_flags, config_changes, config_flags
 from trainers.config import TrainConfig, load_config, preset_names
 from trainers.data import load_source
 from trainers.experiments.address import chart_address, without_secrets

@@ -15,8 +15,9 @@ from dataclasses import dataclass, fields
 from itertools import product
 from typing import Any, get_args, get_type_hints
 
+from mlflow_icr.arguments import refuse_unknown
 from trainers.arguments import converter
-from trainers.config import TrainConfig, load_config, preset_names, refuse_unknown
+from trainers.config import TrainConfig, load_config, preset_names
 
 MOST_RUNS = 10_000
 PATHS = ("data", "encoder_weights")

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import yaml
 
+from mlflow_icr.arguments import OneLineParser
 from mlflow_icr.tracking.outbox import ended_as
-from trainers.arguments import OneLineParser, config_flags, converter
+from trainers.arguments import config_flags, converter
 from trainers.checkpoint import latest_checkpoint
 from trainers.config import TrainConfig, config_from, preset_names
 from trainers.experiments.sweep_grid import Run, check_data, expand, grid_fields

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainers.arguments import OneLineParser
+from mlflow_icr.arguments import OneLineParser
 from trainers.experiments.coverage import simulate_missing
 from trainers.experiments.validation_report import read_outcomes, write_report
 from trainers.experiments.validation_runs import all_runs, train_missing

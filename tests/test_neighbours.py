@@ -13,6 +13,7 @@ from torch import Tensor
 from mlflow_icr import authenticity, carlini_ratio, copy_similarity, memorization_ratio
 from mlflow_icr.generation import k_nearest, neighbours
 from mlflow_icr.generation.bootstrap import bootstrap_interval
+from mlflow_icr.generation.embeddings import check_embeddings
 
 
 def brute(x: np.ndarray, y: np.ndarray, k: int, exclude_self: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -69,7 +70,8 @@ def test_the_budget_changes_nothing_but_the_blocks(rng: np.random.Generator, kin
         assert torch.equal(parts.distances, whole.distances)
 
 
-def test_the_budget_is_kept(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+def test_the_budget_is_kept(dtype: torch.dtype) -> None:
     """The largest tensor that a search makes, seen by torch itself."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -84,12 +86,12 @@ def test_the_budget_is_kept(rng: np.random.Generator) -> None:
                     largest = max(largest, part.untyped_storage().nbytes())
             return result
 
-    x, y = torch.randn(900, 64), torch.randn(3000, 64)
+    x, y = ((torch.rand(n, 64) * 255).to(dtype) for n in (900, 3000))
     given = {z.untyped_storage().data_ptr() for z in (x, y)}
     budget = 2**19  # the distances alone would be 20 times that
     largest = 0
     with Watch():
-        k_nearest(x, y, 2, budget_bytes=budget)
+        k_nearest(*(check_embeddings(name, z, at_least=2) for name, z in (("x", x), ("y", y))), 2, budget_bytes=budget)
     assert 0 < largest <= budget
 
 
@@ -114,6 +116,22 @@ def test_doubtful_rows_are_the_exception(rng: np.random.Generator, monkeypatch: 
     for d in (3, 64, 768):
         k_nearest(torch.randn(300, d), torch.randn(2000, d), 2)
     assert sum(calls) <= 9  # of 900 rows
+
+
+def test_pixels_in_eight_bits_are_the_numbers_that_they_are(rng: np.random.Generator) -> None:
+    train, fake = (torch.from_numpy(rng.integers(0, 256, (n, 48), dtype=np.uint8)) for n in (150, 40))
+    fake[:9] = train[:9]
+    fake[9:12] = 255 - (255 - train[9:12]).clamp(min=1)  # a subtraction of bytes would wrap around
+    for search in (memorization_ratio, carlini_ratio, copy_similarity):
+        a, b = search(fake, train), search(fake.double(), train.double())
+        assert torch.equal(a.scores, b.scores)
+        assert torch.equal(a.nearest, b.nearest)
+        assert a.value == b.value > 0
+    distances, nearest = brute(fake.double().numpy(), train.double().numpy(), 2)
+    found = k_nearest(fake, train, 2)
+    np.testing.assert_allclose(found.distances, distances, rtol=1e-12)
+    assert np.array_equal(found.indices, nearest)
+    assert torch.equal(authenticity(train, fake).scores, authenticity(train.double(), fake.double()).scores)
 
 
 def test_detectors_are_their_definitions(rng: np.random.Generator) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 SPARE = 24
+CENTRE_ROWS = 256  # that say where the rows are; of images of 256x256 these take 200 MB
 # A centre nearer to the origin than this many times the rows' own spread is not worth a copy of them all.
 FAR = 2.0
 BUDGET_BYTES = 2**30  # what a search may take beside its inputs
@@ -56,7 +57,8 @@ def _exact(x: Tensor, y: Tensor, k: int, skip: Tensor | None, budget: int) -> tu
 
 def central_row(y: Tensor) -> Tensor | None:
     """A point amid the rows (D,), where norms around the origin would drown their differences; else None."""
-    some = y[:: max(1, y.shape[0] // 1024)]
+    some = y[:: max(1, -(-y.shape[0] // CENTRE_ROWS))]
+    some = some if some.is_floating_point() else some.float()
     centre = some.mean(0)
     far = float(centre.square().sum()) > FAR**2 * float((some - centre).square().sum(1).mean())
     return centre if far else None

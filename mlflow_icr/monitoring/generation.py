@@ -63,8 +63,8 @@ class GenerationMonitor:
         self.noise_shape = self._noise_shape(train[:1])
         self.images = train
         self.encoder = encoder or load_encoder("pixels", shape=self.shape)
-        # As samples are judged, in 8 bits; float32 is exact for them.
-        self.pixels = as_unit_interval(train).flatten(1)
+        # As samples are judged: in 8 bits, where the images are (a ratio of distances has no unit), for there may be many.
+        self.pixels = (train if train.dtype == torch.uint8 else as_unit_interval(train)).flatten(1)
         self.heldout_images = None if heldout is None or len(heldout) < 2 else heldout
         self._references: tuple[Reference, Reference | None] | None = None
         self.cache = ReferenceCache(cache_folder()) if cache is None else cache
@@ -134,7 +134,8 @@ class GenerationMonitor:
             return Report(step, {}, absent=dict.fromkeys(keys, str(error)))
         train, heldout = self._real()
         found = judge(self._encode(images), train, heldout, self.encoder.name)
-        copies = memorization_ratio(as_unit_interval(images).flatten(1), self.pixels)
+        judged = images if self.pixels.dtype == torch.uint8 else as_unit_interval(images)
+        copies = memorization_ratio(judged.flatten(1), self.pixels)
         found.detection("mem/ratio_l2", copies)
         if self.encoder.name == "pixels":  # it would be the same number again
             for end in ("", "_low", "_high"):

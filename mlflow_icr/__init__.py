@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from mlflow_icr.monitoring import (
         GenerationMonitor,
         ICRMonitor,
+        LabelledImages,
         LossMonitor,
         NoiseSweep,
         Protocol,
@@ -79,6 +80,7 @@ __all__ = [
     "ICRInterval",
     "ICRMonitor",
     "InvariantSpectrum",
+    "LabelledImages",
     "LossMonitor",
     "MemorizationRatio",
     "NoiseSweep",

@@ -17,10 +17,10 @@ def refuse_unknown(kind: str, name: str, known: list[str]) -> None:
         raise ValueError(f"{kind} is {name!r}{hint}; expected one of {', '.join(known)}")
 
 
-def _dashed(argument: str) -> str:
-    """A flag in dashes, its value as it is."""
-    flag, equals, value = argument.partition("=")
-    return flag.replace("_", "-") + equals + value if argument.startswith("--") else argument
+def dashed(arguments: Iterable[str]) -> list[str]:
+    """Arguments with their flags in dashes: `mlflow run -P num_images=64` hands on --num_images."""
+    parts = (argument.partition("=") for argument in arguments)
+    return [(flag.replace("_", "-") if flag.startswith("--") else flag) + equals + value for flag, equals, value in parts]
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -31,8 +31,8 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """Parse; `mlflow run -P num_images=64` hands on --num_images."""
-        flags = [_dashed(argument) for argument in (sys.argv[1:] if args is None else args)]
+        """Parse; an unknown flag is told with the nearest that is known."""
+        flags = dashed(sys.argv[1:] if args is None else args)
         parsed, unknown = self.parse_known_args(flags, namespace)
         if unknown:
             parser = self._chosen(flags)

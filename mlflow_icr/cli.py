@@ -9,7 +9,6 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from mlflow_icr.arguments import OneLineParser
 from mlflow_icr.integrations.measuring import add_options  # itself light
@@ -76,18 +75,18 @@ def _sweep_noise(arguments: argparse.Namespace) -> int:
     from mlflow_icr.extraction.pipelines import batch_size_for, load_denoiser
     from mlflow_icr.monitoring.plots import sweep_figure
     from mlflow_icr.monitoring.protocol import Protocol
-    from mlflow_icr.monitoring.sweep import SweepPoint, sweep_noise
+    from mlflow_icr.monitoring.sweep import LabelledImages, SweepPoint, sweep_noise
 
     denoiser, resolution = load_denoiser(arguments.checkpoint)
     channels = image_channels(denoiser)
     images, labels = with_channels(load_folder(arguments.data, resolution), channels), folder_labels(arguments.data)
-    test: dict[str, Any] = {}
+    labelled = None if labels is None else LabelledImages(images, labels)
     if arguments.test_data is not None:
         test_labels = folder_labels(arguments.test_data)
         if labels is None or test_labels is None:
             raise ValueError("test_data is given, but a folder has no classes; expected one subfolder for each class in both")
         test_images = with_channels(load_folder(arguments.test_data, resolution), channels)
-        test = {"test_images": test_images, "test_labels": test_labels}
+        labelled = LabelledImages(images, labels, test_images, test_labels)
     protocol = Protocol(augmentation_level=arguments.augmentation_level, num_views=arguments.num_views, seed=arguments.seed)
     sweep = sweep_noise(
         denoiser,
@@ -95,9 +94,8 @@ def _sweep_noise(arguments: argparse.Namespace) -> int:
         sigmas=arguments.sigma,
         layers=arguments.layers,
         protocol=protocol,
-        labels=labels,
+        labelled=labelled,
         batch_size=batch_size_for(denoiser),
-        **test,
     )
     if arguments.output_dir is not None:
         arguments.output_dir.mkdir(parents=True, exist_ok=True)

@@ -262,6 +262,12 @@ def test_the_noise_window_sweeps_what_the_study_left(tmp_path: Path) -> None:
         assert f"{name}: up_blocks.0" in done.stdout
         assert f"lowest ICR at sigma {float(lowest['sigma']):g}" in done.stdout
         assert all(0 <= float(row["accuracy"]) <= 1 for row in mine)
-    (run,) = MlflowClient().search_runs(["0"], "tags.role = 'noise_window'")
+    again = [*command[:3], f"--study_dir={tmp_path / 'study'}"]  # as mlflow run hands it on
+    before = (tmp_path / "study" / "noise_window.csv").read_text()
+    (tmp_path / "study" / "noise_window.csv").unlink()
+    done = subprocess.run(again, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "study" / "noise_window.csv").read_text() == before
+    run, *_ = MlflowClient().search_runs(["0"], "tags.role = 'noise_window'")
     assert run.info.status == "FINISHED"
     assert {f.path for f in MlflowClient().list_artifacts(run.info.run_id)} >= {"noise_window.png", "noise_window.csv"}

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from mlflow_icr import EDMDenoiser, ICRMonitor, Protocol, icr_interval, make_views, sweep_noise
+from mlflow_icr import EDMDenoiser, ICRMonitor, LabelledImages, Protocol, icr_interval, make_views, sweep_noise
 from mlflow_icr.cli import main
 from mlflow_icr.extraction import Tap, middle_layers
 from mlflow_icr.monitoring.neighbours import invariant_part, nearest, residual_part
@@ -54,7 +54,9 @@ def test_one_pass_reads_all_layers(small_unet: nn.Module, digits: torch.Tensor) 
 
 def test_a_sweep_is_icr_at_each_sigma_and_layer(small_unet: nn.Module, digits: torch.Tensor, labels: torch.Tensor) -> None:
     denoiser = EDMDenoiser(small_unet)
-    sweep = sweep_noise(denoiser, digits, sigmas=(0.6, 0.1), layers=["mid", "decoder"], labels=labels, batch_size=64)
+    sweep = sweep_noise(
+        denoiser, digits, sigmas=(0.6, 0.1), layers=["mid", "decoder"], labelled=LabelledImages(digits, labels), batch_size=64
+    )
     assert sweep.layers == ["mid_block", "up_blocks.0"]
     assert sweep.sigmas == [0.1, 0.6]
     assert sweep.num_views == 4  # the smallest K with 63 (K - 1) >= 4 x 32
@@ -72,9 +74,7 @@ def test_a_sweep_is_icr_at_each_sigma_and_layer(small_unet: nn.Module, digits: t
         digits[:40],
         sigmas=[0.1],
         layers=["mid"],
-        labels=labels[:40],
-        test_images=digits[40:],
-        test_labels=labels[40:],
+        labelled=LabelledImages(digits[:40], labels[:40], digits[40:], labels[40:]),
     )
     assert held.points[0].accuracy in {i / 24 for i in range(25)}
     few = sweep_noise(denoiser, digits[:8], sigmas=[0.1], layers=["mid"], protocol=Protocol(num_views=2))
@@ -83,19 +83,44 @@ def test_a_sweep_is_icr_at_each_sigma_and_layer(small_unet: nn.Module, digits: t
     for bad, message in (
         ({"sigmas": ()}, "sigmas is ()"),
         ({"sigmas": (0.0,)}, "expected positive finite numbers"),
-        ({"labels": labels[:3]}, "labels has 3 entries for 64 images"),
-        ({"test_images": digits, "test_labels": labels}, "need labels"),
         ({"layers": ["nowhere"]}, "layer is 'nowhere'"),
     ):
         with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):
             sweep_noise(denoiser, digits, **bad)  # type: ignore[arg-type]
+    for sets, message in (
+        ((digits, labels[:3]), "labels has 3 entries for 64 images"),
+        ((digits, labels, digits, labels[:5]), "test_labels has 5 entries for 64 images"),
+        ((digits, labels, digits), "go together"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            LabelledImages(*sets)
+
+
+def test_rises_are_paired_differences_from_the_lowest(small_unet: nn.Module, digits: torch.Tensor) -> None:
+    sweep = sweep_noise(EDMDenoiser(small_unet), digits, sigmas=(0.05, 0.3, 2.0), layers=["mid"])
+    found = {}
+    for point in sweep.points:
+        views = make_views(digits, range(64), num_views=sweep.num_views, sigma=point.sigma, seed=0)
+        with Tap(small_unet, "mid_block") as tap:
+            features = tap(lambda v=views, p=point: EDMDenoiser(small_unet)(v.flatten(0, 1), p.sigma))  # type: ignore[misc]
+        found[point.sigma] = icr_interval(features.view(64, sweep.num_views, -1))
+    base = min(found.values(), key=lambda interval: interval.value)
+    for point in sweep.points:
+        mine = found[point.sigma]
+        spread = float((mine.influence - base.influence).std())
+        assert point.rise == pytest.approx(mine.value - base.value, abs=2e-3)
+        assert point.rise_low == pytest.approx(mine.value - base.value - 1.998 * spread / 8, abs=4e-3)  # t of 63 degrees
+    assert min(point.rise for point in sweep.points if point.rise is not None) == 0
 
 
 def points(layer: str, icrs: list[float], half: float = 0.01, accuracies: list[float] | None = None) -> list[SweepPoint]:
     return [
-        SweepPoint(0.1 * 2**i, layer, 8, icr, icr - half, icr + half, None if accuracies is None else accuracies[i])
+        SweepPoint(
+            0.1 * 2**i, layer, 8, icr, icr - half, icr + half, None if accuracies is None else accuracies[i],
+            rise=icr - min(icrs), rise_low=icr - min(icrs) - half,
+        )
         for i, icr in enumerate(icrs)
-    ]
+    ]  # fmt: skip
 
 
 def test_the_best_sigma_and_layer_and_the_window() -> None:

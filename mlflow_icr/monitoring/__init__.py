@@ -8,13 +8,14 @@ from mlflow_icr.monitoring.protocol import Protocol
 from mlflow_icr.monitoring.report import Report
 from mlflow_icr.monitoring.schedule import geometric_schedule
 from mlflow_icr.monitoring.summary import summarise
-from mlflow_icr.monitoring.sweep import NoiseSweep, sweep_noise
+from mlflow_icr.monitoring.sweep import LabelledImages, NoiseSweep, sweep_noise
 from mlflow_icr.monitoring.verdict import Thresholds, Verdict, verdict
 
 __all__ = [
     "Comparison",
     "GenerationMonitor",
     "ICRMonitor",
+    "LabelledImages",
     "LossMonitor",
     "NoiseSweep",
     "Protocol",

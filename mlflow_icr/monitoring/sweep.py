@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from mlflow_icr.extraction.views import as_unit_interval
 from mlflow_icr.monitoring.companions import cross_validated
 from mlflow_icr.monitoring.protocol import Protocol
 from mlflow_icr.monitoring.reader import view_batches
-from mlflow_icr.representation import icr_interval, linear_probe_accuracy
+from mlflow_icr.representation import ICRInterval, icr_interval, linear_probe_accuracy, paired_difference
 
 # Those of Li et al. 2026, figure 2, for EDM.
 SIGMAS = (0.01, 0.02, 0.06, 0.14, 0.3, 0.59, 1.09, 1.92, 3.26)
@@ -27,7 +27,11 @@ SIGMAS = (0.01, 0.02, 0.06, 0.14, 0.3, 0.59, 1.09, 1.92, 3.26)
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """One layer at one sigma: debiased ICR with its 95 % interval, accuracy of a linear probe; None where `absent` says why."""
+    """One layer at one sigma: debiased ICR with its 95 % interval, accuracy of a linear probe; None where `absent` says why.
+
+    `rise` is how far ICR is above the layer's lowest, and `rise_low` the lower end of the 95 % interval of that difference,
+    which is paired: images and views are the same at every sigma.
+    """
 
     sigma: float
     layer: str
@@ -37,6 +41,8 @@ class SweepPoint:
     high: float | None
     accuracy: float | None
     absent: str = ""
+    rise: float | None = None
+    rise_low: float | None = None
 
 
 @dataclass(frozen=True)
@@ -75,13 +81,9 @@ class NoiseSweep:
         return max(found, key=lambda p: p.accuracy or 0.0).sigma if found else None
 
     def has_window(self, layer: str) -> bool:
-        """Whether ICR over sigma is U-shaped beyond doubt: the lowest interval is below those of both end points."""
+        """Whether ICR over sigma is U-shaped beyond doubt: at both end points it is above the lowest, interval and all."""
         found = self._measured(layer)
-        if len(found) < 3:
-            return False
-        lowest = min(found, key=lambda p: p.icr or 0.0)
-        assert lowest.high is not None
-        return all(end.low is not None and end.low > lowest.high for end in (found[0], found[-1]))
+        return len(found) >= 3 and all(end.rise_low is not None and end.rise_low > 0 for end in (found[0], found[-1]))
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, as plain values."""
@@ -165,6 +167,53 @@ class _Sweeper:
         return [torch.cat(mine) for mine in parts]
 
 
+def _with_rises(points: Sequence[SweepPoint], intervals: Mapping[tuple[float, str], ICRInterval]) -> list[SweepPoint]:
+    """The points, those with an interval compared with the lowest of their layer."""
+    lowest: dict[str, ICRInterval] = {}
+    for (_, layer), found in intervals.items():
+        if layer not in lowest or found.value < lowest[layer].value:
+            lowest[layer] = found
+    compared = []
+    for point in points:
+        mine, base = intervals.get((point.sigma, point.layer)), lowest.get(point.layer)
+        if mine is not None and base is not None:
+            rise = mine.value - base.value
+            point = replace(point, rise=rise, rise_low=paired_difference(base.influence, mine.influence, rise)[0])
+        compared.append(point)
+    return compared
+
+
+def _accuracies(sweeper: _Sweeper, sigma: float, labelled: LabelledImages) -> list[float]:
+    """Accuracy of a linear probe on each layer's features of noised, unaugmented images."""
+    train = sweeper.plain(labelled.images, sigma, 0)
+    if labelled.test_images is None or labelled.test_labels is None:
+        return [cross_validated(f.cpu(), labelled.labels, linear_probe_accuracy) for f in train]
+    test = sweeper.plain(labelled.test_images, sigma, 1)
+    return [linear_probe_accuracy(a, labelled.labels, b, labelled.test_labels) for a, b in zip(train, test, strict=True)]
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledImages:
+    """What a linear probe learns from, images (N, C, H, W) and labels (N,), and what it is scored on; else cross-validation is.
+
+    Raises ValueError for sets that do not fit.
+    """
+
+    images: Tensor
+    labels: Tensor
+    test_images: Tensor | None = None
+    test_labels: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if (self.test_images is None) != (self.test_labels is None):
+            raise ValueError("test_images and test_labels go together; expected both or none")
+        tests = () if self.test_images is None else (("test_labels", self.test_labels, self.test_images),)
+        for name, labels, images in (("labels", self.labels, self.images), *tests):
+            assert labels is not None
+            if len(labels) != len(images):
+                raise ValueError(f"{name} has {len(labels)} entries for {len(images)} images; expected one for each")
+
+
 def sweep_noise(
     denoiser: Denoiser,
     images: Tensor,
@@ -172,42 +221,30 @@ def sweep_noise(
     sigmas: Sequence[float] = SIGMAS,
     layers: Sequence[str] = (),
     protocol: Protocol | None = None,
-    labels: Tensor | None = None,
-    test_images: Tensor | None = None,
-    test_labels: Tensor | None = None,
+    labelled: LabelledImages | None = None,
     batch_size: int = 512,
 ) -> NoiseSweep:
     """ICR, with intervals, of each layer at each sigma, from one forward pass of each noised batch for all layers.
 
-    `images` are (N, C, H, W), uint8 or floats in [0, 1]; layers default to all blocks of the network. With `labels` (N,) a
-    linear probe is trained on features of noised, unaugmented images, and scored on `test_images` with `test_labels`, or
-    without these by five-fold cross-validation. Of `protocol`, views, augmentation and seed are used. Raises ValueError for
-    sigmas, layers, labels or sets that do not fit. Source: Li et al. 2026, figures 2, 9 and 14.
+    `images` are (N, C, H, W), uint8 or floats in [0, 1]; layers default to all blocks of the network. `labelled` ones add the
+    accuracy of a linear probe on features of noised, unaugmented images, which need not be those of ICR: of a model that was
+    trained on few, more labelled ones say more. Of `protocol`, views, augmentation and seed are used. Raises ValueError for
+    sigmas, layers or images that do not fit. Source: Li et al. 2026, figures 2, 9 and 14.
     """
     if not sigmas or not all(0 < s < math.inf for s in sigmas):
         raise ValueError(f"sigmas is {tuple(sigmas)}; expected positive finite numbers")
-    if labels is not None and len(labels) != len(images):
-        raise ValueError(f"labels has {len(labels)} entries for {len(images)} images; expected one for each")
-    if (test_images is None) != (test_labels is None) or (test_labels is not None and labels is None):
-        raise ValueError("test_images and test_labels go together, and need labels")
     layers = list(layers) or middle_layers(denoiser.network)
     if not layers:
         raise ValueError(f"layers is empty, and {type(denoiser.network).__name__} has no blocks that are known; name some")
     sweeper = _Sweeper(denoiser, images, layers, protocol or Protocol(), batch_size)
-    points = []
+    points: list[SweepPoint] = []
+    intervals: dict[tuple[float, str], ICRInterval] = {}
     for sigma in sorted(set(sigmas)):
-        accuracies: list[float | None] = [None] * len(layers)
-        if labels is not None:
-            train = sweeper.plain(images, sigma, 0)
-            if test_images is None or test_labels is None:
-                accuracies = [cross_validated(f.cpu(), labels, linear_probe_accuracy) for f in train]
-            else:
-                test = sweeper.plain(test_images, sigma, 1)
-                accuracies = [linear_probe_accuracy(a, labels, b, test_labels) for a, b in zip(train, test, strict=True)]
+        accuracies = [None] * len(layers) if labelled is None else _accuracies(sweeper, sigma, labelled)
         for name, features, accuracy in zip(sweeper.names, sweeper.views(sigma), accuracies, strict=True):
             try:
-                found = icr_interval(features)
+                found = intervals[sigma, name] = icr_interval(features)
                 points.append(SweepPoint(sigma, name, features.shape[2], found.value, found.low, found.high, accuracy))
             except ValueError as error:
                 points.append(SweepPoint(sigma, name, features.shape[2], None, None, None, accuracy, str(error)))
-    return NoiseSweep(tuple(points), len(images), sweeper.num_views)
+    return NoiseSweep(tuple(_with_rises(points, intervals)), len(images), sweeper.num_views)

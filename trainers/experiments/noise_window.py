@@ -1,7 +1,8 @@
 """Where to look: ICR and probe accuracy over sigma and layers, of a model on many images and of one before and after its turn.
 
 The window of noise levels in which features are cleanest should be there in a model that generalizes, and gone in one that has
-learned its images by heart (Li et al. 2026, figures 2 and 9).
+learned its images by heart (Li et al. 2026, figures 2 and 9). Takes the command line of generalization_to_memorization; with
+--study-dir it trains nothing, and sweeps the runs that are in that folder.
 """
 
 from __future__ import annotations
@@ -12,57 +13,82 @@ import logging
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from mlflow_icr import NoiseSweep, sweep_noise, verdict
+import yaml
+
+from mlflow_icr import LabelledImages, NoiseSweep, sweep_noise, verdict
+from mlflow_icr.arguments import OneLineParser, dashed
 from mlflow_icr.extraction.pipelines import load_denoiser
+from mlflow_icr.extraction.taps import Tap
 from mlflow_icr.monitoring.plots import sweep_figure
 from mlflow_icr.monitoring.sweep import SweepPoint
-from trainers.config import TrainConfig
+from mlflow_icr.tracking.checkpoints import checkpoints
+from trainers.config import TrainConfig, config_from
 from trainers.data import data_of
-from trainers.experiments.generalization_to_memorization import Study, plan, run_study
-from trainers.train import Stop
+from trainers.experiments.generalization_to_memorization import plan, run_study
+from trainers.train import CONFIG, Stop
 
-MOST_IMAGES = 2000  # of the control: enough for intervals of a hundredth
-LAYER = "up_blocks.0"  # `decoder`, the layer that the runs are monitored at
+MOST_IMAGES = 2000  # of each kind: enough for intervals of a hundredth
 
 
-def checkpoints(study: Study) -> dict[str, Path]:
-    """The models to compare, by what they are: the control's last, the limited run's at its turn and its last."""
+@dataclass(frozen=True)
+class Runs:
+    """Runs that are over, in the folder of their study: the configuration of each by its role there."""
+
+    name: str
+    folder: Path
+    configs: Mapping[str, TrainConfig]
+
+
+def runs_in(folder: Path) -> Runs:
+    """The runs in a study's folder. Raises ValueError where there are none."""
+    found = sorted(folder.glob(f"*/{CONFIG}"))
+    if not found:
+        raise ValueError(f"study_dir is {str(folder)!r}; expected a folder with those of runs, each with its {CONFIG}")
+    return Runs(folder.name, folder, {path.parent.name: config_from(yaml.safe_load(path.read_text())) for path in found})
+
+
+def models(runs: Runs) -> dict[str, tuple[str, Path]]:
+    """Role and checkpoint of the models to compare, by what they are: each run's last, and one at its turn before."""
     found = {}
-    for role in study.configs:
-        last = sorted((study.folder / role / "checkpoints").glob("[0-9]*"))[-1]
-        if role == "limited":
-            turn = verdict(study.folder / role)
-            if turn.turning_images_seen is not None:
-                found[f"limited, at its turn ({turn.checkpoint_images_seen:,})"] = last.with_name(
-                    f"{turn.checkpoint_images_seen:012d}"
-                )
-        found[f"{role}, at the end ({int(last.name):,})"] = last
-    return dict(sorted(found.items()))
+    for role in sorted(runs.configs):
+        there, turn = checkpoints(runs.folder / role), verdict(runs.folder / role)
+        last, kept = max(there, default=None), turn.checkpoint_images_seen
+        if turn.turning_images_seen is not None and kept in there and kept != last:
+            found[f"{role}, at its turn ({kept:,})"] = role, there[kept]
+        if last is not None:
+            found[f"{role}, at the end ({last:,})"] = role, there[last]
+    return found
 
 
-def sweep_checkpoint(folder: Path, config: TrainConfig) -> NoiseSweep:
-    """The sweep of one checkpoint on its own training images; the probe is scored on the held-out ones."""
-    denoiser, _ = load_denoiser(folder)
+def labelled_images(config: TrainConfig) -> LabelledImages | None:
+    """What the probes of all models learn from and are scored on: training images of the largest run, and held-out ones."""
     data = data_of(config)
-    n = min(MOST_IMAGES, len(data.train))
-    if data.train_labels is None:
-        return sweep_noise(denoiser, data.train[:n])
-    return sweep_noise(
-        denoiser,
-        data.train[:n],
-        labels=data.train_labels[:n],
-        test_images=data.heldout[:MOST_IMAGES],
-        test_labels=None if data.heldout_labels is None else data.heldout_labels[:MOST_IMAGES],
-    )
+    if data.train_labels is None or data.heldout_labels is None or not len(data.heldout):
+        return None
+    sets = (data.train, data.train_labels, data.heldout, data.heldout_labels)
+    return LabelledImages(*(part[:MOST_IMAGES] for part in sets))
 
 
-def write(study: Study, sweeps: Mapping[str, NoiseSweep]) -> list[Path]:
+def sweep_all(runs: Runs) -> tuple[dict[str, NoiseSweep], str]:
+    """The sweep of each model, ICR on its own training images; and the layer that the runs are monitored at."""
+    labelled = labelled_images(max(runs.configs.values(), key=lambda config: config.num_images))
+    sweeps, monitored = {}, ""
+    for name, (role, folder) in models(runs).items():
+        denoiser, _ = load_denoiser(folder)
+        config = runs.configs[role]
+        with Tap(denoiser.network, config.layer) as tap:
+            (monitored,) = tap.layers
+        sweeps[name] = sweep_noise(denoiser, data_of(config).train[:MOST_IMAGES], labelled=labelled)
+    return sweeps, monitored
+
+
+def write(runs: Runs, sweeps: Mapping[str, NoiseSweep], layer: str) -> list[Path]:
     """Figure, table and conclusions in the study's folder."""
-    picture, sheet, said = (study.folder / f"noise_window.{suffix}" for suffix in ("png", "csv", "json"))
-    sweep_figure(sweeps, LAYER).savefig(picture, dpi=130)
+    picture, sheet, said = (runs.folder / f"noise_window.{suffix}" for suffix in ("png", "csv", "json"))
+    sweep_figure(sweeps, layer).savefig(picture, dpi=130)
     with sheet.open("w", newline="") as file:
         writer = csv.DictWriter(file, ["model", *(field.name for field in fields(SweepPoint))])
         writer.writeheader()
@@ -71,49 +97,57 @@ def write(study: Study, sweeps: Mapping[str, NoiseSweep]) -> list[Path]:
     return [picture, sheet, said]
 
 
-def text(sweeps: Mapping[str, NoiseSweep]) -> str:
-    """Two lines for each model: what its best layer and the monitored layer show."""
+def text(sweeps: Mapping[str, NoiseSweep], layer: str) -> str:
+    """Lines for each model: what its best layer and the monitored layer show."""
     lines = []
     for name, sweep in sweeps.items():
-        for layer in dict.fromkeys([sweep.best_layer, LAYER]):
-            if layer in sweep.layers:
-                accurate = sweep.most_accurate_sigma(layer)
+        for one in dict.fromkeys([sweep.best_layer, layer]):
+            if one in sweep.layers:
+                accurate = sweep.most_accurate_sigma(one)
                 lines.append(
-                    f"{name}: {layer}{' (best layer)' if layer == sweep.best_layer else ''}: lowest ICR at sigma "
-                    f"{sweep.sigma_star(layer):g}, {'a window' if sweep.has_window(layer) else 'no window'}"
+                    f"{name}: {one}{' (best layer)' if one == sweep.best_layer else ''}: lowest ICR at sigma "
+                    f"{sweep.sigma_star(one):g}, {'a window' if sweep.has_window(one) else 'no window'}"
                     + ("" if accurate is None else f", probe best at sigma {accurate:g}")
                 )
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line of `generalization_to_memorization`, then sweep what it left; returns the exit status."""
+def conclude(runs: Runs) -> None:
+    """Sweep the runs' models, show what was found, and log it to an MLflow run of its own."""
     from mlflow_icr.tracking import MLflowSink
 
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    try:
-        study = plan(argv)
-    except (ValueError, OSError) as error:
-        print(f"noise_window: error: {error}", file=sys.stderr)
-        return 2
-    stop = Stop()
-    try:
-        status = run_study(study, stop)
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    if status:
-        return status
-    roles = {name: study.configs[name.split(",")[0]] for name in checkpoints(study)}
-    sweeps = {name: sweep_checkpoint(folder, roles[name]) for name, folder in checkpoints(study).items()}
-    files = write(study, sweeps)
-    sink = MLflowSink(run_name=f"{study.name} noise window")
-    sink.bind(study.folder / "noise_window")
-    sink.open({}, {"role": "noise_window", "study_name": study.name})
+    sweeps, layer = sweep_all(runs)
+    files = write(runs, sweeps, layer)
+    sink = MLflowSink(run_name=f"{runs.name} noise window")
+    sink.bind(runs.folder / "noise_window")
+    sink.open({}, {"role": "noise_window", "study_name": runs.name})
     for path in files:
         sink.artifact(str(path))
     sink.close("FINISHED")
-    print(f"\n{text(sweeps)}\n\nfigure       {files[0]}")
-    return 0
+    print(f"\n{text(sweeps, layer)}\n\nfigure       {files[0]}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    parser = OneLineParser(prog="noise_window", add_help=False, allow_abbrev=False)
+    parser.add_argument("--study-dir", type=Path)
+    given, others = parser.parse_known_args(dashed(sys.argv[1:] if argv is None else argv))
+    try:
+        if given.study_dir is not None:
+            conclude(runs_in(given.study_dir))
+            return 0
+        study = plan(others)
+    except (ValueError, OSError) as error:
+        print(f"noise_window: error: {error}", file=sys.stderr)
+        return 2
+    try:
+        status = run_study(study, Stop())
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    if status == 0:
+        conclude(Runs(study.name, study.folder, study.configs))
+    return status
 
 
 if __name__ == "__main__":

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
 
 import pytest
 
+from mlflow_icr import NoiseSweep
+from mlflow_icr.monitoring.sweep import SweepPoint
 from trainers.experiments.coverage import FAMILIES, Coverage, measure_coverage, read_coverages, simulate_missing
 from trainers.experiments.validation_report import chosen_on, read_outcomes, write_report
 from trainers.experiments.validation_rules import (
@@ -19,6 +22,7 @@ from trainers.experiments.validation_rules import (
     verdict_alarm,
 )
 from trainers.experiments.validation_runs import ValidationRun, all_runs, train_missing
+from trainers.experiments.validation_window import read_sweeps, window_rows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "validation" / "runs"
@@ -142,6 +146,22 @@ def test_the_plugin_is_recovered_from_the_closed_form() -> None:
     assert found.truth == truth
     assert found.plugin == pytest.approx(spectrum.icr, rel=1e-9)
     assert found.debiased == pytest.approx(spectrum.icr_debiased, rel=1e-9)
+
+
+def test_the_window_is_told_from_a_kept_sweep(tmp_path: Path) -> None:
+    icrs, accuracies = (0.6, 0.5, 0.45, 0.7), (0.5, 0.9, 0.8, 0.2)
+    points = tuple(
+        SweepPoint(sigma, "mid_block", 8, icr, icr - 0.01, icr + 0.01, accuracy, "", icr - 0.45, icr - 0.46)
+        for sigma, icr, accuracy in zip((0.1, 0.2, 0.4, 0.8), icrs, accuracies, strict=True)
+    )
+    bare = SweepPoint(0.1, "up_blocks.0", 8, None, None, None, None, "too few images")
+    sweep = NoiseSweep((*points, bare), 9, 2)
+    (tmp_path / "sweeps.json").write_text(json.dumps({"rich": sweep.as_dict()}))
+    assert read_sweeps(tmp_path / "sweeps.json") == {"rich": sweep}
+    assert window_rows({"rich": sweep}) == [
+        ["rich", "mid_block", "0.4", "0.450", "0.150 (at least 0.140)", "yes", "0.2", "0.900", "1"],
+        ["rich", "up_blocks.0", "-", "-", "-", "no", "-", "-", "-"],
+    ]
 
 
 def test_the_page_says_what_the_result_files_hold(tmp_path: Path) -> None:

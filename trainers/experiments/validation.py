@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlflow_icr.arguments import OneLineParser
+from trainers.experiments import validation_window
 from trainers.experiments.coverage import simulate_missing
 from trainers.experiments.validation_report import read_outcomes, write_report
 from trainers.experiments.validation_runs import all_runs, train_missing
@@ -26,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     failures = []
     if not arguments.report_only:
         failures = train_missing(all_runs(), Path(arguments.work_dir), results, arguments.max_parallel)
+        if not validation_window.train_missing(DOCS, Path(arguments.work_dir)):
+            failures.append("noise_window")
         simulate_missing(DOCS / "validation" / "coverage.csv", arguments.repeats)
     write_report(read_outcomes(results), all_runs(), DOCS)
     return 1 if failures else 0

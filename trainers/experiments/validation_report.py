@@ -26,6 +26,8 @@ from trainers.experiments.validation_rules import (
     verdict_alarm,
 )
 from trainers.experiments.validation_runs import ValidationRun
+from trainers.experiments.validation_window import HEAD as HEAD_OF_WINDOW
+from trainers.experiments.validation_window import RESULTS, read_sweeps, window_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -145,6 +147,13 @@ def runs_table(outcomes: Sequence[Outcome]) -> str:
     return _table(head, rows)
 
 
+def window_table(results: Path) -> str:
+    """Where the features of each model are cleanest, layer by layer."""
+    if not results.exists():
+        return "It is not trained yet: `make validate` goes on with it."
+    return _table(HEAD_OF_WINDOW, window_rows(read_sweeps(results)))
+
+
 def coverage_table(coverages: Sequence[Coverage]) -> str:
     """Bias and coverage, one row for each family and size."""
     rows = [
@@ -234,6 +243,7 @@ def write_report(outcomes: dict[str, Outcome], runs: Sequence[ValidationRun], do
         "rules_chosen": rules_table(chosen, chosen),
         "by_set": by_set_table([*groups, ("all that were not chosen on", judged)]),
         "runs": runs_table([outcomes[run.name] for run in there]),
+        "window": window_table(docs / "validation" / RESULTS),
         "coverage": coverage_table(read_coverages(docs / "validation" / "coverage.csv")),
     }
     text = (docs / "validation.template.md").read_text()

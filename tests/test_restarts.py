@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mlflow_icr import Report
-from mlflow_icr.tracking import Logged, MLflowSink, TensorBoardSink, Tracker, read_logged
+from mlflow_icr.tracking import Logged, MLflowSink, TensorBoardSink, Tracker, import_runs, read_logged
 from mlflow_icr.tracking.custom_scalars import ICR, OVERLAY, overlay
 from mlflow_icr.tracking.event_folder import read_folder
 from tests.test_tracking import mlflow_scalars
@@ -104,7 +104,7 @@ def test_what_was_written_but_not_noted_is_not_written_twice(tmp_path: Path) -> 
     assert in_both_readers(tmp_path / "tensorboard")["loss"] == [(step, float(step)) for step in range(9)]
 
 
-def test_a_measurement_that_was_missed_comes_into_its_place(tmp_path: Path) -> None:
+def test_a_measurement_that_was_missed_comes_into_its_place(tmp_path: Path, own_store: None) -> None:
     """The fast reader would hide those after it."""
     tracker = begun(tmp_path)
     sinks = tracker.sinks
@@ -121,6 +121,9 @@ def test_a_measurement_that_was_missed_comes_into_its_place(tmp_path: Path) -> N
     for tag in OVERLAY:
         expected = [(row["images_seen"], pytest.approx(overlay(rows[: i + 1])[tag])) for i, row in enumerate(rows)]
         assert shown[tag] == expected
+    # MLflow has no use for it: an import leaves it out.
+    (imported,) = import_runs(tmp_path / "tensorboard", "Default")
+    assert set(mlflow_scalars(imported.run_id)) == {ICR, "mem/ratio_l2"}
 
 
 def test_copies_stand_on_the_axis_of_icr() -> None:

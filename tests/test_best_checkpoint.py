@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mlflow_icr import EDMDenoiser, Report, best_checkpoint, verdict
+from mlflow_icr import EDMDenoiser, ICRMonitor, Protocol, Report, best_checkpoint, verdict
 from mlflow_icr.cli import main
+from mlflow_icr.extraction.pipelines import load_denoiser
 from mlflow_icr.monitoring.verdict import may_be_kept
 from mlflow_icr.tracking import MLflowSink, Tracker
 from mlflow_icr.tracking.checkpoints import checkpoint_path, checkpoints, remove_old
@@ -44,6 +45,35 @@ def test_the_best_checkpoint_of_a_run_and_of_a_folder(
     assert (
         "100 images seen, repr/icr 0.3, the lowest of the checkpoints there are; it was 0.2 at 200" in capsys.readouterr().err
     )
+
+
+def test_a_checkpoint_is_evaluated_by_its_address(pipeline: Path, tmp_path: Path, digits: torch.Tensor) -> None:
+    import mlflow
+    import pandas as pd
+    from PIL import Image
+
+    model = models_of(trained(tmp_path / "run", pipeline).run_id)[300]
+    paths = [str(tmp_path / f"{i}.png") for i in range(len(digits))]
+    for path, image in zip(paths, digits, strict=True):
+        Image.fromarray(image[0].numpy()).save(path)
+    config = {"num_views": 4, "num_images": 32, "num_samples": 0}
+    with mlflow.start_run() as run:
+        result = mlflow.models.evaluate(
+            model=f"models:/{model.model_id}",
+            data=pd.DataFrame({"image": paths}),
+            model_type="diffusion",
+            evaluators="icr",
+            evaluator_config=config,
+        )
+    denoiser = EDMDenoiser(load_denoiser(pipeline)[0].network)
+    expected = ICRMonitor(denoiser, digits, Protocol(num_views=4, num_images=32)).measure(300)
+    for key in ("repr/icr", "repr/icr_debiased", "repr/trace_residual"):
+        assert result.metrics[key] == pytest.approx(expected.values[key], rel=1e-9)
+    assert result.artifacts["protocol"].content["images_seen"] == 300  # the model says so itself
+    client = mlflow.MlflowClient()
+    there = {(metric.key, metric.run_id) for metric in client.get_logged_model(model.model_id).metrics}
+    assert {("repr/icr", run.info.run_id), ("repr/icr", model.source_run_id)} <= there
+    assert client.get_run(run.info.run_id).data.metrics["repr/icr"] == result.metrics["repr/icr"]
 
 
 def test_what_is_wrong_with_a_best_checkpoint_is_one_line(

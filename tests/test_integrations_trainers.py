@@ -50,7 +50,11 @@ def values_of(network: nn.Module, images: Tensor) -> float:
     return ICRMonitor(EDMDenoiser(network), images, PROTOCOL).measure(0).values["repr/icr"]
 
 
-def test_a_plain_loop_is_watched(tmp_path: Path, small_unet: nn.Module, digits: Tensor) -> None:
+def test_a_plain_loop_is_watched(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, small_unet: nn.Module, digits: Tensor
+) -> None:
+    import mlflow
+
     network = copy.deepcopy(small_unet)
     optimizer, generator = torch.optim.Adam(network.parameters(), 1e-3), torch.Generator().manual_seed(0)
     with ICRWatch(EDMDenoiser(network), digits, tmp_path, schedule=100, protocol=PROTOCOL) as watch:
@@ -65,7 +69,10 @@ def test_a_plain_loop_is_watched(tmp_path: Path, small_unet: nn.Module, digits: 
     rows = read_history(tmp_path)
     assert [row["images_seen"] for row in rows] == [0, 128, 256, 320, 384]
     assert rows[-1]["repr/icr"] == values_of(network, digits)
-    same_everywhere(tmp_path)
+    run_id = same_everywhere(tmp_path).info.run_id
+    written = (tmp_path / "report" / "index.html").read_bytes()
+    sent = mlflow.MlflowClient().download_artifacts(run_id, "report/index.html", str(tmp_path_factory.mktemp("sent")))
+    assert Path(sent).read_bytes() == written
     # An interrupted one goes on in the same run, with growth relative to the same measurement.
     reference = read_history(tmp_path)[-1]["repr/fisher_residual_growth"]
     watch = ICRWatch(EDMDenoiser(network), digits, tmp_path, schedule=[450], protocol=PROTOCOL, resume=True, images_seen=384)

@@ -6,18 +6,15 @@ import json
 import logging
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import pytest
 
 from mlflow_icr import Report
 from mlflow_icr.monitoring.series import read_distributions
-from mlflow_icr.tracking import Journal, MLflowSink, TensorBoardSink, Tracker, read_arrays, read_history
-from mlflow_icr.tracking.tensorboard_sink import LAYOUT
+from mlflow_icr.tracking import MLflowSink, TensorBoardSink, Tracker, read_history
+from mlflow_icr.tracking.custom_scalars import LAYOUT, OVERLAY
 
 # Values that lose bits in float32, or in a decimal of few digits.
 ODD = [0.1 + 0.2, 1 / 3, 1e-300, 3e38, -0.0, 123456789.123456789, 2**53 + 1.0]
@@ -67,18 +64,19 @@ def test_a_value_is_the_same_everywhere(tmp_path: Path) -> None:
     from mlflow import MlflowClient
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    sink = MLflowSink(run_name="three places")
-    tracker = Tracker(tmp_path, [sink, TensorBoardSink(tmp_path / "tensorboard")])
+    sink, board = MLflowSink(run_name="three places"), TensorBoardSink(tmp_path / "tensorboard")
+    tracker = Tracker(tmp_path, [sink, board])
     tracker.open({"seed": 3, "sigmas": [0.29]}, {"study": "s"})
     for step in range(7):
         tracker.record(report(step))
+    board.flush()
     journal = journal_scalars(tmp_path)
     assert sorted(journal) == ["mem/ratio_l2", "perf/images_per_second", "repr/icr"]
     assert [v for _, v in journal["repr/icr"]] == ODD
     assert sink.flush()
     assert sink.run_id is not None
     assert mlflow_scalars(sink.run_id) == journal
-    assert tensorboard_scalars(tmp_path / "tensorboard") == as_float32(journal)  # flushed: nobody closed anything yet
+    assert tensorboard_scalars(tmp_path / "tensorboard") == as_float32(journal)  # nobody closed anything yet
 
     summary = tracker.close("FINISHED")
     run = MlflowClient().get_run(sink.run_id)
@@ -92,7 +90,7 @@ def test_a_value_is_the_same_everywhere(tmp_path: Path) -> None:
     events.Reload()
     assert [e.step for e in events.Images("samples")] == list(range(7))
     shown = {tag for section in LAYOUT.values() for _, tags in section.values() for tag in tags}
-    assert {"repr/icr_debiased", "^mem/ratio_l2$"} <= shown
+    assert {"repr/icr_debiased", "mem/ratio_l2", *OVERLAY} <= shown
     (layout,) = events.Tensors("custom_scalars__config__")
     assert b"ICR, debiased, with its 95 % interval" in layout.tensor_proto.string_val[0]
     assert "_hparams_/session_start_info" in events.Tags()["tensors"] or events.summary_metadata["_hparams_/session_start_info"]
@@ -245,8 +243,8 @@ def test_a_dead_server_costs_nothing_but_a_warning(
     for variable in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR"):
         monkeypatch.setenv(variable, "0")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", dead)
-    sink = MLflowSink()
-    tracker = Tracker(tmp_path, [sink, TensorBoardSink(tmp_path / "tensorboard")])
+    sink, board = MLflowSink(), TensorBoardSink(tmp_path / "tensorboard")
+    tracker = Tracker(tmp_path, [sink, board])
     with caplog.at_level(logging.WARNING, "mlflow_icr"):
         tracker.open({"seed": 1}, {"study": "s"})
         tracker.dataset(described, "training")
@@ -256,6 +254,7 @@ def test_a_dead_server_costs_nothing_but_a_warning(
     assert len(warnings) == 1
     assert "training goes on" in warnings[0]
     assert "hunter2" not in caplog.text
+    board.flush()
     assert tensorboard_scalars(tmp_path / "tensorboard") == as_float32(journal_scalars(tmp_path))
 
     # The server comes back: what it missed arrives first, in order and once.
@@ -323,85 +322,3 @@ def test_the_journal_is_on_the_disk_before_the_trackers_are_called(tmp_path: Pat
     for step in (0, 5):
         tracker.record(report(step))
     assert seen == [True, True]
-
-
-def test_a_torn_last_line_is_not_a_row_and_does_not_spoil_the_next(tmp_path: Path) -> None:
-    journal = Journal(tmp_path)
-    journal.append(report(0))
-    journal.append(report(1))
-    with journal.path.open("a") as file:
-        file.write('{"images_seen": 2, "repr/i')
-    assert [row["images_seen"] for row in read_history(tmp_path)] == [0, 1]
-    resumed = Journal(tmp_path)
-    resumed.append(report(2))
-    assert [row["images_seen"] for row in read_history(tmp_path)] == [0, 1, 2]
-    # A row that only lacks its newline was measured, and stays.
-    journal.path.write_bytes(journal.path.read_bytes()[:-1])
-    whole = Journal(tmp_path)
-    whole.append(report(3))
-    assert [row["images_seen"] for row in read_history(tmp_path)] == [0, 1, 2, 3]
-
-
-def test_a_file_that_the_disk_does_not_take_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half an archive would be read as the influences of a measurement."""
-    journal = Journal(tmp_path)
-    values = np.linspace(0, 1, 50, dtype=np.float32)
-
-    def half(file: IO[bytes], **arrays: np.ndarray) -> None:
-        file.write(b"PK half of it")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(np, "savez_compressed", half)
-    with pytest.raises(OSError, match="No space left"):
-        journal.append(Report(3, {"repr/icr": 0.5}, arrays={"repr/influence": values}))
-    assert [row["images_seen"] for row in read_history(tmp_path)] == [3]
-    with pytest.raises(FileNotFoundError):
-        read_arrays(tmp_path, 3)
-    monkeypatch.undo()
-    journal.append(Report(4, {"repr/icr": 0.5}, arrays={"repr/influence": values}))
-    assert np.array_equal(read_arrays(tmp_path, 4)["repr/influence"], values)
-
-
-def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
-    (tmp_path / "history.jsonl").write_text('{"images_seen": 0}\nnonsense\n{"images_seen": 2}\n')
-    with pytest.raises(ValueError, match=r"history.jsonl, line 2: not a measurement"):
-        read_history(tmp_path)
-
-
-def test_a_full_disk_leaves_whole_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    journal = Journal(tmp_path)
-    journal.append(report(0))
-    with monkeypatch.context() as full:
-
-        def no_space(descriptor: int) -> None:
-            raise OSError(28, "No space left on device")
-
-        full.setattr(os, "fsync", no_space)
-        with pytest.raises(OSError, match="No space left"):
-            journal.append(report(1))
-    journal.append(report(2))
-    lines = journal.path.read_text().splitlines()
-    assert [json.loads(line)["images_seen"] for line in lines] == [0, 2]
-
-
-def test_a_partial_write_is_taken_back(tmp_path: Path) -> None:
-    """A real limit on the file's size, which cuts a row in the middle, as a full disk does."""
-    code = """
-import resource, sys
-from mlflow_icr import Report
-from mlflow_icr.tracking import Journal, read_history
-
-journal = Journal(sys.argv[1])
-journal.append(Report(0, {"repr/icr": 0.5}))
-size = journal.path.stat().st_size
-resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, resource.RLIM_INFINITY))
-try:
-    journal.append(Report(1, {"repr/icr": 0.25, "mem/ratio_l2": 0.125}))
-except OSError:
-    print("refused", journal.path.stat().st_size - size)
-resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-journal.append(Report(2, {"repr/icr": 0.75}))
-print([row["images_seen"] for row in read_history(sys.argv[1])], sorted(journal.steps))
-"""
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120)
-    assert done.stdout.splitlines() == ["refused 0", "[0, 2] [0, 2]"], done.stderr

@@ -70,8 +70,8 @@ class ICRWatch:
     or None: three for each doubling), and says whether to stop: with `stop_on`, from the verdict turning or memorizing on. All
     ranks call it, and get the same answer; the main one writes. `refresh` is called before a measurement, on all ranks.
     `generation` measures samples too. Without a `tracker` of the caller's, which the caller closes, the watch has its own: use
-    it as a context, or `close` it. With `resume` it goes on in the folder, and in its MLflow run, from `images_seen`. Raises
-    ValueError for images, protocol, schedule, `stop_on` or a folder that do not fit, before any work starts.
+    it as a context, or `close` it, which writes the report. With `resume` it goes on in the folder, and in its MLflow run, from
+    `images_seen`. Raises ValueError for images, protocol, schedule, `stop_on` or a folder that do not fit, before any work.
 
     `save`, such as a pipeline's `save_pretrained`, writes the network that was measured into a folder, on the main rank: a
     checkpoint, which is a model in MLflow; `checkpoints_total_limit` are kept, and those to keep, or 0 for all.
@@ -207,8 +207,20 @@ class ICRWatch:
 
     def _close(self, status: str) -> None:
         if self._owned and self.is_main and self.tracker is not None:
-            self.tracker.close(status)
-            self._owned = False
+            self._owned = False  # before: an interruption here must not have the end begin again
+            try:
+                if status != "FAILED":
+                    self._conclude(self.tracker)
+            finally:
+                self.tracker.close(status)
+
+    @staticmethod
+    def _conclude(tracker: Tracker) -> None:
+        """Write the report, of which a failure costs a warning; a tracker of the caller's is concluded by the caller."""
+        from mlflow_icr.reporting import conclude  # at the end: no measurement needs it
+
+        if tracker.journal.rows:
+            conclude(tracker)
 
     def __enter__(self) -> ICRWatch:
         return self

@@ -35,7 +35,8 @@ class EvaluationConfig:
 
     `train` and `heldout` are folders, `.zip` or `.npz` files of images; `pipeline` a diffusers folder, or an address that
     MLflow can download one from, where there is no model. `num_samples` 0 leaves generated images out. `images_seen` says how
-    far the model was trained. `device` None means a GPU where there is one. All other keys are the protocol's.
+    far the model was trained; a checkpoint of a run says so itself. `device` None means a GPU where there is one. All other
+    keys are the protocol's.
     """
 
     train: Path | str | None = None

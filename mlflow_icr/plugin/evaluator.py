@@ -60,13 +60,13 @@ class ICREvaluator(ModelEvaluator):  # type: ignore[misc]
         from mlflow_icr.extraction.adapters.choose import image_channels
         from mlflow_icr.extraction.pipelines import load_denoiser
         from mlflow_icr.plugin.evaluation import EvaluationConfig, evaluate_denoiser, load_images
-        from mlflow_icr.plugin.pipeline import download_pipeline, pipeline_of
+        from mlflow_icr.plugin.pipeline import download_pipeline, images_seen_of, pipeline_of
 
         for name in ("extra_metrics", "custom_artifacts"):  # they may be meant for another evaluator
             if kwargs.get(name):
                 logger.warning("%s are not for the evaluator icr, which makes no use of them", name)
         try:
-            config = EvaluationConfig.of(evaluator_config or {})
+            config = EvaluationConfig.of({"images_seen": images_seen_of(model)} | dict(evaluator_config or {}))
             if (model is None) == (config.pipeline is None):
                 there = "both" if model is not None else "neither"
                 raise ValueError(f"model and evaluator_config's pipeline: {there} given; expected one of them")

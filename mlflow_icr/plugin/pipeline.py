@@ -75,6 +75,13 @@ def pipeline_of(model: Any) -> Path:
     return found.popitem()[1]
 
 
+def images_seen_of(model: Any) -> int:
+    """How far a loaded pyfunc model was trained, as a run's checkpoints say it of themselves; 0 where a model does not."""
+    described = getattr(getattr(model, "metadata", None), "metadata", None) or {}
+    found = described.get("images_seen", 0)
+    return found if isinstance(found, int) and found > 0 else 0
+
+
 def without_password(place: Path | str) -> str:
     """A path or address as it may be shown: without the user and password that an address can hold."""
     return re.sub(r"//[^/@]*@", "//", str(place))

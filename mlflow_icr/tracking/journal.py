@@ -28,6 +28,7 @@ class Journal:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / HISTORY
         self.rows: list[dict[str, float]] = read_history(self.path) if self.path.exists() else []
+        self.steps = {int(row["images_seen"]) for row in self.rows}  # images seen of every recorded measurement
         self._drop_torn_line()
 
     def _drop_torn_line(self) -> None:
@@ -44,11 +45,6 @@ class Journal:
         else:
             os.truncate(self.path, whole)
 
-    @property
-    def steps(self) -> set[int]:
-        """Images seen of every recorded measurement."""
-        return {int(row["images_seen"]) for row in self.rows}
-
     def append(self, report: Report) -> None:
         """Write a report's row, flushed and fsynced, then its pictures and arrays. Raises OSError when the disk is full."""
         from PIL import Image  # an image library is only needed where something is recorded
@@ -59,6 +55,7 @@ class Journal:
         if new:
             sync_folder(self.folder)
         self.rows.append(row)
+        self.steps.add(report.step)
         for key, picture in report.figures.items():
             path = self.picture(key, report.step)
             write_whole(path, partial(Image.fromarray(picture).save, format="png"))

@@ -14,7 +14,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,12 +35,17 @@ LONGEST_KEY = 250  # MLflow's limit
 
 @dataclass(frozen=True)
 class Logged:
-    """Values and texts by key that were logged together, at `step` (the training's own unit) and `time` (Unix seconds)."""
+    """Values and texts by key that were logged together, at `step` (the training's own unit) and `time` (Unix seconds).
+
+    `resumes`: it is the first of a later process, which may come by steps again that an earlier one had logged already. Of
+    each key, what is logged from here on counts in place of what was logged before at the same step and later ones.
+    """
 
     step: int
     time: float
     values: Mapping[str, float]
     texts: Mapping[str, str] = field(default_factory=dict)
+    resumes: bool = False
 
 
 def clean_key(key: object) -> str:
@@ -87,16 +92,18 @@ def _number(value: object) -> bool:
 
 
 def read_logged(output_dir: Path | str) -> list[Logged]:
-    """All that a training logged of its own, in order, without a torn last line. Raises FileNotFoundError."""
+    """All that a training logged of its own, in order, without a torn last line, also what a resumed one took back.
+
+    Raises FileNotFoundError.
+    """
     with (Path(output_dir) / FOLDER / VALUES).open("rb") as file:
         return [_row(line) for line in file if line.endswith(b"\n")]
 
 
 def _row(line: bytes) -> Logged:
     content = json.loads(line)
-    return Logged(
-        content["step"], content["time"], {k: float(v) for k, v in content["values"].items()}, content.get("texts", {})
-    )
+    values = {key: float(value) for key, value in content["values"].items()}
+    return Logged(content["step"], content["time"], values, content.get("texts", {}), content.get("resumes", False))
 
 
 def _line(row: Logged) -> bytes:
@@ -105,6 +112,8 @@ def _line(row: Logged) -> bytes:
     content: dict[str, Any] = {"step": row.step, "time": row.time, "values": values}
     if row.texts:
         content["texts"] = dict(row.texts)
+    if row.resumes:
+        content["resumes"] = True
     return (json.dumps(content, allow_nan=False) + "\n").encode()
 
 
@@ -129,6 +138,7 @@ class LoggedValues:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._file: IO[bytes] = (self.folder / VALUES).open("ab", buffering=0)
         self._drop_torn_line()
+        self._resumes = (self.folder / VALUES).stat().st_size > 0
         sent = self._read_sent()
         self._places = {name: _Place(sent.get(name, 0)) for name in sinks}
         self._send = send
@@ -149,7 +159,7 @@ class LoggedValues:
 
     def add(self, row: Logged) -> None:
         """Write a row, and bring the sinks up to the file when it is time. Raises OSError when the disk is full."""
-        line = _line(row)
+        line = _line(replace(row, resumes=True) if self._resumes else row)
         start = self._file.seek(0, os.SEEK_END)
         try:
             if self._file.write(line) != len(line):
@@ -157,6 +167,7 @@ class LoggedValues:
         except OSError:
             os.ftruncate(self._file.fileno(), start)  # half a row would spoil the ones after it
             raise
+        self._resumes = False
         if time.monotonic() >= self._next_flush:
             self.flush()
 

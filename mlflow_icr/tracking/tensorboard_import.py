@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from mlflow_icr.tracking import store
+from mlflow_icr.tracking.custom_scalars import COPIES, ICR, OVERLAY
 from mlflow_icr.tracking.event_file import as_points, float64_bits, unseen
 from mlflow_icr.tracking.event_folder import Folder, Text, event_folders, read_folder, read_images
 from mlflow_icr.tracking.hparams import RENAMED, SYSTEM, TAG_PREFIX, parameter_text
@@ -94,6 +95,9 @@ class _FolderImport:
 
     def __call__(self) -> Imported:
         folder = self.folder
+        if {ICR, COPIES[0]} <= folder.scalars.keys():  # the sink's own, which follows from these two
+            for tag in OVERLAY:
+                folder.scalars.pop(tag, None)
         self.names.settle({*folder.scalars, *folder.texts, *folder.hparams, *(name for name, _, _ in folder.images)})
         self._hparams()
         self._tags({RENAMED + key: tag for key, tag in self.names.new.items()})

@@ -79,6 +79,7 @@ class Tracker:
         self.sinks = list(sinks)
         self._told: set[str] = set()
         self._logged: LoggedValues | None = None  # most runs have none
+        self._found: tuple[int, Verdict] | None = None  # of so many rows
 
     def open(self, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
         """Open every sink and write to it what the journal has and it has not."""
@@ -152,7 +153,7 @@ class Tracker:
                 self._told.add(f"warning {key}")
                 logger.warning("%s is %s", key, text)
         self.journal.append(report)
-        found = verdict(self.journal.rows)
+        found = self.verdict
         for sink in self.sinks:
             self._guard(sink, partial(sink.write, report))
             self._guard(sink, partial(self._tell, sink, found, report.step))
@@ -207,8 +208,11 @@ class Tracker:
 
     @property
     def verdict(self) -> Verdict:
-        """What the history says so far."""
-        return verdict(self.journal.rows)
+        """What the history says so far; computed once for each row, of which there are only ever more."""
+        count = len(self.journal.rows)
+        if self._found is None or self._found[0] != count:
+            self._found = (count, verdict(self.journal.rows))
+        return self._found[1]
 
     def close(self, status: str) -> dict[str, float]:
         """Write the summary of the history, which is returned, and close every sink with the run's status."""

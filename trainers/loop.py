@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -176,7 +176,7 @@ def new_state(network: nn.Module, config: TrainConfig, accelerator: Accelerator)
     return TrainState(network, ema, optimizer, loss_sum=torch.zeros((), dtype=torch.float64, device=accelerator.device))
 
 
-def train(state: TrainState, inputs: Inputs, family: Family, accelerator: Accelerator) -> Iterator[TrainState]:
+def train(state: TrainState, inputs: Inputs, family: Family, accelerator: Accelerator) -> Generator[TrainState]:
     """Train on inputs by a family's loss, yielding the state after every optimizer step, for as long as it is asked.
 
     Order, noise and dropped labels are keyed by (seed, images seen, place in the batch), so that neither ranks, nor

@@ -18,7 +18,8 @@ def test_without_a_device_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", [str(DEVICE)])
     runpy.run_path(str(DEVICE), run_name="__main__")
-    assert capsys.readouterr().out == "device benchmark: not run, there is no CUDA device (--device cpu --tiny tries the code)\n"
+    said = capsys.readouterr().out.splitlines()
+    assert said == ["device benchmark: not run, there is no CUDA device (--device cpu --tiny tries the code)"]
     monkeypatch.setattr(sys, "argv", [str(DEVICE), "--device=cpu"])
     with pytest.raises(SystemExit, match="2"):
         runpy.run_path(str(DEVICE), run_name="__main__")

@@ -20,9 +20,14 @@ def bare(network: nn.Module, accelerator: Accelerator) -> nn.Module:
 def lay_out(network: nn.Module, accelerator: Accelerator) -> None:
     """On CUDA, lay the weights of convolutions out channels last, as its tensor cores take them; activations follow them.
 
-    Values are the same but for rounding, and checkpoints are as ever. FSDP refuses such parameters, and is spared them.
+    Values are the same but for rounding, and checkpoints are as ever. FSDP refuses such parameters, and is spared them. So is
+    inductor, whose own such layout is turned off: in torch 2.13 it loses, unsaid, the gradient of what a U-Net scales up.
     """
-    if accelerator.device.type == "cuda" and accelerator.distributed_type.value != "FSDP":
+    if accelerator.state.dynamo_plugin.backend.value == "INDUCTOR":
+        import torch._inductor.config as inductor
+
+        inductor.layout_optimization = False
+    elif accelerator.device.type == "cuda" and accelerator.distributed_type.value != "FSDP":
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 

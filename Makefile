@@ -54,6 +54,7 @@ benchmarks: .venv
 	$(BIN)/python benchmarks/distances.py
 	$(BIN)/python benchmarks/trackers.py
 	$(BIN)/python benchmarks/export.py
+	$(BIN)/python benchmarks/device.py
 
 # docs/validation.md from trainings and simulations; takes hours, and goes on where it was stopped. Needs Fashion-MNIST
 # (Debian: apt install dataset-fashion-mnist).

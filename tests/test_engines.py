@@ -21,8 +21,8 @@ def _train(rank: int, folder: str, ranks: int, port: int, parts: int, engine: st
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
     os.environ |= {"MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    if engine == "compile":
-        os.environ |= {"ACCELERATE_DYNAMO_BACKEND": "aot_eager"}
+    if engine in ("aot_eager", "inductor"):
+        os.environ |= {"ACCELERATE_DYNAMO_BACKEND": engine}
     from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 
     from trainers.checkpoint import state_tensors
@@ -51,7 +51,7 @@ def _train(rank: int, folder: str, ranks: int, port: int, parts: int, engine: st
     inputs, family = inputs_of(config, data, None, accelerator.device), family_of(config, data.num_classes)
     state = new_state(family.build(*inputs.shape[:2]), config, accelerator)
     assert is_sharded(state.network) == (engine == "fsdp")
-    assert hasattr(state.network, "_orig_mod") == (engine == "compile")
+    assert hasattr(state.network, "_orig_mod") == (engine in ("aot_eager", "inductor"))
     losses, steps = [], steps_of(state, inputs, family, accelerator)
     for _ in range(STEPS):
         next(steps)
@@ -78,7 +78,13 @@ def trained(folder: Path, ranks: int, parts: int, engine: str) -> dict[str, obje
 
 @pytest.mark.parametrize(
     ("ranks", "parts", "engine"),
-    [(2, 2, "plain"), pytest.param(4, 1, "plain", marks=pytest.mark.slow), (2, 1, "fsdp"), (1, 1, "compile")],
+    [
+        (2, 2, "plain"),
+        pytest.param(4, 1, "plain", marks=pytest.mark.slow),
+        (2, 1, "fsdp"),
+        (1, 1, "aot_eager"),
+        pytest.param(1, 1, "inductor", marks=pytest.mark.slow),  # a C++ compiler's time
+    ],
 )
 def test_ranks_parts_and_engines_change_nothing_but_rounding(
     alone: tuple[Path, dict[str, object]], ranks: int, parts: int, engine: str

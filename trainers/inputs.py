@@ -33,8 +33,8 @@ class Inputs:
         return channels // (2 if self.latent else 1), height, width
 
     def to(self, device: torch.device) -> Inputs:
-        """The same on a device."""
-        return Inputs(self.images.to(device), None if self.labels is None else self.labels.to(device))
+        """The same with images on a device; classes stay on the CPU, where batches are drawn."""
+        return Inputs(self.images.to(device), None if self.labels is None else self.labels.cpu())
 
 
 def open_autoencoder(config: TrainConfig, device: torch.device) -> Autoencoder | None:

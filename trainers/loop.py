@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
+from functools import partial
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
+from weakref import finalize
 
 import numpy as np
 import torch
@@ -14,7 +18,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mlflow_icr.extraction import keyed_generator
 from trainers.config import TrainConfig
-from trainers.engine import bare, whole
+from trainers.engine import bare, lay_out, whole
 from trainers.families import Family
 from trainers.inputs import Inputs
 
@@ -56,13 +60,12 @@ class Order:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Inputs (B, C, H, W), noise levels (B,), unit noise (B, C, H, W), and where the model has them classes (B,).
+    """Which inputs (B,), noise levels (B,), unit noise (B, C, H, W), and where the model has them classes (B,).
 
-    Of latents, inputs are mean and deviation, (B, 2 C, H, W), and `spread` is the unit noise (B, C, H, W) that says which one
-    of the posterior is taken.
+    Of latents, `spread` is the unit noise (B, C, H, W) that says which one of the posterior is taken.
     """
 
-    images: Tensor
+    indices: Tensor
     level: Tensor
     noise: Tensor
     labels: Tensor | None = None
@@ -75,24 +78,32 @@ class Batch:
 
     def part(self, place: int, parts: int) -> Batch:
         """One of equal consecutive parts."""
-        size = len(self.images) // parts
+        size = len(self.indices) // parts
         rows = slice(place * size, (place + 1) * size)
         return self._each(lambda value: value[rows])
 
-    def to(self, device: torch.device) -> Batch:
-        """The same on a device."""
-        return self._each(lambda value: value.to(device))
+    def pinned(self) -> Batch:
+        """The same in memory that a CUDA device copies from by itself."""
+        return self._each(Tensor.pin_memory)
 
-    def clean(self) -> Tensor:
-        """What is noised, (B, C, H, W): images in [-1, 1], or latents."""
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device; nobody waits for a CUDA device to have it."""
+        return self._each(lambda value: value.to(device, non_blocking=device.type == "cuda"))
+
+    def clean(self, inputs: Inputs) -> Tensor:
+        """What is noised, (B, C, H, W), of inputs on the batch's device: images in [-1, 1], or latents."""
+        chosen = inputs.images[self.indices]
         if self.spread is None:
-            return self.images.float() / 127.5 - 1
-        mean, deviation = self.images.chunk(2, 1)
+            return chosen.float() / 127.5 - 1
+        mean, deviation = chosen.chunk(2, 1)
         return mean + deviation * self.spread
 
 
 def draw_batch(inputs: Inputs, order: Order, family: Family, images_seen: int) -> Batch:
-    """The whole batch, of all ranks, that follows after images_seen: a function of the configuration and that number."""
+    """The whole batch, of all ranks, that follows after images_seen: a function of the configuration and that number.
+
+    It is on the CPU, wherever the images are; classes must be there too.
+    """
     config, count = family.config, family.config.batch_size
 
     def stream(purpose: str) -> np.random.Generator:
@@ -108,9 +119,43 @@ def draw_batch(inputs: Inputs, order: Order, family: Family, images_seen: int) -
     labels = None
     if inputs.labels is not None and family.null_class is not None:
         dropped = torch.from_numpy(stream("label dropout").random(count) < config.label_dropout)
-        labels = torch.where(dropped, family.null_class, inputs.labels[indices.to(inputs.labels.device)].cpu())
+        labels = torch.where(dropped, family.null_class, inputs.labels[indices])
     spread = unit(stream("posterior")) if inputs.latent else None
-    return Batch(inputs.images[indices.to(inputs.images.device)], level, noise, labels, spread)
+    return Batch(indices, level, noise, labels, spread)
+
+
+class Ahead:
+    """A context that draws batches one ahead in a thread, so that the device need not wait for the host's random numbers.
+
+    `draw(images_seen)` gives a rank's share in parts, one for each accumulated step; it is pinned where `device` is a CUDA
+    device. What goes wrong in the thread is raised where its batch is asked for. Leaving the context ends the thread.
+    """
+
+    def __init__(self, draw: Callable[[int], list[Batch]], batch_size: int, device: torch.device) -> None:
+        self._draw, self._size, self._pin = draw, batch_size, device.type == "cuda"
+        # A new thread's device is the first one: pinning memory there would put another context on it, of every rank.
+        self._pool = ThreadPoolExecutor(1, "draw", partial(torch.cuda.set_device, device) if self._pin else None)
+        # A context that is never left ends with Python, while what ending takes is still there.
+        self._end = finalize(self, self._pool.shutdown, cancel_futures=True)
+        self._at = -1
+        self._next: Future[list[Batch]]
+
+    def __enter__(self) -> Ahead:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._end()
+
+    def _parts(self, images_seen: int) -> list[Batch]:
+        parts = self._draw(images_seen)
+        return [part.pinned() for part in parts] if self._pin else parts
+
+    def __call__(self, images_seen: int) -> list[Batch]:
+        """The parts that follow after images_seen; those after them are begun."""
+        found = self._next if self._at == images_seen else self._pool.submit(self._parts, images_seen)
+        self._at = images_seen + self._size
+        self._next = self._pool.submit(self._parts, self._at)
+        return found.result()
 
 
 def ema_beta(config: TrainConfig, images_seen: int) -> float:
@@ -121,6 +166,7 @@ def ema_beta(config: TrainConfig, images_seen: int) -> float:
 
 def new_state(network: nn.Module, config: TrainConfig, accelerator: Accelerator) -> TrainState:
     """A network at the start of its training, on the accelerator's device."""
+    lay_out(network, accelerator)
     ema = copy.deepcopy(network).requires_grad_(False).eval().to(accelerator.device)
     # One kernel for all parameters, where the device has one; the numbers are Adam's.
     optimizer = torch.optim.Adam(
@@ -130,43 +176,50 @@ def new_state(network: nn.Module, config: TrainConfig, accelerator: Accelerator)
     return TrainState(network, ema, optimizer, loss_sum=torch.zeros((), dtype=torch.float64, device=accelerator.device))
 
 
-def train(state: TrainState, inputs: Inputs, family: Family, accelerator: Accelerator) -> Iterator[TrainState]:
+def train(state: TrainState, inputs: Inputs, family: Family, accelerator: Accelerator) -> Generator[TrainState]:
     """Train on inputs by a family's loss, yielding the state after every optimizer step, for as long as it is asked.
 
     Order, noise and dropped labels are keyed by (seed, images seen, place in the batch), so that neither ranks, nor
     accumulation, nor a resumption change them. A rank takes an equal, consecutive share of each accumulated part. Dropout draws
     from the global generator, in the shape of a rank's share: it is keyed too, and by the rank, so that a resumption does not
-    change it.
+    change it. The inputs live on the device; nothing in a step waits for it.
     """
-    config, device = family.config, accelerator.device
+    config = family.config
     denoiser = family.denoiser(state.network)
     order = Order(len(inputs.images), config.seed)
     average = list(state.ema.parameters())
     weights = list(bare(state.network, accelerator).parameters())
-    inputs = inputs.to(device)
+    inputs = inputs.to(accelerator.device)
+    device = inputs.images.device  # with its number
     state.network.train()
-    while True:
-        batch = draw_batch(inputs, order, family, state.images_seen)
-        rate = config.learning_rate * min(1.0, (state.images_seen + config.batch_size) / max(config.rampup_kimg * 1000, 1e-8))
-        for group in state.optimizer.param_groups:
-            group["lr"] = rate
-        if config.dropout:
-            key = keyed_generator("dropout", config.seed, state.images_seen, accelerator.process_index)
-            torch.manual_seed(int(key.integers(2**63)))
-        for place in range(accelerator.gradient_accumulation_steps):  # a launcher's configuration may have set it
-            part = batch.part(place, accelerator.gradient_accumulation_steps)
-            mine = part.part(accelerator.process_index, accelerator.num_processes).to(device)
-            with accelerator.accumulate(state.network):
-                loss = family.loss(denoiser, mine.clean(), mine.level, mine.noise, mine.labels)
-                accelerator.backward(loss)
-                state.optimizer.step()
-                state.optimizer.zero_grad()
-            state.loss_sum += loss.detach()
-            state.loss_steps += 1
-        state.images_seen += config.batch_size
-        with torch.no_grad():
-            get_ema_multi_avg_fn(ema_beta(config, state.images_seen))(average, [whole(w) for w in weights], 0)
-        yield state
+
+    def share(images_seen: int) -> list[Batch]:
+        batch, parts = draw_batch(inputs, order, family, images_seen), accelerator.gradient_accumulation_steps
+        mine = accelerator.process_index, accelerator.num_processes
+        return [batch.part(place, parts).part(*mine) for place in range(parts)]  # a launcher's configuration may have set parts
+
+    with Ahead(share, config.batch_size, device) as drawn:
+        while True:
+            parts = drawn(state.images_seen)
+            ramp = min(1.0, (state.images_seen + config.batch_size) / max(config.rampup_kimg * 1000, 1e-8))
+            for group in state.optimizer.param_groups:
+                group["lr"] = config.learning_rate * ramp
+            if config.dropout:
+                key = keyed_generator("dropout", config.seed, state.images_seen, accelerator.process_index)
+                torch.manual_seed(int(key.integers(2**63)))
+            for part in parts:
+                mine = part.to(device)
+                with accelerator.accumulate(state.network):
+                    loss = family.loss(denoiser, mine.clean(inputs), mine.level, mine.noise, mine.labels)
+                    accelerator.backward(loss)
+                    state.optimizer.step()
+                    state.optimizer.zero_grad()
+                state.loss_sum += loss.detach()
+                state.loss_steps += 1
+            state.images_seen += config.batch_size
+            with torch.no_grad():
+                get_ema_multi_avg_fn(ema_beta(config, state.images_seen))(average, [whole(w) for w in weights], 0)
+            yield state
 
 
 def take_mean_loss(state: TrainState, accelerator: Accelerator) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -178,25 +179,27 @@ class Run:
     def go(self, tracker: Tracker | None, console: Console, wants_stop: Callable[[], bool]) -> str:
         """Train to the end of the schedule, or until asked to stop; returns FINISHED or KILLED."""
         due = [step for step in self.schedule if step >= self.state.images_seen]
-        steps = train(self.state, self.inputs, self.family, self.accelerator)
         since, trained = time.perf_counter(), 0
-        while due:
-            if self.state.images_seen == due[0]:
-                self._trained_seconds += time.perf_counter() - since
-                due.pop(0)
-                self._observe(tracker, console)
-                if self._stops():
-                    console.stopped(verdict(self.rows))
-                    return "FINISHED"
-                since = time.perf_counter()
-            elif self._agree(wants_stop(), trained):
-                self._save()
-                return "KILLED"
-            else:
-                next(steps)
-                trained += 1
-                self._trained_images += self.config.batch_size
-                console.step(self.state)
+        with closing(train(self.state, self.inputs, self.family, self.accelerator)) as steps:
+            while due:
+                if self.state.images_seen == due[0]:
+                    if self.accelerator.device.type == "cuda":
+                        torch.cuda.synchronize()  # steps that are only queued are not trained yet
+                    self._trained_seconds += time.perf_counter() - since
+                    due.pop(0)
+                    self._observe(tracker, console)
+                    if self._stops():
+                        console.stopped(verdict(self.rows))
+                        return "FINISHED"
+                    since = time.perf_counter()
+                elif self._agree(wants_stop(), trained):
+                    self._save()
+                    return "KILLED"
+                else:
+                    next(steps)
+                    trained += 1
+                    self._trained_images += self.config.batch_size
+                    console.step(self.state)
         return "FINISHED"
 
     def _observe(self, tracker: Tracker | None, console: Console) -> None:

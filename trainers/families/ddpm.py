@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mlflow_icr import SchedulerDenoiser
+from trainers.config import TrainConfig
 from trainers.families.base import Family
 from trainers.families.unet import make_unet
 
@@ -18,6 +19,10 @@ KINDS = {"epsilon": "epsilon", "v": "v_prediction"}  # ours, and diffusers' word
 
 class DDPM(Family):
     """DDPM (Ho et al. 2020), or with v prediction (Salimans & Ho 2022); a noise level is a timestep, 0 to 999."""
+
+    def __init__(self, config: TrainConfig, num_classes: int | None = None) -> None:
+        super().__init__(config, num_classes)
+        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def _network(self, channels: int, side: int) -> nn.Module:
         return make_unet(self.config, channels, side, self.num_classes)
@@ -44,8 +49,10 @@ class DDPM(Family):
 
     def loss(self, denoiser: Any, x: Tensor, level: Tensor, noise: Tensor, labels: Tensor | None = None) -> Tensor:
         """The mean squared error of what is predicted: the noise, or v = sqrt(abar) noise - sqrt(1 - abar) x; unweighted."""
-        shares = (torch.sigmoid(sign * denoiser.log_sigmas).sqrt() for sign in (-2, 2))  # sqrt(abar) and sqrt(1 - abar), (T,)
-        signal, share = (s.to(x)[level.long()].view(-1, 1, 1, 1) for s in shares)
+        if x.device not in self._tables:  # kept: to bring them there in each step would make the host wait for the device
+            signals, shares = (torch.sigmoid(sign * denoiser.log_sigmas).sqrt().to(x) for sign in (-2, 2))
+            self._tables[x.device] = signals, shares  # sqrt(abar) and sqrt(1 - abar), (T,)
+        signal, share = (table[level.long()].view(-1, 1, 1, 1) for table in self._tables[x.device])
         target = noise if self.config.prediction == "epsilon" else signal * noise - share * x
         return (denoiser.predict(signal * x + share * noise, level, labels) - target).square().mean()
 

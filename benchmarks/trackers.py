@@ -1,12 +1,14 @@
 """What logging one report costs the training thread: journal, MLflow and TensorBoard, against Accelerate's MLflow tracker.
 
-Both log the same values of a training to a real `mlflow server` on this machine, turn by turn; ours also keeps them on the disk
-and writes TensorBoard's events. The ratio is the median of the pairs' ratios; the longest call is what a step may have to wait.
+Both log the same values of a training to a real `mlflow server` on this machine, turn by turn, when the other's have arrived;
+ours also keeps them on the disk and writes TensorBoard's events. The ratio is the median of the pairs' ratios; the longest call
+is what a step may have to wait. A line as long, written to the same disk with fsync, is the least that keeping costs.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import socket
@@ -21,6 +23,7 @@ from pathlib import Path
 from accelerate.tracking import MLflowTracker
 
 from mlflow_icr import Report
+from mlflow_icr.extraction.files import append_line
 from mlflow_icr.tracking import MLflowSink, TensorBoardSink, Tracker
 
 VALUES = 50  # as many as a measurement of a trainer has
@@ -53,7 +56,8 @@ def main() -> None:
         folder = Path(temporary)
         server, os.environ["MLFLOW_TRACKING_URI"] = serve(folder)
         try:
-            ours = Tracker(folder / "run", [MLflowSink(run_name="ours"), TensorBoardSink(folder / "run" / "tensorboard")])
+            sink, board = MLflowSink(run_name="ours"), TensorBoardSink(folder / "run" / "tensorboard")
+            ours = Tracker(folder / "run", [sink, board])
             ours.open({}, {})
             theirs = MLflowTracker(experiment_name="theirs")
             theirs.start()
@@ -62,22 +66,27 @@ def main() -> None:
                 values = {f"repr/value{i}": (step + 1) / (i + 7) for i in range(VALUES)}
                 started = time.perf_counter()
                 ours.record(Report(step, values))
-                middle = time.perf_counter()
+                mine = time.perf_counter() - started
+                sink.flush()  # else the delivery of ours would be part of what theirs takes
+                board.flush()
+                started = time.perf_counter()
                 theirs.log(values, step=step)
-                times.append((middle - started, time.perf_counter() - middle))
+                other = time.perf_counter() - started
+                started = time.perf_counter()
+                append_line(folder / "bare.jsonl", json.dumps(values) + "\n")
+                times.append((mine, other, time.perf_counter() - started))
                 time.sleep(arguments.pause)
             ours.close("FINISHED")
             theirs.finish()
         finally:
             os.killpg(server.pid, signal.SIGKILL)
             server.wait()
-    mine, other = ([1000 * t for t in side] for side in zip(*times[1:], strict=True))  # the first ones import things
-    print(f"one report of {VALUES} values, {len(mine)} of them, in the training thread:")
-    print(f"  ours, to journal, MLflow and TensorBoard   median {statistics.median(mine):6.2f} ms, longest {max(mine):7.2f} ms")
-    print(
-        f"  Accelerate's MLflowTracker                 median {statistics.median(other):6.2f} ms, longest {max(other):7.2f} ms"
-    )
-    ratio = statistics.median(a / b for a, b in zip(mine, other, strict=True))
+    sides = [[1000 * t for t in side] for side in zip(*times[1:], strict=True)]  # the first ones import things
+    print(f"one report of {VALUES} values, {len(sides[0])} of them, in the training thread:")
+    names = ("ours, to journal, MLflow and TensorBoard", "Accelerate's MLflowTracker", "one line to the disk, with fsync")
+    for name, side in zip(names, sides, strict=True):
+        print(f"  {name:40}   median {statistics.median(side):6.2f} ms, longest {max(side):7.2f} ms")
+    ratio = statistics.median(a / b for a, b in zip(sides[0], sides[1], strict=True))
     print(f"  ratio {ratio:.3f} (goal: at most 0.05)")
 
 

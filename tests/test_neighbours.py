@@ -118,6 +118,23 @@ def test_doubtful_rows_are_the_exception(rng: np.random.Generator, monkeypatch: 
     assert sum(calls) <= 9  # of 900 rows
 
 
+@pytest.mark.parametrize("precision", ["medium", "autocast"])
+def test_coarse_products_of_the_caller_change_nothing(rng: np.random.Generator, precision: str) -> None:
+    y = rng.standard_normal((400, 64)) * 1e-3 + rng.standard_normal(64)  # near each other: bfloat16 cannot tell them apart
+    x = y[:50] + 1e-5 * rng.standard_normal((50, 64))
+    x, y = (torch.from_numpy(z).float() for z in (x, y))
+    expected = brute(x.double().numpy(), y.double().numpy(), 2)[1]
+    before = torch.get_float32_matmul_precision()
+    try:
+        if precision == "medium":
+            torch.set_float32_matmul_precision("medium")
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "autocast"):
+            found = k_nearest(x, y, 2)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert np.array_equal(found.indices, expected)
+
+
 def test_pixels_in_eight_bits_are_the_numbers_that_they_are(rng: np.random.Generator) -> None:
     train, fake = (torch.from_numpy(rng.integers(0, 256, (n, 48), dtype=np.uint8)) for n in (150, 40))
     fake[:9] = train[:9]

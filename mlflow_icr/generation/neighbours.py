@@ -69,6 +69,15 @@ def around(x: Tensor, centre: Tensor | None) -> Tensor:
     return (x if centre is None else x - centre).float()
 
 
+def _coarseness() -> float:
+    """By how much a product's operands may be rounded beyond float32: TF32 or bfloat16, where settings allow it."""
+    try:
+        coarse = torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # set for one backend alone
+        coarse = True
+    return 2.0**-8 if coarse else 0.0
+
+
 def _squared_norms(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=1).square()
 
@@ -105,7 +114,9 @@ def _propose(
     assert places is not None
     # A float32 sum of D products is off by at most D eps / 2 times the sum of their sizes (Higham 2002, section 3.1), which for
     # 2 x.y and both norms is (|x| + |y|)^2; what remains is rounding of single values, a few eps.
-    margin = (x.shape[1] / 2 + 8) * torch.finfo(torch.float32).eps * (norms.double().sqrt() + widest**0.5).square()
+    # Operands that are rounded first, by a share u each, add at most 4 u |x| |y|.
+    relative = (x.shape[1] / 2 + 8) * torch.finfo(torch.float32).eps + _coarseness()
+    margin = relative * (norms.double().sqrt() + widest**0.5).square()
     return best + norms, places, margin
 
 
@@ -128,7 +139,8 @@ def k_nearest(x: Tensor, y: Tensor, k: int, *, exclude_self: bool = False, budge
     for start in range(0, x.shape[0], rows):
         part = x[start : start + rows]
         skip = torch.arange(start, start + len(part), device=x.device) if exclude_self else None
-        approximate, places, margin = _propose(part, y, centre, count, skip, columns)
+        with torch.autocast(x.device.type, enabled=False):  # of a training around it, whose products are in half precision
+            approximate, places, margin = _propose(part, y, centre, count, skip, columns)
         # Whatever is nearer than the k-th is at most two errors above it.
         near = approximate.double() <= approximate[:, k - 1 : k].double() + 2 * margin
         squared = measured(part, y, places, near, budget_bytes)

@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from mlflow_icr.monitoring.series import Rows, rows_of, series
 
 GENERALIZING, TURNING, MEMORIZING, UNDECIDED = "generalizing", "turning", "memorizing", "undecided"
@@ -117,29 +119,22 @@ def elasticities(rows: Rows, thresholds: Thresholds | None = None) -> list[Slope
     The errors of the ratios are taken as independent, which is conservative: images and noise are the same at every step.
     """
     t = thresholds or Thresholds()
-    ratio = dict(series(rows, "repr/view_error_ratio"))
     high = dict(series(rows, "repr/view_error_ratio_high"))
-    points = [
-        (math.log(at), math.log(r), math.log(high[at] / r) if at in high else 0.0)
-        for at, r in ratio.items()
-        if at > 0 and r > 0
-    ]
+    points = [(at, r) for at, r in series(rows, "repr/view_error_ratio") if at > 0 and r > 0]
+    x, y = (np.array([math.log(point[i]) for point in points]) for i in (0, 1))
+    half = np.array([math.log(high[at] / r) if at in high else 0.0 for at, r in points])
     found = []
-    for end in range(len(points)):
+    for end, (now, ratio) in enumerate(points):
         # The first measurement at or before the start of the window belongs to it: it is that long ago at least.
-        start = end
-        while start > 0 and points[end][0] - points[start][0] < math.log(t.window):
-            start -= 1
-        inside = points[start : end + 1]
-        if len(inside) < t.fewest_points or points[end][0] - points[start][0] < 0.99 * math.log(t.window):
+        start = max(0, int(np.searchsorted(x[end] - x[: end + 1] < math.log(t.window), True)) - 1)
+        if end + 1 - start < t.fewest_points or x[end] - x[start] < 0.99 * math.log(t.window):
             continue
-        mean_x = sum(x for x, _, _ in inside) / len(inside)
-        square = sum((x - mean_x) ** 2 for x, _, _ in inside)
-        slope = sum((x - mean_x) * y for x, y, _ in inside) / square
-        reach = math.sqrt(sum(((x - mean_x) * h) ** 2 for x, _, h in inside)) / square
-        now, since = (round(math.exp(points[place][0])) for place in (end, start))
-        _, log_ratio, half = points[end]
-        found.append(Slope(now, since, math.exp(log_ratio), half, slope, slope - reach, slope + reach))
+        inside = slice(start, end + 1)
+        away = x[inside] - x[inside].mean()
+        square = float(away @ away)
+        slope = float(away @ y[inside]) / square
+        reach = math.sqrt(float(((away * half[inside]) ** 2).sum())) / square
+        found.append(Slope(now, points[start][0], ratio, float(half[end]), slope, slope - reach, slope + reach))
     return found
 
 
@@ -179,7 +174,7 @@ def _certainty(rows: Rows, values: Sequence[tuple[int, float]], t: Thresholds) -
     """Whether a rise from one measurement to another is beyond doubt: by the best of the intervals that the history has."""
     paired = dict(series(rows, "repr/icr_rise_low"))
     low, high = dict(series(rows, "repr/icr_low")), dict(series(rows, "repr/icr_high"))
-    steps = [at for at, _ in values]
+    places, value = {at: place for place, (at, _) in enumerate(values)}, dict(values)
 
     def certain(lowest_at: int, at: int) -> bool:
         if at in paired:
@@ -187,9 +182,8 @@ def _certainty(rows: Rows, values: Sequence[tuple[int, float]], t: Thresholds) -
         if lowest_at in high and at in low:
             return low[at] > high[lowest_at]
         # No intervals: only a rise that lasts is more than a wobble.
-        place = steps.index(at)
-        last = values[max(0, place - t.fewest_points + 1) : place + 1]
-        return len(last) == t.fewest_points and all(v - dict(values)[lowest_at] >= t.rise for _, v in last)
+        last = values[max(0, places[at] - t.fewest_points + 1) : places[at] + 1]
+        return len(last) == t.fewest_points and all(v - value[lowest_at] >= t.rise for _, v in last)
 
     return certain
 

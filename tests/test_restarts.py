@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,10 @@ def killed(tracker: Tracker) -> None:
 
 
 def begun(folder: Path, *, mlflow: bool = False) -> Tracker:
+    # Event files are read in the order of their names: the second, the process, and how manieth it is there, as text. Real
+    # processes do not follow each other within a second; here the tenth file would come before the ninth.
+    while any(f".{int(time.time())}." in path.name for path in (folder / "tensorboard").glob("events.*")):
+        time.sleep(0.05)
     sinks = [TensorBoardSink(folder / "tensorboard"), *([MLflowSink()] if mlflow else [])]
     tracker = Tracker(folder, sinks)
     tracker.open({}, {})

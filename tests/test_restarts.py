@@ -48,7 +48,7 @@ def killed(tracker: Tracker) -> None:
 
 
 def begun(folder: Path, *, mlflow: bool = False) -> Tracker:
-    # Event files are read in the order of their names: the second, the process, and how manieth it is there, as text. Real
+    # Event files are read in the order of their names: the second, the process, and its number there, as text. Real
     # processes do not follow each other within a second; here the tenth file would come before the ninth.
     while any(f".{int(time.time())}." in path.name for path in (folder / "tensorboard").glob("events.*")):
         time.sleep(0.05)

@@ -50,9 +50,8 @@ class Journal:
         from PIL import Image  # an image library is only needed where something is recorded
 
         row = report.flat()
-        new = not self.path.exists()
         append_line(self.path, json.dumps(row) + "\n")
-        if new:
+        if not self.rows:  # the file is new
             sync_folder(self.folder)
         self.rows.append(row)
         self.steps.add(report.step)

@@ -316,8 +316,8 @@ def test_what_cannot_be_loaded_is_refused_in_one_line(
         weights.rename(tmp_path / "away")
         refused(saved, "which diffusers does not load")
         (tmp_path / "away").rename(weights)
-    assert main(["measure", str(saved), "--data", str(tmp_path), "--run-id", "x"]) == 2
-    assert "run_id is 'x'; expected none without --generated or --checkpoints" in capsys.readouterr().err
+    assert main(["measure", str(saved), "--data", str(tmp_path), "--output-dir", "x"]) == 2
+    assert "output_dir is 'x'; expected none without --generated or --checkpoints" in capsys.readouterr().err
 
 
 def test_a_name_on_the_hub_that_cannot_be_had_is_one_line(

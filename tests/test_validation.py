@@ -159,8 +159,8 @@ def test_the_window_is_told_from_a_kept_sweep(tmp_path: Path) -> None:
     (tmp_path / "sweeps.json").write_text(json.dumps({"rich": sweep.as_dict()}))
     assert read_sweeps(tmp_path / "sweeps.json") == {"rich": sweep}
     assert window_rows({"rich": sweep}) == [
-        ["rich", "mid_block", "0.4", "0.450", "0.150 (at least 0.140)", "yes", "0.2", "0.900", "1"],
-        ["rich", "up_blocks.0", "-", "-", "-", "no", "-", "-", "-"],
+        ["rich", "mid_block", "0.4", "0.450", "0.150 (at least 0.140)", "yes", "0.2", "0.900", "1", "0.100"],
+        ["rich", "up_blocks.0", "-", "-", "-", "no", "-", "-", "-", "-"],
     ]
 
 

@@ -64,11 +64,13 @@ def models(runs: Runs) -> dict[str, tuple[str, Path]]:
 
 
 def labelled_images(config: TrainConfig) -> LabelledImages | None:
-    """What the probes of all models learn from and are scored on: training images of the largest run, and held-out ones."""
+    """What all models' probes learn from and are scored on: the largest run's training images, and held-out ones if any."""
     data = data_of(config)
-    if data.train_labels is None or data.heldout_labels is None or not len(data.heldout):
+    if data.train_labels is None:
         return None
-    sets = (data.train, data.train_labels, data.heldout, data.heldout_labels)
+    sets = [data.train, data.train_labels]
+    if data.heldout_labels is not None and len(data.heldout):  # else the probe is cross-validated
+        sets += [data.heldout, data.heldout_labels]
     return LabelledImages(*(part[:MOST_IMAGES] for part in sets))
 
 

@@ -39,7 +39,7 @@ def read_sweeps(path: Path) -> dict[str, NoiseSweep]:
 
 
 def window_rows(sweeps: Mapping[str, NoiseSweep]) -> list[list[str]]:
-    """For each model and layer: where ICR is lowest and the probe best, how far apart on the grid, and whether ICR is a U."""
+    """For each model and layer: where ICR is lowest and the probe best, how far apart, and whether ICR is a U."""
     rows = []
     for name, sweep in sweeps.items():
         for layer in sweep.layers:
@@ -51,15 +51,17 @@ def window_rows(sweeps: Mapping[str, NoiseSweep]) -> list[list[str]]:
             left, lowest = points[sweep.sigmas[0]], None if star is None else points[star].icr
             rise = "-" if left.rise is None or left.rise_low is None else f"{left.rise:.3f} (at least {left.rise_low:.3f})"
             best = None if accurate is None else points[accurate].accuracy
+            there = None if star is None else points[star].accuracy
+            lost = "-" if best is None or there is None else f"{best - there:.3f}"
             rows.append([
                 name, layer, "-" if star is None else f"{star:g}", "-" if lowest is None else f"{lowest:.3f}", rise,
                 "yes" if sweep.has_window(layer) else "no", "-" if accurate is None else f"{accurate:g}",
-                "-" if best is None else f"{best:.3f}", steps,
+                "-" if best is None else f"{best:.3f}", steps, lost,
             ])  # fmt: skip
     return rows
 
 
 HEAD = (
     "model", "layer", "ICR lowest at sigma", "its value", "ICR above it at the smallest sigma", "a window",
-    "probe best at sigma", "its accuracy", "steps apart",
+    "probe best at sigma", "its accuracy", "steps apart", "less accurate where ICR is lowest by",
 )  # fmt: skip

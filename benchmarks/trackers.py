@@ -67,7 +67,8 @@ def main() -> None:
                 started = time.perf_counter()
                 ours.record(Report(step, values))
                 mine = time.perf_counter() - started
-                sink.flush()  # else the delivery of ours would be part of what theirs takes
+                ours.settle()  # else what goes on in the background of ours would be part of what theirs takes
+                sink.flush()
                 board.flush()
                 started = time.perf_counter()
                 theirs.log(values, step=step)

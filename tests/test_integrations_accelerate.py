@@ -157,6 +157,7 @@ def test_values_that_a_dead_server_missed_arrive_when_it_is_back(
         tracker.open({}, {})
         for step in range(500):
             tracker.log(Logged(step, 1e9 + step, {"loss": step / 7}))
+    tracker.settle()
     assert len(asked) == 1
     assert "hunter2" not in caplog.text
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)

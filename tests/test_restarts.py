@@ -38,6 +38,7 @@ def in_both_readers(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 def killed(tracker: Tracker) -> None:
     """What the end of a process leaves: the files as they are, and no lock."""
+    tracker.settle()
     for sink in tracker.sinks:
         if isinstance(sink, MLflowSink):
             assert sink.flush()
@@ -68,6 +69,7 @@ def test_what_a_killed_training_logged_is_taken_back_where_it_is_logged_again(tm
     tracker.log(Logged(40, 1056.0, {"heldout": 3.0}))
     tracker.record(Report(35, {"repr/icr": 0.25}, {"samples": picture}))  # by images seen: a third one
     assert tracker._logged is not None
+    tracker.settle()
     tracker._logged.flush()
     killed(tracker)
 
@@ -102,6 +104,7 @@ def test_what_was_written_but_not_noted_is_not_written_twice(tmp_path: Path) -> 
         for step in range(3 * process, 3 * process + 3):
             tracker.log(Logged(step, 1000.0 + step, {"loss": float(step)}, {"phase": "a"}))
         assert tracker._logged is not None
+        tracker.settle()
         tracker._logged.flush()
         killed(tracker)
         (tmp_path / "logged" / "sent.json").unlink()
@@ -114,6 +117,7 @@ def test_a_measurement_that_was_missed_comes_into_its_place(tmp_path: Path, own_
     tracker = begun(tmp_path)
     sinks = tracker.sinks
     for step in range(0, 60, 10):
+        tracker.settle()
         tracker.sinks = [] if step == 20 else sinks
         tracker.record(Report(step, {ICR: 0.9 - step / 100, "mem/ratio_l2": step / 100}))
     killed(tracker)

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,10 @@ import pytest
 
 from mlflow_icr import Report
 from mlflow_icr.monitoring.series import read_distributions
+from mlflow_icr.monitoring.verdict import Verdict, verdict
 from mlflow_icr.tracking import MLflowSink, TensorBoardSink, Tracker, read_history
 from mlflow_icr.tracking.custom_scalars import LAYOUT, OVERLAY
+from mlflow_icr.tracking.logged import Logged
 
 # Values that lose bits in float32, or in a decimal of few digits.
 ODD = [0.1 + 0.2, 1 / 3, 1e-300, 3e38, -0.0, 123456789.123456789, 2**53 + 1.0]
@@ -69,6 +72,7 @@ def test_a_value_is_the_same_everywhere(tmp_path: Path) -> None:
     tracker.open({"seed": 3, "sigmas": [0.29]}, {"study": "s"})
     for step in range(7):
         tracker.record(report(step))
+    tracker.settle()
     board.flush()
     journal = journal_scalars(tmp_path)
     assert sorted(journal) == ["mem/ratio_l2", "perf/images_per_second", "repr/icr"]
@@ -182,8 +186,10 @@ def test_resuming_brings_every_sink_up_to_the_journal(tmp_path: Path) -> None:
     tracker.open({}, {})
     for step in (0, 1, 2):
         tracker.record(report(step))
+    tracker.settle()
     tracker.sinks = []  # a kill after the journal's row, before the sinks heard of it
     tracker.record(report(3))
+    tracker.settle()
     assert sink.flush()
     assert sink.outbox is not None
     sink.outbox.close()  # as the end of a process does
@@ -250,6 +256,8 @@ def test_a_dead_server_costs_nothing_but_a_warning(
         tracker.dataset(described, "training")
         tracker.record(report(1))
         tracker.record(report(2))
+        tracker.settle()
+        assert not sink.flush()
     warnings = [r.getMessage() for r in caplog.records if "MLflow" in r.getMessage()]
     assert len(warnings) == 1
     assert "training goes on" in warnings[0]
@@ -260,6 +268,7 @@ def test_a_dead_server_costs_nothing_but_a_warning(
     # The server comes back: what it missed arrives first, in order and once.
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     tracker.record(report(3))
+    tracker.settle()
     assert sink.flush()
     assert sink.run_id is not None
     assert mlflow_scalars(sink.run_id) == journal_scalars(tmp_path)
@@ -290,6 +299,7 @@ def test_a_server_that_fails_between_start_and_parameters_gets_them_later(
         tracker.open({"seed": 1}, {})
         assert not sink.flush()
         tracker.record(report(1))
+        tracker.settle()
     tracker.record(report(2))
     tracker.close("FINISHED")
     (run,) = mlflow.MlflowClient().search_runs(["0"])
@@ -321,4 +331,39 @@ def test_the_journal_is_on_the_disk_before_the_trackers_are_called(tmp_path: Pat
     tracker = Tracker(tmp_path, [Late()])
     for step in (0, 5):
         tracker.record(report(step))
+    tracker.settle()
     assert seen == [True, True]
+
+
+def test_a_sink_that_takes_its_time_holds_nobody_up(tmp_path: Path) -> None:
+    """Each of its verdicts is that of the rows up to its own, however far the training has come."""
+    free = threading.Event()
+    told: list[tuple[object, ...]] = []
+
+    class Slow:
+        name = "slow"
+
+        def write(self, r: Report) -> None:
+            assert free.wait(60)
+
+        def log(self, rows: list[Logged]) -> None:
+            told.append(("log", [row.step for row in rows]))
+
+        def verdict(self, found: Verdict, step: int) -> None:
+            told.append((found, step))
+
+        def figure(self, name: str, picture: np.ndarray, step: int) -> None:
+            told.append((name, step))
+
+    tracker = Tracker(tmp_path, [Slow()])
+    for step in range(3):
+        tracker.record(report(step))
+    tracker.log(Logged(7, 1000.0, {"loss": 0.5}))
+    assert [row["images_seen"] for row in read_history(tmp_path)] == [0, 1, 2]
+    last = tracker.verdict
+    assert told == []
+    free.set()
+    tracker.figure("curves", np.zeros((4, 4, 3), np.uint8), 2)  # comes after all that
+    rows = read_history(tmp_path)
+    assert told == [*((verdict(rows[: i + 1]), i) for i in range(3)), ("log", [7]), ("curves", 2)]
+    assert last == verdict(rows)

@@ -130,7 +130,7 @@ class LoggedValues:
     """`logged/values.jsonl` of an output folder, and how far each sink has come in it.
 
     `send(sink name, rows)` hands rows to one sink and says whether it took them. A row is with the operating system when
-    `add` returns, which a killed process does not undo, and on the disk with the next flush.
+    `add` returns, which a killed process does not undo, and on the disk with the next flush, which another thread may do.
     """
 
     def __init__(self, output_dir: Path | str, sinks: Sequence[str], send: Callable[[str, list[Logged]], bool]) -> None:
@@ -157,8 +157,8 @@ class LoggedValues:
         except (FileNotFoundError, ValueError):  # a sink that is sent everything again has nothing twice
             return {}
 
-    def add(self, row: Logged) -> None:
-        """Write a row, and bring the sinks up to the file when it is time. Raises OSError when the disk is full."""
+    def add(self, row: Logged) -> bool:
+        """Write a row; whether it is time for a flush, which is said once. Raises OSError when the disk is full."""
         line = _line(replace(row, resumes=True) if self._resumes else row)
         start = self._file.seek(0, os.SEEK_END)
         try:
@@ -168,28 +168,34 @@ class LoggedValues:
             os.ftruncate(self._file.fileno(), start)  # half a row would spoil the ones after it
             raise
         self._resumes = False
-        if time.monotonic() >= self._next_flush:
-            self.flush()
+        if time.monotonic() < self._next_flush:
+            return False
+        self._next_flush = math.inf
+        return True
 
     def flush(self, *, last: bool = False) -> None:
         """Bring every sink up to the file, but one that failed only when its pause is over, or it is the last time."""
-        os.fsync(self._file.fileno())
-        for name, place in self._places.items():
-            if last or time.monotonic() >= place.next_try:
-                self._catch_up(name, place)
-        content = json.dumps({name: place.offset for name, place in self._places.items()}).encode()
-        write_whole(self.folder / SENT, lambda file: file.write(content))
-        self._next_flush = time.monotonic() + FLUSH_SECONDS
+        try:
+            os.fsync(self._file.fileno())
+            for name, place in self._places.items():
+                if last or time.monotonic() >= place.next_try:
+                    self._catch_up(name, place)
+            content = json.dumps({name: place.offset for name, place in self._places.items()}).encode()
+            write_whole(self.folder / SENT, lambda file: file.write(content))
+        finally:
+            self._next_flush = time.monotonic() + FLUSH_SECONDS
 
     def _catch_up(self, name: str, place: _Place) -> None:
         with (self.folder / VALUES).open("rb") as file:
+            end = os.fstat(file.fileno()).st_size  # what is added in the meantime is for the next time, or there is no end
             file.seek(place.offset)
-            while lines := file.readlines(BATCH_BYTES):
-                if not self._send(name, [_row(line) for line in lines]):
+            while file.tell() < end:
+                lines = [line for line in file.readlines(BATCH_BYTES) if line.endswith(b"\n")]  # the last may be half there
+                if lines and not self._send(name, [_row(line) for line in lines]):
                     place.next_try = time.monotonic() + place.pause
                     place.pause = min(2 * place.pause, LONGEST_PAUSE)
                     return
-                place.offset, place.pause = file.tell(), FLUSH_SECONDS
+                place.offset, place.pause = place.offset + sum(map(len, lines)), FLUSH_SECONDS
 
     def close(self) -> None:
         """Bring every sink up to the file one last time, and close it."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import numpy as np
 from mlflow_icr.monitoring.report import Report
 from mlflow_icr.monitoring.series import HISTORY, read_history
 from mlflow_icr.monitoring.verdict import Verdict
-from mlflow_icr.tracking.background import Background
 from mlflow_icr.tracking.custom_scalars import layout_summary, overlay, shown_part
 from mlflow_icr.tracking.event_restart import all_events, is_restart, restart_events, shown_events
 from mlflow_icr.tracking.logged import Logged
@@ -37,10 +35,9 @@ def shown_tags(log_dir: Path) -> Tags:
 
 
 class TensorBoardSink:
-    """Writes event files into one folder, in a thread of its own, flushed after every measurement. On the main process only.
+    """Writes event files into one folder, flushed after every measurement. On the main process only.
 
-    Scalars are float32 there: the plain kind, which every reader of event files knows. What a thread has not written when the
-    process is killed is in the journal, and is written when the run is resumed.
+    Scalars are float32 there: the plain kind, which every reader of event files knows.
     """
 
     name = "TensorBoard"
@@ -48,7 +45,6 @@ class TensorBoardSink:
     def __init__(self, log_dir: Path | str) -> None:
         self.log_dir = Path(log_dir)
         self._writer: Any = None
-        self._background = Background("mlflow-icr TensorBoard")
         self._folder: Path | None = None  # whose journal the overlay is computed from
         self._rows: list[dict[str, float]] = []  # of it, what the overlay is computed from
         self._resumed = False  # whether earlier processes have left event files
@@ -63,9 +59,6 @@ class TensorBoardSink:
 
     def open(self, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
         """Start an event file; a new run's hparams go in first."""
-        self._background.now(partial(self._open, params, tags))
-
-    def _open(self, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
@@ -95,13 +88,10 @@ class TensorBoardSink:
     def dataset(self, description: Mapping[str, str], context: str) -> None:
         """Add what a set of images is as text."""
         lines = [f"**{key}**: {description[key]}" for key in ("name", "digest", "profile") if key in description]
-        self._background.later(lambda: self._writer.add_text(f"data/{context}", "\n\n".join(lines), 0))
+        self._writer.add_text(f"data/{context}", "\n\n".join(lines), 0)
 
     def recorded(self) -> Mapping[int, set[str]]:
         """Keys by step of all that the folder's event files show."""
-        return self._background.now(self._recorded)
-
-    def _recorded(self) -> dict[int, set[str]]:
         if self._writer is not None:
             self._writer.flush()
         return {step: set(tags) for step, tags in shown_tags(self.log_dir).items()}
@@ -112,9 +102,6 @@ class TensorBoardSink:
 
     def write(self, report: Report) -> None:
         """Add a report's values as scalars and its pictures as images, its distributions as histograms."""
-        self._background.later(partial(self._write, report))
-
-    def _write(self, report: Report) -> None:
         time = self._moment(report.step)
         values = dict(report.values)
         if values and report.step not in {row["images_seen"] for row in self._rows}:
@@ -168,9 +155,6 @@ class TensorBoardSink:
         A training that goes on from a checkpoint comes by steps again that it had logged before it was killed. What it had
         logged of a key from there on is taken back, as soon as it logs the key again.
         """
-        self._background.now(partial(self._log, rows))
-
-    def _log(self, rows: Sequence[Logged]) -> None:
         there = self._logged_since(rows[0].time) if self._resumed else set()
         self._resumed = False  # from here on nothing comes twice
         for row in rows:
@@ -206,13 +190,10 @@ class TensorBoardSink:
 
     def summary(self, values: Mapping[str, float], step: int) -> None:
         """Add the summary metrics at the last step."""
-        self._background.later(partial(self._scalars, dict(values), step))
+        self._scalars(values, step)
 
     def verdict(self, verdict: Verdict, step: int) -> None:
         """Add the verdict as text at its step; it follows from the journal, and waits for the next flush."""
-        self._background.later(partial(self._verdict, verdict, step))
-
-    def _verdict(self, verdict: Verdict, step: int) -> None:
         self._tidy()
         self._writer.add_text("verdict", verdict.text, step)
 
@@ -222,13 +203,10 @@ class TensorBoardSink:
         for row in rows[:TABLE_ROWS]:
             cells = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values())
             lines.append("| " + " | ".join(cells) + " |")
-        self._background.later(lambda: self._writer.add_text(f"tables/{name}", "\n".join(lines), step))
+        self._writer.add_text(f"tables/{name}", "\n".join(lines), step)
 
     def figure(self, name: str, picture: np.ndarray, step: int) -> None:
         """Add a figure of the whole run as an image."""
-        self._background.later(partial(self._figure, name, picture, step))
-
-    def _figure(self, name: str, picture: np.ndarray, step: int) -> None:
         self._writer.add_image(f"figures/{name}", picture, step, dataformats="HWC")
         self._writer.flush()
 
@@ -240,29 +218,19 @@ class TensorBoardSink:
         from torch import from_numpy
 
         thumbnails = from_numpy(images).permute(0, 3, 1, 2).float() / 255
-        add = partial(self._writer.add_embedding, from_numpy(vectors), list(labels), thumbnails, global_step=step, tag=name)
-        self._background.later(add)
+        self._writer.add_embedding(from_numpy(vectors), list(labels), thumbnails, global_step=step, tag=name)
 
     def artifact(self, path: str, folder: str | None = None) -> None:
         """Nothing: event files hold no pages."""
 
     def flush(self) -> None:
-        """Wait until everything is in the event files. Raises what writing has raised."""
-        self._background.later(self._flush)
-        self._background.settle()
-
-    def _flush(self) -> None:
+        """Have everything in the event files, in order."""
         self._tidy()
         self._writer.flush()
 
     def close(self, status: str) -> None:
-        """Close the event file. Raises what writing has raised."""
+        """Close the event file."""
         if self._writer is not None:
-            self._background.later(partial(self._close, status))
-        self._background.settle()
-        self._background.stop()
-
-    def _close(self, status: str) -> None:
-        self._tidy()
-        self._writer.add_text("status", status)
-        self._writer.close()
+            self._tidy()
+            self._writer.add_text("status", status)
+            self._writer.close()

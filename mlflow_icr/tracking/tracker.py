@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 from mlflow_icr.monitoring.report import Report
 from mlflow_icr.monitoring.summary import summarise
 from mlflow_icr.monitoring.verdict import Verdict, verdict
+from mlflow_icr.tracking.background import Background
 from mlflow_icr.tracking.checkpoints import checkpoints
 from mlflow_icr.tracking.journal import Journal
 from mlflow_icr.tracking.logged import FOLDER, VALUES, Logged, LoggedValues
@@ -71,7 +73,9 @@ class Sink(Protocol):
 class Tracker:
     """Journal first, then the sinks, none of which can stop a training: each failure is told once and the rest goes on.
 
-    Opening brings every sink up to the journal, so that a resumed run shows what an interrupted one had measured.
+    Opening brings every sink up to the journal, so that a resumed run shows what an interrupted one had measured. What can be
+    told again from the folder, a measurement above all, is told in a thread, and the training goes on. Everything else comes
+    after it, in the caller's time. Use a tracker from one thread.
     """
 
     def __init__(self, output_dir: Path | str, sinks: Sequence[Sink]) -> None:
@@ -80,6 +84,8 @@ class Tracker:
         self._told: set[str] = set()
         self._logged: LoggedValues | None = None  # most runs have none
         self._found: tuple[int, Verdict] | None = None  # of so many rows
+        self._finding = threading.Lock()  # whoever comes second has what the first one finds
+        self._background = Background("mlflow-icr tracker")
 
     def open(self, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
         """Open every sink and write to it what the journal has and it has not."""
@@ -93,12 +99,7 @@ class Tracker:
 
         `describe` gives the set's `ImageDataset.to_dict()`; it is called where its failure, too, costs no more than a warning.
         """
-        for sink in self.sinks:
-            self._guard(sink, partial(self._show, sink, describe, context))
-
-    @staticmethod
-    def _show(sink: Sink, describe: Callable[[], Mapping[str, str]], context: str) -> None:
-        sink.dataset(describe(), context)
+        self._tell(lambda sink: sink.dataset(describe(), context))
 
     def _open(self, sink: Sink, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
         sink.bind(self.journal.folder)
@@ -134,8 +135,7 @@ class Tracker:
     def checkpoint(self, images_seen: int) -> None:
         """Show in every sink the checkpoint at a measurement; nothing where there is none, or nothing was measured."""
         folders = {step: folder for step, folder in checkpoints(self.journal.folder).items() if step == images_seen}
-        for sink in self.sinks:
-            self._guard(sink, partial(self._offer, sink, folders))
+        self._background.later(lambda: self._each(lambda sink: self._offer(sink, folders)))
 
     def record(self, report: Report) -> None:
         """Write a measurement to the journal, then everywhere; one that the journal has is not written again.
@@ -153,21 +153,21 @@ class Tracker:
                 self._told.add(f"warning {key}")
                 logger.warning("%s is %s", key, text)
         self.journal.append(report)
-        found = self.verdict
-        for sink in self.sinks:
-            self._guard(sink, partial(sink.write, report))
-            self._guard(sink, partial(self._tell, sink, found, report.step))
+        self._background.later(partial(self._show, report, len(self.journal.rows)))
 
-    @staticmethod
-    def _tell(sink: Sink, found: Verdict, step: int) -> None:
-        sink.verdict(found, step)
+    def _show(self, report: Report, count: int) -> None:
+        self._each(lambda sink: sink.write(report))
+        found = self._verdict_of(count)
+        self._each(lambda sink: sink.verdict(found, report.step))
 
     def log(self, row: Logged) -> None:
         """Write a training's own values to `logged/values.jsonl`, and within seconds everywhere; OSError when the disk is full.
 
         They are apart from the journal: its rows are measurements, one for each number of images seen.
         """
-        self._values().add(row)
+        values = self._values()
+        if values.add(row):
+            self._background.later(values.flush)
 
     def _values(self) -> LoggedValues:
         if self._logged is None:
@@ -179,54 +179,70 @@ class Tracker:
 
     def show(self, report: Report) -> None:
         """Write a report to every sink, but not to the journal: it is no measurement, and the caller keeps what is in it."""
-        for sink in self.sinks:
-            self._guard(sink, partial(sink.write, report))
+        self._tell(lambda sink: sink.write(report))
 
     def table(self, name: str, rows: Sequence[Mapping[str, object]], step: int) -> None:
         """Write a table to `tables/<name>.csv` in the folder and to every sink; nothing for no rows."""
         if not rows:
             return
         self.journal.write_table(name, rows)
-        for sink in self.sinks:
-            self._guard(sink, partial(sink.table, name, rows, step))
+        self._tell(lambda sink: sink.table(name, rows, step))
 
     def figure(self, name: str, picture: np.ndarray, step: int) -> None:
         """Write a figure (H, W, 3) uint8 of the whole run to `figures/<name>.png` in the folder and to every sink."""
         self.journal.write_figure(name, picture)
-        for sink in self.sinks:
-            self._guard(sink, partial(sink.figure, name, picture, step))
+        self._tell(lambda sink: sink.figure(name, picture, step))
 
     def embedding(self, name: str, vectors: np.ndarray, images: np.ndarray, labels: Sequence[str], step: int) -> None:
         """Show vectors (N, D) with thumbnails (N, H, W, 3) uint8 in every sink that can."""
-        for sink in self.sinks:
-            self._guard(sink, partial(sink.embedding, name, vectors, images, labels, step))
+        self._tell(lambda sink: sink.embedding(name, vectors, images, labels, step))
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Hand a file of the output folder to every sink that keeps files, for its folder of that name."""
-        for sink in self.sinks:
-            self._guard(sink, partial(sink.artifact, str(path), folder))
+        self._tell(lambda sink: sink.artifact(str(path), folder))
 
     @property
     def verdict(self) -> Verdict:
         """What the history says so far; computed once for each row, of which there are only ever more."""
-        count = len(self.journal.rows)
-        if self._found is None or self._found[0] != count:
-            self._found = (count, verdict(self.journal.rows))
-        return self._found[1]
+        return self._verdict_of(len(self.journal.rows))
+
+    def _verdict_of(self, count: int) -> Verdict:
+        with self._finding:
+            if self._found is None or self._found[0] != count:
+                self._found = (count, verdict(self.journal.rows[:count]))
+            return self._found[1]
+
+    def settle(self) -> None:
+        """Wait until every sink has been told everything. Raises what writing a training's own values has raised."""
+        self._background.settle()
 
     def close(self, status: str) -> dict[str, float]:
-        """Write the summary of the history, which is returned, and close every sink with the run's status."""
-        if self._logged is not None:
-            self._logged.close()
-            self._logged = None
-        values = summarise(self.journal.rows) | self.verdict.summary()
-        step = max(self.journal.steps, default=0)
-        for sink in self.sinks:
+        """Write the summary of the history, which is returned, and close every sink with the run's status.
+
+        Raises OSError when a training's own values cannot be written.
+        """
+        self._background.now(lambda: None)  # a flush that failed is repeated here
+        self._background.stop()
+        try:
+            if self._logged is not None:
+                self._logged.close()
+                self._logged = None
+        finally:  # a full disk must not keep the sinks from hearing of the end
+            values = summarise(self.journal.rows) | self.verdict.summary()
+            step = max(self.journal.steps, default=0)
             if values:
-                self._guard(sink, partial(sink.summary, values, step))
-            self._guard(sink, partial(self.keep, sink))
-            self._guard(sink, partial(sink.close, status))
+                self._each(lambda sink: sink.summary(values, step))
+            self._each(self.keep)
+            self._each(lambda sink: sink.close(status))
         return values
+
+    def _tell(self, call: Callable[[Sink], None]) -> None:
+        """Make a call for every sink, when all earlier ones have been made."""
+        self._background.now(lambda: self._each(call))
+
+    def _each(self, call: Callable[[Sink], None]) -> None:
+        for sink in self.sinks:
+            self._guard(sink, partial(call, sink))
 
     def _guard(self, sink: Sink, call: Callable[[], None]) -> bool:
         """Whether the call went through."""

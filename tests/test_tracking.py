@@ -320,7 +320,7 @@ def test_the_journal_is_on_the_disk_before_the_trackers_are_called(tmp_path: Pat
             return {}
 
         def write(self, r: Report) -> None:
-            seen.append(read_history(tmp_path)[-1]["images_seen"] == r.step)
+            seen.append(r.step in [row["images_seen"] for row in read_history(tmp_path)])
 
         def verdict(self, verdict: object, step: int) -> None:
             raise ConnectionError  # one kind of result that a sink does not take costs none of the others

@@ -40,6 +40,7 @@ def _train(rank: int, folder: str, ranks: int, port: int, parts: int, engine: st
             "block_channels": (16, 32),
             "batch_size": 32,
             "rampup_kimg": 1.0,
+            "dropout": 0.13,
             "gradient_accumulation_steps": parts,
         },
     )

@@ -18,6 +18,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mlflow_icr.extraction import keyed_generator
 from trainers.config import TrainConfig
+from trainers.dropout import RowKeys, key_dropout
 from trainers.engine import bare, lay_out, whole
 from trainers.families import Family
 from trainers.inputs import Inputs
@@ -33,6 +34,7 @@ class TrainState:
     network: nn.Module  # as Accelerate prepared it
     ema: nn.Module
     optimizer: torch.optim.Optimizer  # as Accelerate prepared it
+    rows: RowKeys  # of the network's dropout
     images_seen: int = 0
     loss_sum: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))  # since the last measurement
     loss_steps: int = 0
@@ -62,7 +64,8 @@ class Order:
 class Batch:
     """Which inputs (B,), noise levels (B,), unit noise (B, C, H, W), and where the model has them classes (B,).
 
-    Of latents, `spread` is the unit noise (B, C, H, W) that says which one of the posterior is taken.
+    Of latents, `spread` is the unit noise (B, C, H, W) that says which one of the posterior is taken. `dropout` are keys (B,)
+    int64 for the network's dropout, where it has any.
     """
 
     indices: Tensor
@@ -70,6 +73,7 @@ class Batch:
     noise: Tensor
     labels: Tensor | None = None
     spread: Tensor | None = None
+    dropout: Tensor | None = None
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         given = ((entry.name, getattr(self, entry.name)) for entry in fields(self))
@@ -121,7 +125,8 @@ def draw_batch(inputs: Inputs, order: Order, family: Family, images_seen: int) -
         dropped = torch.from_numpy(stream("label dropout").random(count) < config.label_dropout)
         labels = torch.where(dropped, family.null_class, inputs.labels[indices])
     spread = unit(stream("posterior")) if inputs.latent else None
-    return Batch(indices, level, noise, labels, spread)
+    keys = torch.from_numpy(stream("dropout").integers(2**63, size=count)) if config.dropout else None
+    return Batch(indices, level, noise, labels, spread, keys)
 
 
 class Ahead:
@@ -172,17 +177,17 @@ def new_state(network: nn.Module, config: TrainConfig, accelerator: Accelerator)
     optimizer = torch.optim.Adam(
         network.parameters(), lr=config.learning_rate, fused=accelerator.device.type in ("cpu", "cuda")
     )
+    rows = key_dropout(network)
     network, optimizer = accelerator.prepare(network, optimizer)
-    return TrainState(network, ema, optimizer, loss_sum=torch.zeros((), dtype=torch.float64, device=accelerator.device))
+    return TrainState(network, ema, optimizer, rows, loss_sum=torch.zeros((), dtype=torch.float64, device=accelerator.device))
 
 
 def train(state: TrainState, inputs: Inputs, family: Family, accelerator: Accelerator) -> Generator[TrainState]:
     """Train on inputs by a family's loss, yielding the state after every optimizer step, for as long as it is asked.
 
-    Order, noise and dropped labels are keyed by (seed, images seen, place in the batch), so that neither ranks, nor
-    accumulation, nor a resumption change them. A rank takes an equal, consecutive share of each accumulated part. Dropout draws
-    from the global generator, in the shape of a rank's share: it is keyed too, and by the rank, so that a resumption does not
-    change it. The inputs live on the device; nothing in a step waits for it.
+    Order, noise, dropped labels and dropout are keyed by (seed, images seen, place in the batch), so that neither ranks, nor
+    accumulation, nor a resumption change them. A rank takes an equal, consecutive share of each accumulated part. The inputs
+    live on the device; nothing in a step waits for it.
     """
     config = family.config
     denoiser = family.denoiser(state.network)
@@ -204,11 +209,9 @@ def train(state: TrainState, inputs: Inputs, family: Family, accelerator: Accele
             ramp = min(1.0, (state.images_seen + config.batch_size) / max(config.rampup_kimg * 1000, 1e-8))
             for group in state.optimizer.param_groups:
                 group["lr"] = config.learning_rate * ramp
-            if config.dropout:
-                key = keyed_generator("dropout", config.seed, state.images_seen, accelerator.process_index)
-                torch.manual_seed(int(key.integers(2**63)))
             for part in parts:
                 mine = part.to(device)
+                state.rows.keys = mine.dropout
                 with accelerator.accumulate(state.network):
                     loss = family.loss(denoiser, mine.clean(inputs), mine.level, mine.noise, mine.labels)
                     accelerator.backward(loss)

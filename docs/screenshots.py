@@ -68,9 +68,10 @@ def shoot_tensorboard(page: Page, port: int) -> None:
 
 def shoot_models(page: Page, port: int, experiment_id: str) -> None:
     """The experiment's models: checkpoints with their metrics."""
-    page.set_viewport_size({"width": 1400, "height": 620})
-    page.goto(f"http://127.0.0.1:{port}/#/experiments/{experiment_id}/models")
+    page.set_viewport_size({"width": 2000, "height": 620})
+    page.goto(f"http://127.0.0.1:{port}/#/experiments/{experiment_id}/models?workflowType=machine_learning")
     page.get_by_text("checkpoint-0").first.wait_for(timeout=90_000)
+    page.get_by_text("repr/icr").first.wait_for(timeout=30_000)  # the metrics of each
     page.wait_for_timeout(3000)
     page.screenshot(path=PICTURES / "models.png")
 
@@ -80,6 +81,7 @@ def shoot_custom_scalars(page: Page, port: int) -> None:
     page.set_viewport_size({"width": 1400, "height": 620})
     page.goto(f"http://127.0.0.1:{port}/#custom_scalars")
     page.get_by_text("ICR, debiased, with its 95 % interval").first.wait_for(timeout=90_000)
+    page.get_by_text("Ignore outliers in chart scaling").first.click()  # the ends of the curves among them
     page.wait_for_timeout(5000)
     page.screenshot(path=PICTURES / "custom-scalars.png")
 

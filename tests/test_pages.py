@@ -108,6 +108,7 @@ def test_tensorboard_shows_its_pages(site: tuple[str, str, Path]) -> None:
     with opened(f"{board}/#custom_scalars", size=(1400, 1000)) as visit:
         seen(visit.page, "ICR and copies")
         seen(visit.page, "ICR, debiased, with its 95 % interval")
+        seen(visit.page, "Matches (4)")  # ICR and copies of both runs in one chart
     with opened(f"{board}/#images", size=(1400, 1000)) as visit:
         seen(visit.page, "samples")
         visit.page.locator("tf-image-loader img").first.wait_for(timeout=PATIENCE)

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -27,12 +26,8 @@ from tests.test_tracking import as_float32, journal_scalars, mlflow_scalars, ten
 from tests.training import SHORT, measured, run
 from trainers import train
 from trainers.config import PRESETS, load_config, preset_names
-from trainers.data import _named, load_data
+from trainers.data import load_data
 from trainers.families import family_of
-from trainers.families.edm import edm_loss
-from trainers.inputs import Inputs
-from trainers.loop import Order, draw_batch, ema_beta, new_state
-from trainers.loop import train as steps_of
 
 
 def tensorboard_texts(folder: Path) -> dict[str, str]:
@@ -289,115 +284,6 @@ def test_presets_are_whole_and_the_papers_is_the_papers() -> None:
     with torch.device("meta"):
         network = family_of(paper).build(3, 32)
     assert 40e6 < sum(p.numel() for p in network.parameters()) < 80e6  # DDPM++ has 56M (Karras et al. 2022, appendix F)
-
-
-def test_the_loss_is_edms_at_initialisation() -> None:
-    """With D = 0 the weighted error is (sigma^2 + sd^2) / (sigma sd)^2 x^2; with F = 0 it is 1/sd^2 of what F should say."""
-
-    class Zero:
-        network = torch.nn.Identity()
-
-        def __call__(self, x: torch.Tensor, sigma: object) -> torch.Tensor:
-            return torch.zeros_like(x)
-
-    x = torch.full((2, 1, 2, 2), 3.0)
-    sigma = torch.tensor([0.5, 2.0])
-    expected = np.mean([9 * (0.25 + 0.25) / 0.0625, 9 * (4 + 0.25) / 1.0])
-    assert float(edm_loss(Zero(), x, sigma, torch.zeros_like(x), 0.5)) == pytest.approx(expected)
-
-
-def test_noise_and_order_are_functions_of_the_seed_and_the_images_seen() -> None:
-    config = load_config("digits", {"num_images": 50, "batch_size": 20})
-    family, inputs = family_of(config), Inputs(torch.arange(50, dtype=torch.uint8).view(50, 1, 1, 1))
-    seen = np.concatenate([draw_batch(inputs, Order(50, 0), family, at).clean(inputs).flatten() for at in range(0, 100, 20)])
-    seen = ((seen + 1) * 127.5).round().astype(int)
-    assert sorted(seen[:50]) == sorted(seen[50:]) == list(range(50))  # epochs, without gaps across batches
-    assert not np.array_equal(seen[:50], seen[50:])
-    a, b, c = (draw_batch(inputs, Order(50, 0), family, at) for at in (40, 40, 60))
-    assert torch.equal(a.noise, b.noise)
-    assert torch.equal(a.level, b.level)
-    assert not torch.equal(a.noise, c.noise)
-    logs = torch.cat([draw_batch(inputs, Order(50, 0), family, 20 * i).level for i in range(500)]).log()
-    assert float(logs.mean()) == pytest.approx(-1.2, abs=4 * 1.2 / 100)
-    assert float(logs.std()) == pytest.approx(1.2, rel=4 / (2 * 10_000) ** 0.5)
-
-
-def test_accumulation_changes_nothing_but_rounding() -> None:
-    data = load_data("digits", resolution=8, num_images=40, num_heldout=0, seed=0)
-    results = []
-    for parts in (1, 4):
-        config = load_config("digits", {"batch_size": 32, "block_channels": [16, 32], "gradient_accumulation_steps": parts})
-        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=parts)
-        state = new_state(family_of(config).build(1, 8), config, accelerator)
-        steps = steps_of(state, Inputs(data.train), family_of(config), accelerator)
-        for _ in range(5):
-            next(steps)
-        assert state.images_seen == 160
-        results.append((float(state.loss_sum) / state.loss_steps, torch.cat([p.flatten() for p in state.ema.parameters()])))
-    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
-    torch.testing.assert_close(results[0][1], results[1][1], atol=2e-4, rtol=0)  # Adam's first steps magnify rounding
-
-
-def test_ema_halflife_is_edms() -> None:
-    config = load_config("digits", {"batch_size": 64, "ema_halflife_kimg": 1, "ema_rampup_ratio": 0.05})
-    assert ema_beta(config, 10_000) == pytest.approx(0.5 ** (64 / 500))
-    assert ema_beta(config, 10**6) == pytest.approx(0.5 ** (64 / 1000))
-
-
-def test_subsets_nest_and_held_out_images_are_the_same() -> None:
-    small, large = (load_data("digits", resolution=8, num_images=n, num_heldout=197, seed=1) for n in (64, 1600))
-    assert torch.equal(large.train[:64], small.train)
-    assert torch.equal(large.heldout, small.heldout)
-    assert small.train_sha256 != large.train_sha256
-    again = load_data("digits", resolution=8, num_images=64, num_heldout=197, seed=1)
-    assert again.train_sha256 == small.train_sha256
-    everything = torch.cat([large.train, large.heldout])
-    assert len(everything) == 1797
-
-
-def test_image_folders(tmp_path: Path, rng: np.random.Generator) -> None:
-    grey, colour = tmp_path / "grey", tmp_path / "colour"
-    for folder in (grey, colour / "sub"):
-        folder.mkdir(parents=True)
-    pixels = rng.integers(0, 256, (5, 8, 12), dtype=np.uint8)
-    for i, array in enumerate(pixels):
-        Image.fromarray(array).save(grey / f"{i}.png")
-        Image.fromarray(array).convert("RGB").save(colour / "sub" / f"{i}.png")
-    Image.fromarray(pixels[0].astype(np.uint16) * 257).save(grey / "9.png")
-    data = load_data(str(grey), resolution=8, num_images=6, num_heldout=0, seed=0)
-    assert data.train.shape == (6, 1, 8, 8)
-    found = {image.numpy().tobytes() for image in data.train[:, 0]}
-    assert found == {np.ascontiguousarray(array[:, 2:10]).tobytes() for array in pixels}  # the 16-bit copy is the 8-bit image
-    assert load_data(str(colour), resolution=4, num_images=5, num_heldout=0, seed=0).train.shape == (5, 3, 4, 4)
-    (grey / "broken.png").write_bytes((grey / "0.png").read_bytes()[:60])
-    with pytest.raises(ValueError, match=r"1 of 7 images cannot be read: .*broken.png"):
-        load_data(str(grey), resolution=8, num_images=7, num_heldout=0, seed=0)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="a folder without images"):
-        load_data(str(tmp_path / "empty"), resolution=8, num_images=5, num_heldout=0, seed=0)
-
-
-def test_mnist_comes_with_its_package() -> None:
-    data = load_data("mnist5k", resolution=16, num_images=300, num_heldout=100, seed=0)
-    assert data.train.shape == (300, 1, 16, 16)
-    assert 20 < data.train.float().mean() < 45  # MNIST's mean grey value is 33
-
-
-def test_datasets_are_loaded_by_name(tmp_path: Path, rng: np.random.Generator) -> None:
-    import datasets
-
-    arrays = rng.integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
-    table = datasets.Dataset.from_dict(
-        {"label": list(range(6)), "img": [Image.fromarray(a) for a in arrays]},
-        features=datasets.Features({"label": datasets.Value("int64"), "img": datasets.Image()}),
-    )
-    (tmp_path / "set").mkdir()
-    table.to_parquet(tmp_path / "set" / "train.parquet")
-    # A local set stands in for a hub's: `datasets` loads both by their name, and a folder of images this is not.
-    images = _named(str(tmp_path / "set"), "train", 8).images
-    assert {i.numpy().tobytes() for i in images.permute(0, 2, 3, 1).contiguous()} == {a.tobytes() for a in arrays}
-    with pytest.raises(ValueError, match=r"load with split 'test'"):
-        _named(str(tmp_path / "set"), "test", 8)
 
 
 def test_trackers_are_told_of_the_end_when_the_disk_takes_no_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,84 @@
+"""Training images: subsets, folders, packages, sets by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from trainers.config import load_config
+from trainers.data import _named, data_of, load_data
+from trainers.experiments.noise_window import labelled_images
+
+
+def test_subsets_nest_and_held_out_images_are_the_same() -> None:
+    small, large = (load_data("digits", resolution=8, num_images=n, num_heldout=197, seed=1) for n in (64, 1600))
+    assert torch.equal(large.train[:64], small.train)
+    assert torch.equal(large.heldout, small.heldout)
+    assert small.train_sha256 != large.train_sha256
+    again = load_data("digits", resolution=8, num_images=64, num_heldout=197, seed=1)
+    assert again.train_sha256 == small.train_sha256
+    everything = torch.cat([large.train, large.heldout])
+    assert len(everything) == 1797
+
+
+def test_image_folders(tmp_path: Path, rng: np.random.Generator) -> None:
+    grey, colour = tmp_path / "grey", tmp_path / "colour"
+    for folder in (grey, colour / "sub"):
+        folder.mkdir(parents=True)
+    pixels = rng.integers(0, 256, (5, 8, 12), dtype=np.uint8)
+    for i, array in enumerate(pixels):
+        Image.fromarray(array).save(grey / f"{i}.png")
+        Image.fromarray(array).convert("RGB").save(colour / "sub" / f"{i}.png")
+    Image.fromarray(pixels[0].astype(np.uint16) * 257).save(grey / "9.png")
+    data = load_data(str(grey), resolution=8, num_images=6, num_heldout=0, seed=0)
+    assert data.train.shape == (6, 1, 8, 8)
+    found = {image.numpy().tobytes() for image in data.train[:, 0]}
+    assert found == {np.ascontiguousarray(array[:, 2:10]).tobytes() for array in pixels}  # the 16-bit copy is the 8-bit image
+    assert load_data(str(colour), resolution=4, num_images=5, num_heldout=0, seed=0).train.shape == (5, 3, 4, 4)
+    (grey / "broken.png").write_bytes((grey / "0.png").read_bytes()[:60])
+    with pytest.raises(ValueError, match=r"1 of 7 images cannot be read: .*broken.png"):
+        load_data(str(grey), resolution=8, num_images=7, num_heldout=0, seed=0)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="a folder without images"):
+        load_data(str(tmp_path / "empty"), resolution=8, num_images=5, num_heldout=0, seed=0)
+
+
+def test_mnist_comes_with_its_package() -> None:
+    data = load_data("mnist5k", resolution=16, num_images=300, num_heldout=100, seed=0)
+    assert data.train.shape == (300, 1, 16, 16)
+    assert 20 < data.train.float().mean() < 45  # MNIST's mean grey value is 33
+
+
+def test_datasets_are_loaded_by_name(tmp_path: Path, rng: np.random.Generator) -> None:
+    import datasets
+
+    arrays = rng.integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
+    table = datasets.Dataset.from_dict(
+        {"label": list(range(6)), "img": [Image.fromarray(a) for a in arrays]},
+        features=datasets.Features({"label": datasets.Value("int64"), "img": datasets.Image()}),
+    )
+    (tmp_path / "set").mkdir()
+    table.to_parquet(tmp_path / "set" / "train.parquet")
+    # A local set stands in for a hub's: `datasets` loads both by their name, and a folder of images this is not.
+    images = _named(str(tmp_path / "set"), "train", 8).images
+    assert {i.numpy().tobytes() for i in images.permute(0, 2, 3, 1).contiguous()} == {a.tobytes() for a in arrays}
+    with pytest.raises(ValueError, match=r"load with split 'test'"):
+        _named(str(tmp_path / "set"), "test", 8)
+
+
+def test_probes_learn_from_training_images_and_are_scored_on_held_out_ones_if_there_are_any() -> None:
+    config = load_config("digits", {"num_images": 600, "num_heldout": 197})
+    data, both = data_of(config), labelled_images(config)
+    assert both is not None
+    assert both.test_images is not None
+    assert torch.equal(both.images, data.train)
+    assert torch.equal(both.test_images, data.heldout)
+    assert len(both.labels) == 600
+    alone = labelled_images(load_config("digits", {"num_images": 600, "num_heldout": 0}))
+    assert alone is not None
+    assert alone.test_images is None  # they are cross-validated
+    assert torch.equal(alone.images, both.images)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-BITS = 24  # of the hash that are compared with the probability
 # Multipliers and shifts of a mixer of 32 bits that was searched for its small bias (Wellons 2018, "lowbias32").
 FIRST, SHIFT, SECOND, LAST_SHIFT = 0x7FEB352D, 15, 0x846CA68B - 2**32, 16
 INCREMENT = 0x9E3779B9 - 2**32  # 2^32 over the golden ratio: successive places and layers are far apart before they are mixed
@@ -18,8 +17,7 @@ INCREMENT = 0x9E3779B9 - 2**32  # 2^32 over the golden ratio: successive places 
 
 def _fold(words: Tensor, shift: int) -> Tensor:
     """int32 words with their upper bits brought down, in place; zeros come in from above."""
-    words ^= (words >> shift) & (2 ** (32 - shift) - 1)
-    return words
+    return words.bitwise_xor_((words >> shift).bitwise_and_(2 ** (32 - shift) - 1))
 
 
 def _mixed(words: Tensor) -> Tensor:
@@ -56,7 +54,7 @@ class KeyedDropout(nn.Module):
         between = _mixed(before ^ low)
         # For all elements, as little as leaves none alike: two rows share a mask only where they share both words.
         words = _fold((places ^ before).mul_(FIRST), SHIFT).add_(between).mul_(SECOND)
-        return (words >> (32 - BITS)) & (2**BITS - 1) >= round(self.p * 2**BITS)  # the upper bits are the best mixed
+        return words >= round(self.p * 2**32) - 2**31
 
     def forward(self, x: Tensor) -> Tensor:
         """x with a share p of its elements zero and the others larger in proportion."""

@@ -26,22 +26,22 @@ def _mixed(words: Tensor) -> Tensor:
 
 
 class RowKeys:
-    """The keys (B,) int64 of the rows that a network is about to see; all its layers read them here."""
+    """Where a network's dropout layers read the keys (B,) int64 of the rows that it is about to see."""
 
     def __init__(self) -> None:
-        self.keys: Tensor | None = None
+        self.of_rows: Tensor | None = None
 
 
 class KeyedDropout(nn.Module):
-    """Inverted dropout of x (B, ...) in training, with B keys in `rows`; in evaluation x itself."""
+    """Inverted dropout of x (B, ...) in training, by the B keys of its rows; in evaluation x itself."""
 
-    def __init__(self, p: float, layer: int, rows: RowKeys) -> None:
+    def __init__(self, p: float, layer: int, keys: RowKeys) -> None:
         super().__init__()
-        self.p, self.layer, self.rows = p, layer, rows
+        self.p, self.layer, self.keys = p, layer, keys
 
     def kept(self, x: Tensor) -> Tensor:
         """Which elements stay, bool of x's shape and layout."""
-        keys = self.rows.keys
+        keys = self.keys.of_rows
         assert keys is not None, "a network in training has keys for its rows"
         assert len(keys) == len(x), (len(keys), len(x))
         count = x[0].numel()
@@ -69,10 +69,10 @@ class KeyedDropout(nn.Module):
 
 def key_dropout(network: nn.Module) -> RowKeys:
     """Replace a network's dropout layers, which have no parameters, by keyed ones; returns where their keys go."""
-    rows, layer = RowKeys(), 0
+    keys, layer = RowKeys(), 0
     for parent in list(network.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.Dropout) and child.p > 0:
-                setattr(parent, name, KeyedDropout(child.p, layer, rows).train(child.training))
+                setattr(parent, name, KeyedDropout(child.p, layer, keys).train(child.training))
                 layer += 1
-    return rows
+    return keys

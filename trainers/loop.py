@@ -34,7 +34,7 @@ class TrainState:
     network: nn.Module  # as Accelerate prepared it
     ema: nn.Module
     optimizer: torch.optim.Optimizer  # as Accelerate prepared it
-    rows: RowKeys  # of the network's dropout
+    dropout_keys: RowKeys  # where the network reads them
     images_seen: int = 0
     loss_sum: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))  # since the last measurement
     loss_steps: int = 0
@@ -64,8 +64,8 @@ class Order:
 class Batch:
     """Which inputs (B,), noise levels (B,), unit noise (B, C, H, W), and where the model has them classes (B,).
 
-    Of latents, `spread` is the unit noise (B, C, H, W) that says which one of the posterior is taken. `dropout` are keys (B,)
-    int64 for the network's dropout, where it has any.
+    Of latents, `spread` is the unit noise (B, C, H, W) that says which one of the posterior is taken. `dropout_keys` (B,) int64
+    are there where the network has dropout.
     """
 
     indices: Tensor
@@ -73,7 +73,7 @@ class Batch:
     noise: Tensor
     labels: Tensor | None = None
     spread: Tensor | None = None
-    dropout: Tensor | None = None
+    dropout_keys: Tensor | None = None
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         given = ((entry.name, getattr(self, entry.name)) for entry in fields(self))
@@ -177,9 +177,10 @@ def new_state(network: nn.Module, config: TrainConfig, accelerator: Accelerator)
     optimizer = torch.optim.Adam(
         network.parameters(), lr=config.learning_rate, fused=accelerator.device.type in ("cpu", "cuda")
     )
-    rows = key_dropout(network)
+    dropout_keys = key_dropout(network)
     network, optimizer = accelerator.prepare(network, optimizer)
-    return TrainState(network, ema, optimizer, rows, loss_sum=torch.zeros((), dtype=torch.float64, device=accelerator.device))
+    loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    return TrainState(network, ema, optimizer, dropout_keys, loss_sum=loss_sum)
 
 
 def train(state: TrainState, inputs: Inputs, family: Family, accelerator: Accelerator) -> Generator[TrainState]:
@@ -211,7 +212,7 @@ def train(state: TrainState, inputs: Inputs, family: Family, accelerator: Accele
                 group["lr"] = config.learning_rate * ramp
             for part in parts:
                 mine = part.to(device)
-                state.rows.keys = mine.dropout
+                state.dropout_keys.of_rows = mine.dropout_keys
                 with accelerator.accumulate(state.network):
                     loss = family.loss(denoiser, mine.clean(inputs), mine.level, mine.noise, mine.labels)
                     accelerator.backward(loss)

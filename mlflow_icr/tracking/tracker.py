@@ -75,7 +75,8 @@ class Tracker:
 
     Opening brings every sink up to the journal, so that a resumed run shows what an interrupted one had measured. What can be
     told again from the folder, a measurement above all, is told in a thread, and the training goes on. Everything else comes
-    after it, in the caller's time. Use a tracker from one thread.
+    after it, in the caller's time. Use a tracker from one thread. Where the disk does not take a note of what was told there,
+    the next call that hands something to the thread (`record`, `log`, `checkpoint`), or `settle`, raises OSError.
     """
 
     def __init__(self, output_dir: Path | str, sinks: Sequence[Sink]) -> None:

@@ -59,7 +59,7 @@ benchmarks: .venv
 # docs/validation.md from trainings and simulations; takes hours, and goes on where it was stopped. Needs Fashion-MNIST
 # (Debian: apt install dataset-fashion-mnist).
 validate: .venv
-	$(BIN)/python -m trainers.experiments.validation
+	$(BIN)/python -m studies.validation
 
 # The pictures in README.md, from the latest demo; needs Chromium (Debian: apt install chromium).
 screenshots: .venv

@@ -42,7 +42,7 @@ def fill(points: int, one_key: bool) -> str:
 
 def export(run_id: str, logdir: Path) -> None:
     """Export one run in this process and print what it took as JSON."""
-    from mlflow_icr.tracking.tensorboard_export import Exporter
+    from mlflow_icr.bridge.tensorboard_export import Exporter
 
     exporter = Exporter(logdir)
     run = exporter.client.get_run(run_id)

@@ -113,8 +113,8 @@ def _say(text: str) -> None:
 
 
 def _export_tensorboard(arguments: argparse.Namespace) -> int:
-    from mlflow_icr.tracking.run_export import Exported
-    from mlflow_icr.tracking.tensorboard_export import export_runs
+    from mlflow_icr.bridge.run_export import Exported
+    from mlflow_icr.bridge.tensorboard_export import export_runs
 
     told: set[str] = set()
     stopped = threading.Event()
@@ -148,7 +148,7 @@ def _export_tensorboard(arguments: argparse.Namespace) -> int:
 
 
 def _import_tensorboard(arguments: argparse.Namespace) -> int:
-    from mlflow_icr.tracking.tensorboard_import import Imported, import_runs
+    from mlflow_icr.bridge.tensorboard_import import Imported, import_runs
 
     def tell(run: Imported) -> None:
         print(f"{run.run_name}: {run.new_points} points and {run.new_images} images added, run {run.run_id}", flush=True)
@@ -170,14 +170,14 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _sync(arguments: argparse.Namespace) -> int:
-    from mlflow_icr.tracking.sync import sync
+    from mlflow_icr.tracking.mlflow.sync import sync
 
     found = sync(arguments.folder, new_run=arguments.new_run, say=lambda text: print(text, flush=True))
     return 0 if all(part.complete for part in found) else 1
 
 
 def _best_checkpoint(arguments: argparse.Namespace) -> int:
-    from mlflow_icr.tracking.best import check_output, choose, fetch
+    from mlflow_icr.tracking.checkpoints.best import check_output, choose, fetch
 
     check_output(arguments.output)
     if arguments.max and arguments.metric is None:

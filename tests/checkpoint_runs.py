@@ -8,7 +8,7 @@ from typing import Any
 
 from mlflow_icr import Report
 from mlflow_icr.tracking import MLflowSink, Tracker
-from mlflow_icr.tracking.checkpoints import checkpoint_path
+from mlflow_icr.tracking.checkpoints.folder import checkpoint_path
 
 STEPS = (0, 100, 200, 300)
 ICR = {0: 0.9, 100: 0.3, 200: 0.2, 300: 0.4}

@@ -14,7 +14,7 @@ from mlflow_icr.cli import main
 from mlflow_icr.extraction.pipelines import load_denoiser
 from mlflow_icr.monitoring.verdict import may_be_kept
 from mlflow_icr.tracking import MLflowSink, Tracker
-from mlflow_icr.tracking.checkpoints import checkpoint_path, checkpoints, remove_old
+from mlflow_icr.tracking.checkpoints.folder import checkpoint_path, checkpoints, remove_old
 from tests.checkpoint_runs import models_of, trained
 from tests.test_verdict import history
 

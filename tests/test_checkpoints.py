@@ -28,7 +28,7 @@ from mlflow_icr.cli import main
 from mlflow_icr.extraction.samplers import starting_noise
 from mlflow_icr.monitoring.generation import to_uint8
 from mlflow_icr.tracking import MLflowSink, Tracker, read_history
-from mlflow_icr.tracking.checkpoints import checkpoint_path, checkpoints, remove_old
+from mlflow_icr.tracking.checkpoints.folder import checkpoint_path, checkpoints, remove_old
 from tests.checkpoint_runs import ICR, STEPS, measured, models_of, trained
 from tests.servers import Server
 
@@ -138,7 +138,7 @@ np.save(sys.argv[2], x)
 def test_a_model_of_classes_samples_the_class_that_is_asked_for() -> None:
     from diffusers import UNet2DModel
 
-    from mlflow_icr.tracking.sampling_model import sample_images
+    from mlflow_icr.tracking.checkpoints.sampling_model import sample_images
 
     torch.manual_seed(0)
     blocks = {"block_out_channels": (16, 16), "down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
@@ -187,7 +187,7 @@ def test_a_checkpoint_that_is_gone_before_its_upload_is_a_model_that_says_so(
     folder = tmp_path / "run"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nobody there
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr("mlflow_icr.tracking.courier.PAUSES", (0.01,))
+    monkeypatch.setattr("mlflow_icr.tracking.mlflow.courier.PAUSES", (0.01,))
     trained(folder, pipeline)
     assert remove_old(folder, 1, {100}) == [0, 200]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/late.db")
@@ -237,7 +237,7 @@ def test_an_answer_that_is_lost_makes_no_model_twice(pipeline: Path, tmp_path: P
     for name in ("create_logged_model", "log_outputs", "log_batch", "log_model_artifact", "set_logged_model_tags",
                  "finalize_logged_model"):  # fmt: skip
         lossy(name)
-    monkeypatch.setattr("mlflow_icr.tracking.courier.PAUSES", (0.01,))
+    monkeypatch.setattr("mlflow_icr.tracking.mlflow.courier.PAUSES", (0.01,))
     sink = MLflowSink(log_models="all")
     tracker = Tracker(tmp_path / "run", [sink])
     tracker.open({}, {})

@@ -11,8 +11,8 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 
-from mlflow_icr.tracking import store
-from mlflow_icr.tracking.tensorboard_export import Exporter, export_runs
+from mlflow_icr.bridge.tensorboard_export import Exporter, export_runs
+from mlflow_icr.tracking.mlflow import store
 
 START = 1_700_000_000_000
 Point = tuple[int, int, float]

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
+from mlflow_icr.bridge.tensorboard_export import export_runs
 from mlflow_icr.cli import main
-from mlflow_icr.tracking import store
-from mlflow_icr.tracking.tensorboard_export import export_runs
+from mlflow_icr.tracking.mlflow import store
 from tests.test_export import START, decoded, export, line, log, new_run, picture, read, shown, stored
 
 
@@ -152,7 +152,7 @@ def test_credentials_are_taken_out_of_any_message() -> None:
 
 
 def test_two_exports_at_once_do_not_spoil_each_other(tmp_path: Path) -> None:
-    from mlflow_icr.tracking.event_file import EventFile
+    from mlflow_icr.tracking.tensorboard.event_file import EventFile
 
     run_id = new_run()
     log(run_id, "loss", line(2))

@@ -16,10 +16,10 @@ from mlflow.entities import Run
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
+from mlflow_icr.bridge.tensorboard_export import export_runs
+from mlflow_icr.bridge.tensorboard_import import Imported, import_runs
 from mlflow_icr.cli import main
-from mlflow_icr.tracking.event_file import unseen
-from mlflow_icr.tracking.tensorboard_export import export_runs
-from mlflow_icr.tracking.tensorboard_import import Imported, import_runs
+from mlflow_icr.tracking.tensorboard.event_file import unseen
 from tests.test_export import decoded, line, picture, read, shown, stored
 
 WALL = 1_700_000_000.123

@@ -9,8 +9,8 @@ from scipy import stats
 
 from mlflow_icr import ViewMoments, icr, icr_interval
 from mlflow_icr.representation import interval_from_terms, leave_one_out_terms, paired_difference
+from studies.validation.coverage import FAMILIES, measure_coverage
 from tests.features import covariance, gaussian_features
-from trainers.experiments.coverage import FAMILIES, measure_coverage
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ import pytest
 from mlflow_icr import Report
 from mlflow_icr.cli import main
 from mlflow_icr.tracking import MLflowSink, TensorBoardSink, Tracker, read_history
-from mlflow_icr.tracking.outbox import OPERATIONS
+from mlflow_icr.tracking.mlflow.outbox import OPERATIONS
 from tests.servers import Postgres, Server
 from tests.test_tracking import ODD, as_float32, journal_scalars, tensorboard_scalars
 
@@ -204,7 +204,7 @@ def test_an_answer_that_is_lost_makes_nothing_twice(tmp_path: Path, monkeypatch:
 
     for name in ("create_run", "log_batch", "log_image"):
         lossy(name)
-    monkeypatch.setattr("mlflow_icr.tracking.courier.PAUSES", (0.01,))
+    monkeypatch.setattr("mlflow_icr.tracking.mlflow.courier.PAUSES", (0.01,))
     sink = MLflowSink()
     tracker = Tracker(folder, [sink])
     tracker.open({"seed": 1}, {})
@@ -234,7 +234,7 @@ def test_half_a_picture_is_made_whole(tmp_path: Path, monkeypatch: pytest.Monkey
         return real(self, run_id, path)
 
     monkeypatch.setattr(MlflowClient, "_log_artifact_helper", half)
-    monkeypatch.setattr("mlflow_icr.tracking.courier.PAUSES", (0.01,))
+    monkeypatch.setattr("mlflow_icr.tracking.mlflow.courier.PAUSES", (0.01,))
     sink = MLflowSink()
     tracker = Tracker(folder, [sink])
     tracker.open({}, {})
@@ -347,7 +347,7 @@ def test_other_peoples_pictures_and_earlier_tables_are_not_mixed_up(tmp_path: Pa
 
 def test_what_is_to_be_sent_is_on_the_disk_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that fails once is asked again: nothing is sent that a power cut would have said a second time."""
-    from mlflow_icr.tracking import outbox
+    from mlflow_icr.tracking.mlflow import outbox
 
     box = outbox.Outbox(tmp_path)
     synced: list[Path] = []

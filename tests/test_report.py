@@ -20,7 +20,8 @@ from PIL import Image
 from mlflow_icr import Report, verdict
 from mlflow_icr.cli import main
 from mlflow_icr.reporting import RunMaterial, conclude, gather_folder, write_report
-from mlflow_icr.tracking import MLflowSink, TensorBoardSink, Tracker, read_history, sync
+from mlflow_icr.tracking import MLflowSink, TensorBoardSink, Tracker, read_history
+from mlflow_icr.tracking.mlflow import sync
 from tests.browser import PHONE, opened
 from tests.servers import Server, free_port
 
@@ -294,7 +295,7 @@ def test_the_end_of_a_run_delivers_the_page_through_the_outbox(
     store = mlflow.get_tracking_uri()
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")  # nobody listens
-    monkeypatch.setattr("mlflow_icr.tracking.courier.PAUSES", (0.05,))
+    monkeypatch.setattr("mlflow_icr.tracking.mlflow.courier.PAUSES", (0.05,))
     folder = tmp_path / "run"
     tracker = Tracker(folder, [MLflowSink(run_name="ends alone"), TensorBoardSink(folder / "tensorboard")])
     tracker.open({"seed": 1}, {})

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from mlflow_icr import Report
-from mlflow_icr.tracking import Logged, MLflowSink, TensorBoardSink, Tracker, import_runs, read_logged
-from mlflow_icr.tracking.custom_scalars import ICR, OVERLAY, overlay
-from mlflow_icr.tracking.event_folder import read_folder
+from mlflow_icr.bridge import import_runs
+from mlflow_icr.bridge.event_folder import read_folder
+from mlflow_icr.tracking import Logged, MLflowSink, TensorBoardSink, Tracker, read_logged
+from mlflow_icr.tracking.tensorboard.custom_scalars import ICR, OVERLAY, overlay
 from tests.test_tracking import mlflow_scalars
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from mlflow_icr.tracking import read_history
-from mlflow_icr.tracking.outbox import ended_as
+from mlflow_icr.tracking.mlflow.outbox import ended_as
 from tests.slurm import Slurm
-from trainers.experiments.sweep_plan import Sweep, plan
+from trainers.experiments.sweep.plan import Sweep, plan
 from trainers.launchers.job import FAILED, FINISHED, KILLED, RUNNING, Ended, Job
 from trainers.launchers.slurm import JOBS, SlurmLauncher, SlurmOptions
 

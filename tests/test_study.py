@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from mlflow_icr.tracking import read_history
-from trainers.experiments import generalization_to_memorization as experiment
+from trainers.experiments import demo as experiment
 from trainers.experiments.address import chart_address, without_secrets
 from trainers.experiments.figure import study_figure
 
@@ -87,7 +87,7 @@ def test_a_failing_sibling_ends_the_study_with_its_error(tmp_path: Path, monkeyp
     (study.folder / "control" / "config.yaml").write_text("{}")
     code = (
         "import sys, dataclasses; from pathlib import Path;"
-        "from trainers.experiments import generalization_to_memorization as g;"
+        "from trainers.experiments import demo as g;"
         "from trainers.train import Stop; real = g.plan(sys.argv[1:-1]);"
         "sys.exit(g.run_study(dataclasses.replace(real, folder=Path(sys.argv[-1])), Stop()))"
     )
@@ -114,7 +114,7 @@ def test_a_stopped_study_stops_its_runs(tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
-        "trainers.experiments.generalization_to_memorization",
+        "trainers.experiments.demo",
         "--num-images=32",
         "--total-kimg=400",
     ]
@@ -153,7 +153,7 @@ def test_a_study_that_breaks_is_not_called_finished(tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
     code = (
-        "import sys; from trainers.experiments import generalization_to_memorization as g;"
+        "import sys; from trainers.experiments import demo as g;"
         "from trainers.train import Stop; g.run_siblings = lambda *_: 1 / 0;"
         "g.run_study(g.plan(sys.argv[1:]), Stop())"
     )

@@ -21,10 +21,10 @@ from mlflow_icr import summarise, verdict
 from mlflow_icr.tracking import read_history
 from trainers.arguments import config_changes, config_flags, train_parser
 from trainers.config import load_config
-from trainers.experiments import sweep
-from trainers.experiments.sweep_grid import expand, values_of
-from trainers.experiments.sweep_plan import plan
-from trainers.experiments.sweep_results import result_row, sweep_figure, table_text
+from trainers.experiments.sweep import command as sweep
+from trainers.experiments.sweep.grid import expand, values_of
+from trainers.experiments.sweep.plan import plan
+from trainers.experiments.sweep.results import result_row, sweep_figure, table_text
 
 ROOT = Path(__file__).parents[1]
 SHORT = {

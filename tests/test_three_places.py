@@ -13,7 +13,7 @@ import pytest
 
 from mlflow_icr import Report
 from mlflow_icr.tracking import MLflowSink, TensorBoardSink, Tracker
-from mlflow_icr.tracking.custom_scalars import OVERLAY
+from mlflow_icr.tracking.tensorboard.custom_scalars import OVERLAY
 from tests.test_tracking import as_float32, journal_scalars, mlflow_scalars, tensorboard_scalars
 
 SCRIPTS = ["héllo wörld", "名前とタグ", "שלום", "🧪🔬", "tab\tand\nline", "Ωμέγα", "'\"\\ <b>&amp;", "a" * 240]

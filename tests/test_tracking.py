@@ -16,8 +16,8 @@ from mlflow_icr import Report
 from mlflow_icr.monitoring.series import read_distributions
 from mlflow_icr.monitoring.verdict import Verdict, verdict
 from mlflow_icr.tracking import MLflowSink, TensorBoardSink, Tracker, read_history
-from mlflow_icr.tracking.custom_scalars import LAYOUT, OVERLAY
 from mlflow_icr.tracking.logged import Logged
+from mlflow_icr.tracking.tensorboard.custom_scalars import LAYOUT, OVERLAY
 
 # Values that lose bits in float32, or in a decimal of few digits.
 ODD = [0.1 + 0.2, 1 / 3, 1e-300, 3e38, -0.0, 123456789.123456789, 2**53 + 1.0]

@@ -11,9 +11,9 @@ import pytest
 
 from mlflow_icr import NoiseSweep
 from mlflow_icr.monitoring.sweep import SweepPoint
-from trainers.experiments.coverage import FAMILIES, Coverage, measure_coverage, read_coverages, simulate_missing
-from trainers.experiments.validation_report import chosen_on, read_outcomes, write_report
-from trainers.experiments.validation_rules import (
+from studies.validation.coverage import FAMILIES, Coverage, measure_coverage, read_coverages, simulate_missing
+from studies.validation.report import chosen_on, read_outcomes, write_report
+from studies.validation.rules import (
     RULES,
     Outcome,
     alarm,
@@ -21,8 +21,8 @@ from trainers.experiments.validation_rules import (
     rates,
     verdict_alarm,
 )
-from trainers.experiments.validation_runs import ValidationRun, all_runs, train_missing
-from trainers.experiments.validation_window import read_sweeps, window_rows
+from studies.validation.runs import ValidationRun, all_runs, train_missing
+from studies.validation.window import read_sweeps, window_rows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "validation" / "runs"
@@ -118,8 +118,8 @@ def test_simulations_go_on_where_they_ended(tmp_path: Path, monkeypatch: pytest.
             raise KeyboardInterrupt
         return Coverage("Gaussian", n, k, d, 0.5, 0.4, 0.5, 0.5, 0.01, 0.01, 0.95, repeats)
 
-    monkeypatch.setattr("trainers.experiments.coverage.measure_coverage", simulated)
-    monkeypatch.setattr("trainers.experiments.coverage.FAMILIES", FAMILIES[:1])
+    monkeypatch.setattr("studies.validation.coverage.measure_coverage", simulated)
+    monkeypatch.setattr("studies.validation.coverage.FAMILIES", FAMILIES[:1])
     path = tmp_path / "coverage.csv"
     with pytest.raises(KeyboardInterrupt):
         simulate_missing(path, 7)
@@ -139,7 +139,7 @@ def test_the_plugin_is_recovered_from_the_closed_form() -> None:
     found = measure_coverage(FAMILIES[0], 40, 3, 8, repeats=1, seed=5)
     import numpy as np
 
-    from trainers.experiments.coverage import simulator
+    from studies.validation.coverage import simulator
 
     draw, truth = simulator(np.random.default_rng([5, 40, 3, 8, 0]), FAMILIES[0], 40, 3, 8)
     spectrum = icr(torch.from_numpy(draw()))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mlflow_icr.extraction.files import file_sha256, sync_folder
 from mlflow_icr.extraction.latents import Autoencoder
-from mlflow_icr.tracking.checkpoints import checkpoint_path, write_checkpoint
+from mlflow_icr.tracking.checkpoints.folder import checkpoint_path, write_checkpoint
 from trainers.engine import bare, load_whole, shared_like, whole
 from trainers.families import Family
 from trainers.loop import TrainState

@@ -13,7 +13,7 @@ import yaml
 from mlflow_icr import Protocol
 from mlflow_icr.arguments import refuse_unknown
 from mlflow_icr.extraction.encoders import is_installed
-from mlflow_icr.tracking.checkpoints import check_log_models
+from mlflow_icr.tracking.checkpoints.folder import check_log_models
 
 PRESETS = Path(__file__).parent / "presets"
 MIXED_PRECISIONS = ("", "no", "bf16", "fp16")  # empty: as the launcher says, no without one

@@ -66,8 +66,8 @@ def launch(count: int, arguments: Sequence[str], output_dir: Path) -> int:
 
 def _end_run(output_dir: Path, status: str) -> None:
     """End the run in MLflow, where the rank that logs has not come to it."""
-    from mlflow_icr.tracking.outbox import OPERATIONS
-    from mlflow_icr.tracking.sync import sync_folder
+    from mlflow_icr.tracking.mlflow.outbox import OPERATIONS
+    from mlflow_icr.tracking.mlflow.sync import sync_folder
 
     if (output_dir / OPERATIONS).exists():
         try:

@@ -26,7 +26,7 @@ from mlflow_icr.monitoring.schedule import every_nth
 from mlflow_icr.monitoring.series import HISTORY, arrays_path, read_arrays, read_history
 from mlflow_icr.monitoring.verdict import may_be_kept
 from mlflow_icr.tracking import Tracker
-from mlflow_icr.tracking.checkpoints import mark_turning, remove_old
+from mlflow_icr.tracking.checkpoints.folder import mark_turning, remove_old
 from trainers.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, state_tensors
 from trainers.config import STOPPING, TrainConfig
 from trainers.console import Console

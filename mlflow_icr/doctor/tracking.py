@@ -24,7 +24,7 @@ def tracking() -> Iterator[Check]:
     """Write a run with a metric, a tag and an artifact to an experiment of the doctor's own, read them, and take them away."""
     import mlflow
 
-    from mlflow_icr.tracking.store import StoreError, answers, connect, without_credentials
+    from mlflow_icr.tracking.mlflow.store import StoreError, answers, connect, without_credentials
 
     uri = mlflow.get_tracking_uri()
     shown = without_credentials(uri, uri)
@@ -92,7 +92,7 @@ def _artifact(client: Any, run: Any) -> Check:
 
         found = load_text(f"{run.info.artifact_uri}/doctor.txt")
     except Exception as error:  # each artifact store brings its own library with its own errors
-        from mlflow_icr.tracking.store import without_credentials
+        from mlflow_icr.tracking.mlflow.store import without_credentials
 
         return Check(ARTIFACTS, BAD, without_credentials(first_line(error)), mend)
     if found != CONTENT:

@@ -17,7 +17,7 @@ from mlflow_icr.monitoring import ICRMonitor, Protocol, Verdict, verdict
 from mlflow_icr.monitoring.series import HISTORY
 from mlflow_icr.tracking import Tracker, check_folder
 from mlflow_icr.tracking.backfill import BackfillMLflowSink, BackfillTensorBoardSink, is_delivered
-from mlflow_icr.tracking.store import connect, get_run
+from mlflow_icr.tracking.mlflow.store import connect, get_run
 
 SETTINGS = "backfill.json"  # what makes a folder's measurements comparable, and a later one go on with them
 Say = Callable[[str], None]

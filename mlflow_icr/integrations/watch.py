@@ -23,7 +23,7 @@ from mlflow_icr.monitoring.ranks import sum_over_ranks, world
 from mlflow_icr.monitoring.schedule import measuring_steps
 from mlflow_icr.monitoring.verdict import MEMORIZING, TURNING, may_be_kept
 from mlflow_icr.tracking import Logged, Tracker, check_folder, folder_tracker
-from mlflow_icr.tracking.checkpoints import ALL, mark_turning, remove_old, write_checkpoint
+from mlflow_icr.tracking.checkpoints.folder import ALL, mark_turning, remove_old, write_checkpoint
 
 STOPPING = (TURNING, MEMORIZING)  # the later one is past the earlier
 MONITOR_STATE = "monitor.safetensors"

@@ -11,7 +11,7 @@ import mlflow
 import numpy as np
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
-from mlflow_icr.tracking.checkpoints import INDEX, copy_pipeline, is_pipeline
+from mlflow_icr.tracking.checkpoints.folder import INDEX, copy_pipeline, is_pipeline
 from mlflow_icr.version import __version__
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class PipelineModel(PythonModel):  # type: ignore[misc]
     def predict(self, model_input: list[int]) -> np.ndarray:
         """Images (N, H, W, C) uint8, one for each seed; seed i gives sample i of an evaluation with seed 0."""
         from mlflow_icr.extraction.pipelines import load_denoiser
-        from mlflow_icr.tracking.sampling_model import sample_images
+        from mlflow_icr.tracking.checkpoints.sampling_model import sample_images
 
         self._loaded = self._loaded or load_denoiser(self.folder)
         return sample_images(self._loaded, model_input)

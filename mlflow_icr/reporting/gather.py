@@ -13,11 +13,11 @@ from typing import Any
 
 import yaml
 
+from mlflow_icr.bridge.run_export import STEPPED
 from mlflow_icr.monitoring.series import HISTORY, read_distributions, read_history
 from mlflow_icr.reporting.material import MEASURED, TELLING, RunMaterial, finite_rows
-from mlflow_icr.tracking import store
-from mlflow_icr.tracking.outbox import OPERATIONS, STATE
-from mlflow_icr.tracking.run_export import STEPPED
+from mlflow_icr.tracking.mlflow import store
+from mlflow_icr.tracking.mlflow.outbox import OPERATIONS, STATE
 
 MOST_RUNS = 50  # of a folder or an experiment, where each costs a request for every metric
 EIGENVALUES = "repr/eigenvalues"

@@ -13,7 +13,8 @@ from mlflow_icr.extraction.files import write_whole
 from mlflow_icr.reporting.gather import gather_all, gather_folder
 from mlflow_icr.reporting.material import RunMaterial
 from mlflow_icr.reporting.page import page
-from mlflow_icr.tracking import Tracker, store
+from mlflow_icr.tracking import Tracker
+from mlflow_icr.tracking.mlflow import store
 
 logger = logging.getLogger(__name__)
 

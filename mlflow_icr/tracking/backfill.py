@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mlflow_icr.monitoring.report import Report
-from mlflow_icr.tracking.mlflow_sink import MLflowSink
-from mlflow_icr.tracking.outbox import Outbox
-from mlflow_icr.tracking.store import answers, connect, get_run
-from mlflow_icr.tracking.tensorboard_sink import TensorBoardSink
+from mlflow_icr.tracking.mlflow.outbox import Outbox
+from mlflow_icr.tracking.mlflow.sink import MLflowSink
+from mlflow_icr.tracking.mlflow.store import answers, connect, get_run
+from mlflow_icr.tracking.tensorboard.sink import TensorBoardSink
 
 SECTIONS = ("repr", "perf/measure")  # beginnings of the keys that a measurement has
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from mlflow_icr.monitoring.series import HISTORY, read_history
 from mlflow_icr.tracking.logged import FOLDER, VALUES
-from mlflow_icr.tracking.mlflow_sink import MLflowSink
-from mlflow_icr.tracking.outbox import OPERATIONS
-from mlflow_icr.tracking.tensorboard_sink import TensorBoardSink
+from mlflow_icr.tracking.mlflow.outbox import OPERATIONS
+from mlflow_icr.tracking.mlflow.sink import MLflowSink
+from mlflow_icr.tracking.tensorboard.sink import TensorBoardSink
 from mlflow_icr.tracking.tracker import Tracker
 
 

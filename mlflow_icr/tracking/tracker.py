@@ -15,7 +15,7 @@ from mlflow_icr.monitoring.report import Report
 from mlflow_icr.monitoring.summary import summarise
 from mlflow_icr.monitoring.verdict import Verdict, verdict
 from mlflow_icr.tracking.background import Background
-from mlflow_icr.tracking.checkpoints import checkpoints
+from mlflow_icr.tracking.checkpoints.folder import checkpoints
 from mlflow_icr.tracking.journal import Journal
 from mlflow_icr.tracking.logged import FOLDER, VALUES, Logged, LoggedValues
 

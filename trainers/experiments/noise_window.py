@@ -24,10 +24,10 @@ from mlflow_icr.extraction.pipelines import load_denoiser
 from mlflow_icr.extraction.taps import Tap
 from mlflow_icr.monitoring.plots import sweep_figure
 from mlflow_icr.monitoring.sweep import SweepPoint
-from mlflow_icr.tracking.checkpoints import checkpoints
+from mlflow_icr.tracking.checkpoints.folder import checkpoints
 from trainers.config import TrainConfig, config_from
 from trainers.data import data_of
-from trainers.experiments.generalization_to_memorization import plan, run_study
+from trainers.experiments.demo import plan, run_study
 from trainers.train import CONFIG, Stop
 
 MOST_IMAGES = 2000  # of each kind: enough for intervals of a hundredth

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from mlflow_icr.tracking.store import without_credentials
+from mlflow_icr.tracking.mlflow.store import without_credentials
 
 # A program's own `trainers.train: error: ...`, or the last line of a traceback; torch puts the rank before it.
 ERROR = re.compile(r"^(?:\[rank\d+\]:\s*)?(?:[\w.]+: error: .+|(?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b(?::.*)?)$")

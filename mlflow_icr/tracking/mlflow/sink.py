@@ -18,13 +18,13 @@ import numpy as np
 from mlflow_icr.extraction.files import write_whole
 from mlflow_icr.monitoring.report import Report
 from mlflow_icr.monitoring.verdict import Verdict
-from mlflow_icr.tracking.checkpoints import ALL, KEPT, NONE, check_log_models
-from mlflow_icr.tracking.courier import Courier
-from mlflow_icr.tracking.delivery import Delivery
+from mlflow_icr.tracking.checkpoints.folder import ALL, KEPT, NONE, check_log_models
+from mlflow_icr.tracking.checkpoints.model_delivery import ModelDelivery
 from mlflow_icr.tracking.logged import Logged
-from mlflow_icr.tracking.model_delivery import ModelDelivery
-from mlflow_icr.tracking.outbox import MODELS, Operation, Outbox
-from mlflow_icr.tracking.store import PATIENCE
+from mlflow_icr.tracking.mlflow.courier import Courier
+from mlflow_icr.tracking.mlflow.delivery import Delivery
+from mlflow_icr.tracking.mlflow.outbox import MODELS, Operation, Outbox
+from mlflow_icr.tracking.mlflow.store import PATIENCE
 
 logger = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from mlflow_icr.tracking.delivery import RefusalError
-from mlflow_icr.tracking.outbox import Operation, Outbox
-from mlflow_icr.tracking.store import without_credentials
+from mlflow_icr.tracking.mlflow.delivery import RefusalError
+from mlflow_icr.tracking.mlflow.outbox import Operation, Outbox
+from mlflow_icr.tracking.mlflow.store import without_credentials
 
 logger = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from mlflow_icr.monitoring.series import HISTORY, read_history
 from mlflow_icr.monitoring.verdict import verdict
-from mlflow_icr.tracking.checkpoints import checkpoints, copy_pipeline
-from mlflow_icr.tracking.model_delivery import STEP_TAG, UPLOADED, WEIGHTS_TAG
-from mlflow_icr.tracking.model_folder import PIPELINE
-from mlflow_icr.tracking.store import StoreError, answers, artifacts_answer, connect
+from mlflow_icr.tracking.checkpoints.folder import checkpoints, copy_pipeline
+from mlflow_icr.tracking.checkpoints.model_delivery import STEP_TAG, UPLOADED, WEIGHTS_TAG
+from mlflow_icr.tracking.checkpoints.model_folder import PIPELINE
+from mlflow_icr.tracking.mlflow.store import StoreError, answers, artifacts_answer, connect
 
 
 @dataclass(frozen=True)

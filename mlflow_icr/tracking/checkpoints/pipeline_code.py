@@ -2,6 +2,6 @@
 
 from mlflow.models import set_model
 
-from mlflow_icr.tracking.sampling_model import SamplingModel
+from mlflow_icr.tracking.checkpoints.sampling_model import SamplingModel
 
 set_model(SamplingModel())

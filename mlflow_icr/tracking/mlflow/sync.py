@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlflow_icr.monitoring.series import HISTORY
-from mlflow_icr.tracking.mlflow_sink import MLflowSink
-from mlflow_icr.tracking.outbox import MODELS, OPERATIONS
+from mlflow_icr.tracking.mlflow.outbox import MODELS, OPERATIONS
+from mlflow_icr.tracking.mlflow.sink import MLflowSink
 from mlflow_icr.tracking.tracker import Tracker
 
 
@@ -56,7 +56,7 @@ def sync_folder(folder: Path, *, new_run: bool = False, status: str = "KILLED") 
     tracker.keep(sink)
     boxes = [box for box in (sink.outbox, sink.models) if box is not None]
     before = sum(len(box.waiting) for box in boxes) if sink.outbox.run_id else sum(box.count for box in boxes)
-    told = [logging.getLogger(f"mlflow_icr.tracking.{name}") for name in ("mlflow_sink", "courier")]
+    told = [logging.getLogger(f"mlflow_icr.tracking.mlflow.{name}") for name in ("sink", "courier")]
     disabled = [logger.disabled for logger in told]
     for logger in told:
         logger.disabled = True  # the caller tells of failures

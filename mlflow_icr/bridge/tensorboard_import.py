@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from mlflow_icr.tracking import store
-from mlflow_icr.tracking.custom_scalars import COPIES, ICR, OVERLAY
-from mlflow_icr.tracking.event_file import as_points, float64_bits, unseen
-from mlflow_icr.tracking.event_folder import Folder, Text, event_folders, read_folder, read_images
-from mlflow_icr.tracking.hparams import RENAMED, SYSTEM, TAG_PREFIX, parameter_text
-from mlflow_icr.tracking.run_export import STEPPED
+from mlflow_icr.bridge.event_folder import Folder, Text, event_folders, read_folder, read_images
+from mlflow_icr.bridge.run_export import STEPPED
+from mlflow_icr.tracking.mlflow import store
+from mlflow_icr.tracking.tensorboard.custom_scalars import COPIES, ICR, OVERLAY
+from mlflow_icr.tracking.tensorboard.event_file import as_points, float64_bits, unseen
+from mlflow_icr.tracking.tensorboard.hparams import RENAMED, SYSTEM, TAG_PREFIX, parameter_text
 
 SOURCE = "tensorboard.source"
 TEXTS = "tensorboard.texts"

@@ -12,9 +12,9 @@ import numpy as np
 from mlflow_icr.monitoring.report import Report
 from mlflow_icr.monitoring.series import HISTORY, read_history
 from mlflow_icr.monitoring.verdict import Verdict
-from mlflow_icr.tracking.custom_scalars import layout_summary, overlay, shown_part
-from mlflow_icr.tracking.event_restart import all_events, is_restart, restart_events, shown_events
 from mlflow_icr.tracking.logged import Logged
+from mlflow_icr.tracking.tensorboard.custom_scalars import layout_summary, overlay, shown_part
+from mlflow_icr.tracking.tensorboard.event_restart import all_events, is_restart, restart_events, shown_events
 
 TABLE_ROWS = 50
 

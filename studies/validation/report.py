@@ -14,8 +14,8 @@ from mlflow_icr import summarise
 from mlflow_icr.monitoring.plots import COLOURS
 from mlflow_icr.monitoring.series import read_history, series
 from mlflow_icr.monitoring.verdict import Thresholds, elasticities, verdict
-from trainers.experiments.coverage import Coverage, read_coverages
-from trainers.experiments.validation_rules import (
+from studies.validation.coverage import Coverage, read_coverages
+from studies.validation.rules import (
     MOST_FALSE_ALARMS,
     RULES,
     Outcome,
@@ -25,9 +25,9 @@ from trainers.experiments.validation_rules import (
     rates,
     verdict_alarm,
 )
-from trainers.experiments.validation_runs import ValidationRun
-from trainers.experiments.validation_window import HEAD as HEAD_OF_WINDOW
-from trainers.experiments.validation_window import RESULTS, read_sweeps, window_rows
+from studies.validation.runs import ValidationRun
+from studies.validation.window import HEAD as HEAD_OF_WINDOW
+from studies.validation.window import RESULTS, read_sweeps, window_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mlflow_icr.tracking.event_file import events, is_event_file
+from mlflow_icr.tracking.tensorboard.event_file import events, is_event_file
 
 Text = tuple[int, int, str]
 # Steps, wall times in ms and values: 24 bytes a point, where a tuple would take 150.

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mlflow_icr.tracking.event_file import events, is_event_file
+from mlflow_icr.tracking.tensorboard.event_file import events, is_event_file
 
 
 def shown_events(log_dir: Path, since: int) -> list[Any]:

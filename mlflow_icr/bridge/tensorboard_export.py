@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlflow_icr.tracking import store
-from mlflow_icr.tracking.run_export import Exported, RunExport, Say, owner
+from mlflow_icr.bridge.run_export import Exported, RunExport, Say, owner
+from mlflow_icr.tracking.mlflow import store
 
 
 def folder_name(run: Any, digits: int = 8) -> str:

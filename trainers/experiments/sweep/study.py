@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainers.experiments.address import chart_address
-from trainers.experiments.sweep_grid import varied_fields
-from trainers.experiments.sweep_plan import Sweep
-from trainers.experiments.sweep_results import Row, result_row, table_text, write_results
+from trainers.experiments.sweep.grid import varied_fields
+from trainers.experiments.sweep.plan import Sweep
+from trainers.experiments.sweep.results import Row, result_row, table_text, write_results
 from trainers.launchers.job import FAILED, FINISHED, Ended
 
 if TYPE_CHECKING:

@@ -6,10 +6,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from mlflow_icr.tracking.checkpoints import is_pipeline, pipeline_files
-from mlflow_icr.tracking.delivery import METRICS, RefusalError
-from mlflow_icr.tracking.model_folder import PIPELINE, write_model_files
-from mlflow_icr.tracking.outbox import Operation, Outbox
+from mlflow_icr.tracking.checkpoints.folder import is_pipeline, pipeline_files
+from mlflow_icr.tracking.checkpoints.model_folder import PIPELINE, write_model_files
+from mlflow_icr.tracking.mlflow.delivery import METRICS, RefusalError
+from mlflow_icr.tracking.mlflow.outbox import Operation, Outbox
 
 MODEL_TYPE = "diffusion"
 EXTERNAL = "mlflow.model.isExternal"  # MLflow's own tag for models whose weights it does not have

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
-from mlflow_icr.tracking.model_folder import ARTIFACT, COLUMNS
+from mlflow_icr.tracking.checkpoints.model_folder import ARTIFACT, COLUMNS
 
 BATCH = 256
 DEFAULTS = {"num_images": 1, "seed": 0, "steps": 18}  # steps: Karras et al. 2022, for CIFAR-10

@@ -14,11 +14,11 @@ from pathlib import Path
 import yaml
 
 from mlflow_icr.arguments import OneLineParser
-from mlflow_icr.tracking.outbox import ended_as
+from mlflow_icr.tracking.mlflow.outbox import ended_as
 from trainers.arguments import config_flags, converter
 from trainers.checkpoint import latest_checkpoint
 from trainers.config import TrainConfig, config_from, preset_names
-from trainers.experiments.sweep_grid import Run, check_data, expand, grid_fields
+from trainers.experiments.sweep.grid import Run, check_data, expand, grid_fields
 from trainers.launchers.job import FAILED, FINISHED, Job
 from trainers.launchers.slurm import SlurmOptions, check_cluster
 from trainers.launchers.slurm_flags import add_slurm_flags, slurm_options

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mlflow_icr.tracking.outbox import Operation, Outbox
+from mlflow_icr.tracking.mlflow.outbox import Operation, Outbox
 
 KEY_TAG = "icr.outbox"
 Point = tuple[str, float, int, int]  # key, value, step, time in ms

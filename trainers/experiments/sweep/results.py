@@ -14,7 +14,7 @@ from mlflow_icr import summarise, verdict
 from mlflow_icr.extraction.files import write_whole
 from mlflow_icr.monitoring.plots import COLOURS
 from mlflow_icr.monitoring.series import HISTORY, read_history
-from trainers.experiments.sweep_grid import Run, text_of, varied_fields
+from trainers.experiments.sweep.grid import Run, text_of, varied_fields
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from mlflow_icr.arguments import OneLineParser
-from trainers.experiments import validation_window
-from trainers.experiments.coverage import simulate_missing
-from trainers.experiments.validation_report import read_outcomes, write_report
-from trainers.experiments.validation_runs import all_runs, train_missing
+from studies.validation import window as validation_window
+from studies.validation.coverage import simulate_missing
+from studies.validation.report import read_outcomes, write_report
+from studies.validation.runs import all_runs, train_missing
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -32,7 +31,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         simulate_missing(DOCS / "validation" / "coverage.csv", arguments.repeats)
     write_report(read_outcomes(results), all_runs(), DOCS)
     return 1 if failures else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from mlflow_icr.extraction.files import write_whole
-from mlflow_icr.tracking import event_file, store
-from mlflow_icr.tracking.event_file import EventFile
-from mlflow_icr.tracking.hparams import RENAMED, description
+from mlflow_icr.tracking.mlflow import store
+from mlflow_icr.tracking.tensorboard import event_file
+from mlflow_icr.tracking.tensorboard.event_file import EventFile
+from mlflow_icr.tracking.tensorboard.hparams import RENAMED, description
 
 STATE = ".mlflow-export.json"
 STATE_VERSION = 1

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from mlflow_icr.extraction.files import write_whole
-from mlflow_icr.tracking.outbox import OPERATIONS, ended_as
-from mlflow_icr.tracking.sync import sync_folder
+from mlflow_icr.tracking.mlflow.outbox import OPERATIONS, ended_as
+from mlflow_icr.tracking.mlflow.sync import sync_folder
 from trainers.experiments.address import without_secrets
-from trainers.experiments.sweep_grid import text_of, varied_fields
-from trainers.experiments.sweep_plan import LOCK, STUDY, Sweep, plan
-from trainers.experiments.sweep_study import Study
+from trainers.experiments.sweep.grid import text_of, varied_fields
+from trainers.experiments.sweep.plan import LOCK, STUDY, Sweep, plan
+from trainers.experiments.sweep.study import Study
 from trainers.launchers.job import FAILED, FINISHED, KILLED, RUNNING, Ended, Launcher
 from trainers.launchers.local import LocalLauncher
 from trainers.launchers.slurm import SlurmLauncher
@@ -176,7 +176,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     if status == FINISHED:
         return 0
     return 128 + stop.signal if stop.signal else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Checkpoints: their folder, and models of MLflow made of them."""

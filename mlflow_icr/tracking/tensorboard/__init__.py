@@ -1,0 +1,1 @@
+"""Results in TensorBoard's event files."""

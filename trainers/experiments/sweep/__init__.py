@@ -1,0 +1,1 @@
+"""The same training for several sizes, seeds and other settings."""

@@ -22,6 +22,7 @@ FLOORS = [
     "integrations",
     "plugin",
     "doctor",
+    "commands",
     "cli",
 ]
 # These two say what features and samples say, by tensor maths alone: neither knows of the other.

@@ -1,6 +1,6 @@
 """The command `mlflow-icr measure` on saved models: one, or the checkpoints that a training has left.
 
-Nothing heavy is imported before it is needed: the command line reads its options from here.
+Nothing heavy is imported before it is needed.
 """
 
 from __future__ import annotations
@@ -8,14 +8,46 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlflow_icr.commands.console import Commands, say
+
 if TYPE_CHECKING:
     from mlflow_icr.monitoring import Report
     from mlflow_icr.tracking import MLflowSink
+
+
+def add(commands: Commands) -> None:
+    """Add the command and its options."""
+    parser = commands.add_parser(
+        "measure",
+        help="ICR of saved models on their training images, or copies and distances of generated images, as JSON",
+    )
+    parser.add_argument(
+        "checkpoint", type=Path, nargs="?", help="a diffusers folder, such as checkpoints/000000131072 of a run"
+    )
+    parser.add_argument("--data", type=Path, help="folder of training images")
+    parser.add_argument("--generated", type=Path, help="generated images instead of a checkpoint: a folder, .zip or .npz")
+    parser.add_argument("--train", type=Path, help="with --generated: the training images, likewise")
+    parser.add_argument("--heldout", type=Path, help="with --generated: images that were not trained on, likewise")
+    parser.add_argument("--encoder", default="pixels", help="with --generated: pixels, inception, sscd, dinov2, clip, ...")
+    parser.add_argument("--encoder-weights", type=Path, help="its file, or folder")
+    parser.add_argument("--resolution", type=int, help="side in pixels; with --generated where images differ in size")
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        help="with --generated: where scores.csv and the wall of pairs go; with "
+        "--checkpoints: where the history does, default their folder's icr/",
+    )
+    parser.add_argument(
+        "--run-id",
+        help="an MLflow run to log to as well: with --checkpoints at their steps, else at --images-seen; default: "
+        "MLFLOW_RUN_ID, which `mlflow run` sets",
+    )
+    add_options(parser)
+    parser.set_defaults(run=measure)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -44,11 +76,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shrinkage", default="none", help="of the residual covariance: none, ledoit-wolf or oas")
     parser.add_argument("--companions", nargs="+", default=[], help="further measures, such as alignment rankme lidar")
     parser.add_argument("--images-seen", type=int, default=0, help="written into the result as it is given")
-
-
-def say(text: str) -> None:
-    """A line for the person at the terminal."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def measure(arguments: argparse.Namespace) -> int:

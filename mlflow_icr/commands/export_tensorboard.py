@@ -1,0 +1,57 @@
+"""The command `mlflow-icr export-tensorboard`: MLflow runs as event files, once or as they go on."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import threading
+from pathlib import Path
+
+from mlflow_icr.commands.console import Commands, say
+
+
+def add(commands: Commands) -> None:
+    """Add the command and its options."""
+    parser = commands.add_parser("export-tensorboard", help="MLflow runs as TensorBoard event files; a repeat adds what is new")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--experiment", help="all runs of the experiment of this name")
+    which.add_argument("--run-id", nargs="+", default=[], help="these runs, and those nested in them")
+    parser.add_argument("--logdir", type=Path, required=True, help="where each run gets a folder of its own")
+    parser.add_argument("--follow", action="store_true", help="go on until no run is running; Ctrl-C ends it before")
+    parser.add_argument("--interval", type=float, default=5.0, help="with --follow: seconds between two looks")
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from mlflow_icr.bridge.run_export import Exported
+    from mlflow_icr.bridge.tensorboard_export import export_runs
+
+    told: set[str] = set()
+    stopped = threading.Event()
+
+    def interrupt(number: int, frame: object) -> None:
+        # Where Python cannot raise (in a destructor, say) the interrupt is ignored; the loop looks here too.
+        stopped.set()
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+
+    def tell(run: Exported) -> None:
+        if run.run_id not in told or run.new_points or run.new_images:
+            told.add(run.run_id)
+            print(f"{run.folder}: {run.new_points} points and {run.new_images} images added, {run.status}", flush=True)
+
+    export_runs(
+        arguments.logdir,
+        experiment=arguments.experiment,
+        run_ids=arguments.run_id,
+        follow=arguments.follow,
+        interval=arguments.interval,
+        stop=stopped,
+        tell=tell,
+        say=say,
+    )
+    if stopped.is_set():
+        raise KeyboardInterrupt
+    print(f"look at them with: tensorboard --logdir {arguments.logdir}" if told else "there are no runs yet")
+    return 0

@@ -1,0 +1,69 @@
+"""The command `mlflow-icr sweep-noise`: ICR over noise levels and layers of a saved pipeline."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from mlflow_icr.commands.console import Commands
+
+# Those of Li et al. 2026, figure 2, for EDM; here so that --help does not wait for torch.
+SIGMAS = (0.01, 0.02, 0.06, 0.14, 0.3, 0.59, 1.09, 1.92, 3.26)
+
+
+def add(commands: Commands) -> None:
+    """Add the command and its options."""
+    parser = commands.add_parser("sweep-noise", help="ICR over noise levels and layers of a saved pipeline: where to look")
+    parser.add_argument("checkpoint", type=Path, help="a diffusers folder")
+    parser.add_argument("--data", type=Path, required=True, help="folder of training images; subfolders are classes")
+    parser.add_argument("--test-data", type=Path, help="labelled images for the linear probe; default: cross-validation")
+    parser.add_argument("--sigma", type=float, nargs="+", default=list(SIGMAS), help="noise standard deviations")
+    parser.add_argument("--layers", nargs="+", default=[], help="default: all blocks of the network")
+    parser.add_argument("--augmentation-level", type=int, default=3)
+    parser.add_argument("--num-views", type=int, help="default: as many as the widest layer needs")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output-dir", type=Path, help="where sweep.png and sweep.csv go")
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    import csv
+    from dataclasses import asdict, fields
+
+    from mlflow_icr.extraction.adapters.choose import image_channels
+    from mlflow_icr.extraction.images import folder_labels, load_folder, with_channels
+    from mlflow_icr.extraction.pipelines import batch_size_for, load_denoiser
+    from mlflow_icr.monitoring.plots import sweep_figure
+    from mlflow_icr.monitoring.protocol import Protocol
+    from mlflow_icr.monitoring.sweep import LabelledImages, SweepPoint, sweep_noise
+
+    denoiser, resolution = load_denoiser(arguments.checkpoint)
+    channels = image_channels(denoiser)
+    images, labels = with_channels(load_folder(arguments.data, resolution), channels), folder_labels(arguments.data)
+    labelled = None if labels is None else LabelledImages(images, labels)
+    if arguments.test_data is not None:
+        test_labels = folder_labels(arguments.test_data)
+        if labels is None or test_labels is None:
+            raise ValueError("test_data is given, but a folder has no classes; expected one subfolder for each class in both")
+        test_images = with_channels(load_folder(arguments.test_data, resolution), channels)
+        labelled = LabelledImages(images, labels, test_images, test_labels)
+    protocol = Protocol(augmentation_level=arguments.augmentation_level, num_views=arguments.num_views, seed=arguments.seed)
+    sweep = sweep_noise(
+        denoiser,
+        images,
+        sigmas=arguments.sigma,
+        layers=arguments.layers,
+        protocol=protocol,
+        labelled=labelled,
+        batch_size=batch_size_for(denoiser),
+    )
+    if arguments.output_dir is not None:
+        arguments.output_dir.mkdir(parents=True, exist_ok=True)
+        sweep_figure({arguments.checkpoint.name: sweep}).savefig(arguments.output_dir / "sweep.png", dpi=130)
+        with (arguments.output_dir / "sweep.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, [field.name for field in fields(SweepPoint)])
+            writer.writeheader()
+            writer.writerows(asdict(point) for point in sweep.points)
+    print(json.dumps(sweep.as_dict(), indent=2))
+    return 0

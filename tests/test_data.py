@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
+from mlflow_icr.extraction import keyed_generator
 from trainers.config import load_config
 from trainers.data import _named, data_of, load_data
 from trainers.experiments.noise_window import labelled_images
+
+CIFAR = Path(__file__).parents[1] / "../shared/data/cifar10-20k.zip"
 
 
 def test_subsets_nest_and_held_out_images_are_the_same() -> None:
@@ -45,6 +50,34 @@ def test_image_folders(tmp_path: Path, rng: np.random.Generator) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="a folder without images"):
         load_data(str(tmp_path / "empty"), resolution=8, num_images=5, num_heldout=0, seed=0)
+
+
+def test_an_archive_with_one_folder_for_each_class(tmp_path: Path) -> None:
+    if not CIFAR.exists():
+        pytest.skip(f"{CIFAR} is not here")
+    small, large = (load_data(str(CIFAR), resolution=16, num_images=n, num_heldout=20, seed=1) for n in (30, 60))
+    assert small.train.shape == (30, 3, 16, 16)
+    assert torch.equal(large.train[:30], small.train)
+    assert torch.equal(large.heldout, small.heldout)
+    assert small.num_classes == 10
+    with zipfile.ZipFile(CIFAR) as archive:
+        names = sorted(archive.namelist())
+        chosen = [names[i] for i in keyed_generator("subset", 1).permutation(len(names))[:30]]
+        pixels = [np.asarray(Image.open(io.BytesIO(archive.read(name))), dtype=np.float64) for name in chosen]
+    classes = sorted({name.split("/")[0] for name in names})
+    assert small.train_labels is not None
+    assert small.train_labels.tolist() == [classes.index(name.split("/")[0]) for name in chosen]
+    averaged = np.stack(pixels).reshape(30, 16, 2, 16, 2, 3).mean((2, 4)).transpose(0, 3, 1, 2)
+    assert np.abs(small.train.numpy() - averaged).max() <= 1  # areas are averaged; Pillow rounds after each direction
+    # The same images unpacked into a folder that holds everything are the same set.
+    for name in (tmp_path / "all" / name for name in chosen):
+        name.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(CIFAR) as archive:
+        archive.extractall(tmp_path / "all", chosen)
+    unpacked = load_data(str(tmp_path), resolution=16, num_images=30, num_heldout=0, seed=0)
+    assert {image.numpy().tobytes() for image in unpacked.train} == {image.numpy().tobytes() for image in small.train}
+    assert unpacked.train_labels is not None
+    assert len(unpacked.train_labels.unique()) == len({name.split("/")[0] for name in chosen})
 
 
 def test_mnist_comes_with_its_package() -> None:

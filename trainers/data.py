@@ -1,4 +1,4 @@
-"""Training data: embedded sets, image folders and `datasets` names, in nested deterministic subsets."""
+"""Training data: embedded sets, folders and archives of images, and `datasets` names, in nested deterministic subsets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from mlflow_icr.extraction import keyed_generator
-from mlflow_icr.extraction.images import content_hash, folder_labels, folder_paths, read_paths, stack_images
+from mlflow_icr.extraction.images import ImageFiles, content_hash, is_archive, read_listed, stack_images
 from trainers.config import TrainConfig
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts its files
@@ -38,11 +38,11 @@ class Source:
 
     images: Tensor | None
     labels: Tensor | None = None
-    paths: tuple[Path, ...] = ()
+    files: ImageFiles | None = None
     resolution: int = 0  # of files
 
     def __len__(self) -> int:
-        return len(self.paths) if self.images is None else len(self.images)
+        return len(self.files or ()) if self.images is None else len(self.images)
 
     def read(self, *parts: Tensor) -> list[Tensor]:
         """The images with these places in the set, (N, C, H, W) uint8; grey where all of all parts are.
@@ -51,7 +51,8 @@ class Source:
         """
         if self.images is not None:
             return [self.images[part] for part in parts]
-        found = read_paths([self.paths[i] for part in parts for i in part.tolist()], self.resolution)
+        assert self.files is not None
+        found = read_listed(self.files, [self.files.names[i] for part in parts for i in part.tolist()], self.resolution)
         return list(found.split([len(part) for part in parts]))
 
 
@@ -106,8 +107,8 @@ def _named(name: str, split: str, resolution: int) -> Source:
     except Exception as error:  # hub, network, cache and parser errors have no common type
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"data is {name!r}, which is neither one of {', '.join(EMBEDDED)}, nor a folder, nor a set that `datasets` can "
-            f"load with split {split!r} ({first})"
+            f"data is {name!r}, which is neither one of {', '.join(EMBEDDED)}, nor a folder or .zip of images, nor a set that "
+            f"`datasets` can load with split {split!r} ({first})"
         ) from None
     columns = [key for key, feature in rows.features.items() if isinstance(feature, datasets.Image)]
     if not columns:
@@ -122,8 +123,9 @@ def load_source(data: str, resolution: int, split: str = "train") -> Source:
     embedded = {"digits": _digits, "mnist5k": _mnist5k, "fashion-mnist": _fashion_mnist}
     if data in embedded:
         return embedded[data](resolution)
-    if Path(data).is_dir():
-        return Source(None, folder_labels(data), tuple(folder_paths(data)), resolution)
+    if Path(data).is_dir() or is_archive(data):
+        files = ImageFiles(data)
+        return Source(None, files.labels(), files, resolution)
     return _named(data, split, resolution)
 
 
@@ -200,6 +202,6 @@ def describe_data(config: TrainConfig, images: Tensor, sha256: str) -> dict[str,
     from mlflow_icr.plugin.datasets import DIGEST_LENGTH, from_tensor
 
     path = Path(config.data)
-    folder = path.resolve() if config.data not in EMBEDDED and path.is_dir() else None
+    folder = path.resolve() if config.data not in EMBEDDED and path.exists() else None
     name = folder.name if folder is not None else config.data
     return from_tensor(images, source=folder, name=name, digest=sha256[:DIGEST_LENGTH]).to_dict()

@@ -16,7 +16,11 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+from mlflow_icr.extraction.images.listing import SUFFIXES, ImageFiles, image_paths
+
+# What Pillow, an archive or a damaged file may raise.
+UNREADABLE = (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+MOST_NAMED = 10  # files that cannot be read, in one line
 GREY_MODES = {"1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F"}
 
 
@@ -59,52 +63,32 @@ def with_channels(images: Tensor, channels: int | None) -> Tensor:
     raise ValueError(f"data has {images.shape[1]} channels, and the network takes {channels}")
 
 
-def image_paths(folder: Path | str) -> list[Path]:
-    """All image files below a folder, in the order of their paths."""
-    return sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-
-
-def folder_labels(folder: Path | str) -> Tensor | None:
-    """The class of each image of a folder, (N,) integers, where the images lie in one subfolder for each class; else None."""
-    folder = Path(folder)
-    names = [path.relative_to(folder).parts[:-1] for path in image_paths(folder)]
-    classes = sorted({parts[0] for parts in names if parts})
-    if len(classes) < 2 or not all(names):
-        return None
-    return torch.tensor([classes.index(parts[0]) for parts in names])
-
-
 def load_folder(folder: Path | str, resolution: int) -> Tensor:
-    """All images below a folder, in the order of their paths, (N, C, resolution, resolution) uint8.
+    """All images below a folder, or in a zip, in the order of their names, (N, C, resolution, resolution) uint8.
 
     Raises ValueError when there are none, or naming the files that cannot be read.
     """
-    return read_paths(folder_paths(folder), resolution)
+    files = ImageFiles(folder)
+    return read_listed(files, files.names, resolution)
 
 
-def folder_paths(folder: Path | str) -> list[Path]:
-    """All image files below a folder of training images, in the order of their paths. Raises ValueError when there are none."""
-    paths = image_paths(folder)
-    if not paths:
-        raise ValueError(f"data is {str(folder)!r}, a folder without images ({', '.join(sorted(SUFFIXES))})")
-    return paths
-
-
-def read_paths(paths: Sequence[Path], resolution: int) -> Tensor:
-    """Image files as (N, C, resolution, resolution) uint8: one channel when all are grey, else RGB.
+def read_listed(files: ImageFiles, names: Sequence[str], resolution: int) -> Tensor:
+    """Some image files as (N, C, resolution, resolution) uint8: one channel when all are grey, else RGB.
 
     One file is in memory at a time, whatever its size. Raises ValueError naming the files that cannot be read.
     """
     arrays, unreadable, grey = [], [], True
-    for path in paths:
+    for name in names:
         try:
-            with Image.open(path) as image:
+            with Image.open(io.BytesIO(files.read(name))) as image:
                 grey = grey and image.mode in GREY_MODES
                 arrays.append(np.asarray(fit(as_eight_bit(image, grey), resolution)))
-        except (UnidentifiedImageError, OSError) as error:
-            unreadable.append(f"{path} ({error})")
+        except UNREADABLE as error:
+            unreadable.append(f"{name} ({error})")
     if unreadable:
-        raise ValueError(f"{len(unreadable)} of {len(paths)} images cannot be read: {named(unreadable)}")
+        raise ValueError(
+            f"data is {str(files.path)!r}: {len(unreadable)} of {len(names)} images cannot be read: {named(unreadable)}"
+        )
     if not grey:  # those before the first of colour were read as grey
         arrays = [array if array.ndim == 3 else np.repeat(array[..., None], 3, axis=2) for array in arrays]
     stacked = torch.from_numpy(np.stack(arrays))
@@ -113,8 +97,8 @@ def read_paths(paths: Sequence[Path], resolution: int) -> Tensor:
 
 def named(unreadable: Sequence[str]) -> str:
     """The first few names, and how many more there are."""
-    more = f" and {len(unreadable) - 5} more" if len(unreadable) > 5 else ""
-    return f"{'; '.join(unreadable[:5])}{more}"
+    more = f" and {len(unreadable) - MOST_NAMED} more" if len(unreadable) > MOST_NAMED else ""
+    return f"{'; '.join(unreadable[:MOST_NAMED])}{more}"
 
 
 def _open_all(sources: Iterable[tuple[str, Path | IO[bytes]]]) -> tuple[list[Image.Image], list[str]]:
@@ -125,7 +109,7 @@ def _open_all(sources: Iterable[tuple[str, Path | IO[bytes]]]) -> tuple[list[Ima
             with Image.open(source) as image:
                 image.load()
                 images.append(image.copy())
-        except (UnidentifiedImageError, OSError) as error:
+        except UNREADABLE as error:
             unreadable.append(f"{name} ({error})")
     return images, unreadable
 
@@ -235,6 +219,6 @@ def folder_facts(folder: Path | str) -> FolderFacts:
             with Image.open(io.BytesIO(content)) as image:
                 sizes[f"{image.width}x{image.height}"] += 1
                 modes[image.mode] += 1
-        except (UnidentifiedImageError, OSError):
+        except UNREADABLE:
             unreadable.append(name)
     return FolderFacts(digest.hexdigest(), len(files) - len(unreadable), num_bytes, dict(sizes), dict(modes), unreadable)

@@ -65,7 +65,7 @@ def tiny_autoencoder(channels: int = 1, blocks: int = 2, seed: int = 0) -> Autoe
 
 def finished(config: TrainConfig, folder: Path) -> Run:
     run = Run(config, folder)
-    assert run.go(None, Console(config, shown=False), lambda: False) == "FINISHED"
+    assert run.train_to_end(None, Console(config, shown=False), lambda: False) == "FINISHED"
     return run
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from tests.family_runs import configured, weights
 from trainers.checkpoint import load_checkpoint, save_checkpoint, state_tensors
 from trainers.data import load_data
-from trainers.engine import lay_out
+from trainers.engine import use_channels_last
 from trainers.families import Family, family_of
 from trainers.families.edm import EDM
 from trainers.inputs import Inputs
@@ -148,5 +148,5 @@ def test_on_the_cpu_networks_keep_their_layout() -> None:
     family = family_of(configured("ddpm"))
     network: Any = family.build(1, 8)
     _, accelerator = begun(family)
-    lay_out(network, accelerator)
+    use_channels_last(network, accelerator)
     assert network.down_blocks[0].resnets[0].conv1.weight.is_contiguous()

@@ -195,7 +195,7 @@ def test_convolutions_lie_channels_last_and_compute_the_same(name: str, monkeypa
     assert flags == [True] * 10
     kernel: Any = bare(training.state.network, training.accelerator).get_submodule("down_blocks.0.resnets.0.conv1").weight
     assert training.state.optimizer.state[kernel]["exp_avg"].stride() == kernel.stride()
-    monkeypatch.setattr(loop, "lay_out", lambda network, accelerator: None)
+    monkeypatch.setattr(loop, "use_channels_last", lambda network, accelerator: None)
     other = Training(name, rampup_kimg=1)
     assert bare(other.state.network, other.accelerator).get_submodule("down_blocks.0.resnets.0.conv1").weight.is_contiguous()
     assert other.run(10) == pytest.approx(losses, rel=1e-3)

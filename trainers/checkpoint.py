@@ -21,7 +21,7 @@ from torch import Tensor
 from mlflow_icr.extraction.files import file_sha256, sync_folder
 from mlflow_icr.extraction.latents import Autoencoder
 from mlflow_icr.tracking.checkpoints.folder import checkpoint_path, write_checkpoint
-from trainers.engine import bare, load_whole, shared_like, whole
+from trainers.engine import bare, gathered, load_whole, shared_like
 from trainers.families import Family
 from trainers.loop import TrainState
 
@@ -49,7 +49,7 @@ def state_tensors(
         tensors |= {f"optimizer/{index}/{key}": torch.as_tensor(value) for key, value in entry.items()}
     tensors |= {f"monitor/{key}": value for key, value in monitor.items()}
     tensors["loss_sum"] = state.loss_sum.reshape(1) if losses is None else losses
-    return {key: whole(value.detach()).cpu().contiguous().clone() for key, value in tensors.items()}
+    return {key: gathered(value.detach()).cpu().contiguous().clone() for key, value in tensors.items()}
 
 
 def place_autoencoder(folder: Path, autoencoder: Autoencoder, output_dir: Path) -> None:
@@ -69,9 +69,11 @@ def place_autoencoder(folder: Path, autoencoder: Autoencoder, output_dir: Path) 
         shutil.copytree(kept, folder / "vae")
 
 
-def _write_state(part: Path, state: TrainState, accelerator: Accelerator, tensors: dict[str, Tensor]) -> None:
+def _write_state(part: Path, state: TrainState, accelerator: Accelerator, tensors: dict[str, Tensor], batch_size: int) -> None:
     save_file(tensors, part / STATE)
     progress: dict[str, Any] = {"images_seen": state.images_seen, "loss_steps": state.loss_steps}
+    progress |= {"optimizer_steps": state.optimizer_steps, "origin_images_seen": state.origin_images_seen}
+    progress |= {"skipped_steps": int(state.skipped[0]), "batch_size": batch_size}
     if accelerator.scaler is not None:  # of fp16: plain numbers
         progress["scaler"] = accelerator.scaler.state_dict()
     progress["sha256"] = file_sha256(part / STATE)
@@ -88,17 +90,19 @@ def save_checkpoint(
 ) -> Path:
     """Write the checkpoint of a state, on the main process; returns its folder. Raises OSError when the disk is full.
 
-    `tensors` are those of `state_tensors`.
+    `tensors` are those of `state_tensors`. Raises ValueError when some are not finite: training cannot go on from there.
     """
+    if not_finite := [key for key, value in tensors.items() if key != "loss_sum" and not value.isfinite().all()]:
+        raise ValueError(f"{not_finite[0]} is not finite; expected a state that training can go on from")
     folder = checkpoint_path(output_dir, state.images_seen)
-    if (folder / STATE).exists() and _is_whole(folder):
+    if (folder / STATE).exists() and _is_intact(folder):
         return folder
 
     def write(part: Path) -> None:
         family.save(part, state.ema, latent=autoencoder is not None)
         if autoencoder is not None:
             place_autoencoder(part, autoencoder, output_dir)
-        _write_state(part, state, accelerator, tensors)
+        _write_state(part, state, accelerator, tensors, family.config.batch_size)
 
     try:
         write_checkpoint(output_dir, state.images_seen, write)
@@ -109,28 +113,33 @@ def save_checkpoint(
     return folder
 
 
-def _is_whole(folder: Path) -> bool:
+def _is_intact(folder: Path) -> bool:
     """Whether a checkpoint that training could go on from is what was written; one that is not is told of."""
     try:
-        whole = json.loads((folder / PROGRESS).read_text())["sha256"] == file_sha256(folder / STATE)
+        intact = json.loads((folder / PROGRESS).read_text())["sha256"] == file_sha256(folder / STATE)
     except (OSError, ValueError, KeyError):
-        whole = False
-    if not whole:
+        intact = False
+    if not intact:
         logger.warning("%s is damaged; it is not used", folder)
-    return whole
+    return intact
 
 
 def latest_checkpoint(output_dir: Path) -> Path | None:
     """The newest checkpoint that training can go on from, or None. Raises ValueError when there are only damaged ones."""
     found = sorted((path.parent for path in output_dir.glob(f"checkpoints/[0-9]*/{STATE}")), reverse=True)
-    newest = next((folder for folder in found if _is_whole(folder)), None)
+    newest = next((folder for folder in found if _is_intact(folder)), None)
     if found and newest is None:
         raise ValueError(f"output_dir is {str(output_dir)!r}, whose checkpoints are damaged; expected one to go on from")
     return newest
 
 
-def load_checkpoint(folder: Path, state: TrainState, accelerator: Accelerator) -> dict[str, Tensor]:
-    """Put a state back to what a checkpoint holds; returns the monitor's part. Raises ValueError when it does not fit."""
+def load_checkpoint(
+    folder: Path, state: TrainState, accelerator: Accelerator, batch_size: int | None = None
+) -> dict[str, Tensor]:
+    """Put a state back to what a checkpoint holds; returns the monitor's part. Raises ValueError when it does not fit.
+
+    With another `batch_size` than the checkpoint's, the state's origin is here; None stands for the same.
+    """
     tensors = load_file(folder / STATE)
     progress = json.loads((folder / PROGRESS).read_text())
 
@@ -155,6 +164,11 @@ def load_checkpoint(folder: Path, state: TrainState, accelerator: Accelerator) -
     if accelerator.scaler is not None and "scaler" in progress:
         accelerator.scaler.load_state_dict(progress["scaler"])
     state.images_seen = progress["images_seen"]
+    saved_size = progress.get("batch_size", batch_size or 1)  # older checkpoints do not say these
+    same = batch_size in (None, saved_size) or not state.images_seen
+    state.optimizer_steps = progress.get("optimizer_steps", state.images_seen // saved_size)
+    state.origin_images_seen = progress.get("origin_images_seen", 0) if same else state.images_seen
+    state.skipped[0] = progress.get("skipped_steps", 0)
     sums, ranks = tensors["loss_sum"].reshape(-1), accelerator.num_processes
     mine = sums[accelerator.process_index] if len(sums) == ranks else sums.mean()  # the same mean, on another number of ranks
     state.loss_sum = mine.to(accelerator.device)

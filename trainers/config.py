@@ -17,7 +17,7 @@ from mlflow_icr.tracking.checkpoints.folder import check_log_models
 
 PRESETS = Path(__file__).parent / "presets"
 MIXED_PRECISIONS = ("", "no", "bf16", "fp16")  # empty: as the launcher says, no without one
-STOPPING = ("", "turning", "memorizing")  # each later one is past the earlier
+STOP_VERDICTS = ("", "turning", "memorizing")  # each later one is past the earlier
 FAMILIES = ("edm", "ddpm", "flow")
 PREDICTIONS = ("epsilon", "v")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")  # diffusers' names
@@ -146,8 +146,8 @@ class TrainConfig:
             self.check_network(self.resolution)
         if self.batch_size % self.gradient_accumulation_steps:
             refuse("batch_size", f"a multiple of gradient_accumulation_steps, {self.gradient_accumulation_steps}")
-        if self.stop_on not in STOPPING:
-            refuse("stop_on", f"one of {', '.join(STOPPING[1:])}, or empty")
+        if self.stop_on not in STOP_VERDICTS:
+            refuse("stop_on", f"one of {', '.join(STOP_VERDICTS[1:])}, or empty")
         check_log_models(self.log_models)
         if self.measurements < 2:
             refuse("measurements", "at least 2")

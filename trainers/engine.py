@@ -17,7 +17,7 @@ def bare(network: nn.Module, accelerator: Accelerator) -> nn.Module:
     return accelerator.unwrap_model(network, keep_torch_compile=False)  # type: ignore[no-any-return]
 
 
-def lay_out(network: nn.Module, accelerator: Accelerator) -> None:
+def use_channels_last(network: nn.Module, accelerator: Accelerator) -> None:
     """On CUDA, lay the weights of convolutions out channels last, as its tensor cores take them; activations follow them.
 
     Values are the same but for rounding, and checkpoints are as ever. FSDP refuses such parameters, and is spared them. So is
@@ -36,7 +36,7 @@ def is_sharded(network: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in network.parameters())
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gathered(tensor: Tensor) -> Tensor:
     """A tensor entire; one that is shared out is gathered, which all ranks must take part in."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

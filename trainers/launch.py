@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mlflow_icr.environment import cores
 from trainers.config import TrainConfig
-from trainers.launchers.job import STOPPING
+from trainers.launchers.job import STOP_SIGNALS
 from trainers.launchers.processes import GRACE_SECONDS
 
 
@@ -52,7 +52,7 @@ def launch(count: int, arguments: Sequence[str], output_dir: Path) -> int:
             child.terminate()
         asked.append(number)
 
-    before = {number: signal.signal(number, ask) for number in STOPPING}
+    before = {number: signal.signal(number, ask) for number in STOP_SIGNALS}
     try:
         status = child.wait()
     finally:

@@ -19,7 +19,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from mlflow_icr.extraction import keyed_generator
 from trainers.config import TrainConfig
 from trainers.dropout import RowKeys, key_dropout
-from trainers.engine import bare, lay_out, whole
+from trainers.engine import bare, gathered, use_channels_last
 from trainers.families import Family
 from trainers.inputs import Inputs
 
@@ -38,6 +38,11 @@ class TrainState:
     images_seen: int = 0
     loss_sum: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))  # since the last measurement
     loss_steps: int = 0
+    optimizer_steps: int = 0
+    origin_images_seen: int = 0  # where the present batch size began
+    # On the device, so that no step waits to know them: optimizer steps left out for gradients that are not finite, in all and
+    # in a row up to now.
+    skipped: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.int64))
 
 
 class Order:
@@ -171,7 +176,7 @@ def ema_beta(config: TrainConfig, images_seen: int) -> float:
 
 def new_state(network: nn.Module, config: TrainConfig, accelerator: Accelerator) -> TrainState:
     """A network at the start of its training, on the accelerator's device."""
-    lay_out(network, accelerator)
+    use_channels_last(network, accelerator)
     ema = copy.deepcopy(network).requires_grad_(False).eval().to(accelerator.device)
     # One kernel for all parameters, where the device has one; the numbers are Adam's.
     optimizer = torch.optim.Adam(
@@ -180,7 +185,24 @@ def new_state(network: nn.Module, config: TrainConfig, accelerator: Accelerator)
     dropout_keys = key_dropout(network)
     network, optimizer = accelerator.prepare(network, optimizer)
     loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-    return TrainState(network, ema, optimizer, dropout_keys, loss_sum=loss_sum)
+    skipped = torch.zeros(2, dtype=torch.int64, device=accelerator.device)
+    return TrainState(network, ema, optimizer, dropout_keys, loss_sum=loss_sum, skipped=skipped)
+
+
+def skip_if_not_finite(state: TrainState, accelerator: Accelerator) -> None:
+    """Have the coming optimizer step change nothing if a gradient is not finite, and count it; the device decides by itself.
+
+    The norm is that of all ranks' gradients, so all ranks skip the same steps. Fused Adam takes `found_inf` as it does from
+    torch's gradient scaler, which in fp16 sees to the step itself; here it is only counted then.
+    """
+    gradients = [p.grad for p in bare(state.network, accelerator).parameters() if p.grad is not None]
+    norm = gathered(torch.nn.utils.get_total_norm(gradients))
+    bad = norm.isfinite().logical_not()
+    if accelerator.scaler is None:
+        optimizer: Any = getattr(state.optimizer, "optimizer", state.optimizer)
+        optimizer.found_inf = bad.float()
+    state.skipped[0] += bad
+    state.skipped[1] = (state.skipped[1] + 1) * bad
 
 
 def train(state: TrainState, inputs: Inputs, family: Family, accelerator: Accelerator) -> Generator[TrainState]:
@@ -216,18 +238,24 @@ def train(state: TrainState, inputs: Inputs, family: Family, accelerator: Accele
                 with accelerator.accumulate(state.network):
                     loss = family.loss(denoiser, mine.clean(inputs), mine.level, mine.noise, mine.labels)
                     accelerator.backward(loss)
+                    if accelerator.sync_gradients:
+                        skip_if_not_finite(state, accelerator)
                     state.optimizer.step()
                     state.optimizer.zero_grad()
                 state.loss_sum += loss.detach()
                 state.loss_steps += 1
             state.images_seen += config.batch_size
+            state.optimizer_steps += 1
             with torch.no_grad():
-                get_ema_multi_avg_fn(ema_beta(config, state.images_seen))(average, [whole(w) for w in weights], 0)
+                get_ema_multi_avg_fn(ema_beta(config, state.images_seen))(average, [gathered(w) for w in weights], 0)
             yield state
 
 
 def take_mean_loss(state: TrainState, accelerator: Accelerator) -> float | None:
-    """The mean training loss of all ranks since it was last taken, which starts anew; None when nothing was trained."""
+    """The mean training loss of all ranks since it was last taken, which starts anew; None when nothing was trained.
+
+    Not finite where a step's was not.
+    """
     if not state.loss_steps:
         return None
     mean = accelerator.reduce(state.loss_sum / state.loss_steps, reduction="mean")

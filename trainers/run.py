@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -26,9 +27,9 @@ from mlflow_icr.monitoring.schedule import every_nth
 from mlflow_icr.monitoring.series import HISTORY, arrays_path, read_arrays, read_history
 from mlflow_icr.monitoring.verdict import may_be_kept
 from mlflow_icr.tracking import Tracker
-from mlflow_icr.tracking.checkpoints.folder import mark_turning, remove_old
+from mlflow_icr.tracking.checkpoints.folder import checkpoint_path, mark_turning, remove_old
 from trainers.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, state_tensors
-from trainers.config import STOPPING, TrainConfig
+from trainers.config import STOP_VERDICTS, TrainConfig
 from trainers.console import Console
 from trainers.data import data_of, describe_data
 from trainers.engine import bare, is_sharded
@@ -41,6 +42,35 @@ STOP_EVERY_STEPS = 8
 # Views that are kept, in bytes: to encode them again would cost as much as many measurements.
 VIEW_CACHE, LATENT_CACHE = 512 * 2**20, 4 * 2**30
 PROJECTOR_IMAGES = 1000  # more make one sprite that browsers are slow with
+
+
+SKIPPED_IN_A_ROW = 20  # steps without a finite gradient; fp16's scaler needs at most 16 to halve 2^16 down to 1
+
+
+class DivergedError(RuntimeError):
+    """No step has a finite gradient any more; the message says what to change."""
+
+
+class LateReading:
+    """The value of a number on a device as of some steps ago; reading it never waits for the device."""
+
+    def __init__(self) -> None:
+        self.value = 0
+        self._copy: torch.Tensor | None = None
+        self._arrived: torch.cuda.Event | None = None
+
+    def poll(self, number: torch.Tensor) -> None:
+        """Take what has arrived, and ask for the number as it is now."""
+        if self._copy is not None and (self._arrived is None or self._arrived.query()):
+            self.value, self._copy = int(self._copy), None
+        if self._copy is not None:
+            return
+        if number.device.type != "cuda":
+            self.value = int(number)
+            return
+        self._copy = torch.empty_like(number, device="cpu", pin_memory=True).copy_(number, non_blocking=True)
+        self._arrived = torch.cuda.Event()
+        self._arrived.record()
 
 
 def precision_of(config: TrainConfig) -> str:
@@ -109,10 +139,11 @@ class Run:
         if resume:
             folder = latest_checkpoint(output_dir)
             if folder is not None:  # else the run ended before its first one, and starts anew
-                self.monitor.load_state_dict(load_checkpoint(folder, self.state, self.accelerator))
+                self.monitor.load_state_dict(load_checkpoint(folder, self.state, self.accelerator, config.batch_size))
         # Of what the verdict reads, on every rank the same.
         self.rows = list(read_history(output_dir)) if resume and (output_dir / HISTORY).exists() else []
         self._trained_seconds, self._trained_images = 0.0, 0
+        self._skipped_in_row = LateReading()
 
     def _denoiser(self, network: nn.Module) -> Denoiser:
         """A network as the monitors read it."""
@@ -161,38 +192,47 @@ class Run:
         if len(self.data.heldout):
             tracker.dataset(partial(describe_data, self.config, self.data.heldout, self.data.heldout_sha256), "validation")
 
-    def measure(self) -> Report:
-        """The report of the state as it is; every rank takes part."""
-        step = self.state.images_seen
-        values: dict[str, float] = {}
+    def measure(self, judged: bool) -> Report:
+        """The report of the state as it is, with its samples if they are to be judged; every rank takes part."""
+        state, config, absent = self.state, self.config, {}
+        step = state.images_seen
+        values: dict[str, float] = {"train/optimizer_steps": state.optimizer_steps, "train/batch_size": config.batch_size}
+        if state.origin_images_seen:
+            values["train/origin_images_seen"] = state.origin_images_seen
+        if skipped := int(state.skipped[0]):
+            values["train/skipped_steps"] = skipped
         loss = take_mean_loss(self.state, self.accelerator)
-        if loss is not None:
+        if loss is not None and math.isfinite(loss):
             values["loss/train"] = loss
+        elif loss is not None:
+            absent["loss/train"] = f"a step's loss was {loss}; learning_rate is {config.learning_rate:g}, expected a lower one"
         if self._trained_images:
             values["perf/images_per_second"] = self._trained_images / self._trained_seconds
         self._trained_seconds, self._trained_images = 0.0, 0
-        report = self.monitor.measure(step).joined(Report(step, values))
-        if step in self.generate_at:
+        report = self.monitor.measure(step).joined(Report(step, values, absent=absent))
+        if judged:
             report = report.joined(self.generation.measure(step))
         return report if self.losses is None else report.joined(self.losses.measure(step))
 
-    def go(self, tracker: Tracker | None, console: Console, wants_stop: Callable[[], bool]) -> str:
-        """Train to the end of the schedule, or until asked to stop; returns FINISHED or KILLED."""
+    def train_to_end(self, tracker: Tracker | None, console: Console, wants_stop: Callable[[], bool]) -> str:
+        """Train to the end of the schedule, or until asked to stop; returns FINISHED or KILLED. Raises DivergedError."""
         due = [step for step in self.schedule if step >= self.state.images_seen]
         since, trained = time.perf_counter(), 0
         with closing(train(self.state, self.inputs, self.family, self.accelerator)) as steps:
             while due:
-                if self.state.images_seen == due[0]:
+                if self.state.images_seen >= due[0]:  # above it where the batch size has changed
                     if self.accelerator.device.type == "cuda":
                         torch.cuda.synchronize()  # steps that are only queued are not trained yet
                     self._trained_seconds += time.perf_counter() - since
-                    due.pop(0)
-                    self._observe(tracker, console)
-                    if self._stops():
+                    judged = False
+                    while due and self.state.images_seen >= due[0]:
+                        judged |= due.pop(0) in self.generate_at
+                    self._observe(tracker, console, judged)
+                    if self._verdict_reached():
                         console.stopped(verdict(self.rows))
                         return "FINISHED"
                     since = time.perf_counter()
-                elif self._agree(wants_stop(), trained):
+                elif self._any_rank_wants_stop(wants_stop(), trained):
                     self._save()
                     return "KILLED"
                 else:
@@ -200,37 +240,54 @@ class Run:
                     trained += 1
                     self._trained_images += self.config.batch_size
                     console.step(self.state)
+        if self.accelerator.scaler is None:
+            self._refuse_divergence(int(self.state.skipped[1]), 1)  # the last state is not saved then
         return "FINISHED"
 
-    def _observe(self, tracker: Tracker | None, console: Console) -> None:
-        report = self.measure()
+    def _observe(self, tracker: Tracker | None, console: Console, judged: bool) -> None:
+        report = self.measure(judged)
         # A kill between a measurement and its checkpoint leaves a row that is measured again, to the same values.
         self.rows = [row for row in self.rows if row["images_seen"] < report.step] + [report.flat()]
         if tracker is not None:
             tracker.record(report)
         console.measured(report)
         self._save()
-        if tracker is not None:
+        if tracker is not None and checkpoint_path(self.output_dir, report.step).exists():
             tracker.checkpoint(report.step)
             remove_old(self.output_dir, self.config.checkpoints_total_limit, may_be_kept(self.rows))
 
-    def _stops(self) -> bool:
+    def _verdict_reached(self) -> bool:
         """Whether the verdict is the one to stop on, or past it."""
         if not self.config.stop_on:
             return False
         state = verdict(self.rows).state
-        return state in STOPPING[STOPPING.index(self.config.stop_on) :]
+        return state in STOP_VERDICTS[STOP_VERDICTS.index(self.config.stop_on) :]
 
-    def _agree(self, mine: bool, trained: int) -> bool:
-        """Whether any rank wants to stop, the same answer on all of them."""
-        if self.accelerator.num_processes == 1:
-            return mine
-        if trained % STOP_EVERY_STEPS:
-            return False
-        flag = torch.tensor(float(mine), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, reduction="sum") > 0)
+    def _any_rank_wants_stop(self, wanted: bool, trained: int) -> bool:
+        """Whether any rank wants to stop, the same answer on all of them. Raises DivergedError, on all of them too."""
+        if self.accelerator.num_processes > 1:
+            if trained % STOP_EVERY_STEPS:
+                return False
+            wishes = torch.stack([torch.tensor(float(wanted), device=self.accelerator.device), self.state.skipped[1].float()])
+            stop, skipped = self.accelerator.reduce(wishes, reduction="sum").tolist()
+            self._refuse_divergence(round(skipped / self.accelerator.num_processes))
+            return bool(stop > 0)
+        if trained % STOP_EVERY_STEPS == 0:
+            self._skipped_in_row.poll(self.state.skipped[1])
+        self._refuse_divergence(self._skipped_in_row.value)
+        return wanted
+
+    def _refuse_divergence(self, skipped: int, limit: int = SKIPPED_IN_A_ROW) -> None:
+        if skipped >= limit:
+            raise DivergedError(
+                f"learning_rate is {self.config.learning_rate:g}: the gradients of the last {skipped} steps were not finite; "
+                "expected a lower one: go on from the last good checkpoint with --resume --learning-rate LOWER"
+            )
 
     def _save(self) -> None:
+        # Weights that give no finite gradient are none to go on from; in fp16 it may be the scaler's factor.
+        if self.accelerator.scaler is None and int(self.state.skipped[1]):
+            return
         tensors, losses = None, self.accelerator.gather(self.state.loss_sum.reshape(1))
         if self.is_main or is_sharded(self.state.network):
             tensors = state_tensors(self.state, self.accelerator, self.monitor.state_dict(), losses)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -9,6 +10,7 @@ import sys
 import warnings
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -26,6 +28,22 @@ if TYPE_CHECKING:
     from trainers.run import Run
 
 CONFIG = "config.yaml"
+CHANGES = "config_changes.jsonl"  # one line for each resumption with another configuration
+# What a resumed run may have otherwise; anything else would make it another training.
+MAY_CHANGE = frozenset(
+    (
+        "total_kimg",
+        "learning_rate",
+        "batch_size",  # a new origin of its clock: train/origin_images_seen
+        "gradient_accumulation_steps",
+        "measurements",
+        "first_measurement_kimg",
+        "generate_every",
+        "stop_on",
+        "checkpoints_total_limit",
+        "log_models",
+    )
+)
 
 
 class Stop:
@@ -67,9 +85,22 @@ def prepare_folder(output_dir: Path, config: TrainConfig | None, changes: Mappin
         read_history(output_dir)  # refuses a damaged one now, not when the first measurement is to be added
     saved = config_from(yaml.safe_load(there.read_text()))
     for key, value in changes.items():
-        if getattr(saved, key) != value and (key, value) != ("encoder", "auto"):  # which the run has settled
+        settled = (key, value) == ("encoder", "auto")
+        if getattr(saved, key) != value and not settled and key not in MAY_CHANGE:
             raise ValueError(f"{key} is {value!r}, but the run to resume has {getattr(saved, key)!r}; expected the same")
-    return saved
+    return replace(saved, **{key: value for key, value in changes.items() if key in MAY_CHANGE})
+
+
+def note_changes(output_dir: Path, config: TrainConfig, images_seen: int) -> dict[str, str]:
+    """Write down what a resumed run's configuration changes of the one in its folder; returns that as the run's tags."""
+    there = output_dir / CONFIG
+    old = yaml.safe_load(there.read_text()) if there.exists() else config.as_dict()
+    changes = {key: [old.get(key), value] for key, value in config.as_dict().items() if old.get(key, value) != value}
+    if not changes:
+        return {}
+    with (output_dir / CHANGES).open("a") as file:
+        file.write(json.dumps({"images_seen": images_seen, "changes": changes}) + "\n")
+    return {f"icr.changed.{key}": f"{a} -> {b} at {images_seen} images" for key, (a, b) in changes.items()}
 
 
 def run_is_mine() -> bool:
@@ -105,6 +136,7 @@ def train_run(run: Run, stop: Stop, output_dir: Path, tags: Mapping[str, str], r
     console = Console(run.config, shown=run.is_main, images_seen=run.state.images_seen)
     if run.is_main:
         output_dir.mkdir(parents=True, exist_ok=True)
+        tags = {**tags, **note_changes(output_dir, run.config, run.state.images_seen)}
         content = yaml.safe_dump(run.config.as_dict(), sort_keys=False).encode()
         write_whole(output_dir / CONFIG, lambda file: file.write(content))  # a resumption must not find half of it
         # A resumed run goes on in the MLflow run of its folder.
@@ -113,7 +145,7 @@ def train_run(run: Run, stop: Stop, output_dir: Path, tags: Mapping[str, str], r
         run.show_data(tracker)
     status = "FAILED"
     try:
-        status = run.go(tracker, console, lambda: stop.signal is not None)
+        status = run.train_to_end(tracker, console, lambda: stop.signal is not None)
     except KeyboardInterrupt:
         status = "KILLED"
     finally:
@@ -139,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return launch(arguments.num_processes, sys.argv[1:] if argv is None else argv, output_dir)
         stop = Stop()
         tell = end_as_rank()
-        from trainers.run import Run  # torch, diffusers and accelerate, once the input is known to be good
+        from trainers.run import DivergedError, Run  # torch, diffusers and accelerate, once the input is known to be good
 
         run = Run(config, output_dir, resume=resume)
     except (ValueError, OSError) as error:
@@ -151,6 +183,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # a full disk, most of all: what was measured before is whole, and so is the last checkpoint
         print(f"trainers.train: error: {error}; go on with --resume when that is mended", file=sys.stderr)
         return 1
+    except DivergedError as error:
+        if run_is_mine():
+            print(f"trainers.train: error: {error}", file=sys.stderr)
+        run.end()
+        return tell(1)
     run.end()
     return tell(0 if status == "FINISHED" else 128 + (stop.signal or signal.SIGINT))
 

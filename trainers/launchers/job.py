@@ -10,7 +10,7 @@ from typing import Protocol
 
 FINISHED, FAILED, KILLED, RUNNING = "FINISHED", "FAILED", "KILLED", "RUNNING"
 # What ends a trainer on request, after a checkpoint: its exit status is 128 + one of these, or minus one in its first seconds.
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 
 @dataclass(frozen=True)
@@ -50,4 +50,4 @@ class Launcher(Protocol):
 
 def was_stopped(code: int) -> bool:
     """Whether an exit status is that of a trainer that was asked to stop."""
-    return code in {128 + number for number in STOPPING} | {-number for number in STOPPING}
+    return code in {128 + number for number in STOP_SIGNALS} | {-number for number in STOP_SIGNALS}

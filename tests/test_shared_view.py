@@ -16,7 +16,7 @@ from tests.servers import Server
 
 def test_the_tag_holds_the_charts_under_the_title() -> None:
     key, value = view_tag("tags.study = 's'", "ICR", "limited: memorizing", 7)
-    assert key == f"mlflow.sharedViewState." + view_key("tags.study = 's'")
+    assert key == "mlflow.sharedViewState." + view_key("tags.study = 's'")
     kind, packed = json.loads(value)["state"].split(";")
     assert kind == "deflate"
     state = json.loads(zlib.decompress(base64.b64decode(packed)))

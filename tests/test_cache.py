@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlflow_icr.extraction.cache import VARIABLE, ReferenceCache, cache_folder
+from mlflow_icr.extraction.cache import ReferenceCache
 from mlflow_icr.extraction.encoders import Encoder, load_encoder
+from mlflow_icr.extraction.files import CACHE_VARIABLE, cache_folder
 from mlflow_icr.generation import Reference, authenticity, frechet_distance
 
 
@@ -81,7 +82,7 @@ def test_a_cache_that_cannot_be_written_costs_a_warning(
         found = ReferenceCache(tmp_path / "file" / "below").reference(Counting().encoder, digits)
     assert found.embeddings.shape == (64, 5)
     assert "embeddings are not kept in" in caplog.text
-    assert VARIABLE in caplog.text
+    assert CACHE_VARIABLE in caplog.text
 
 
 def test_pixels_and_lone_images_are_not_kept(digits: Tensor, tmp_path: Path) -> None:
@@ -92,11 +93,11 @@ def test_pixels_and_lone_images_are_not_kept(digits: Tensor, tmp_path: Path) -> 
 
 
 def test_the_folder_is_the_users_choice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     assert cache_folder() == tmp_path
-    monkeypatch.setenv(VARIABLE, "off")
+    monkeypatch.setenv(CACHE_VARIABLE, "off")
     assert cache_folder() is None
-    monkeypatch.delenv(VARIABLE)
+    monkeypatch.delenv(CACHE_VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert cache_folder() == Path("/somewhere/mlflow-icr")
 

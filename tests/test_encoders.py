@@ -213,7 +213,7 @@ def test_efficientnet_comes_with_its_weights(digits: Tensor) -> None:
             "encoder weights are 'nowhere.pt', which is no file; expected that of https://dl.fbaipublicfiles",
         ),
         ("dinov2", None, "such as a copy of https://huggingface.co/facebook/dinov2-base"),
-        ("clip", "nowhere", "whose weights are 'nowhere'; expected a folder with config.json"),
+        ("clip", "nowhere", "whose weights are 'nowhere'; run `mlflow-icr encoders fetch clip`"),
         ("torchscript:nowhere.pt", None, "'nowhere.pt' is no file"),
     ],
 )

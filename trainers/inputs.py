@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mlflow_icr.extraction.cache import cache_folder
+from mlflow_icr.extraction.files import cache_folder
 from mlflow_icr.extraction.latents import Autoencoder, LatentCache, encode_images, load_autoencoder
 from mlflow_icr.monitoring.ranks import gather_rows, sum_over_ranks, world
 from trainers.config import TrainConfig

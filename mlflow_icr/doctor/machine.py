@@ -62,13 +62,13 @@ def _existing(folder: Path) -> Path:
 
 def cache() -> Iterator[Check]:
     """The folder of kept embeddings: writable, and how large it is."""
-    from mlflow_icr.extraction.cache import VARIABLE, cache_folder
+    from mlflow_icr.extraction.files import CACHE_VARIABLE, cache_folder
 
     folder = cache_folder()
     if folder is None:
-        yield Check("cache", OK, f"off ({VARIABLE})")
+        yield Check("cache", OK, f"off ({CACHE_VARIABLE})")
         return
-    mend = f"make it writable, or name another folder with {VARIABLE}"
+    mend = f"make it writable, or name another folder with {CACHE_VARIABLE}"
     if folder.exists() and not folder.is_dir():
         yield Check("cache", WARN, f"{folder} is no folder: embeddings are made anew each time", mend)
         return

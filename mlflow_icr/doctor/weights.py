@@ -44,14 +44,17 @@ def encoders(given: Mapping[str, Path]) -> Iterator[Check]:
 
 
 def _file(name: str, path: Path | None) -> Check:
-    """An encoder whose weights are one official file: the given one, or the one that torch's hub keeps."""
+    """An encoder whose weights are one official file: the given one, the one that was fetched, or what torch's hub keeps."""
+    from mlflow_icr.extraction.encoder_files import kept_encoder
     from mlflow_icr.extraction.encoder_weights import FIDELITY, WEIGHTS
 
     sources = [table[name] for table in (WEIGHTS, FIDELITY) if name in table]
+    fetched = kept_encoder(name)
     kept = [Path.home() / HUB / one.source.rpartition("/")[2] for one in sources]
-    path = path or next((place for place in kept if place.is_file()), None)
+    path = path or (None if fetched is None else fetched.path) or next((place for place in kept if place.is_file()), None)
     if path is None:
-        mend = f"where it is wanted: get {' or '.join(one.described for one in sources)}, and pass {GIVE} PATH"
+        where = " or ".join(one.described for one in sources)
+        mend = f"where it is wanted: mlflow-icr encoders fetch {name}; or get {where}, and pass {GIVE} PATH"
         return Check(f"encoder {name}", WARN, "its weights are not here", mend)
     return _checked(name, path)
 
@@ -79,7 +82,8 @@ def _packaged(name: str, path: Path | None) -> Check:
 
 
 def _folder(name: str, path: Path | None) -> Check:
-    """An encoder of the transformers library, from a folder that its user has."""
+    """An encoder of the transformers library, from a folder that its user has, or that was fetched."""
+    from mlflow_icr.extraction.encoder_files import kept_encoder
     from mlflow_icr.extraction.encoder_weights import WEIGHTS
     from mlflow_icr.extraction.files import file_sha256
 
@@ -87,7 +91,13 @@ def _folder(name: str, path: Path | None) -> Check:
     if find_spec("transformers") is None:
         mend = "where it is wanted: pip install 'mlflow-icr[transformers]'"
         return Check(label, WARN, "needs transformers, which is not installed", mend)
-    mend = f"where it is wanted: copy {WEIGHTS[name].source} to a folder, and pass {GIVE} FOLDER"
+    mend = (
+        f"where it is wanted: mlflow-icr encoders fetch {name}; or copy {WEIGHTS[name].source} to a folder, and pass "
+        f"{GIVE} FOLDER"
+    )
+    fetched = kept_encoder(name)
+    if path is None and fetched is not None:
+        path = fetched.path
     if path is None:
         return Check(label, WARN, "its weights are not here", mend)
     files = sorted(path.glob("*.safetensors"))

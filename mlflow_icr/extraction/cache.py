@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,22 +15,10 @@ import torch
 from torch import Tensor
 
 from mlflow_icr.extraction.encoders import Encoder
-from mlflow_icr.extraction.files import write_whole
+from mlflow_icr.extraction.files import CACHE_VARIABLE, write_whole
 from mlflow_icr.generation import GaussianStatistics, Reference
 
 logger = logging.getLogger(__name__)
-
-VARIABLE = "MLFLOW_ICR_CACHE"  # a folder, or "off"
-
-
-def cache_folder() -> Path | None:
-    """Where embeddings are kept: $MLFLOW_ICR_CACHE, else mlflow-icr in $XDG_CACHE_HOME or ~/.cache; None when it is "off"."""
-    given = os.environ.get(VARIABLE, "")
-    if given.lower() == "off":
-        return None
-    if given:
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlflow-icr"
 
 
 class ReferenceCache:
@@ -91,7 +78,9 @@ class ReferenceCache:
         try:
             write_whole(path, lambda file: file.write(content))
         except OSError as error:
-            logger.warning("embeddings are not kept in %s (%s); %s names another folder", self.folder, error.strerror, VARIABLE)
+            logger.warning(
+                "embeddings are not kept in %s (%s); %s names another folder", self.folder, error.strerror, CACHE_VARIABLE
+            )
 
     def reference(self, encoder: Encoder, images: Tensor, encode: Callable[[Tensor], Tensor] | None = None) -> Reference:
         """The reference of a set: read, or made by `encode` (the encoder itself unless given) and kept."""

@@ -228,9 +228,9 @@ def transformers_model(name: str, folder: Path | str | None) -> EncoderNetwork:
         raise ValueError(f"encoder is {name!r}, which needs transformers: pip install 'mlflow-icr[transformers]'") from None
     if folder is None or not (Path(folder) / "config.json").is_file():
         raise ValueError(
-            f"encoder is {name!r}, whose weights are {'not given' if folder is None else repr(str(folder))}; expected a folder "
-            f"with config.json and model.safetensors, such as a copy of {WEIGHTS[name].described}: pass --encoder-weights "
-            "FOLDER (weights=FOLDER)"
+            f"encoder is {name!r}, whose weights are {'not here' if folder is None else repr(str(folder))}; run `mlflow-icr "
+            f"encoders fetch {name}`, or pass --encoder-weights FOLDER (weights=FOLDER); expected one with config.json and "
+            f"model.safetensors, such as a copy of {WEIGHTS[name].described}"
         )
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:

@@ -61,7 +61,8 @@ def check_weights(name: str, path: Path | str | None) -> tuple[Path, str]:
     right = ", or ".join(one.described for one in known)
     give = "pass --encoder-weights PATH (weights=PATH)"
     if path is None:
-        raise ValueError(f"encoder is {name!r}, whose weights are not given; get them from {right}, and {give}")
+        fetch = "" if name == "efficientnet_lite0" else f"run `mlflow-icr encoders fetch {name}`, or "
+        raise ValueError(f"encoder is {name!r}, whose weights are not here; {fetch}get them from {right}, and {give}")
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"encoder weights are {str(path)!r}, which is no file; expected that of {right}: {give}")

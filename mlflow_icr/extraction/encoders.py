@@ -2,8 +2,9 @@
 
 Every encoder takes images (N, C, H, W), uint8, uint16 or floats in [0, 1], and gives (N, dim) float32. Networks want three
 channels: one channel is repeated, three are taken as RGB, and of any other number the mean is taken and repeated. Images of 16
-bits are scaled to [0, 1], and not cut to 8. Nothing is downloaded or unpickled: a network's weights are a file that its user
-has, and whose SHA-256 is checked where there is one official file.
+bits are scaled to [0, 1], and not cut to 8. Nothing is downloaded here, and nothing unpickled: a network's weights are a file
+that its user has, or that `mlflow-icr encoders fetch` brought into the cache. Its SHA-256 is checked where there is one
+official file.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mlflow_icr.extraction import encoder_networks as networks
+from mlflow_icr.extraction.encoder_files import kept_encoder
 from mlflow_icr.extraction.encoder_weights import WEIGHTS, check_weights
 from mlflow_icr.extraction.files import file_sha256
 from mlflow_icr.extraction.views import as_unit_interval
@@ -77,6 +79,8 @@ def _network(name: str, weights: Path | str | None, shape: Sequence[int] | None)
     """The network of an encoder, and the name under which its metrics are kept."""
     if name == "pixels":
         return name, networks.pixels(shape)
+    if weights is None and (kept := kept_encoder(name)) is not None:
+        weights = kept.path
     if name.startswith("torchscript:"):
         path = Path(name.removeprefix("torchscript:"))
         if not path.is_file():
@@ -111,8 +115,9 @@ def load_encoder(
 ) -> Encoder:
     """An encoder by name: pixels, inception, sscd, dinov2, clip, efficientnet_lite0, or torchscript:PATH.
 
-    `weights` is its file, or for dinov2 and clip a folder; `shape` (C, H, W) is needed for pixels alone. Raises ValueError for
-    an unknown name, and where weights or packages are missing saying where to get them.
+    `weights` is its file, or for dinov2 and clip a folder; None is what `mlflow-icr encoders fetch` brought. `shape` (C, H, W)
+    is needed for pixels alone. Raises ValueError for an unknown name, and where weights or packages are missing saying where to
+    get them.
     """
     if name == "pixels":  # nothing to compute, so nothing to move or to cut small
         device, batch_size = "cpu", 1024

@@ -1,4 +1,4 @@
-"""Files, and lines of files, that are there as a whole or not at all."""
+"""Files, and lines of files, that are there as a whole or not at all; and the folder of what is kept between runs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
+
+CACHE_VARIABLE = "MLFLOW_ICR_CACHE"  # a folder, or "off"
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -66,3 +68,16 @@ def file_sha256(path: Path) -> str:
         while chunk := file.read(2**20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def cache_folder() -> Path | None:
+    """Where embeddings and weights are kept; None where $MLFLOW_ICR_CACHE is "off".
+
+    That is $MLFLOW_ICR_CACHE, else mlflow-icr in $XDG_CACHE_HOME or ~/.cache.
+    """
+    given = os.environ.get(CACHE_VARIABLE, "")
+    if given.lower() == "off":
+        return None
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlflow-icr"

@@ -7,9 +7,10 @@ import time
 import torch
 from torch import Tensor
 
-from mlflow_icr.extraction.cache import ReferenceCache, cache_folder
+from mlflow_icr.extraction.cache import ReferenceCache
 from mlflow_icr.extraction.denoisers import Denoiser, device_of, encoder_of, evaluating
 from mlflow_icr.extraction.encoders import Encoder, load_encoder
+from mlflow_icr.extraction.files import cache_folder
 from mlflow_icr.extraction.samplers import sample, starting_noise
 from mlflow_icr.extraction.views import as_unit_interval
 from mlflow_icr.generation import Reference, memorization_ratio

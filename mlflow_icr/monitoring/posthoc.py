@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from mlflow_icr.extraction.cache import ReferenceCache, cache_folder
+from mlflow_icr.extraction.cache import ReferenceCache
 from mlflow_icr.extraction.encoders import load_encoder
+from mlflow_icr.extraction.files import cache_folder
 from mlflow_icr.extraction.images import ImageSet, named, read_images
 from mlflow_icr.extraction.views import as_unit_interval
 from mlflow_icr.generation import MemorizationRatio, memorization_ratio

@@ -1,0 +1,135 @@
+"""A file from an address: in parts that survive an interruption, checked by its SHA-256, and there only when it is whole."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import http.client
+import os
+import shutil
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+from mlflow_icr.extraction.files import file_sha256, sync_folder
+
+BLOCK = 2**20  # bytes read at a time
+TIMEOUT = 30.0  # seconds without a byte, after which a connection counts as lost
+ATTEMPTS = 5  # that bring no byte in a row, before the download is given up
+GONE = (401, 403, 404, 410)  # answers that another attempt does not change
+NOTHING_LEFT = 416  # the answer to a request for bytes after the last one
+
+Progress = Callable[[int, int | None], object]
+"""Told how many bytes are there, and how many there will be; None where the server does not say."""
+
+
+def _quiet(received: int, total: int | None) -> None:
+    """Tell nobody."""
+
+
+def download(
+    url: str,
+    path: Path,
+    sha256: str = "",
+    *,
+    progress: Progress = _quiet,
+    timeout: float = TIMEOUT,
+    pause: Callable[[float], object] = time.sleep,
+) -> str:
+    """Bring a file to `path`, and return its SHA-256; `path` appears only when all bytes are there and the checksum fits.
+
+    Bytes are kept in `<name>.part` beside it. A lost connection, or a later call, goes on where the last one ended, if the
+    server can do that and its file is still the same. Without `sha256` nothing but the length is checked. Raises ValueError for
+    bytes with another checksum, which are deleted, and OSError for a server that does not answer, or a disk that is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    with part.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise OSError(f"{path.name} is being downloaded by another process") from None
+        _receive_all(url, file, part, progress, timeout, pause)
+        file.flush()
+        os.fsync(file.fileno())
+        found = file_sha256(part)
+        if sha256 and found != sha256:
+            part.unlink()
+            _tag_path(part).unlink(missing_ok=True)
+            raise ValueError(f"{url} gives a file with SHA-256 {found}; expected {sha256}: it was deleted")
+        part.replace(path)
+    _tag_path(part).unlink(missing_ok=True)
+    sync_folder(path.parent)
+    return found
+
+
+def _tag_path(part: Path) -> Path:
+    """Where the server's name for the version of the file is kept, by which it knows whether a part still fits."""
+    return part.with_name(f"{part.name}.etag")
+
+
+def _receive_all(
+    url: str, file: IO[bytes], part: Path, progress: Progress, timeout: float, pause: Callable[[float], object]
+) -> None:
+    failures = 0
+    while True:
+        before = file.tell()
+        try:
+            if _receive(url, file, part, progress, timeout):
+                return
+            reason = "the connection was lost"
+        except urllib.error.HTTPError as error:
+            if error.code == NOTHING_LEFT:  # a process ended between the last byte and the check of the whole
+                if error.headers.get("Content-Range") == f"bytes */{before}":
+                    return
+                file.truncate(0)
+            if error.code in GONE:
+                raise OSError(f"{url} answers {error.code} {error.reason}") from None
+            reason = f"it answers {error.code} {error.reason}"
+        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
+            reason = str(getattr(error, "reason", None) or error) or type(error).__name__
+        failures = 0 if file.tell() > before else failures + 1
+        if failures == ATTEMPTS:
+            raise OSError(
+                f"{url} cannot be downloaded: {reason}; {file.tell()} bytes are kept, and the next attempt goes on from there"
+            )
+        pause(float(2**failures))
+
+
+def _receive(url: str, file: IO[bytes], part: Path, progress: Progress, timeout: float) -> bool:
+    """Append what the server has after the bytes that are there; whether that is all of it."""
+    tag_path, start = _tag_path(part), file.tell()
+    headers = {"User-Agent": "mlflow-icr", "Accept-Encoding": "identity"}
+    if start and tag_path.exists():
+        headers |= {"Range": f"bytes={start}-", "If-Range": tag_path.read_text()}
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout) as answer:
+        if answer.status != 206 or not str(answer.headers.get("Content-Range", "")).startswith(f"bytes {start}-"):
+            file.truncate(0)  # the server cannot go on, or has another file by now
+            start = 0
+        _keep_tag(answer, tag_path)
+        length = answer.headers.get("Content-Length")
+        total = None if length is None else start + int(length)
+        _check_space(part, total, start)
+        file.seek(0, os.SEEK_END)
+        progress(start, total)
+        while block := answer.read(BLOCK):
+            file.write(block)
+            progress(file.tell(), total)
+    return total is None or file.tell() == total
+
+
+def _keep_tag(answer: Any, path: Path) -> None:
+    tag = answer.headers.get("ETag", "")
+    if tag and not tag.startswith("W/"):  # a weak one does not promise the same bytes
+        path.write_text(tag)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _check_space(part: Path, total: int | None, there: int) -> None:
+    free = shutil.disk_usage(part.parent).free
+    if total is not None and total - there > free:
+        raise OSError(errno.ENOSPC, f"{total - there} more bytes are needed, and the disk has {free}", str(part.parent))

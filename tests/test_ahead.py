@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.family_runs import configured, weights
+from trainers.batches import Ahead, Batch
 from trainers.checkpoint import load_checkpoint, save_checkpoint, state_tensors
 from trainers.data import load_data
 from trainers.engine import use_channels_last
 from trainers.families import Family, family_of
 from trainers.families.edm import EDM
 from trainers.inputs import Inputs
-from trainers.loop import Ahead, Batch, TrainState, new_state, train
+from trainers.loop import TrainState, new_state, train
 
 
 class Counting(EDM):

@@ -36,12 +36,13 @@ from mlflow_icr.generation.neighbours import k_nearest
 from tests.family_runs import FAMILIES, configured, weights
 from tests.training import SHORT, measured
 from trainers import loop
+from trainers.batches import Batch
 from trainers.checkpoint import load_checkpoint, save_checkpoint, state_tensors
 from trainers.data import DataSet, load_data
 from trainers.engine import bare
 from trainers.families import family_of
 from trainers.inputs import Inputs
-from trainers.loop import Batch, new_state, take_mean_loss, train
+from trainers.loop import new_state, take_mean_loss, train
 
 DEVICE = os.environ.get("MLFLOW_ICR_TEST_DEVICE", "cuda")
 pytestmark = pytest.mark.skipif(

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 from mlflow_icr.cli import main
+from mlflow_icr.doctor import machine
+from mlflow_icr.environment import WAIT_VARIABLES
 from tests.servers import Server, free_port
 
 ROOT = Path(__file__).parents[1]
@@ -162,3 +164,30 @@ def test_a_server_shows_nothing_of_the_visit(
         assert [path for path in (tmp_path / "artifacts").rglob("*") if path.is_file()] == []
     finally:
         server.kill()
+
+
+@pytest.mark.parametrize(
+    ("variables", "state"),
+    [({}, "ok"), ({"OMP_WAIT_POLICY": "active"}, "warn"), ({"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}, "warn")],
+)
+def test_threads_that_spin_are_told_of(variables: dict[str, str], state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in WAIT_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    (check,) = machine.threads()
+    assert check.state == state
+    assert (state == "ok") or "OMP_WAIT_POLICY=passive" in check.mend
+
+
+def test_the_trainers_threads_sleep_while_they_wait_unless_told_otherwise() -> None:
+    """What OpenMP itself says that it has understood, when it is loaded with torch."""
+    environment = {key: value for key, value in os.environ.items() if key not in WAIT_VARIABLES}
+    for given, understood in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "active"}, "ACTIVE")):
+        done = subprocess.run(
+            [sys.executable, "-c", "import trainers, torch; torch.ones(9).sum()"],
+            env=environment | given | {"OMP_DISPLAY_ENV": "true"}, cwd=ROOT, capture_output=True, text=True,
+        )  # fmt: skip
+        if "OMP_WAIT_POLICY" not in done.stderr:
+            pytest.skip("this torch has an OpenMP that does not say what it has understood")
+        assert f"OMP_WAIT_POLICY = '{understood}'" in done.stderr

@@ -17,11 +17,12 @@ from mlflow_icr.extraction.latents import Autoencoder, LatentDenoiser
 from mlflow_icr.extraction.pipelines import load_denoiser
 from mlflow_icr.extraction.samplers import heun_sample, sample
 from tests.family_runs import FAMILIES, configured, sampled_by_diffusers, started, tiny_autoencoder
+from trainers.batches import Order, draw_batch
 from trainers.checkpoint import place_autoencoder
 from trainers.data import load_data
 from trainers.families import family_of
 from trainers.inputs import Inputs
-from trainers.loop import Order, draw_batch, train
+from trainers.loop import train
 
 
 @pytest.fixture(scope="module")

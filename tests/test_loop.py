@@ -6,14 +6,23 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from scipy import stats
 
+from mlflow_icr.extraction.keyed import keyed_rows
+from trainers import batches
+from trainers.batches import Order, draw_batch, rows_of
 from trainers.config import load_config
 from trainers.data import load_data
 from trainers.families import family_of
 from trainers.families.edm import edm_loss
 from trainers.inputs import Inputs
-from trainers.loop import Order, draw_batch, ema_beta, new_state
+from trainers.loop import ema_beta, new_state
 from trainers.loop import train as steps_of
+
+
+def unwrapped(tensor: torch.Tensor | None) -> torch.Tensor:
+    assert tensor is not None
+    return tensor
 
 
 def test_the_loss_is_edms_at_initialisation() -> None:
@@ -45,6 +54,38 @@ def test_noise_and_order_are_functions_of_the_seed_and_the_images_seen() -> None
     logs = torch.cat([draw_batch(inputs, Order(50, 0), family, 20 * i).level for i in range(500)]).log()
     assert float(logs.mean()) == pytest.approx(-1.2, abs=4 * 1.2 / 100)
     assert float(logs.std()) == pytest.approx(1.2, rel=4 / (2 * 10_000) ** 0.5)
+
+
+@pytest.mark.parametrize(("ranks", "parts"), [(1, 2), (4, 1), (3, 2)])
+def test_a_rank_draws_its_rows_of_the_batch_and_no_others(ranks: int, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config("digits", {"num_images": 50, "batch_size": 24, "dropout": 0.1, "labels": True})
+    images = torch.rand(50, 4, 3, 3)  # of latents, means and deviations
+    family, inputs = family_of(config, 10), Inputs(images, torch.arange(50) % 10)
+    whole = draw_batch(inputs, Order(50, 0), family, 48)
+    assert len({row.numpy().tobytes() for row in (*whole.noise, *unwrapped(whole.spread))}) == 48
+    asked: list[int] = []
+    monkeypatch.setattr(
+        batches, "keyed_rows", lambda *key, rows, shape: asked.append(len(rows)) or keyed_rows(*key, rows=rows, shape=shape)
+    )
+    taken = []
+    for rank in range(ranks):
+        rows = rows_of(24, parts, rank, ranks)
+        share = draw_batch(inputs, Order(50, 0), family, 48, rows)
+        taken.append(rows)
+        for part in range(parts):
+            for name, mine in vars(share.part(part, parts)).items():
+                assert torch.equal(mine, getattr(whole.part(part, parts).part(rank, ranks), name)), name
+    assert sorted(np.concatenate(taken)) == list(range(24))
+    assert asked == [24 // ranks] * 2 * ranks
+
+
+def test_rows_of_noise_are_normal_and_independent() -> None:
+    noise = keyed_rows("noise", 3, 96, rows=range(256), shape=(2, 16, 16)).reshape(256, -1).astype(np.float64)
+    assert stats.kstest(noise.ravel(), "norm").pvalue > 1e-3
+    correlation = np.corrcoef(noise)[np.triu_indices(256, 1)] * 512**0.5
+    assert abs(correlation).max() < 6
+    assert correlation.std() == pytest.approx(1, abs=0.02)  # four deviations of it, of 32 640 pairs
+    assert not np.array_equal(noise[:1], keyed_rows("noise", 3, 97, rows=[0], shape=(512,)))
 
 
 def test_accumulation_changes_nothing_but_rounding() -> None:

@@ -27,6 +27,7 @@ def examine(given_weights: Mapping[str, Path] | None = None, folder: Path | None
         "packages": packages.required,
         "extras": packages.optional,
         "devices": machine.devices,
+        "threads": machine.threads,
         "disk": partial(machine.disk, folder or Path()),
         "cache": machine.cache,
         "encoders": partial(weights.encoders, given_weights or {}),

@@ -1,4 +1,4 @@
-"""The machine: devices, disk, and the folder that embeddings are kept in."""
+"""The machine: devices, threads, disk, and the folder that embeddings are kept in."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mlflow_icr.doctor.check import BAD, OK, WARN, Check, first_line
-from mlflow_icr.environment import cores
+from mlflow_icr.environment import WAIT_VARIABLES, cores, thread_waiting
 
 GIB = 2**30
 LITTLE_DISK, TOO_LITTLE_DISK = 5 * GIB, GIB // 2  # a study of the demo leaves 0.2 GiB, one on photographs several
@@ -37,6 +37,16 @@ def devices() -> Iterator[Check]:
         text = f"there is an NVIDIA driver, but torch {torch.__version__} does not reach a GPU"
         yield Check("device cuda", WARN, text, mend)
     yield Check("device cpu", OK, f"{cores()} cores, {_memory()}, {torch.get_num_threads()} threads")
+
+
+def threads() -> Iterator[Check]:
+    """How a training's threads will wait for each other."""
+    waiting = any(name in os.environ for name in WAIT_VARIABLES)
+    if not waiting or thread_waiting() == "passive":  # the trainers choose passive waiting where nothing is said
+        yield Check("threads", OK, "sleep while they wait in the trainers: several trainings can share these cores")
+        return
+    mend = f"export OMP_WAIT_POLICY=passive, and unset {' and '.join(WAIT_VARIABLES[1:])}"
+    yield Check("threads", WARN, "spin while they wait: two trainings side by side on the same cores crawl", mend)
 
 
 def _memory() -> str:

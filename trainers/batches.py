@@ -1,0 +1,151 @@
+"""What a step is made of: which images, noise levels and noise, drawn by keys, each rank its own share, one batch ahead.
+
+Small numbers (order, levels, dropped labels, dropout's keys) are drawn for the whole batch in one stream each: some microseconds.
+The noise, which is nearly all of the work, has a place of its own in a counter-based stream for each row (`keyed_rows`): a rank
+draws the rows of its share and no others, and they are the rows that it would have if it drew the whole batch and cut it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from functools import partial
+from types import TracebackType
+from typing import Any
+from weakref import finalize
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mlflow_icr.extraction.keyed import keyed_generator, keyed_rows
+from trainers.families import Family
+from trainers.inputs import Inputs
+
+
+class Order:
+    """The order of the training images: one permutation an epoch, keyed by seed and epoch."""
+
+    def __init__(self, num_images: int, seed: int) -> None:
+        self.num_images, self.seed = num_images, seed
+        self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
+
+    def at(self, start: int, stop: int) -> np.ndarray:
+        """Image indices at the places [start, stop) of the endless order."""
+        parts = []
+        while start < stop:
+            epoch, offset = divmod(start, self.num_images)
+            if epoch != self._epoch:
+                self._permutation = keyed_generator("order", self.seed, epoch).permutation(self.num_images)
+                self._epoch = epoch
+            parts.append(self._permutation[offset : offset + stop - start])
+            start += len(parts[-1])
+        return np.concatenate(parts)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Which inputs (B,), noise levels (B,), unit noise (B, C, H, W), and where the model has them classes (B,).
+
+    Of latents, `spread` is the unit noise (B, C, H, W) that says which one of the posterior is taken. `dropout_keys` (B,) int64
+    are there where the network has dropout.
+    """
+
+    indices: Tensor
+    level: Tensor
+    noise: Tensor
+    labels: Tensor | None = None
+    spread: Tensor | None = None
+    dropout_keys: Tensor | None = None
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        given = ((entry.name, getattr(self, entry.name)) for entry in fields(self))
+        changed: dict[str, Any] = {name: value if value is None else change(value) for name, value in given}
+        return Batch(**changed)
+
+    def part(self, place: int, parts: int) -> Batch:
+        """One of equal consecutive parts."""
+        size = len(self.indices) // parts
+        rows = slice(place * size, (place + 1) * size)
+        return self._each(lambda value: value[rows])
+
+    def pinned(self) -> Batch:
+        """The same in memory that a CUDA device copies from by itself."""
+        return self._each(Tensor.pin_memory)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device; nobody waits for a CUDA device to have it."""
+        return self._each(lambda value: value.to(device, non_blocking=device.type == "cuda"))
+
+    def clean(self, inputs: Inputs) -> Tensor:
+        """What is noised, (B, C, H, W), of inputs on the batch's device: images in [-1, 1], or latents."""
+        chosen = inputs.images[self.indices]
+        if self.spread is None:
+            return chosen.float() / 127.5 - 1
+        mean, deviation = chosen.chunk(2, 1)
+        return mean + deviation * self.spread
+
+
+def rows_of(batch_size: int, parts: int, rank: int, ranks: int) -> np.ndarray:
+    """The rows of a batch that are a rank's: an equal, consecutive share of each of its accumulated parts, in their order."""
+    return np.arange(batch_size).reshape(parts, ranks, -1)[:, rank].ravel()
+
+
+def draw_batch(inputs: Inputs, order: Order, family: Family, images_seen: int, rows: np.ndarray | None = None) -> Batch:
+    """The batch that follows after images_seen, or these rows of it: a function of the configuration and that number.
+
+    It is on the CPU, wherever the images are; classes must be there too.
+    """
+    config, count = family.config, family.config.batch_size
+    own = np.arange(count) if rows is None else rows
+
+    def stream(purpose: str) -> np.random.Generator:
+        return keyed_generator(purpose, config.seed, images_seen)
+
+    def unit(purpose: str) -> Tensor:
+        return torch.from_numpy(keyed_rows(purpose, config.seed, images_seen, rows=own, shape=inputs.shape))
+
+    indices = torch.from_numpy(order.at(images_seen, images_seen + count)[own])
+    level = family.draw(stream("level"), count)[torch.from_numpy(own)]
+    labels = None
+    if inputs.labels is not None and family.null_class is not None:
+        dropped = torch.from_numpy(stream("label dropout").random(count)[own] < config.label_dropout)
+        labels = torch.where(dropped, family.null_class, inputs.labels[indices])
+    spread = unit("posterior") if inputs.latent else None
+    keys = torch.from_numpy(stream("dropout").integers(2**63, size=count)[own]) if config.dropout else None
+    return Batch(indices, level, unit("noise"), labels, spread, keys)
+
+
+class Ahead:
+    """A context that draws batches one ahead in a thread, so that the device need not wait for the host's random numbers.
+
+    `draw(images_seen)` gives a rank's share in parts, one for each accumulated step; it is pinned where `device` is a CUDA
+    device. What goes wrong in the thread is raised where its batch is asked for. Leaving the context ends the thread.
+    """
+
+    def __init__(self, draw: Callable[[int], list[Batch]], batch_size: int, device: torch.device) -> None:
+        self._draw, self._size, self._pin = draw, batch_size, device.type == "cuda"
+        # A new thread's device is the first one: pinning memory there would put another context on it, of every rank.
+        self._pool = ThreadPoolExecutor(1, "draw", partial(torch.cuda.set_device, device) if self._pin else None)
+        # A context that is never left ends with Python, while what ending takes is still there.
+        self._end = finalize(self, self._pool.shutdown, cancel_futures=True)
+        self._at = -1
+        self._next: Future[list[Batch]]
+
+    def __enter__(self) -> Ahead:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._end()
+
+    def _parts(self, images_seen: int) -> list[Batch]:
+        parts = self._draw(images_seen)
+        return [part.pinned() for part in parts] if self._pin else parts
+
+    def __call__(self, images_seen: int) -> list[Batch]:
+        """The parts that follow after images_seen; those after them are begun."""
+        found = self._next if self._at == images_seen else self._pool.submit(self._parts, images_seen)
+        self._at = images_seen + self._size
+        self._next = self._pool.submit(self._parts, self._at)
+        return found.result()

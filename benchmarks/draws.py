@@ -1,7 +1,7 @@
 """Time to draw a rank's share of a batch, on 1, 2 and 4 ranks: it falls with their number, for each draws its own rows alone.
 
-The batch is that of the preset cifar10-4096, 512 images of 3 x 32 x 32. The shares are drawn one after the other in one process,
-in turn, several times; a ratio is the median of the rounds' ratios.
+The batch is that of the preset cifar10-4096, 512 images of 3 x 32 x 32. Shares are drawn one after the other in one process, in
+turn, several times; a ratio is the median of the rounds' ratios.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What a step is made of: which images, noise levels and noise, drawn by keys, each rank its own share, one batch ahead.
 
-Small numbers (order, levels, dropped labels, dropout's keys) are drawn for the whole batch in one stream each: some microseconds.
-The noise, which is nearly all of the work, has a place of its own in a counter-based stream for each row (`keyed_rows`): a rank
-draws the rows of its share and no others, and they are the rows that it would have if it drew the whole batch and cut it.
+Small numbers (order, levels, dropped labels, dropout's keys) are drawn for the whole batch in one stream each, which takes some
+microseconds. The noise, which is nearly all of the work, has a place of its own in a counter-based stream for each row
+(`keyed_rows`): a rank draws the rows of its share alone, and they are the rows of the whole batch.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ BIN := .venv/bin
 UI_PORT ?= 5000
 TENSORBOARD_PORT ?= 6006
 
-.PHONY: .venv demo test slow soak lint format ui benchmarks validate screenshots clean
+.PHONY: .venv demo test slow soak lint format docs ui benchmarks validate screenshots clean
 
 .venv: .venv/.installed
 
@@ -40,6 +40,11 @@ lint: .venv
 format: .venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The site, into site/; strict: a warning is an error. Pages that come from the code are written anew first.
+docs: .venv
+	$(BIN)/python docs/build_pages.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 # MLflow UI and TensorBoard on what the demo left; Ctrl-C ends both.
 ui: .venv

@@ -20,6 +20,7 @@ from PIL import Image
 from mlflow_icr import Report, verdict
 from mlflow_icr.cli import main
 from mlflow_icr.reporting import RunMaterial, conclude, gather_folder, write_report
+from mlflow_icr.reporting.page import SCRIPT
 from mlflow_icr.tracking import MLflowSink, TensorBoardSink, Tracker, read_history
 from mlflow_icr.tracking.mlflow import sync
 from tests.browser import PHONE, opened
@@ -157,7 +158,8 @@ def test_names_are_text_whatever_they_hold(kept: Kept, tmp_path: Path) -> None:
     assert {tag for tag, _ in page.tags} <= {
         "html", "head", "meta", "title", "style", "body", "header", "section", "footer", "div", "h1", "h2", "h3", "h4", "p",
         "ul", "li", "dl", "dt", "dd", "a", "strong", "span", "code", "data", "time", "details", "summary", "table", "thead",
-        "tbody", "tr", "th", "td", "figure", "figcaption", "img", "svg", "line", "path", "rect", "circle", "text", "br",
+        "tbody", "tr", "th", "td", "figure", "figcaption", "img", "svg", "line", "path", "rect", "circle", "text", "br", "g",
+        "button", "script",
     }  # fmt: skip
     for tag, attributes in page.tags:
         assert not [key for key in attributes if key.startswith("on")], (tag, attributes)
@@ -166,7 +168,8 @@ def test_names_are_text_whatever_they_hold(kept: Kept, tmp_path: Path) -> None:
     assert page.text.count(EVIL) > 10  # it is shown as it is
     assert "@import" not in text
     assert "url(" not in text
-    assert "<script" not in text
+    assert text.count("<script") == 1, "a name has brought a script of its own"
+    assert f"<script>{SCRIPT}</script>" in text
 
 
 def test_a_short_history_with_what_is_absent_and_not_finite(tmp_path: Path) -> None:
@@ -330,6 +333,40 @@ def test_a_browser_asks_nobody_for_anything(kept: Kept, tmp_path: Path) -> None:
         assert visit.page.locator("svg[role=img]").count() > 10
         wide = visit.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
         assert wide <= 0, "a phone would have to scroll the page sideways"
+
+
+def test_charts_zoom_and_say_their_values_by_pointer_and_keyboard(kept: Kept, tmp_path: Path) -> None:
+    path = write_report([kept.limited], tmp_path / "page.html")
+    rows = read_history(RUNS / LIMITED)
+    with opened(path.as_uri()) as visit:
+        figure = visit.page.locator("figure.chart", has_text="View error ratio").first
+        picture, values = figure.locator("svg[role=img]"), figure.locator(".values")
+        ticks = figure.locator(".ticks text").all_text_contents
+        whole = ticks()
+        picture.focus()
+        picture.press("End")
+        assert f"{int(rows[-1]['images_seen']):,} images seen: {rows[-1]['repr/view_error_ratio']:.4g}" in values.inner_text()
+        picture.press("ArrowLeft")
+        assert f"{int(rows[-2]['images_seen']):,} images seen: {rows[-2]['repr/view_error_ratio']:.4g}" in values.inner_text()
+        picture.press("+")
+        assert ticks() != whole
+        picture.press("0")
+        assert ticks() == whole
+        box = picture.bounding_box()
+        visit.page.mouse.move(box["x"] + box["width"] * 0.4, box["y"] + 80)
+        visit.page.mouse.down()
+        visit.page.mouse.move(box["x"] + box["width"] * 0.7, box["y"] + 80, steps=4)
+        visit.page.mouse.up()
+        shown = [float(text) * 1000 for text in ticks()]
+        assert shown
+        assert int(rows[1]["images_seen"]) < min(shown) <= max(shown) < int(rows[-1]["images_seen"])
+        picture.dblclick()
+        assert ticks() == whole
+        background = "getComputedStyle(document.documentElement).backgroundColor"
+        light = visit.page.evaluate(background)
+        visit.page.get_by_role("button", name="Light or dark").click()
+        assert visit.page.evaluate(background) != light
+        assert visit.complaints == []
 
 
 @pytest.mark.slow

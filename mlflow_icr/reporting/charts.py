@@ -1,4 +1,4 @@
-"""Charts as SVG inside the page: no script, no font, no picture; colours are the page's, light or dark."""
+"""Charts as SVG inside the page: no font, no picture, whole without a script; colours are the page's, light or dark."""
 
 from __future__ import annotations
 
@@ -89,10 +89,12 @@ def _axes(frame: Frame, x: Scale, y: Scale) -> Markup:
         at = f"{y(tick):.1f}"
         parts.append(element("line", x1=LEFT, x2=RIGHT, y1=at, y2=at, class_="grid"))
         parts.append(element("text", tick_text(tick), x=LEFT - 6, y=f"{y(tick) + 4:.1f}", text_anchor="end"))
+    below: list[Markup] = []
     for tick in x.ticks:
         at = f"{x(tick):.1f}"
-        parts.append(element("line", x1=at, x2=at, y1=BOTTOM, y2=BOTTOM + 5, class_="axis"))
-        parts.append(element("text", tick_text(tick / frame.x_unit), x=at, y=BOTTOM + 19, text_anchor="middle"))
+        below.append(element("line", x1=at, x2=at, y1=BOTTOM, y2=BOTTOM + 5, class_="axis"))
+        below.append(element("text", tick_text(tick / frame.x_unit), x=at, y=BOTTOM + 19, text_anchor="middle"))
+    parts.append(element("g", below, class_="ticks"))
     parts.append(element("line", x1=LEFT, x2=RIGHT, y1=BOTTOM, y2=BOTTOM, class_="axis"))
     middle = (TOP + BOTTOM) / 2
     parts.append(element("text", frame.x_label, x=(LEFT + RIGHT) / 2, y=HEIGHT - 8, text_anchor="middle", class_="label"))
@@ -178,10 +180,21 @@ def chart(frame: Frame, curves: Sequence[Curve], marks: Sequence[Mark] = (), *, 
     x = scale_of(xs, LEFT, RIGHT, log=frame.log_x, margin=0.03)
     y = scale_of([*ys, *(frame.y_bounds or ())], BOTTOM, TOP, log=frame.log_y)
     inside = [mark for mark in marks if mark.at > 0 and math.isfinite(mark.at)]
-    parts = [_axes(frame, x, y), _marks(inside, x), [_line(curve, frame, x, y) for curve in shown]]
+    drawing = [_marks(inside, x), [_line(curve, frame, x, y) for curve in shown]]
+    # An inner picture, which cuts off what a zoom moves out of the plot; it has the outer one's coordinates.
+    window = {"x": LEFT - 4, "y": 0, "width": RIGHT - LEFT + 8, "height": BOTTOM + 4}
+    plot = element("svg", drawing, class_="plot", viewBox=f"{LEFT - 4} 0 {RIGHT - LEFT + 8} {BOTTOM + 4}", **window)
     last = "; ".join(_value_text(curve, curve.points[-1], frame) for curve in shown[:COLOURS])
     label = f"{frame.title}. Last values: {last}"
-    picture = element("svg", parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=label)
+    axis = {
+        "data_low": repr(x.low),
+        "data_high": repr(x.high),
+        "data_log": str(x.log).lower(),
+        "data_unit": f"{frame.x_unit:g}",
+    }
+    size = f"0 0 {WIDTH} {HEIGHT}"
+    picture = element("svg", _axes(frame, x, y), plot, viewBox=size, role="img", aria_label=label, tabindex=0, **axis)
     names = legend(shown) if named and (len(shown) > 1 or shown[0].dashed) else None
     note = element("p", "Not drawn: ", ", ".join(missing), class_="quiet") if named and missing else None
-    return element("figure", heading, picture, names, note, class_="chart")
+    values = element("p", class_="values quiet", aria_live="polite")
+    return element("figure", heading, picture, values, names, note, class_="chart")

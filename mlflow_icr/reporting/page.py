@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from mlflow_icr.reporting.comparison import comparison
 from mlflow_icr.reporting.markup import Child, Markup, element, joined
@@ -15,8 +18,12 @@ from mlflow_icr.version import __version__
 # Of all pictures together; base64 adds a third, charts and tables some hundred kilobytes a run: under 10 MB in all.
 PICTURE_BYTES = 6 * 2**20
 MOST_DETAILED = 12  # runs with a section of their own; of more, a page would be too long to read and to load
-# Nothing may be loaded or run, whatever a name or picture from a tracking store tries.
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+SCRIPT = (Path(__file__).parent / "page.js").read_text()
+# Nothing may be loaded, and nothing run but the page's own script, whatever a name or picture from a tracking store tries.
+POLICY = (
+    f"default-src 'none'; script-src 'sha256-{base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()}'; "
+    "style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+)
 
 
 def page(title: str, runs: Sequence[RunMaterial], notes: Sequence[str] = ()) -> str:
@@ -37,6 +44,7 @@ def page(title: str, runs: Sequence[RunMaterial], notes: Sequence[str] = ()) -> 
     parts: list[Child] = [
         element(
             "header",
+            element("button", "Light or dark", type="button", class_="theme", hidden=True),
             element("h1", title),
             element("p", "Does the model still learn, or does it copy its training images? ", _counted(runs), class_="quiet"),
         ),
@@ -72,7 +80,12 @@ def _footer() -> Markup:
     written = element(
         "time", time.strftime("%Y-%m-%d %H:%M UTC", now), datetime=time.strftime("%Y-%m-%dT%H:%M:%SZ", now)
     )  # fmt: skip
-    text = joined(f"Written by mlflow-icr {__version__} at ", written, ". Point at a number or a dot for its exact value.")
+    text = joined(
+        f"Written by mlflow-icr {__version__} at ",
+        written,
+        ". Point at a number or a dot for its exact value. "
+        "Charts: drag to zoom, double-click for the whole; with the keyboard, arrows, + and -, 0 for the whole.",
+    )
     return element("footer", element("p", text, class_="quiet"))
 
 
@@ -86,4 +99,5 @@ def _document(title: str, body: Markup) -> str:
         element("title", title),
         element("style", Markup(STYLE)),
     )
-    return f"<!DOCTYPE html>\n{element('html', head, element('body', body), lang='en')}\n"
+    script = element("script", Markup(SCRIPT))  # at the end, when the charts are there
+    return f"<!DOCTYPE html>\n{element('html', head, element('body', body, script), lang='en')}\n"

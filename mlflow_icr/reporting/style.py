@@ -13,12 +13,15 @@ def _classes() -> str:
     return "\n".join(f".c{place} {{ --c: var(--c{place}); }}" for place in range(len(LIGHT)))
 
 
+DARK_PAGE = f"""--paper: #17181b; --ink: #ece9e6; --quiet: #a8a29e; --line: #383a40; --soft: #212328; --warn: #3a3012;
+  --warn-line: #d6a100; --good: #4ade80; --bad: #f87171; --turn: #fbbf24; {_variables(DARK)}"""
+
 STYLE = f"""
 :root {{ color-scheme: light dark; --paper: #ffffff; --ink: #1c1917; --quiet: #6b645f; --line: #e2deda; --soft: #f6f4f1;
   --warn: #fff4d6; --warn-line: #d6a100; --good: #15803d; --bad: #b91c1c; --turn: #b45309; {_variables(LIGHT)} }}
-@media (prefers-color-scheme: dark) {{ :root {{ --paper: #17181b; --ink: #ece9e6; --quiet: #a8a29e; --line: #383a40;
-  --soft: #212328; --warn: #3a3012; --warn-line: #d6a100; --good: #4ade80; --bad: #f87171; --turn: #fbbf24;
-  {_variables(DARK)} }} }}
+@media (prefers-color-scheme: dark) {{ :root:not([data-theme=light]) {{ {DARK_PAGE} }} }}
+:root[data-theme=dark] {{ color-scheme: dark; {DARK_PAGE} }}
+:root[data-theme=light] {{ color-scheme: light; }}
 {_classes()}
 * {{ box-sizing: border-box; }}
 html {{ background: var(--paper); color: var(--ink); }}
@@ -63,6 +66,12 @@ data {{ white-space: nowrap; }}
 .band {{ fill: var(--c); fill-opacity: 0.15; stroke: none; }}
 rect.band {{ fill-opacity: 0.08; }}
 .dot {{ fill: var(--c); stroke: none; }}
+.cursor {{ stroke: var(--quiet); stroke-width: 1; pointer-events: none; }}
+.values {{ min-height: 1.5em; margin: 0; font-variant-numeric: tabular-nums; }}
+.chart svg[role]:focus-visible {{ outline: 2px solid var(--quiet); outline-offset: 2px; }}
+.chart svg[role] {{ touch-action: pan-y; user-select: none; }}
+button.theme {{ float: right; font: inherit; color: inherit; background: var(--soft); border: 1px solid var(--line);
+  border-radius: 999px; padding: 2px 12px; cursor: pointer; }}
 .dot:hover {{ stroke: var(--ink); stroke-width: 1.5; }}
 .legend {{ list-style: none; display: flex; flex-wrap: wrap; gap: 2px 16px; padding: 0; margin: 2px 0 0; font-size: 0.88em; }}
 .legend svg {{ vertical-align: middle; }}
@@ -87,7 +96,8 @@ section.run {{ border-top: 1px solid var(--line); padding-top: 6px; }}
 footer {{ margin-top: 40px; border-top: 1px solid var(--line); padding-top: 10px; }}
 @media (max-width: 600px) {{ body {{ padding: 16px 12px 48px; }} .chart text {{ font-size: 14px; }}
   .said {{ padding: 10px 12px; }} .pair {{ display: block; }} .wide {{ min-width: 680px; }} }}
-@media print {{ :root {{ --paper: #ffffff; --ink: #000000; --quiet: #444444; --line: #cccccc; --soft: #ffffff;
+@media print {{ button.theme, .values {{ display: none; }}
+  :root, :root[data-theme] {{ --paper: #ffffff; --ink: #000000; --quiet: #444444; --line: #cccccc; --soft: #ffffff;
   {_variables(LIGHT)} }}
   body {{ max-width: none; padding: 0; font-size: 10.5pt; }} .said {{ border: 1px solid var(--line); }}
   details::details-content {{ content-visibility: visible; block-size: auto; }}

@@ -22,7 +22,7 @@ from mlflow_icr.cli import main
 from mlflow_icr.reporting import RunMaterial, conclude, gather_folder, write_report
 from mlflow_icr.reporting.page import SCRIPT
 from mlflow_icr.tracking import MLflowSink, TensorBoardSink, Tracker, read_history
-from mlflow_icr.tracking.mlflow import sync
+from mlflow_icr.tracking.mlflow.sync import sync
 from tests.browser import PHONE, opened
 from tests.servers import Server, free_port
 

@@ -24,7 +24,7 @@ from mlflow_icr import ICRMonitor
 from trainers.config import TrainConfig, load_config
 from trainers.families import Family, family_of
 from trainers.inputs import Inputs
-from trainers.loop import TrainState, new_state, train
+from trainers.loop import TrainState, ema_beta, new_state, train
 
 GIB = 2**30
 CIFAR, SIT = "cifar10-4096", "imagenet256-sit-b2-20k"
@@ -45,10 +45,10 @@ TINY: dict[str, dict[str, Any]] = {
 def inputs_of(config: TrainConfig, count: int) -> Inputs:
     """Random images, or random latents (mean and deviation) with classes."""
     generator = torch.Generator().manual_seed(0)
-    if not config.autoencoder:
-        shape = (count, 3, config.resolution, config.resolution)
+    if not config.network.autoencoder:
+        shape = (count, 3, config.data.resolution, config.data.resolution)
         return Inputs(torch.randint(256, shape, dtype=torch.uint8, generator=generator))
-    side = config.resolution // FACTOR
+    side = config.data.resolution // FACTOR
     moments = torch.rand(count, 2 * LATENT_CHANNELS, side, side, generator=generator)
     return Inputs(moments, torch.randint(CLASSES, (count,), generator=generator))
 
@@ -64,15 +64,15 @@ def bare_loop(config: TrainConfig, family: Family, inputs: Inputs, device: torch
     """The same training as short as it can be written in PyTorch."""
     network: Any = family.build(*inputs.shape[:2]).to(device).train()
     ema: Any = copy.deepcopy(network).requires_grad_(False)
-    optimizer = torch.optim.Adam(network.parameters(), lr=config.learning_rate, fused=True)
+    optimizer = torch.optim.Adam(network.parameters(), lr=config.optimizer.learning_rate, fused=True)
     images, labels = inputs.images.to(device), None if inputs.labels is None else inputs.labels.to(device)
-    count, sd, seen = config.batch_size, config.sigma_data, 0
+    count, sd, seen = config.optimizer.batch_size, config.noise.sigma_data, 0
     while True:
         chosen = torch.randint(len(images), (count,), device=device)
         noise = torch.randn(count, *inputs.shape, device=device)
         if labels is None:  # EDM, of pixels
             x = images[chosen].float() / 127.5 - 1
-            sigma = (config.p_mean + config.p_std * torch.randn(count, device=device)).exp()
+            sigma = (config.noise.p_mean + config.noise.p_std * torch.randn(count, device=device)).exp()
             s = sigma.view(-1, 1, 1, 1)
             total = s**2 + sd**2
             noised = x + s * noise
@@ -83,7 +83,7 @@ def bare_loop(config: TrainConfig, family: Family, inputs: Inputs, device: torch
         else:  # flow matching, of latents and classes
             mean, deviation = images[chosen].chunk(2, 1)
             x = mean + deviation * torch.randn_like(mean)
-            dropped = torch.rand(count, device=device) < config.label_dropout
+            dropped = torch.rand(count, device=device) < config.network.label_dropout
             told = torch.where(dropped, CLASSES, labels[chosen])
             time_ = torch.rand(count, device=device)
             t = time_.view(-1, 1, 1, 1)
@@ -94,9 +94,8 @@ def bare_loop(config: TrainConfig, family: Family, inputs: Inputs, device: torch
         loss.backward()
         optimizer.step()
         seen += count
-        beta = 0.5 ** (count / min(config.ema_halflife_kimg * 1000, seen * config.ema_rampup_ratio))
         with torch.no_grad():
-            torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - beta)
+            torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - ema_beta(config, seen))
         yield
 
 
@@ -132,12 +131,12 @@ def measure(config: TrainConfig, family: Family, state: TrainState, images: torc
     """Print what a measurement of the representation costs, and what those of the preset's run do."""
     monitor = ICRMonitor(family.denoiser(state.ema), images, config.protocol())
     first, second = (monitor.measure(step).values["perf/measure_seconds"] for step in (0, 1))
-    share = config.measurements * second * images_per_second / config.total_images
+    share = config.monitor.measurements * second * images_per_second / config.total_images
     p = monitor.protocol
     print(
         f"  a measurement of {p.num_images} images in {p.num_views} views: {second:.2f} s, the first, with views made, ", end=""
     )
-    print(f"{first:.2f} s; the preset's {config.measurements} take {share:.5f} of its training time (goal: under 0.02)")
+    print(f"{first:.2f} s; the preset's {config.monitor.measurements} take {share:.5f} of its training time (goal: under 0.02)")
 
 
 def compare(preset: str, arguments: argparse.Namespace, device: torch.device) -> None:
@@ -148,10 +147,12 @@ def compare(preset: str, arguments: argparse.Namespace, device: torch.device) ->
     family = family_of(config, CLASSES)
     loops = ours(config, family, inputs, device), bare_loop(config, family, inputs, device)
     (state, taken), (_, taken_bare) = (begin(steps, device) for steps in loops)
-    rounds = [[rate(steps, arguments.steps, config.batch_size, device) for steps in loops] for _ in range(arguments.rounds)]
+    rounds = [
+        [rate(steps, arguments.steps, config.optimizer.batch_size, device) for steps in loops] for _ in range(arguments.rounds)
+    ]
     mine, theirs = (statistics.median(side) for side in zip(*rounds, strict=True))
     ratio = statistics.median(a / b for a, b in rounds)
-    print(f"{preset}, batch {config.batch_size}: trainer {mine:.0f} images/s, bare loop {theirs:.0f}, ", end="")
+    print(f"{preset}, batch {config.optimizer.batch_size}: trainer {mine:.0f} images/s, bare loop {theirs:.0f}, ", end="")
     print(f"ratio {ratio:.3f} (goal: at least 0.95); peak memory {taken}, bare {taken_bare}")
     if preset == CIFAR:
         measure(config, family, state, inputs.images, mine)

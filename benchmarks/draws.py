@@ -26,14 +26,14 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=4)
     arguments = parser.parse_args()
     config = load_config("cifar10-4096", {})
-    images = torch.zeros(config.num_images, 3, config.resolution, config.resolution, dtype=torch.uint8)
-    inputs, family, order = Inputs(images), family_of(config), Order(config.num_images, config.seed)
+    images = torch.zeros(config.data.num_images, 3, config.data.resolution, config.data.resolution, dtype=torch.uint8)
+    inputs, family, order = Inputs(images), family_of(config), Order(config.data.num_images, config.run.seed)
 
     def seconds(ranks: int) -> float:
-        rows = rows_of(config.batch_size, 1, 0, ranks)
+        rows = rows_of(config.optimizer.batch_size, 1, 0, ranks)
         started = time.perf_counter()
         for place in range(arguments.batches):
-            draw_batch(inputs, order, family, place * config.batch_size, rows)
+            draw_batch(inputs, order, family, place * config.optimizer.batch_size, rows)
         return (time.perf_counter() - started) / arguments.batches
 
     seconds(1)

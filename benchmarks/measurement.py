@@ -37,7 +37,7 @@ def compare(name: str, channels: list[int], resolution: int, images: int, views:
     data = torch.randint(
         256, (images, 1, resolution, resolution), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
-    denoiser = EDMDenoiser(family_of(config).build(1, config.resolution).eval())
+    denoiser = EDMDenoiser(family_of(config).build(1, config.data.resolution).eval())
     monitor = ICRMonitor(denoiser, data, Protocol(num_images=images, num_views=views))
     first = monitor.measure(0).values["perf/measure_seconds"]
     batches = list(monitor.reader.views(monitor.protocol.sigmas[0], torch.device("cpu")))

@@ -28,7 +28,7 @@ def seconds_per_image(run: Run, steps: int) -> float:
     started = time.perf_counter()
     for _ in range(steps):
         next(going)
-    return (time.perf_counter() - started) / (steps * run.config.batch_size)
+    return (time.perf_counter() - started) / (steps * run.config.optimizer.batch_size)
 
 
 def demo() -> None:
@@ -46,7 +46,7 @@ def demo() -> None:
         run.generation.measure(1)
         generating = (time.perf_counter() - started) * samples
     whole = training + measuring + generating
-    print(f"demo (digits preset, {config.total_kimg:g} kimg, {count} measurements, {samples} with samples):")
+    print(f"demo (digits preset, {config.optimizer.total_kimg:g} kimg, {count} measurements, {samples} with samples):")
     print(f"  representation {measuring / whole:.3f} of the wall time (goal: under 0.10), samples {generating / whole:.3f}")
 
 
@@ -54,7 +54,7 @@ def scaled(name: str, batch: int, probe: int) -> None:
     config: TrainConfig = load_config(name, {})
     network = ("resolution", "block_channels", "layers_per_block", "attention_resolutions", "dropout", "probe_views")
     sizes = {"batch_size": batch, "num_images": probe, "probe_images": probe, "num_samples": 2}
-    small = load_config("digits", {field: getattr(config, field) for field in network} | sizes)
+    small = load_config("digits", {field: config.get(field) for field in network} | sizes)
     with tempfile.TemporaryDirectory() as folder:
         run = Run(small, Path(folder))
         image = seconds_per_image(run, 2)
@@ -62,11 +62,13 @@ def scaled(name: str, batch: int, probe: int) -> None:
         monitor.measure(0)
         started = time.perf_counter()
         monitor.measure(1)
-        measurement = (time.perf_counter() - started) * config.probe_images / probe
-    share = config.measurements * measurement / (config.total_images * image + config.measurements * measurement)
+        measurement = (time.perf_counter() - started) * config.monitor.probe_images / probe
+    whole = config.monitor.measurements * measurement
+    share = whole / (config.total_images * image + whole)
     times = measurement / image
     print(f"{name}: a training image takes {1000 * image:.0f} ms on this device, a measurement {times:.0f} times as long")
-    print(f"  {config.measurements} in {config.total_kimg:g} kimg: {share:.5f} of the wall time (goal: under 0.02)")
+    budget = f"{config.monitor.measurements} in {config.optimizer.total_kimg:g} kimg"
+    print(f"  {budget}: {share:.5f} of the wall time (goal: under 0.02)")
 
 
 def main() -> None:

@@ -26,19 +26,19 @@ from tqdm.auto import tqdm
 from trainers.config import TrainConfig, load_config
 from trainers.console import Console
 from trainers.families import family_of
-from trainers.loop import train
+from trainers.loop import ema_beta, train
 from trainers.run import Run
 
 
 def bare_loop(images: torch.Tensor, config: TrainConfig) -> Iterator[None]:
     """EDM training as short as it can be written in PyTorch."""
-    network = family_of(config).build(images.shape[1], config.resolution)
+    network = family_of(config).build(images.shape[1], config.data.resolution)
     ema = copy.deepcopy(network)
-    optimizer = torch.optim.Adam(network.parameters(), lr=config.learning_rate, fused=True)
-    x0, sd, seen = images.float() / 127.5 - 1, config.sigma_data, 0
+    optimizer = torch.optim.Adam(network.parameters(), lr=config.optimizer.learning_rate, fused=True)
+    x0, sd, seen = images.float() / 127.5 - 1, config.noise.sigma_data, 0
     while True:
-        x = x0[torch.randint(len(x0), (config.batch_size,))]
-        sigma = (config.p_mean + config.p_std * torch.randn(config.batch_size)).exp()
+        x = x0[torch.randint(len(x0), (config.optimizer.batch_size,))]
+        sigma = (config.noise.p_mean + config.noise.p_std * torch.randn(config.optimizer.batch_size)).exp()
         s = sigma.view(-1, 1, 1, 1)
         total = s**2 + sd**2
         noised = x + s * torch.randn_like(x)
@@ -48,21 +48,22 @@ def bare_loop(images: torch.Tensor, config: TrainConfig) -> Iterator[None]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        seen += config.batch_size
-        beta = 0.5 ** (config.batch_size / min(config.ema_halflife_kimg * 1000, seen * config.ema_rampup_ratio))
+        seen += config.optimizer.batch_size
         with torch.no_grad():
-            torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - beta)
+            torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - ema_beta(config, seen))
         yield
 
 
 def diffusers_loop(images: torch.Tensor, config: TrainConfig) -> Iterator[None]:
     """Training of epsilon with the parts that diffusers' example for unconditional images uses."""
     accelerator = Accelerator(cpu=True)
-    network = family_of(config).build(images.shape[1], config.resolution)
+    network = family_of(config).build(images.shape[1], config.data.resolution)
     average = EMAModel(network.parameters(), decay=0.9999, use_ema_warmup=True)
     scheduler = DDPMScheduler(num_train_timesteps=1000)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate)
-    loader = torch.utils.data.DataLoader(images.float() / 127.5 - 1, batch_size=config.batch_size, shuffle=True, drop_last=True)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=config.optimizer.learning_rate)
+    loader = torch.utils.data.DataLoader(
+        images.float() / 127.5 - 1, batch_size=config.optimizer.batch_size, shuffle=True, drop_last=True
+    )
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=100_000)
     network, optimizer, loader, schedule = accelerator.prepare(network, optimizer, loader, schedule)
     bar, step = tqdm(disable=True), 0
@@ -120,8 +121,10 @@ def main() -> None:
         images = run.data.train
         loops = (ours(), bare_loop(images, config), diffusers_loop(images, config))
         for steps in loops:
-            rate(steps, 10, config.batch_size)
-        rounds = [[rate(steps, arguments.steps, config.batch_size) for steps in loops] for _ in range(arguments.rounds)]
+            rate(steps, 10, config.optimizer.batch_size)
+        rounds = [
+            [rate(steps, arguments.steps, config.optimizer.batch_size) for steps in loops] for _ in range(arguments.rounds)
+        ]
         console.close()
     mine, bare, theirs = (statistics.median(side) for side in zip(*rounds, strict=True))
     of_bare, of_theirs = (statistics.median(found[0] / found[i] for found in rounds) for i in (1, 2))

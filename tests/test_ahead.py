@@ -69,7 +69,7 @@ def test_the_next_batch_is_drawn_while_a_step_goes_on_and_its_errors_are_the_ste
         next(steps)
     with pytest.raises(RuntimeError, match="batch 4 cannot be drawn"):
         next(steps)
-    assert state.images_seen == 3 * family.config.batch_size
+    assert state.images_seen == 3 * family.config.optimizer.batch_size
     assert not drawing_threads()
 
 

@@ -95,7 +95,7 @@ class Training:
         images = data().train
         if name == LATENT:
             images = torch.rand(64, 4, 4, 4, generator=torch.Generator().manual_seed(0))
-        self.inputs = Inputs(images, data().train_labels if self.config.labels else None)
+        self.inputs = Inputs(images, data().train_labels if self.config.network.labels else None)
         self.state = new_state(self.family.build(*self.inputs.shape[:2]), self.config, self.accelerator)
         self.steps = train(self.state, self.inputs, self.family, self.accelerator)
 
@@ -150,7 +150,7 @@ def test_nothing_in_a_step_waits_for_the_device(name: str, precision: str) -> No
             next(training.steps)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert training.state.images_seen == 6 * training.config.batch_size
+    assert training.state.images_seen == 6 * training.config.optimizer.batch_size
 
 
 @pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=on_cuda_only)])

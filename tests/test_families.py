@@ -127,7 +127,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, digits_inputs: Inputs) -> 
     for name in FAMILIES:
         config = configured(name, learning_rate=3e-3)
         family, state, accelerator = started(config)
-        inputs = digits_inputs if config.labels else Inputs(digits_inputs.images)
+        inputs = digits_inputs if config.network.labels else Inputs(digits_inputs.images)
         loss = LossMonitor(
             family.denoiser(state.network), lambda *a, f=family, s=state: f.loss(f.denoiser(s.network), *a), family.draw,
             inputs.images, inputs.images,

@@ -57,7 +57,7 @@ def test_a_run_is_measured_again_from_its_checkpoint(name: str, tmp_path: Path, 
 @pytest.mark.parametrize("name", ["ddpm", "flow-labels"])
 def test_a_resumed_training_is_the_uninterrupted_one(name: str, tmp_path: Path, digits_inputs: Inputs) -> None:
     config = configured(name)
-    inputs = digits_inputs if config.labels else Inputs(digits_inputs.images)
+    inputs = digits_inputs if config.network.labels else Inputs(digits_inputs.images)
     family, state, accelerator = started(config)
     steps = train(state, inputs, family, accelerator)
     for _ in range(3):

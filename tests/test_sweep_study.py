@@ -19,7 +19,7 @@ import yaml
 
 from mlflow_icr import summarise, verdict
 from mlflow_icr.tracking import read_history
-from trainers.arguments import config_changes, config_flags, train_parser
+from trainers.command_line import config_changes, config_flags, train_parser
 from trainers.config import load_config
 from trainers.experiments.sweep import command as sweep
 from trainers.experiments.sweep.grid import expand, values_of
@@ -139,7 +139,7 @@ def test_a_dry_run_says_what_would_be_run_and_leaves_nothing(
     assert plan(given).folder == plan(given).folder
     assert plan(given).folder != plan([*given, "--batch-size=16"]).folder
     # All are measured on as many images as the smallest run has, so that their values compare.
-    assert {run.config.probe_images for run in plan(given).runs} == {32}
+    assert {run.config.monitor.probe_images for run in plan(given).runs} == {32}
     (tmp_path / "mine.txt").write_text("mine")
     assert sweep.main([*given, f"--output-dir={tmp_path}"]) == 2
     assert "which holds something else; expected a new folder, or that of a sweep" in capsys.readouterr().err
@@ -158,7 +158,7 @@ def test_a_failure_is_told_alone_and_the_same_command_goes_on_with_it(
     broken = study / "runs" / "n48-seed3"
     broken.mkdir(parents=True)
     config = plan(flags(**values | {"output_dir": str(tmp_path / "other")})).runs[1].config
-    (broken / "config.yaml").write_text(yaml.safe_dump(config.as_dict()))
+    (broken / "config.yaml").write_text(yaml.safe_dump(config.flat()))
     (broken / "history.jsonl").write_text("nothing\n")
     (study / "study.json").write_text(json.dumps({"study": "a study"}))
     assert sweep.main(flags(**values)) == 1

@@ -25,7 +25,7 @@ from tests.servers import free_port
 from tests.test_tracking import as_float32, journal_scalars, mlflow_scalars, tensorboard_scalars
 from tests.training import SHORT, measured, run
 from trainers import train
-from trainers.config import PRESETS, load_config, preset_names
+from trainers.config import config_from, load_config, preset_names
 from trainers.data import load_data
 from trainers.families import family_of
 
@@ -64,7 +64,7 @@ def test_a_run_leaves_what_the_readme_says(whole: tuple[Path, str], monkeypatch:
     # C_T needs samples in the cells of held-out images, and is absent where there are none.
     assert set(rows[-1]) - {"mem/ct"} == (keys | {"images_seen"}) - {"mem/ct"}
     assert rows[-1]["loss/train"] < rows[1]["loss/train"]
-    assert yaml.safe_load((folder / "config.yaml").read_text())["num_images"] == 32
+    assert yaml.safe_load((folder / "config.yaml").read_text())["data"]["num_images"] == 32
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     (info,) = MlflowClient().search_runs(["0"])
@@ -277,10 +277,16 @@ def test_presets_are_whole_and_the_papers_is_the_papers() -> None:
     for name in preset_names():
         config = load_config(name, {})
         assert config.protocol().layer == "decoder"
-        assert set(yaml.safe_load((PRESETS / f"{name}.yaml").read_text())) <= set(config.as_dict())
+        assert config_from(config.grouped()) == config_from(config.flat()) == config
     paper = load_config("cifar10-4096", {})
-    assert (paper.num_images, paper.protocol().num_images, paper.protocol().num_views) == (4096, 4096, 2)
-    assert (paper.p_mean, paper.p_std, paper.sigma_data, paper.batch_size, paper.total_kimg) == (-1.2, 1.2, 0.5, 512, 200_000)
+    assert (paper.data.num_images, paper.protocol().num_images, paper.protocol().num_views) == (4096, 4096, 2)
+    assert (
+        paper.noise.p_mean,
+        paper.noise.p_std,
+        paper.noise.sigma_data,
+        paper.optimizer.batch_size,
+        paper.optimizer.total_kimg,
+    ) == (-1.2, 1.2, 0.5, 512, 200_000)
     with torch.device("meta"):
         network = family_of(paper).build(3, 32)
     assert 40e6 < sum(p.numel() for p in network.parameters()) < 80e6  # DDPM++ has 56M (Karras et al. 2022, appendix F)

@@ -97,23 +97,23 @@ def draw_batch(inputs: Inputs, order: Order, family: Family, images_seen: int, r
 
     It is on the CPU, wherever the images are; classes must be there too.
     """
-    config, count = family.config, family.config.batch_size
+    config, count = family.config, family.config.optimizer.batch_size
     own = np.arange(count) if rows is None else rows
 
     def stream(purpose: str) -> np.random.Generator:
-        return keyed_generator(purpose, config.seed, images_seen)
+        return keyed_generator(purpose, config.run.seed, images_seen)
 
     def unit(purpose: str) -> Tensor:
-        return torch.from_numpy(keyed_rows(purpose, config.seed, images_seen, rows=own, shape=inputs.shape))
+        return torch.from_numpy(keyed_rows(purpose, config.run.seed, images_seen, rows=own, shape=inputs.shape))
 
     indices = torch.from_numpy(order.at(images_seen, images_seen + count)[own])
     level = family.draw(stream("level"), count)[torch.from_numpy(own)]
     labels = None
     if inputs.labels is not None and family.null_class is not None:
-        dropped = torch.from_numpy(stream("label dropout").random(count)[own] < config.label_dropout)
+        dropped = torch.from_numpy(stream("label dropout").random(count)[own] < config.network.label_dropout)
         labels = torch.where(dropped, family.null_class, inputs.labels[indices])
     spread = unit("posterior") if inputs.latent else None
-    keys = torch.from_numpy(stream("dropout").integers(2**63, size=count)[own]) if config.dropout else None
+    keys = torch.from_numpy(stream("dropout").integers(2**63, size=count)[own]) if config.network.dropout else None
     return Batch(indices, level, unit("noise"), labels, spread, keys)
 
 

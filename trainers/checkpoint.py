@@ -102,7 +102,7 @@ def save_checkpoint(
         family.save(part, state.ema, latent=autoencoder is not None)
         if autoencoder is not None:
             place_autoencoder(part, autoencoder, output_dir)
-        _write_state(part, state, accelerator, tensors, family.config.batch_size)
+        _write_state(part, state, accelerator, tensors, family.config.optimizer.batch_size)
 
     try:
         write_checkpoint(output_dir, state.images_seen, write)

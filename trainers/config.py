@@ -1,10 +1,13 @@
-"""One run's configuration: a preset, changed by flags, checked as a whole before any work."""
+"""One run's configuration: groups of options, from presets, files and flags, checked as a whole before any work.
+
+A new option is one line in its group: it is a flag, a key of `config.yaml` and of presets, a parameter in MLflow, and is
+checked, by that line alone.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -13,148 +16,132 @@ import yaml
 from mlflow_icr import Protocol
 from mlflow_icr.arguments import refuse_unknown
 from mlflow_icr.extraction.encoders import is_installed
-from mlflow_icr.tracking.checkpoints.folder import check_log_models
+from mlflow_icr.tracking.checkpoints.folder import LOG_MODELS
+from trainers.options import FAMILIES, Group, Option, is_required, option, options_of, refuse, required
 
 PRESETS = Path(__file__).parent / "presets"
-MIXED_PRECISIONS = ("", "no", "bf16", "fp16")  # empty: as the launcher says, no without one
 STOP_VERDICTS = ("", "turning", "memorizing")  # each later one is past the earlier
-FAMILIES = ("edm", "ddpm", "flow")
-PREDICTIONS = ("epsilon", "v")
-BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")  # diffusers' names
-# What only some families make use of: setting it for another one would change nothing, unnoticed.
-READ_BY = {
-    ("edm", "ddpm"): ("block_channels", "layers_per_block", "attention_resolutions"),
-    ("flow",): ("hidden_size", "num_layers", "num_heads", "patch_size"),
-    ("edm",): ("p_mean", "p_std", "sigma_data"),
-    ("ddpm",): ("prediction", "beta_schedule"),
-}
+UNET, DIT = ("edm", "ddpm"), ("flow",)
+
+
+@dataclass(frozen=True)
+class DataConfig(Group):
+    """The images: the first num_images of an order that the seed fixes."""
+
+    source: str = required("an embedded set, a folder or archive of images, or the name of a `datasets` set", flag="data")
+    resolution: int = required("side in pixels to which images are cropped and scaled", least=1)
+    num_images: int = required("training images; those of a smaller number are among them", least=2)
+    num_heldout: int = required("other images that are never trained on, for losses and distances", least=0)
+    split: str = option("train", "split of a `datasets` set", flag="data_split")
+    balanced: bool = option(False, "equally many images of each class, as far as there are")
+
+
+@dataclass(frozen=True)
+class NetworkConfig(Group):
+    """What is trained: by which family, of classes or not, of pixels or latents, and how large."""
+
+    family: str = option("edm", "kind of diffusion model", one_of=FAMILIES)
+    labels: bool = option(False, "a model of the data's classes")
+    label_dropout: float = option(0.1, "share of labels replaced by the null class, which the monitor reads", above=0, below=1)
+    autoencoder: str = option("", "folder of a diffusers AutoencoderKL, whose latents are trained on")
+    block_channels: tuple[int, ...] = option((32, 64), "channels at each resolution of the U-Net", families=UNET)
+    layers_per_block: int = option(1, "residual blocks at each resolution", least=1, families=UNET)
+    attention_resolutions: tuple[int, ...] = option((), "resolutions (of latents, if any) with attention", families=UNET)
+    hidden_size: int = option(384, "width of the transformer", least=1, families=DIT)
+    num_layers: int = option(12, "blocks of the transformer", least=1, families=DIT)
+    num_heads: int = option(6, "attention heads of each block", least=1, families=DIT)
+    patch_size: int = option(2, "side of the transformer's patches", least=1, families=DIT)
+    dropout: float = option(0.0, "share of activations dropped in the network", least=0, below=1)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig(Group):
+    """How it is trained. *_kimg are thousands of images seen; batch_size counts all ranks and accumulated parts together."""
+
+    total_kimg: float = required("length of the training", above=0)
+    batch_size: int = option(64, "images of one optimizer step", least=1)
+    learning_rate: float = option(1e-3, "Adam's step size after the ramp", above=0)
+    rampup_kimg: float = option(2.0, "length of the learning rate's linear ramp", least=0)
+    ema_halflife_kimg: float = option(500.0, "half-life of the averaged weights, which are measured and saved", above=0)
+    ema_rampup_ratio: float | None = option(0.05, "half-life as a share of the images seen, while that is less", above=0)
+    mixed_precision: str = option("", "empty for the launcher's, no without one", one_of=("", "no", "bf16", "fp16"))
+    gradient_accumulation_steps: int = option(1, "parts that a batch is trained in", least=1)
+
+
+@dataclass(frozen=True)
+class NoiseConfig(Group):
+    """On which noise, and what of it is predicted."""
+
+    p_mean: float = option(-1.2, "mean of ln sigma (Karras et al. 2022)", families=("edm",))
+    p_std: float = option(1.2, "deviation of ln sigma", above=0, families=("edm",))
+    sigma_data: float = option(0.5, "standard deviation of what is trained on", above=0, families=("edm",))
+    prediction: str = option("epsilon", "what the network predicts", one_of=("epsilon", "v"), families=("ddpm",))
+    beta_schedule: str = option(
+        "linear", "diffusers' name of the schedule", one_of=("linear", "scaled_linear", "squaredcos_cap_v2"), families=("ddpm",)
+    )
+
+
+@dataclass(frozen=True)
+class MonitorConfig(Group):
+    """What is measured, and when."""
+
+    measurements: int = option(17, "how often, in equal ratios of images seen", least=2)
+    first_measurement_kimg: float = option(2.0, "the first one after the untrained network", above=0)
+    layer: str = option("decoder", "layer whose features are read: decoder, mid, mid+1, ..., or a module's name")
+    sigmas: tuple[float, ...] = option((0.29,), "noise levels of the views")
+    augmentation_level: int = option(3, "strength of the views' augmentations")
+    probe_images: int = option(128, "training images that are measured")
+    probe_views: int = option(0, "views of each; 0 for as many as the layer's width needs")
+    projection: int = option(0, "principal directions that are read; 0 for all dimensions")
+    shrinkage: str = option("none", "how the residual covariance is estimated")
+    companions: tuple[str, ...] = option((), "further measures of the same features")
+    measure_raw: bool = option(False, "measure the trained weights too, beside their average")
+    stop_on: str = option("", "a verdict that ends the training", one_of=STOP_VERDICTS)
+    generate_every: int = option(2, "measurements from one judgement of samples to the next, counted from the last", least=1)
+    encoder: str = option("pixels", "what samples are compared in; auto: efficientnet_lite0 where installed, else pixels")
+    encoder_weights: str = option("", "file of the encoder's weights, where it needs one")
+    num_samples: int = option(128, "samples that are judged", least=1)
+    sample_steps: int = option(18, "solver steps of each", least=2)
+
+
+@dataclass(frozen=True)
+class RunConfig(Group):
+    """Seed and checkpoints. All models get their metrics in MLflow; `log_models` says which get their weights."""
+
+    seed: int = option(0, "of subset, initial weights, order and noise", least=0)
+    checkpoints_total_limit: int = option(
+        0, "checkpoints kept on disk, 0 for all; the newest and those that may be the one to keep always are", least=0
+    )
+    log_models: str = option(
+        "all", "whose weights MLflow gets; kept: at the end, the turning and the newest", one_of=LOG_MODELS
+    )
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that decides what a run computes; refuses impossible values and combinations.
 
-    Units are in the names: *_kimg are thousands of images seen. Raises ValueError naming field, value and what is allowed.
+    Raises ValueError naming field, value and what is allowed.
     """
 
-    preset: str
-    # Data: an embedded set, an image folder, or the name of a `datasets` set; the first num_images of a seeded order.
-    data: str
-    resolution: int
-    num_images: int
-    num_heldout: int
-    total_kimg: float
-    seed: int = 0
-    data_split: str = "train"
-    balanced: bool = False  # whether a subset has equally many images of each class, as far as there are
-    # What is trained: edm, ddpm (with prediction epsilon or v) or flow; of classes or not; of pixels, or of the latents that
-    # the AutoencoderKL in the folder `autoencoder` makes of them.
-    family: str = "edm"
-    prediction: str = "epsilon"
-    beta_schedule: str = "linear"
-    labels: bool = False
-    label_dropout: float = 0.1  # how often a label is replaced by the null class, which the monitor reads
-    autoencoder: str = ""
-    # Network of edm and ddpm: diffusers' UNet2DModel; resolutions are those of the latents where there are any.
-    block_channels: tuple[int, ...] = (32, 64)
-    layers_per_block: int = 1
-    attention_resolutions: tuple[int, ...] = ()
-    dropout: float = 0.0
-    # Network of flow: diffusers' DiTTransformer2DModel.
-    hidden_size: int = 384
-    num_layers: int = 12
-    num_heads: int = 6
-    patch_size: int = 2
-    # Optimization. batch_size counts all ranks and accumulated parts together.
-    batch_size: int = 64
-    learning_rate: float = 1e-3
-    rampup_kimg: float = 2.0
-    ema_halflife_kimg: float = 500.0
-    ema_rampup_ratio: float = 0.05
-    mixed_precision: str = ""
-    gradient_accumulation_steps: int = 1
-    # EDM (Karras et al. 2022, table 1).
-    p_mean: float = -1.2
-    p_std: float = 1.2
-    sigma_data: float = 0.5
-    # Measurements.
-    measurements: int = 17
-    first_measurement_kimg: float = 2.0
-    layer: str = "decoder"
-    sigmas: tuple[float, ...] = (0.29,)
-    augmentation_level: int = 3
-    probe_images: int = 128
-    probe_views: int = 0  # 0 for as many as the layer's width needs
-    projection: int = 0  # principal directions that are read, 0 for all dimensions
-    shrinkage: str = "none"
-    companions: tuple[str, ...] = ()
-    measure_raw: bool = False
-    stop_on: str = ""  # a verdict that ends the training: turning, memorizing, or empty for none
-    generate_every: int = 2  # measurements from one judgement of samples to the next, counted from the last
-    encoder: str = "pixels"  # auto: efficientnet_lite0 where its extra is installed, else pixels
-    encoder_weights: str = ""
-    num_samples: int = 128
-    sample_steps: int = 18
-    # Checkpoints. At most so many are kept on disk, 0 for all; those that may be the one to keep, and the newest, always are.
-    checkpoints_total_limit: int = 0
-    # Whose averaged weights MLflow gets: all, kept (at the end: the turning and the newest one), or none, and no models at all.
-    # All: a checkpoint on disk has at least the same weights, and a measured one that nobody can sample from is half an answer.
-    # Over a slow line, or for networks of gigabytes, kept is the choice: all are models with their metrics, two have weights.
-    log_models: str = "all"
+    data: DataConfig
+    network: NetworkConfig
+    optimizer: OptimizerConfig
+    noise: NoiseConfig
+    monitor: MonitorConfig
+    run: RunConfig
+    preset: str = ""  # of which it was made; empty for none
 
     def __post_init__(self) -> None:
-        def refuse(name: str, allowed: str) -> None:
-            raise ValueError(f"{name} is {getattr(self, name)!r}; expected {allowed}")
-
-        for name, hint in get_type_hints(TrainConfig).items():
-            value = getattr(self, name)
-            if hint is float and isinstance(value, int) and not isinstance(value, bool):
-                object.__setattr__(self, name, float(value))
-            elif str(hint).startswith("tuple") and isinstance(value, list):
-                object.__setattr__(self, name, tuple(value))
-        for name in (
-            "resolution",
-            "num_images",
-            "batch_size",
-            "layers_per_block",
-            "gradient_accumulation_steps",
-            "num_samples",
-            "generate_every",
-            "hidden_size",
-            "num_layers",
-            "num_heads",
-            "patch_size",
-        ):
-            if getattr(self, name) < 1:
-                refuse(name, "a whole number >= 1")
-        for name in ("total_kimg", "learning_rate", "ema_halflife_kimg", "p_std", "sigma_data", "first_measurement_kimg"):
-            if not 0 < getattr(self, name) < math.inf:
-                refuse(name, "a positive number")
-        for name in ("num_heldout", "seed", "rampup_kimg", "checkpoints_total_limit"):
-            if not 0 <= getattr(self, name) < math.inf:
-                refuse(name, "a number >= 0")
-        if not 0 <= self.dropout < 1:
-            refuse("dropout", "a number in [0, 1)")
-        if not 0 < self.ema_rampup_ratio < math.inf:
-            refuse("ema_rampup_ratio", "a positive number")
-        if self.mixed_precision not in MIXED_PRECISIONS:
-            refuse("mixed_precision", f"one of {', '.join(MIXED_PRECISIONS[1:])}, or empty for the launcher's")
-        if self.num_images < 2:
-            refuse("num_images", "at least 2 images")
-        self._check_family(refuse)
-        if not self.autoencoder:
-            self.check_network(self.resolution)
-        if self.batch_size % self.gradient_accumulation_steps:
-            refuse("batch_size", f"a multiple of gradient_accumulation_steps, {self.gradient_accumulation_steps}")
-        if self.stop_on not in STOP_VERDICTS:
-            refuse("stop_on", f"one of {', '.join(STOP_VERDICTS[1:])}, or empty")
-        check_log_models(self.log_models)
-        if self.measurements < 2:
-            refuse("measurements", "at least 2")
-        if self.first_measurement_kimg > self.total_kimg:
-            refuse("first_measurement_kimg", f"at most total_kimg, {self.total_kimg:g}")
-        if self.sample_steps < 2:
-            refuse("sample_steps", "at least 2")
+        optimizer, monitor = self.optimizer, self.monitor
+        self._check_network()
+        if not self.network.autoencoder:
+            self.check_network(self.data.resolution)
+        if optimizer.batch_size % optimizer.gradient_accumulation_steps:
+            parts = optimizer.gradient_accumulation_steps
+            refuse("batch_size", optimizer.batch_size, f"a multiple of gradient_accumulation_steps, {parts}")
+        if monitor.first_measurement_kimg > optimizer.total_kimg:
+            refuse("first_measurement_kimg", monitor.first_measurement_kimg, f"at most total_kimg, {optimizer.total_kimg:g}")
         try:
             self.protocol()
         except ValueError as error:
@@ -162,68 +149,87 @@ class TrainConfig:
             name, rest = str(error).split(" ", 1)
             raise ValueError(f"{ours.get(name, name)} {rest}") from None
 
-    def _check_family(self, refuse: Callable[[str, str], None]) -> None:
-        for name, allowed in (("family", FAMILIES), ("prediction", PREDICTIONS), ("beta_schedule", BETA_SCHEDULES)):
-            if getattr(self, name) not in allowed:
-                refuse(name, f"one of {', '.join(allowed)}")
-        defaults = {field.name: field.default for field in fields(self)}
-        for families, names in READ_BY.items():
-            for name in names:
-                if self.family not in families and getattr(self, name) != defaults[name]:
-                    refuse(name, f"nothing for family {self.family}: it is of {' and '.join(families)}")
-        if not 0 < self.label_dropout < 1:
-            refuse("label_dropout", "a number in (0, 1): the monitor reads the null class, which stands for dropped labels")
-        if not self.block_channels or any(c < 8 or c % 8 for c in self.block_channels):
-            refuse("block_channels", "positive multiples of 8, one for each resolution")
-        if self.hidden_size % (4 * self.num_heads):
-            refuse("hidden_size", f"a multiple of {4 * self.num_heads}, four times num_heads")
+    def _check_network(self) -> None:
+        network = self.network
+        for name, entry in OPTIONS.items():
+            families = entry.rules["families"]
+            if network.family not in families and (value := self.get(name)) != entry.default:
+                refuse(name, value, f"nothing for family {network.family}: it is of {' and '.join(families)}")
+        if not network.block_channels or any(c < 8 or c % 8 for c in network.block_channels):
+            refuse("block_channels", network.block_channels, "positive multiples of 8, one for each resolution")
+        if network.hidden_size % (4 * network.num_heads):
+            refuse("hidden_size", network.hidden_size, f"a multiple of {4 * network.num_heads}, four times num_heads")
 
     def check_ranks(self, ranks: int, parts: int | None = None) -> None:
         """Raise ValueError where the batch cannot be divided among ranks and accumulated parts (None: this configuration's)."""
-        share = ranks * (parts or self.gradient_accumulation_steps)
-        if self.batch_size % share:
-            raise ValueError(
-                f"batch_size is {self.batch_size}; expected a multiple of {share}, the ranks times gradient_accumulation_steps"
-            )
+        share = ranks * (parts or self.optimizer.gradient_accumulation_steps)
+        if self.optimizer.batch_size % share:
+            allowed = f"a multiple of {share}, the ranks times gradient_accumulation_steps"
+            refuse("batch_size", self.optimizer.batch_size, allowed)
 
     def check_network(self, side: int) -> None:
         """Raise ValueError where the network does not fit what it is trained on, images or latents of this side."""
-        what = "" if side == self.resolution else f", which makes latents of side {side}"
-        if self.family == "flow":
-            if side % self.patch_size:
-                raise ValueError(f"resolution is {self.resolution}{what}; expected a multiple of patch_size, {self.patch_size}")
+        network, resolution = self.network, self.data.resolution
+        what = "" if side == resolution else f", which makes latents of side {side}"
+        if network.family == "flow":
+            if side % network.patch_size:
+                raise ValueError(f"resolution is {resolution}{what}; expected a multiple of patch_size, {network.patch_size}")
             return
-        blocks = len(self.block_channels)
+        blocks = len(network.block_channels)
         unit = 2 ** (blocks - 1)
         if side % unit:
-            raise ValueError(f"resolution is {self.resolution}{what}; expected a multiple of {unit} for {blocks} blocks")
+            raise ValueError(f"resolution is {resolution}{what}; expected a multiple of {unit} for {blocks} blocks")
         levels = [side // 2**i for i in range(blocks)]
-        if not set(self.attention_resolutions) <= set(levels):
-            raise ValueError(
-                f"attention_resolutions is {self.attention_resolutions!r}; expected some of {', '.join(map(str, levels))}, "
-                "the resolutions of the blocks"
-            )
+        if not set(network.attention_resolutions) <= set(levels):
+            allowed = f"some of {', '.join(map(str, levels))}, the resolutions of the blocks"
+            refuse("attention_resolutions", network.attention_resolutions, allowed)
 
     def protocol(self) -> Protocol:
         """What the monitor of this run measures."""
+        c, num_images = self.monitor, self.data.num_images
         return Protocol(
-            layer=self.layer,
-            sigmas=self.sigmas,
-            augmentation_level=self.augmentation_level,
-            num_images=min(self.probe_images, self.num_images) if self.probe_images >= 2 else self.probe_images,
-            num_views=self.probe_views or None,
-            projection=self.projection or None,
-            shrinkage=self.shrinkage,
+            layer=c.layer,
+            sigmas=c.sigmas,
+            augmentation_level=c.augmentation_level,
+            num_images=min(c.probe_images, num_images) if c.probe_images >= 2 else c.probe_images,
+            num_views=c.probe_views or None,
+            projection=c.projection or None,
+            shrinkage=c.shrinkage,
         )
 
     @property
     def total_images(self) -> int:
         """Images seen at the end, before rounding up to whole batches."""
-        return round(self.total_kimg * 1000)
+        return round(self.optimizer.total_kimg * 1000)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Field names and plain values, as YAML and trackers take them."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+    def get(self, name: str) -> Any:
+        """The value of a flat name."""
+        if name == PRESET.name:
+            return self.preset
+        return getattr(getattr(self, OPTIONS[name].group), OPTIONS[name].attribute)
+
+    def changed(self, **changes: Any) -> TrainConfig:
+        """The same with other values for some flat names, checked as a whole."""
+        groups: dict[str, dict[str, Any]] = {}
+        for name, value in changes.items():
+            groups.setdefault(OPTIONS[name].group, {})[OPTIONS[name].attribute] = value
+        return replace(self, **{group: replace(getattr(self, group), **values) for group, values in groups.items()})
+
+    def flat(self) -> dict[str, Any]:
+        """Plain values by flat name, preset first, as trackers show them and flags give them."""
+        values = {name: self.get(name) for name in (PRESET.name, *OPTIONS)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    def grouped(self) -> dict[str, Any]:
+        """Plain values by group, as YAML files have them."""
+        return group_values(self.flat())
+
+
+GROUPS: dict[str, type[Group]] = {
+    name: kind for name, kind in get_type_hints(TrainConfig).items() if isinstance(kind, type) and issubclass(kind, Group)
+}
+OPTIONS: dict[str, Option] = {entry.name: entry for group, kind in GROUPS.items() for entry in options_of(kind, group)}
+PRESET = Option("preset", "", "preset", str, "", {"text": "of which the configuration was made"})
 
 
 def preset_names() -> list[str]:
@@ -231,29 +237,72 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
-def load_config(preset: str, changes: Mapping[str, Any]) -> TrainConfig:
-    """A preset's configuration with some fields changed; with another family, without what only the preset's own reads.
+def group_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by flat name as values by group."""
+    grouped: dict[str, Any] = {}
+    for name, value in values.items():
+        entry = PRESET if name == PRESET.name else OPTIONS[name]
+        (grouped.setdefault(entry.group, {}) if entry.group else grouped)[entry.attribute] = value
+    return grouped
 
-    Raises ValueError for unknown presets, keys or values.
-    """
+
+def flat_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by flat name, from values by group, by flat name, or some of both. Raises ValueError for unknown keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if key in GROUPS and isinstance(value, Mapping):
+            names = {entry.attribute: name for name, entry in OPTIONS.items() if entry.group == key}
+            for attribute, inner in value.items():
+                refuse_unknown(f"configuration key in {key}", attribute, list(names))
+                flat[names[attribute]] = inner
+        else:
+            refuse_unknown("configuration key", key, [PRESET.name, *OPTIONS, *(g for g in GROUPS if g not in OPTIONS)])
+            if key not in (PRESET.name, *OPTIONS):
+                refuse(key, value, f"its keys below it: {', '.join(e.attribute for e in OPTIONS.values() if e.group == key)}")
+            flat[key] = value
+    return flat
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """The values of a YAML file by flat name. Raises ValueError for what is no configuration."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"config is {str(path)!r}, which cannot be read: {str(error).splitlines()[0]}") from None
+    if not isinstance(values, Mapping):
+        raise ValueError(f"config is {str(path)!r}, which holds no configuration; expected groups such as data and network")
+    return flat_values(values)
+
+
+def preset_values(preset: str) -> dict[str, Any]:
+    """A preset's values by flat name. Raises ValueError for an unknown one."""
     refuse_unknown("preset", preset, preset_names())
-    values = yaml.safe_load((PRESETS / f"{preset}.yaml").read_text()) | {"preset": preset}
-    family = changes.get("family")
+    return read_values(PRESETS / f"{preset}.yaml") | {"preset": preset}
+
+
+def with_changes(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Values with some changed, by flat name; with another family, without what only the old one makes use of."""
+    values, family = dict(values), changes.get("family")
     if family in FAMILIES and family != values.get("family", "edm"):
-        unread = {name for families, names in READ_BY.items() if family not in families for name in names}
-        values = {key: value for key, value in values.items() if key not in unread}
-    values |= dict(changes)
+        values = {k: v for k, v in values.items() if k not in OPTIONS or family in OPTIONS[k].rules["families"]}
+    values |= flat_values(changes)
     if values.get("encoder") == "auto":  # settled here, so that a resumed run keeps it whatever is installed by then
         values["encoder"] = "efficientnet_lite0" if is_installed("efficientnet_lite0") else "pixels"
-    return config_from(values)
+    return values
+
+
+def load_config(preset: str, changes: Mapping[str, Any]) -> TrainConfig:
+    """A preset's configuration with some values changed. Raises ValueError for unknown presets, keys or values."""
+    return config_from(with_changes(preset_values(preset), changes))
 
 
 def config_from(values: Mapping[str, Any]) -> TrainConfig:
-    """A configuration from plain values, such as those of `config.yaml`. Raises ValueError for unknown or missing keys."""
-    known = [field.name for field in fields(TrainConfig)]
-    for key in values:
-        refuse_unknown("configuration key", key, known)
-    try:
-        return TrainConfig(**values)
-    except TypeError as error:
-        raise ValueError(f"the configuration is not complete: {error}") from None
+    """A configuration from plain values, by group or flat name. Raises ValueError for unknown, missing or impossible ones."""
+    flat = {name: OPTIONS[name].typed(value) if name in OPTIONS else value for name, value in flat_values(values).items()}
+    if missing := [name for name, entry in OPTIONS.items() if is_required(entry) and name not in flat]:
+        raise ValueError(f"{missing[0]} is not given; expected {OPTIONS[missing[0]].allowed()}")
+    grouped = group_values(flat)
+    return TrainConfig(
+        **{name: kind(**grouped.get(name, {})) for name, kind in GROUPS.items()},  # type: ignore[arg-type]
+        preset=flat.get("preset", ""),
+    )

@@ -21,9 +21,9 @@ class Console:
 
     def __init__(self, config: TrainConfig, *, shown: bool, images_seen: int = 0) -> None:
         self.shown = shown
-        self.batch_size = config.batch_size
+        self.batch_size = config.optimizer.batch_size
         self.bar = tqdm(
-            total=-(-config.total_images // config.batch_size) * config.batch_size,  # whole batches
+            total=-(-config.total_images // config.optimizer.batch_size) * config.optimizer.batch_size,  # whole batches
             initial=images_seen,  # of a resumed run, which would count as trained in no time
             unit="img",
             unit_scale=True,

@@ -187,13 +187,13 @@ def load_data(
 def data_of(config: TrainConfig) -> DataSet:
     """The images of a configuration. Raises ValueError as `load_data`."""
     return load_data(
-        config.data,
-        resolution=config.resolution,
-        num_images=config.num_images,
-        num_heldout=config.num_heldout,
-        seed=config.seed,
-        split=config.data_split,
-        balanced=config.balanced,
+        config.data.source,
+        resolution=config.data.resolution,
+        num_images=config.data.num_images,
+        num_heldout=config.data.num_heldout,
+        seed=config.run.seed,
+        split=config.data.split,
+        balanced=config.data.balanced,
     )
 
 
@@ -201,7 +201,7 @@ def describe_data(config: TrainConfig, images: Tensor, sha256: str) -> dict[str,
     """What MLflow shows of images (N, C, H, W) of a configuration's set, whose content hash is known already."""
     from mlflow_icr.plugin.datasets import DIGEST_LENGTH, from_tensor
 
-    path = Path(config.data)
-    folder = path.resolve() if config.data not in EMBEDDED and path.exists() else None
-    name = folder.name if folder is not None else config.data
+    path = Path(config.data.source)
+    folder = path.resolve() if config.data.source not in EMBEDDED and path.exists() else None
+    name = folder.name if folder is not None else config.data.source
     return from_tensor(images, source=folder, name=name, digest=sha256[:DIGEST_LENGTH]).to_dict()

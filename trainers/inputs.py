@@ -42,15 +42,15 @@ def open_autoencoder(config: TrainConfig, device: torch.device) -> Autoencoder |
 
     Raises ValueError where there is none, or latents do not fit the network.
     """
-    if not config.autoencoder:
+    if not config.network.autoencoder:
         return None
-    autoencoder = load_autoencoder(config.autoencoder)
-    if config.resolution % autoencoder.factor:
+    autoencoder = load_autoencoder(config.network.autoencoder)
+    if config.data.resolution % autoencoder.factor:
         raise ValueError(
-            f"resolution is {config.resolution}; expected a multiple of {autoencoder.factor}, of which the autoencoder "
-            f"{config.autoencoder!r} makes one"
+            f"resolution is {config.data.resolution}; expected a multiple of {autoencoder.factor}, of which the autoencoder "
+            f"{config.network.autoencoder!r} makes one"
         )
-    config.check_network(config.resolution // autoencoder.factor)
+    config.check_network(config.data.resolution // autoencoder.factor)
     autoencoder.network.to(device)
     return autoencoder
 
@@ -73,15 +73,17 @@ def inputs_of(config: TrainConfig, data: DataSet, autoencoder: Autoencoder | Non
 
     Raises ValueError where the data has no classes, or other channels than the autoencoder.
     """
-    if config.labels and data.train_labels is None:
-        raise ValueError(f"labels is True, but data {config.data!r} has no classes; expected subfolders, or a set with labels")
-    labels = data.train_labels if config.labels else None
+    if config.network.labels and data.train_labels is None:
+        raise ValueError(
+            f"labels is True, but data {config.data.source!r} has no classes; expected subfolders, or a set with labels"
+        )
+    labels = data.train_labels if config.network.labels else None
     if autoencoder is None:
         return Inputs(data.train, labels)
     channels = data.train.shape[1]
     if channels != autoencoder.channels:
         raise ValueError(
-            f"autoencoder is {config.autoencoder!r}, for images of {autoencoder.channels} channels; expected one for "
-            f"{channels}, as {config.data!r} has"
+            f"autoencoder is {config.network.autoencoder!r}, for images of {autoencoder.channels} channels; expected one for "
+            f"{channels}, as {config.data.source!r} has"
         )
     return Inputs(_moments(autoencoder, data.train, device), labels)

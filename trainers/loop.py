@@ -42,8 +42,10 @@ class TrainState:
 
 def ema_beta(config: TrainConfig, images_seen: int) -> float:
     """The share of the old average that one batch keeps: EDM's half-life, at most ema_rampup_ratio of the images seen."""
-    halflife = min(config.ema_halflife_kimg * 1000, images_seen * config.ema_rampup_ratio)
-    return 0.5 ** (config.batch_size / max(halflife, 1e-8))
+    halflife = config.optimizer.ema_halflife_kimg * 1000
+    if (ratio := config.optimizer.ema_rampup_ratio) is not None:
+        halflife = min(halflife, images_seen * ratio)
+    return 0.5 ** (config.optimizer.batch_size / max(halflife, 1e-8))
 
 
 def new_state(network: nn.Module, config: TrainConfig, accelerator: Accelerator) -> TrainState:
@@ -52,7 +54,7 @@ def new_state(network: nn.Module, config: TrainConfig, accelerator: Accelerator)
     ema = copy.deepcopy(network).requires_grad_(False).eval().to(accelerator.device)
     # One kernel for all parameters, where the device has one; the numbers are Adam's.
     optimizer = torch.optim.Adam(
-        network.parameters(), lr=config.learning_rate, fused=accelerator.device.type in ("cpu", "cuda")
+        network.parameters(), lr=config.optimizer.learning_rate, fused=accelerator.device.type in ("cpu", "cuda")
     )
     dropout_keys = key_dropout(network)
     network, optimizer = accelerator.prepare(network, optimizer)
@@ -86,7 +88,7 @@ def train(state: TrainState, inputs: Inputs, family: Family, accelerator: Accele
     """
     config = family.config
     denoiser = family.denoiser(state.network)
-    order = Order(len(inputs.images), config.seed)
+    order = Order(len(inputs.images), config.run.seed)
     average = list(state.ema.parameters())
     weights = list(bare(state.network, accelerator).parameters())
     inputs = inputs.to(accelerator.device)
@@ -94,18 +96,18 @@ def train(state: TrainState, inputs: Inputs, family: Family, accelerator: Accele
     state.network.train()
 
     accumulated = accelerator.gradient_accumulation_steps  # a launcher's configuration may have set it
-    rows = rows_of(config.batch_size, accumulated, accelerator.process_index, accelerator.num_processes)
+    rows = rows_of(config.optimizer.batch_size, accumulated, accelerator.process_index, accelerator.num_processes)
 
     def share(images_seen: int) -> list[Batch]:
         mine = draw_batch(inputs, order, family, images_seen, rows)
         return [mine.part(place, accumulated) for place in range(accumulated)]
 
-    with Ahead(share, config.batch_size, device) as drawn:
+    with Ahead(share, config.optimizer.batch_size, device) as drawn:
         while True:
             parts = drawn(state.images_seen)
-            ramp = min(1.0, (state.images_seen + config.batch_size) / max(config.rampup_kimg * 1000, 1e-8))
+            ramp = min(1.0, (state.images_seen + config.optimizer.batch_size) / max(config.optimizer.rampup_kimg * 1000, 1e-8))
             for group in state.optimizer.param_groups:
-                group["lr"] = config.learning_rate * ramp
+                group["lr"] = config.optimizer.learning_rate * ramp
             for part in parts:
                 mine = part.to(device)
                 state.dropout_keys.of_rows = mine.dropout_keys
@@ -118,7 +120,7 @@ def train(state: TrainState, inputs: Inputs, family: Family, accelerator: Accele
                     state.optimizer.zero_grad()
                 state.loss_sum += loss.detach()
                 state.loss_steps += 1
-            state.images_seen += config.batch_size
+            state.images_seen += config.optimizer.batch_size
             state.optimizer_steps += 1
             with torch.no_grad():
                 get_ema_multi_avg_fn(ema_beta(config, state.images_seen))(average, [gathered(w) for w in weights], 0)

@@ -75,7 +75,7 @@ class LateReading:
 
 def precision_of(config: TrainConfig) -> str:
     """The configuration's mixed precision, or the launcher's: `accelerate config` and `accelerate launch` set it."""
-    return config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    return config.optimizer.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
 class Run:
@@ -87,7 +87,7 @@ class Run:
             raise ValueError("mixed_precision is 'fp16'; expected no or bf16 where there is no CUDA device")
         self.accelerator = Accelerator(
             mixed_precision=precision_of(config),
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            gradient_accumulation_steps=config.optimizer.gradient_accumulation_steps,
             cpu=not torch.cuda.is_available() and not torch.backends.mps.is_available(),
         )
         self._check_engine()
@@ -99,13 +99,13 @@ class Run:
         self.num_parameters = sum(p.numel() for p in network.parameters())
         self.state = new_state(network, config, self.accelerator)
         ema = self._denoiser(self.state.ema)
-        raw = self._denoiser(bare(self.state.network, self.accelerator)) if config.measure_raw else None
+        raw = self._denoiser(bare(self.state.network, self.accelerator)) if config.monitor.measure_raw else None
         self.monitor = ICRMonitor(
             ema,
             self.data.train,
             config.protocol(),
             raw=raw,
-            companions=config.companions,
+            companions=config.monitor.companions,
             labels=self.data.train_labels,
             pictures=True,
             cache_bytes=(LATENT_CACHE if self.autoencoder else VIEW_CACHE),
@@ -120,26 +120,26 @@ class Run:
             self.data.train,
             heldout,
             encoder=load_encoder(
-                config.encoder,
-                weights=config.encoder_weights or None,
+                config.monitor.encoder,
+                weights=config.monitor.encoder_weights or None,
                 shape=self.data.train.shape[1:],
                 device=self.accelerator.device,
             ),
-            num_samples=config.num_samples,
-            num_steps=config.sample_steps,
+            num_samples=config.monitor.num_samples,
+            num_steps=config.monitor.sample_steps,
             labels=self.inputs.labels,
         )
         self.schedule = geometric_schedule(
             config.total_images,
-            first=round(config.first_measurement_kimg * 1000),
-            count=config.measurements,
-            granularity=config.batch_size,
+            first=round(config.monitor.first_measurement_kimg * 1000),
+            count=config.monitor.measurements,
+            granularity=config.optimizer.batch_size,
         )
-        self.generate_at = every_nth(self.schedule, config.generate_every)
+        self.generate_at = every_nth(self.schedule, config.monitor.generate_every)
         if resume:
             folder = latest_checkpoint(output_dir)
             if folder is not None:  # else the run ended before its first one, and starts anew
-                self.monitor.load_state_dict(load_checkpoint(folder, self.state, self.accelerator, config.batch_size))
+                self.monitor.load_state_dict(load_checkpoint(folder, self.state, self.accelerator, config.optimizer.batch_size))
         # Of what the verdict reads, on every rank the same.
         self.rows = list(read_history(output_dir)) if resume and (output_dir / HISTORY).exists() else []
         self._trained_seconds, self._trained_images = 0.0, 0
@@ -152,7 +152,7 @@ class Run:
 
     def _check_engine(self) -> None:
         self.config.check_ranks(self.accelerator.num_processes, self.accelerator.gradient_accumulation_steps)
-        if self.config.measure_raw and self.accelerator.distributed_type == DistributedType.FSDP:
+        if self.config.monitor.measure_raw and self.accelerator.distributed_type == DistributedType.FSDP:
             raise ValueError("measure_raw is True; expected false with FSDP, where no rank has the trained weights whole")
 
     @property
@@ -163,7 +163,7 @@ class Run:
     def params(self) -> dict[str, Any]:
         """What trackers show as the run's parameters."""
         p = self.monitor.protocol
-        return self.config.as_dict() | {
+        return self.config.flat() | {
             "probe_images": p.num_images,
             "probe_views": p.num_views,
             "protocol_digest": p.digest,
@@ -196,7 +196,10 @@ class Run:
         """The report of the state as it is, with its samples if they are to be judged; every rank takes part."""
         state, config, absent = self.state, self.config, {}
         step = state.images_seen
-        values: dict[str, float] = {"train/optimizer_steps": state.optimizer_steps, "train/batch_size": config.batch_size}
+        values: dict[str, float] = {
+            "train/optimizer_steps": state.optimizer_steps,
+            "train/batch_size": config.optimizer.batch_size,
+        }
         if state.origin_images_seen:
             values["train/origin_images_seen"] = state.origin_images_seen
         if skipped := int(state.skipped[0]):
@@ -205,7 +208,9 @@ class Run:
         if loss is not None and math.isfinite(loss):
             values["loss/train"] = loss
         elif loss is not None:
-            absent["loss/train"] = f"a step's loss was {loss}; learning_rate is {config.learning_rate:g}, expected a lower one"
+            absent["loss/train"] = (
+                f"a step's loss was {loss}; learning_rate is {config.optimizer.learning_rate:g}, expected a lower one"
+            )
         if self._trained_images:
             values["perf/images_per_second"] = self._trained_images / self._trained_seconds
         self._trained_seconds, self._trained_images = 0.0, 0
@@ -238,7 +243,7 @@ class Run:
                 else:
                     next(steps)
                     trained += 1
-                    self._trained_images += self.config.batch_size
+                    self._trained_images += self.config.optimizer.batch_size
                     console.step(self.state)
         if self.accelerator.scaler is None:
             self._refuse_divergence(int(self.state.skipped[1]), 1)  # the last state is not saved then
@@ -254,14 +259,14 @@ class Run:
         self._save()
         if tracker is not None and checkpoint_path(self.output_dir, report.step).exists():
             tracker.checkpoint(report.step)
-            remove_old(self.output_dir, self.config.checkpoints_total_limit, may_be_kept(self.rows))
+            remove_old(self.output_dir, self.config.run.checkpoints_total_limit, may_be_kept(self.rows))
 
     def _verdict_reached(self) -> bool:
         """Whether the verdict is the one to stop on, or past it."""
-        if not self.config.stop_on:
+        if not self.config.monitor.stop_on:
             return False
         state = verdict(self.rows).state
-        return state in STOP_VERDICTS[STOP_VERDICTS.index(self.config.stop_on) :]
+        return state in STOP_VERDICTS[STOP_VERDICTS.index(self.config.monitor.stop_on) :]
 
     def _any_rank_wants_stop(self, wanted: bool, trained: int) -> bool:
         """Whether any rank wants to stop, the same answer on all of them. Raises DivergedError, on all of them too."""
@@ -279,8 +284,9 @@ class Run:
 
     def _refuse_divergence(self, skipped: int, limit: int = SKIPPED_IN_A_ROW) -> None:
         if skipped >= limit:
+            rate = self.config.optimizer.learning_rate
             raise DivergedError(
-                f"learning_rate is {self.config.learning_rate:g}: the gradients of the last {skipped} steps were not finite; "
+                f"learning_rate is {rate:g}: the gradients of the last {skipped} steps were not finite; "
                 "expected a lower one: go on from the last good checkpoint with --resume --learning-rate LOWER"
             )
 

@@ -8,9 +8,7 @@ import os
 import signal
 import sys
 import warnings
-from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -20,8 +18,8 @@ import yaml
 import mlflow_icr
 from mlflow_icr.integrations.ending import end_as_rank
 from mlflow_icr.monitoring.series import HISTORY, read_history
-from trainers.arguments import config_changes, parse_tags, train_parser
-from trainers.config import TrainConfig, config_from, load_config, preset_names
+from trainers.command_line import config_changes, parse_tags, train_parser
+from trainers.config import TrainConfig, config_from, preset_names, preset_values, read_values, with_changes
 from trainers.launch import check_processes, is_launched, launch
 
 if TYPE_CHECKING:
@@ -83,19 +81,19 @@ def prepare_folder(output_dir: Path, config: TrainConfig | None, changes: Mappin
         raise ValueError(f"output_dir is {str(output_dir)!r}, which holds no {CONFIG}; --resume expects the folder of a run")
     if (output_dir / HISTORY).exists():
         read_history(output_dir)  # refuses a damaged one now, not when the first measurement is to be added
-    saved = config_from(yaml.safe_load(there.read_text()))
+    saved = config_from(read_values(there))
     for key, value in changes.items():
         settled = (key, value) == ("encoder", "auto")
-        if getattr(saved, key) != value and not settled and key not in MAY_CHANGE:
-            raise ValueError(f"{key} is {value!r}, but the run to resume has {getattr(saved, key)!r}; expected the same")
-    return replace(saved, **{key: value for key, value in changes.items() if key in MAY_CHANGE})
+        if saved.get(key) != value and not settled and key not in MAY_CHANGE:
+            raise ValueError(f"{key} is {value!r}, but the run to resume has {saved.get(key)!r}; expected the same")
+    return saved.changed(**{key: value for key, value in changes.items() if key in MAY_CHANGE})
 
 
 def note_changes(output_dir: Path, config: TrainConfig, images_seen: int) -> dict[str, str]:
     """Write down what a resumed run's configuration changes of the one in its folder; returns that as the run's tags."""
     there = output_dir / CONFIG
-    old = yaml.safe_load(there.read_text()) if there.exists() else config.as_dict()
-    changes = {key: [old.get(key), value] for key, value in config.as_dict().items() if old.get(key, value) != value}
+    old = read_values(there) if there.exists() else config.flat()
+    changes = {key: [old.get(key), value] for key, value in config.flat().items() if old.get(key, value) != value}
     if not changes:
         return {}
     with (output_dir / CHANGES).open("a") as file:
@@ -108,14 +106,19 @@ def run_is_mine() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def configure(arguments: Namespace) -> tuple[TrainConfig, Path, dict[str, str], str | None, bool]:
+def configure(arguments: Any) -> tuple[TrainConfig, Path, dict[str, str], str | None, bool]:
     """Everything that the command line says, checked. Raises ValueError for what cannot be."""
-    changes = config_changes(arguments)
-    if arguments.preset is None and not arguments.resume:
-        raise ValueError(f"preset is not given; expected one of {', '.join(preset_names())}")
-    config = None if arguments.preset is None else load_config(arguments.preset, changes)
-    if arguments.resume and arguments.preset is not None:
+    changes, config = config_changes(arguments), None
+    if arguments.preset is not None and arguments.config is not None:
+        raise ValueError(f"preset is {arguments.preset!r} and config {arguments.config!r}; expected one of them")
+    if arguments.config is not None:
+        config = config_from(with_changes(read_values(Path(arguments.config)), changes))
+        changes = config.flat()
+    elif arguments.preset is not None:
+        config = config_from(with_changes(preset_values(arguments.preset), changes))
         changes["preset"] = arguments.preset
+    elif not arguments.resume:
+        raise ValueError(f"preset is not given; expected one of {', '.join(preset_names())}")
     tags = parse_tags(arguments.tag)
     output_dir = Path(arguments.output_dir)
     config = prepare_folder(output_dir, config, changes, arguments.resume)
@@ -137,10 +140,10 @@ def train_run(run: Run, stop: Stop, output_dir: Path, tags: Mapping[str, str], r
     if run.is_main:
         output_dir.mkdir(parents=True, exist_ok=True)
         tags = {**tags, **note_changes(output_dir, run.config, run.state.images_seen)}
-        content = yaml.safe_dump(run.config.as_dict(), sort_keys=False).encode()
+        content = yaml.safe_dump(run.config.grouped(), sort_keys=False).encode()
         write_whole(output_dir / CONFIG, lambda file: file.write(content))  # a resumption must not find half of it
         # A resumed run goes on in the MLflow run of its folder.
-        tracker = folder_tracker(output_dir, run_name=run_name, resume=resume, log_models=run.config.log_models)
+        tracker = folder_tracker(output_dir, run_name=run_name, resume=resume, log_models=run.config.run.log_models)
         tracker.open(run.params(), {**run.tags(), **tags})
         run.show_data(tracker)
     status = "FAILED"

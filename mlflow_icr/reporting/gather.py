@@ -51,6 +51,14 @@ def _texts(found: object) -> dict[str, str]:
     return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
 
 
+def _flat_texts(found: object) -> dict[str, str]:
+    """The same of groups' entries, beside what is in no group."""
+    texts: dict[str, str] = {}
+    for key, value in found.items() if isinstance(found, dict) else ():
+        texts |= _texts(value) if isinstance(value, dict) else {str(key): str(value)}
+    return texts
+
+
 def _described(folder: Path) -> tuple[str, dict[str, str], dict[str, str], str]:
     """Name, parameters, tags and status of a folder's run."""
     name, status = folder.resolve().name, ""
@@ -66,7 +74,7 @@ def _described(folder: Path) -> tuple[str, dict[str, str], dict[str, str], str]:
         tags |= _texts(operation.get("tags"))
     if not params and (folder / "config.yaml").exists():
         try:
-            params = _texts(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+            params = _flat_texts(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
         except yaml.YAMLError:
             params = {}
     return str(name), params, tags, status

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlflow_icr.arguments import OneLineParser
 from mlflow_icr.monitoring.plots import COLOURS
 from mlflow_icr.monitoring.summary import summarise
 from mlflow_icr.monitoring.verdict import verdict
-from trainers.arguments import add_config_flags, config_changes, config_flags
+from trainers.command_line import CommandLine, add_config_flags, config_changes, config_flags
 from trainers.config import TrainConfig, load_config, preset_names
 from trainers.data import load_source
 from trainers.experiments.address import chart_address, without_secrets
@@ -50,8 +49,8 @@ class Study:
     num_processes: int  # ranks of each
 
 
-def _parser() -> OneLineParser:
-    parser = OneLineParser(
+def _parser() -> CommandLine:
+    parser = CommandLine(
         prog="generalization_to_memorization",
         description=__doc__,
         allow_abbrev=False,
@@ -78,17 +77,17 @@ def plan(argv: Sequence[str] | None) -> Study:
     arguments = _parser().parse_args(argv)
     changes = config_changes(arguments)
     limited = load_config(arguments.preset, changes)
-    available = len(load_source(limited.data, limited.resolution, limited.data_split)) - limited.num_heldout
+    available = len(load_source(limited.data.source, limited.data.resolution, limited.data.split)) - limited.data.num_heldout
     wanted = available if arguments.control_images == AUTO else _count("control_images", arguments.control_images)
-    if not limited.num_images < wanted <= available:
+    if not limited.data.num_images < wanted <= available:
         raise ValueError(
-            f"control_images is {wanted} and num_images {limited.num_images}; expected num_images < control_images <= "
-            f"{available}, the images of {limited.data!r} less {limited.num_heldout} held out"
+            f"control_images is {wanted} and num_images {limited.data.num_images}; expected num_images < control_images <= "
+            f"{available}, the images of {limited.data.source!r} less {limited.data.num_heldout} held out"
         )
     # Subsets nest, so the control has the limited run's images too: both are measured on the same images and views.
-    probe = min(limited.probe_images, limited.num_images)
+    probe = min(limited.monitor.probe_images, limited.data.num_images)
     control = load_config(arguments.preset, {**changes, "num_images": wanted, "probe_images": probe})
-    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{limited.preset}-n{limited.num_images}-seed{limited.seed}"
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{limited.preset}-n{limited.data.num_images}-seed{limited.run.seed}"
     folder = Path("outputs") / name if arguments.output_dir == AUTO else Path(arguments.output_dir)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"output_dir is {str(folder)!r}, which is not empty; expected a new folder")
@@ -105,7 +104,7 @@ def _flags(study: Study, role: str, config: TrainConfig) -> list[str]:
     return [
         *config_flags(config),
         f"--output-dir={study.folder / role}",
-        f"--run-name={role} n={config.num_images}",
+        f"--run-name={role} n={config.data.num_images}",
         f"--num-processes={study.num_processes}",
         *(f"--tag={tag}" for tag in (f"study={study.name}", f"role={role}", f"mlflow.runColor={colour}")),
     ]
@@ -118,7 +117,7 @@ def _table(study: Study, histories: Mapping[str, Sequence[Mapping[str, float]]])
     table: dict[str, Cells] = {}
     for role, rows in histories.items():
         said = verdict(rows)
-        found: dict[str, Any] = {"num_images": float(study.configs[role].num_images), **summarise(rows), **said.summary()}
+        found: dict[str, Any] = {"num_images": float(study.configs[role].data.num_images), **summarise(rows), **said.summary()}
         found["verdict"] = said.state
         for name, key in (("icr_end", "repr/icr"), ("mem_ratio_end", "mem/ratio_l2")):
             if rows and key in rows[-1]:
@@ -151,9 +150,9 @@ def conclude(study: Study) -> tuple[dict[str, Cells], list[Path]]:
         role: read_history(study.folder / role) for role in study.configs if (study.folder / role / "history.jsonl").exists()
     }
     table = _table(study, histories)
-    names = {role: f"{role}: {study.configs[role].num_images} images" for role in histories}
+    names = {role: f"{role}: {study.configs[role].data.num_images} images" for role in histories}
     first = next(iter(study.configs.values()))
-    title = f"{first.data}, {first.total_kimg:g} thousand images seen, seed {first.seed}"
+    title = f"{first.data.source}, {first.optimizer.total_kimg:g} thousand images seen, seed {first.run.seed}"
     picture, sheet = study.folder / "study.png", study.folder / "study.csv"
     study_figure({names[role]: rows for role, rows in histories.items()}, title).savefig(picture, dpi=130)
     with sheet.open("w", newline="") as file:
@@ -186,7 +185,7 @@ def run_study(study: Study, stop: Stop) -> int:
     study.folder.mkdir(parents=True, exist_ok=True)
     sink = MLflowSink(run_name=study.name)
     first = study.configs["limited"]
-    params = {"preset": first.preset, "num_images": first.num_images, "total_kimg": first.total_kimg, "seed": first.seed}
+    params = {name: first.get(name) for name in ("preset", "num_images", "total_kimg", "seed")}
     sink.bind(study.folder)
     sink.open(params, {"role": "study", "study_name": study.name})
     sink.flush()  # which also makes the tables of a fresh local store: two runs at once would both try

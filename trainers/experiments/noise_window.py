@@ -16,8 +16,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import yaml
-
 from mlflow_icr import LabelledImages, NoiseSweep, sweep_noise, verdict
 from mlflow_icr.arguments import OneLineParser, dashed
 from mlflow_icr.extraction.pipelines import load_denoiser
@@ -25,7 +23,7 @@ from mlflow_icr.extraction.taps import Tap
 from mlflow_icr.monitoring.plots import sweep_figure
 from mlflow_icr.monitoring.sweep import SweepPoint
 from mlflow_icr.tracking.checkpoints.folder import checkpoints
-from trainers.config import TrainConfig, config_from
+from trainers.config import TrainConfig, config_from, read_values
 from trainers.data import data_of
 from trainers.experiments.demo import plan, run_study
 from trainers.train import CONFIG, Stop
@@ -47,7 +45,7 @@ def runs_in(folder: Path) -> Runs:
     found = sorted(folder.glob(f"*/{CONFIG}"))
     if not found:
         raise ValueError(f"study_dir is {str(folder)!r}; expected a folder with those of runs, each with its {CONFIG}")
-    return Runs(folder.name, folder, {path.parent.name: config_from(yaml.safe_load(path.read_text())) for path in found})
+    return Runs(folder.name, folder, {path.parent.name: config_from(read_values(path)) for path in found})
 
 
 def models(runs: Runs) -> dict[str, tuple[str, Path]]:
@@ -76,12 +74,12 @@ def labelled_images(config: TrainConfig) -> LabelledImages | None:
 
 def sweep_all(runs: Runs) -> tuple[dict[str, NoiseSweep], str]:
     """The sweep of each model, ICR on its own training images; and the layer that the runs are monitored at."""
-    labelled = labelled_images(max(runs.configs.values(), key=lambda config: config.num_images))
+    labelled = labelled_images(max(runs.configs.values(), key=lambda config: config.data.num_images))
     sweeps, monitored = {}, ""
     for name, (role, folder) in models(runs).items():
         denoiser, _ = load_denoiser(folder)
         config = runs.configs[role]
-        with Tap(denoiser.network, config.layer) as tap:
+        with Tap(denoiser.network, config.monitor.layer) as tap:
             (monitored,) = tap.layers
         sweeps[name] = sweep_noise(denoiser, data_of(config).train[:MOST_IMAGES], labelled=labelled)
     return sweeps, monitored

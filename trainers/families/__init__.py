@@ -14,4 +14,4 @@ __all__ = ["Family", "family_of"]
 def family_of(config: TrainConfig, num_classes: int | None = None) -> Family:
     """The family of a configuration; `num_classes` is the number of classes in its data, for a model of classes."""
     kinds: dict[str, type[Family]] = {"edm": EDM, "ddpm": DDPM, "flow": Flow}
-    return kinds[config.family](config, num_classes if config.labels else None)
+    return kinds[config.network.family](config, num_classes if config.network.labels else None)

@@ -39,7 +39,7 @@ class Family(ABC):
     def build(self, channels: int, side: int) -> nn.Module:
         """The network for x (B, channels, side, side), initialised from the configuration's seed."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.config.seed)
+            torch.manual_seed(self.config.run.seed)
             return self._network(channels, side)
 
     @abstractmethod

@@ -33,9 +33,9 @@ class DDPM(Family):
 
         return DDPMScheduler(
             num_train_timesteps=TIMESTEPS,
-            beta_schedule=self.config.beta_schedule,
-            prediction_type=KINDS[self.config.prediction],
-            clip_sample=not self.config.autoencoder,  # images end in [-1, 1], latents do not
+            beta_schedule=self.config.noise.beta_schedule,
+            prediction_type=KINDS[self.config.noise.prediction],
+            clip_sample=not self.config.network.autoencoder,  # images end in [-1, 1], latents do not
             timestep_spacing="trailing",  # a few steps start at pure noise too (Lin et al. 2024)
         )
 
@@ -53,7 +53,7 @@ class DDPM(Family):
             signals, shares = (torch.sigmoid(sign * denoiser.log_sigmas).sqrt().to(x) for sign in (-2, 2))
             self._tables[x.device] = signals, shares  # sqrt(abar) and sqrt(1 - abar), (T,)
         signal, share = (table[level.long()].view(-1, 1, 1, 1) for table in self._tables[x.device])
-        target = noise if self.config.prediction == "epsilon" else signal * noise - share * x
+        target = noise if self.config.noise.prediction == "epsilon" else signal * noise - share * x
         return (denoiser.predict(signal * x + share * noise, level, labels) - target).square().mean()
 
     def stock_pipeline(self, network: Any) -> Any:

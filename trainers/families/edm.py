@@ -39,21 +39,21 @@ class EDM(Family):
 
     def denoiser(self, network: nn.Module) -> EDMDenoiser:
         """EDM's preconditioning around a network."""
-        return EDMDenoiser(network, self.config.sigma_data, null_class=self.null_class)
+        return EDMDenoiser(network, self.config.noise.sigma_data, null_class=self.null_class)
 
     def draw(self, generator: np.random.Generator, count: int) -> Tensor:
         """sigma, (count,) float32, log-normal."""
-        return training_sigma(generator, count, self.config.p_mean, self.config.p_std)
+        return training_sigma(generator, count, self.config.noise.p_mean, self.config.noise.p_std)
 
     def loss(self, denoiser: Any, x: Tensor, level: Tensor, noise: Tensor, labels: Tensor | None = None) -> Tensor:
         """The weighted denoising error at sigma."""
-        return edm_loss(denoiser, x, level, noise, self.config.sigma_data, labels)
+        return edm_loss(denoiser, x, level, noise, self.config.noise.sigma_data, labels)
 
     def scheduler(self) -> Any:
         """diffusers' own solver for EDM; it has no Heun."""
         from diffusers import EDMDPMSolverMultistepScheduler
 
-        return EDMDPMSolverMultistepScheduler(sigma_data=self.config.sigma_data)
+        return EDMDPMSolverMultistepScheduler(sigma_data=self.config.noise.sigma_data)
 
     def stock_pipeline(self, network: Any) -> Any:
         """One that was made for consistency models: it samples by any scheduler."""

@@ -72,13 +72,13 @@ class Flow(Family):
 
         c = self.config
         network = DiTTransformer2DModel(
-            num_attention_heads=c.num_heads,
-            attention_head_dim=c.hidden_size // c.num_heads,
+            num_attention_heads=c.network.num_heads,
+            attention_head_dim=c.network.hidden_size // c.network.num_heads,
             in_channels=channels,
-            num_layers=c.num_layers,
-            dropout=c.dropout,
+            num_layers=c.network.num_layers,
+            dropout=c.network.dropout,
             sample_size=side,
-            patch_size=c.patch_size,
+            patch_size=c.network.patch_size,
             num_embeds_ada_norm=self.num_classes or 0,
         )
         share_embedding(network)

@@ -17,19 +17,19 @@ def make_unet(config: TrainConfig, channels: int, side: int, num_classes: int | 
     """The U-Net of a configuration for x (B, channels, side, side), with K classes and the null class, number K, if any."""
     from diffusers import UNet2DModel
 
-    sides = [side // 2**i for i in range(len(config.block_channels))]
-    attends = [s in config.attention_resolutions for s in sides]
+    sides = [side // 2**i for i in range(len(config.network.block_channels))]
+    attends = [s in config.network.attention_resolutions for s in sides]
     return UNet2DModel(
         sample_size=side,
         in_channels=channels,
         out_channels=channels,
-        layers_per_block=config.layers_per_block,
-        block_out_channels=config.block_channels,
+        layers_per_block=config.network.layers_per_block,
+        block_out_channels=config.network.block_channels,
         down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
         up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
-        norm_num_groups=min(32, min(config.block_channels) // 4),
-        attention_head_dim=HEAD if min(config.block_channels) % HEAD == 0 else SMALLEST_HEAD,
+        norm_num_groups=min(32, min(config.network.block_channels) // 4),
+        attention_head_dim=HEAD if min(config.network.block_channels) % HEAD == 0 else SMALLEST_HEAD,
         add_attention=any(attends),
-        dropout=config.dropout,
+        dropout=config.network.dropout,
         num_class_embeds=None if num_classes is None else num_classes + 1,
     )

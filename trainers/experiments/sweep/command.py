@@ -40,7 +40,9 @@ def announce(sweep: Sweep) -> None:
     width = max(len(run.name) for run in sweep.runs)
     for run in sweep.runs:
         c = run.config
-        what = f"{c.data}, {c.num_images} images, seed {c.seed}, {c.total_kimg:g} thousand images seen"
+        what = (
+            f"{c.data.source}, {c.data.num_images} images, seed {c.run.seed}, {c.optimizer.total_kimg:g} thousand images seen"
+        )
         _say(f"  {run.name:{width}}  {sweep.states[run.name]}  ({what})")
 
 

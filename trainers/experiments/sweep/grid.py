@@ -6,18 +6,17 @@ as in block_channels or a path, values are separated by semicolons.
 
 from __future__ import annotations
 
-import argparse
 import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import product
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from mlflow_icr.arguments import refuse_unknown
-from trainers.arguments import converter
-from trainers.config import TrainConfig, load_config, preset_names
+from trainers.config import OPTIONS, PRESET, DataConfig, TrainConfig, load_config, preset_names
+from trainers.options import Option
 
 MOST_RUNS = 10_000
 PATHS = ("data", "encoder_weights")
@@ -36,17 +35,17 @@ class Run:
 def values_of(field: str, text: str, shown: str = "") -> list[Any]:
     """The values of a field that a text names, in its order. Raises ValueError for none, for one twice, or for what is none."""
     shown = shown or field
-    hint = str if field == "preset" else get_type_hints(TrainConfig)[field]
-    separator = ";" if get_args(hint) or field in PATHS else ","
+    entry = PRESET if field == PRESET.name else OPTIONS[field]
+    separator = ";" if entry.is_tuple or field in PATHS else ","
     parts = [part.strip() for part in text.split(separator)]
-    may_be_empty = len(parts) == 1 and (hint is str or bool(get_args(hint)))  # as in stop_on= and companions=
+    may_be_empty = len(parts) == 1 and (entry.hint is str or entry.is_tuple)  # as in stop_on= and companions=
     found: list[Any] = []
     for part in parts:
         if not part and not may_be_empty:
             raise ValueError(
                 f"{shown} is {text!r}, where a value is empty; expected one value, or several between {separator!r}"
             )
-        found += _range(part, text, shown) if hint is int and ":" in part else [_value(field, hint, part, shown)]
+        found += _range(part, text, shown) if entry.hint is int and ":" in part else [_value(entry, part, shown)]
         if len(found) > MOST_RUNS:
             raise ValueError(f"{shown} is {text!r}, which is over {MOST_RUNS} values; expected fewer")
     twice, _ = Counter(found).most_common(1)[0]
@@ -65,11 +64,11 @@ def _range(part: str, text: str, shown: str) -> list[int]:
     return list(range(first, end, step))
 
 
-def _value(field: str, hint: Any, part: str, shown: str) -> Any:
+def _value(entry: Option, part: str, shown: str) -> Any:
     try:
-        return converter(shown, hint)(part)
-    except argparse.ArgumentTypeError as error:
-        raise ValueError(str(error)) from None
+        return entry.typed(part)
+    except ValueError as error:
+        raise ValueError(f"{shown}{str(error).removeprefix(entry.name)}") from None
 
 
 def expand(preset: str, texts: Mapping[str, str], shown: Mapping[str, str] | None = None) -> list[Run]:
@@ -117,21 +116,21 @@ def _name(config: TrainConfig, varied: Sequence[str]) -> str:
 def _parts(config: TrainConfig, varied: Sequence[str]) -> Iterator[str]:
     if "preset" in varied:
         yield config.preset
-    yield f"n{config.num_images}"
-    yield f"seed{config.seed}"
+    yield f"n{config.data.num_images}"
+    yield f"seed{config.run.seed}"
     for field in varied:
         if field not in ("preset", "num_images", "seed"):
-            yield re.sub(r"[^A-Za-z0-9.+_]", "x", f"{field}_{text_of(getattr(config, field))}")
+            yield re.sub(r"[^A-Za-z0-9.+_]", "x", f"{field}_{text_of(config.get(field))}")
 
 
 def check_data(runs: Sequence[Run]) -> None:
     """Raise ValueError where a set has fewer images than a run takes, and for unknown sets; each is loaded once."""
     from trainers.data import load_source
 
-    wanted: dict[tuple[str, int, str], TrainConfig] = {}
+    wanted: dict[tuple[str, int, str], DataConfig] = {}
     for run in runs:
-        c = run.config
-        key = (c.data, c.resolution, c.data_split)
+        c = run.config.data
+        key = (c.source, c.resolution, c.split)
         if key not in wanted or c.num_images + c.num_heldout > wanted[key].num_images + wanted[key].num_heldout:
             wanted[key] = c
     for (data, resolution, split), c in wanted.items():
@@ -145,4 +144,4 @@ def check_data(runs: Sequence[Run]) -> None:
 
 def grid_fields() -> list[str]:
     """The fields that a grid may give values to, besides the preset."""
-    return [field.name for field in fields(TrainConfig) if field.name != "preset"]
+    return list(OPTIONS)

@@ -11,13 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import yaml
-
 from mlflow_icr.arguments import OneLineParser
 from mlflow_icr.tracking.mlflow.outbox import ended_as
-from trainers.arguments import config_flags, converter
 from trainers.checkpoint import latest_checkpoint
-from trainers.config import TrainConfig, config_from, preset_names
+from trainers.command_line import config_flags
+from trainers.config import TrainConfig, config_from, preset_names, read_values
 from trainers.experiments.sweep.grid import Run, check_data, expand, grid_fields
 from trainers.launchers.job import FAILED, FINISHED, Job
 from trainers.launchers.slurm import SlurmOptions, check_cluster
@@ -59,6 +57,12 @@ class Sweep:
         return Job(run.name, command, self.folder_of(run) / CONFIG, self.folder / "logs" / f"{run.name}.log")
 
 
+def _truth(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"dry_run is {text!r}; expected true or false")
+    return text.lower() == "true"
+
+
 def _parser() -> OneLineParser:
     parser = OneLineParser(
         prog="sweep",
@@ -75,7 +79,7 @@ def _parser() -> OneLineParser:
     parser.add_argument("--max-parallel", default="2", help="runs at the same time")
     parser.add_argument(
         "--dry-run",
-        type=converter("dry_run", bool),
+        type=_truth,
         nargs="?",
         const=True,
         default=False,
@@ -106,15 +110,15 @@ def _texts(arguments: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]
 
 def _same_probe(runs: Sequence[Run]) -> list[Run]:
     """Subsets of a seed nest: measured on as many images as the smallest has, all its runs are measured on the same ones."""
-    probe = min(min(run.config.probe_images, run.config.num_images) for run in runs)
-    return [replace(run, config=replace(run.config, probe_images=probe)) for run in runs]
+    probe = min(min(run.config.monitor.probe_images, run.config.data.num_images) for run in runs)
+    return [replace(run, config=run.config.changed(probe_images=probe)) for run in runs]
 
 
 def _folder(output_dir: str, configs: Sequence[TrainConfig]) -> Path:
     if output_dir != AUTO:
         return Path(output_dir)
     # The same command finds its folder again, and goes on there.
-    content = json.dumps([config.as_dict() for config in configs], sort_keys=True)
+    content = json.dumps([config.flat() for config in configs], sort_keys=True)
     presets = "-".join(dict.fromkeys(config.preset for config in configs))
     return Path("outputs") / f"sweep-{presets}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
 
@@ -134,8 +138,8 @@ def _state(run: Run, folder: Path) -> str:
     """What an earlier command left of a run, in words. Raises ValueError where that was another configuration."""
     if not (folder / CONFIG).exists():
         return "new"
-    saved = config_from(yaml.safe_load((folder / CONFIG).read_text())).as_dict()
-    for key, value in run.config.as_dict().items():
+    saved = config_from(read_values(folder / CONFIG)).flat()
+    for key, value in run.config.flat().items():
         if saved[key] != value:
             raise ValueError(
                 f"{key} is {value!r}, but {folder} has a run with {saved[key]!r}; expected the same, or a new output_dir"

@@ -39,7 +39,7 @@ SHOWN = {
 
 def result_row(run: Run, varied: Sequence[str], folder: Path, status: str, why: str = "") -> Row:
     """A run's row: where it stands in the grid, its status, what was measured (None where it was not), and its first error."""
-    row: Row = {"run": run.name, "num_images": run.config.num_images, "seed": run.config.seed}
+    row: Row = {"run": run.name, "num_images": run.config.data.num_images, "seed": run.config.run.seed}
     row |= {field: text_of(run.place[field]) for field in varied if field not in row}
     row |= {"status": status.lower()} | dict.fromkeys(MEASURED)
     try:

@@ -1,0 +1,126 @@
+"""The command line of a training: a flag for every option, parsed by jsonargparse; an error is one line."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser
+
+from mlflow_icr.arguments import dashed, refuse_unknown
+from trainers.config import GROUPS, OPTIONS, TrainConfig, preset_names
+from trainers.options import is_required
+
+EXAMPLE = """example:
+  python -m trainers.train --data photos/ --output-dir run --total-kimg 500
+"""
+
+
+class CommandLine(ArgumentParser):  # type: ignore[misc]
+    """A parser whose errors are one line, and which knows --num_images and --num-images alike.
+
+    What holds several values takes them with commas between: --block-channels 32,64.
+    """
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the line and exit with status 2."""
+        self.exit(2, f"{self.prog}: error: {self._line(message)}\n")
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None, **others: Any) -> Any:  # type: ignore[override]
+        """Parse; an unknown flag is told with the nearest that is known."""
+        flags = dashed(sys.argv[1:] if args is None else args)
+        return super().parse_args(list(self._bracketed(flags)), namespace, **others)
+
+    def _line(self, message: str) -> str:
+        if unknown := re.match(r"unrecognized arguments: (.*)", message, re.DOTALL):
+            if not unknown[1].startswith("--"):
+                return f"unexpected {unknown[1]}"
+            known = sorted(option[2:] for option in self._option_string_actions if option.startswith("--"))
+            try:
+                refuse_unknown("flag", unknown[1].split()[0].split("=", 1)[0].lstrip("-"), known)
+            except ValueError as error:
+                return str(error)
+        if missing := re.match(r"the following arguments are required: (.*)", message):
+            return f"{missing[1]} is not given"
+        key, value = re.match(r'Parser key "(\w+)"', message), re.search(r"(?:Got|Given) value: (.*)", message)
+        if key and value and key[1] in OPTIONS:
+            return f"{key[1]} is {value[1]!r}; expected {OPTIONS[key[1]].kind_in_words()}"
+        if key and value:
+            return f"{key[1]} is {value[1]!r}; expected {'a whole number' if 'int' in message else 'another value'}"
+        return " ".join(message.split())
+
+    def _bracketed(self, flags: Iterable[str]) -> Iterator[str]:
+        """Values with commas between as the lists that the library reads."""
+        awaited = False
+        for argument in flags:
+            flag, equals, value = argument.partition("=")
+            entry = OPTIONS.get(flag[2:].replace("-", "_")) if flag.startswith("--") else None
+            several = entry is not None and entry.is_tuple
+            if awaited:
+                yield f"[{argument}]"
+            else:
+                yield f"{flag}=[{value}]" if several and equals else argument
+            awaited = several and not equals and not awaited
+
+
+def add_config_flags(parser: ArgumentParser) -> None:
+    """A flag for every option, in groups; one that is not given leaves the preset's or the plan's value."""
+    for name, kind in GROUPS.items():
+        group = parser.add_argument_group(name, " ".join((kind.__doc__ or "").split()))
+        for entry in (entry for entry in OPTIONS.values() if entry.group == name):
+            default = "" if is_required(entry) else f"; default {entry.shown(entry.default) or 'empty'}"
+            options: dict[str, Any] = {"nargs": "?", "const": True} if entry.hint is bool else {}
+            group.add_argument(
+                f"--{entry.name.replace('_', '-')}",
+                type=entry.hint,
+                default=argparse.SUPPRESS,
+                metavar="X,Y,..." if entry.is_tuple else "X",
+                help=(entry.rules["text"] + default).replace("%", "%%"),
+                **options,
+            )
+
+
+def config_changes(arguments: Any) -> dict[str, Any]:
+    """The options that were given as flags, by flat name."""
+    return {key: value for key, value in vars(arguments).items() if key in OPTIONS}
+
+
+def config_flags(config: TrainConfig) -> list[str]:
+    """The flags of a configuration's every option: what `config_changes` takes apart again, preset included."""
+    shown = {name: entry.shown(config.get(name)) for name, entry in OPTIONS.items()}
+    flags = [f"--{name.replace('_', '-')}={text}" for name, text in shown.items()]
+    return [f"--preset={config.preset}", *flags] if config.preset else flags
+
+
+def train_parser() -> CommandLine:
+    """The command line of `python -m trainers.train`."""
+    parser = CommandLine(
+        prog="trainers.train",
+        description="Train a diffusion model on limited data, with ICR.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--preset", help=f"where other values come from: one of {', '.join(preset_names())}")
+    parser.add_argument("--config", help="a config.yaml where other values come from")
+    parser.add_argument("--output-dir", required=True, help="folder for history.jsonl, checkpoints/, tensorboard/, config.yaml")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    parser.add_argument("--run-name", help="name of a new MLflow run")
+    parser.add_argument("--num-processes", type=int, default=1, metavar="N", help="ranks to start")
+    parser.add_argument("--tag", action="append", default=[], metavar="KEY=VALUE", help="a tag of the MLflow run; repeatable")
+    add_config_flags(parser)
+    return parser
+
+
+def parse_tags(pairs: Sequence[str]) -> dict[str, str]:
+    """KEY=VALUE texts as a dictionary. Raises ValueError for text without a key and an equals sign."""
+    tags = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not (key and equals):
+            raise ValueError(f"tag is {pair!r}; expected KEY=VALUE")
+        tags[key] = value
+    return tags

@@ -214,7 +214,7 @@ def test_two_ranks_train_one_run(whole: tuple[Path, str], tmp_path: Path) -> Non
         (["--preset=digits", "--learning-rat=1"], r"flag is 'learning-rat'; did you mean learning-rate\?"),
         (["--preset=digits", "--num-images=ten"], "num_images is 'ten'; expected a whole number"),
         (["--preset=digits", "--num-images=1700"], "num_images is 1700 and num_heldout 197; expected at most 1797 together"),
-        (["--preset=digits", "--num-images=1"], "num_images is 1; expected at least 2"),
+        (["--preset=digits", "--num-images=1"], "num_images is 1; expected a whole number >= 2"),
         (["--preset=digits", "--total-kimg=0"], "total_kimg is 0.0; expected a positive number"),
         (["--preset=digits", "--total-kimg=1"], "first_measurement_kimg is 2.0; expected at most total_kimg, 1"),
         (["--preset=digits", "--mixed-precision=fp8"], "mixed_precision is 'fp8'; expected one of no, bf16, fp16"),

@@ -4,7 +4,11 @@ BIN := .venv/bin
 UI_PORT ?= 5000
 TENSORBOARD_PORT ?= 6006
 
-.PHONY: .venv demo test slow soak lint format docs ui benchmarks validate screenshots clean
+.PHONY: help .venv demo test slow soak lint format docs ui benchmarks validate screenshots clean
+
+# What there is, from the lines above the targets.
+help:
+	@awk '/^# /{what = substr($$0, 3)} /^[a-z]+:/{sub(":.*", ""); printf "make %-12s %s\n", $$0, what; what = ""}' Makefile
 
 .venv: .venv/.installed
 
@@ -21,10 +25,12 @@ TENSORBOARD_PORT ?= 6006
 demo: .venv
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/mlflow run . --env-manager local
 
-# A file of tests at a time on each core; one thread each, for more would only wait for each other.
+# A file of tests at a time on each core, one thread each: more would only wait for each other.
+# The tests.
 test: .venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
+# The tests of over a minute.
 slow: .venv
 	$(BIN)/python -m pytest -m slow
 
@@ -32,16 +38,19 @@ slow: .venv
 soak: .venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/test_soak.py -s
 
+# Style, and types.
 lint: .venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The style, applied.
 format: .venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The site, into site/; strict: a warning is an error. Pages that come from the code are written anew first.
+# Pages that come from the code are written anew first.
+# The site, into site/; strict: a warning is an error.
 docs: .venv
 	$(BIN)/python docs/build_pages.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
@@ -50,6 +59,7 @@ docs: .venv
 ui: .venv
 	@PATH="$(CURDIR)/$(BIN):$$PATH" UI_PORT=$(UI_PORT) TENSORBOARD_PORT=$(TENSORBOARD_PORT) $(BIN)/python -m trainers.experiments.ui
 
+# What things cost, as ratios against named baselines measured in the same run.
 benchmarks: .venv
 	$(BIN)/python benchmarks/import_time.py
 	$(BIN)/python benchmarks/measurement.py
@@ -61,8 +71,8 @@ benchmarks: .venv
 	$(BIN)/python benchmarks/export.py
 	$(BIN)/python benchmarks/device.py
 
-# docs/validation.md from trainings and simulations; takes hours, and goes on where it was stopped. Needs Fashion-MNIST
-# (Debian: apt install dataset-fashion-mnist).
+# Needs Fashion-MNIST (Debian: apt install dataset-fashion-mnist); takes hours, and goes on where it was stopped.
+# docs/validation.md from trainings and simulations.
 validate: .venv
 	$(BIN)/python -m studies.validation
 
@@ -70,5 +80,6 @@ validate: .venv
 screenshots: .venv
 	$(BIN)/python docs/screenshots.py
 
+# The environment and what builds left.
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -15,7 +15,7 @@ from mlflow_icr.monitoring.series import read_history
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-FIRST_PAGES = ("index.md", "five-minutes.md", "reading.md", "your-loop.md")
+FIRST_PAGES = ("../README.md", "index.md", "five-minutes.md", "reading.md", "your-loop.md")
 MOST_WORDS = 30
 
 

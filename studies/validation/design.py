@@ -1,0 +1,244 @@
+"""The design of the validation study: which runs there are, in which order, and on which half thresholds are chosen.
+
+`python -m studies.validation.design` writes `plan.json`, a function of the seed below. The file was committed before the first of
+its runs was trained, and a test holds it to this code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import random
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+PLAN = Path(__file__).parent / "plan.json"
+SEED = 2026
+DECOUPLED_RUNS = 96
+CANDIDATES = 400  # of which each next run is the one that leaves the design most balanced
+
+# Images by name: what `--data` is called, the side in pixels, held-out images, and the deviation of pixels in [-1, 1] by EDM's name.
+IMAGES: dict[str, dict[str, Any]] = {
+    "digits8": {"data": "digits", "resolution": 8, "num_heldout": 197, "sigma_data": 0.75},
+    "mnist12": {"data": "mnist5k", "resolution": 12, "num_heldout": 256},
+    "fashion12": {"data": "fashion-mnist", "resolution": 12, "num_heldout": 256},
+    "cifar8": {"data": "cifar10", "resolution": 8, "num_heldout": 256},
+    "cifar16": {"data": "cifar10", "resolution": 16, "num_heldout": 256},
+}
+FAMILIES = ("edm", "v", "flow")
+SIZES = (64, 64, 64, 128, 128, 128, 256, 256, 512)  # each as often as its cost allows
+WIDTHS = (8, 16, 32, 64)  # channels of a U-Net's first block, half those of its second
+HIDDEN = {8: 32, 16: 64, 32: 96, 64: 128}  # a transformer of about that cost
+DROPOUTS = (0.0, 0.3)
+AUGMENTATIONS = ("none", "flip")
+RATES = (4e-4, 1e-3, 2.5e-3)
+BATCHES = (16, 48, 128)
+# Images a second at 8x8 with a batch of 48 on one core of two years ago, and what other batches change; a run's length is its
+# share of the budget at this speed, so that the plan needs no clock.
+SPEED = {"unet": {8: 1260, 16: 800, 32: 360, 64: 125}, "flow": {8: 2200, 16: 1270, 32: 760, 64: 590}}
+BATCH_SPEED = {"unet": {16: 0.6, 48: 1.0, 128: 1.5}, "flow": {16: 0.6, 48: 1.0, 128: 1.4}}
+SECONDS = {64: 80, 128: 100, 256: 150, 512: 200}  # of training; measurements come to some 40 more
+MOST_EPOCHS, FEWEST_EPOCHS = 1200, 200  # longer than copies need, and too short for them
+# How every run is measured.
+MONITOR: dict[str, Any] = {
+    "measurements": 16,
+    "probe_images": 256,
+    "num_samples": 128,
+    "sample_steps": 10,
+    "encoder": "pixels",
+}
+# When a detector says that a run copies: from the first measurement on from which it says so at all that follow. The distance ratio
+# is the leading one; the others are columns beside it.
+TRUTH: dict[str, dict[str, Any]] = {
+    "distance ratio": {"key": "mem/ratio_l2", "above": 0.05},
+    "C_T": {"key": "mem/ct", "below": -3.0},
+    "authenticity": {"key": "mem/authpct", "below": 25.0},
+    "copy similarity": {"key": "mem/copies_sscd", "above": 0.05},
+}
+# Epochs at which runs are compared: of two that have copied nothing by then, does the one with the higher signal copy sooner?
+HORIZONS = [12, 25, 50, 100, 200, 400]
+
+
+def chosen_on(name: str) -> bool:
+    """Whether a run is of the half on which thresholds are chosen: by a hash of its name."""
+    return hashlib.sha256(name.encode()).digest()[0] % 2 == 0
+
+
+def speed(family: str, width: int, resolution: int, batch_size: int) -> float:
+    """Images a second that the design reckons with."""
+    kind = "flow" if family == "flow" else "unet"
+    return SPEED[kind][width] * BATCH_SPEED[kind][batch_size] * (8 / resolution) ** 1.8
+
+
+def network_options(family: str, width: int) -> dict[str, Any]:
+    """Options of the trainer that say what is trained."""
+    if family == "flow":
+        return {"family": "flow", "hidden_size": HIDDEN[width], "num_layers": 3, "num_heads": 2, "patch_size": 2}
+    network: dict[str, Any] = {"block_channels": [width, 2 * width], "layers_per_block": 1}
+    if family == "v":
+        return {"family": "ddpm", "prediction": "v", "beta_schedule": "squaredcos_cap_v2"} | network
+    return {"family": "edm"} | network
+
+
+def options_of(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of the trainer for a run's factors; total_kimg is the caller's."""
+    images = {key: value for key, value in IMAGES[run["images"]].items() if key != "sigma_data" or run["family"] == "edm"}
+    options = images | network_options(run["family"], run["width"])
+    options |= {key: run[key] for key in ("num_images", "dropout", "learning_rate", "batch_size", "seed")}
+    return options | ({} if run["augment"] == "none" else {"augment": run["augment"]})
+
+
+def name_of(run: Mapping[str, Any]) -> str:
+    """A name with all factors, and the kind of a long run."""
+    kind = run.get("kind", run["panel"]).replace(" ", "-")
+    return (
+        f"{kind}-{run['images']}-{run['family']}-n{run['num_images']}-w{run['width']}-d{run['dropout']:g}-{run['augment']}"
+        f"-lr{run['learning_rate']:g}-b{run['batch_size']}-s{run['seed']}"
+    )
+
+
+def kimg_of(run: Mapping[str, Any], seconds: float, most_epochs: float = MOST_EPOCHS) -> float:
+    """Thousands of images that a run sees: what so many seconds allow, and at most so many epochs."""
+    rate = speed(run["family"], run["width"], IMAGES[run["images"]]["resolution"], run["batch_size"])
+    return float(f"{min(rate * seconds, most_epochs * run['num_images']) / 1000:.3g}")
+
+
+def planned(run: Mapping[str, Any], kimg: float, **others: Any) -> dict[str, Any]:
+    """A run as the plan has it."""
+    name = name_of(run)
+    needs = sorted({"augment"} if run["augment"] != "none" else set()) + (["init_from"] if others.get("before") else [])
+    options = options_of(run) | {"total_kimg": kimg, "first_measurement_kimg": first_kimg(kimg)}
+    factors = {key: run[key] for key in run if key != "seed"}
+    return {"name": name, "chosen_on": chosen_on(name), "needs": needs, "factors": factors, "options": options} | others
+
+
+def first_kimg(total_kimg: float) -> float:
+    """Where measuring begins: a fiftieth of the run, so that the verdict sees some five doublings."""
+    return float(f"{min(2.0, total_kimg / 50):.2g}")
+
+
+def _draw(rng: random.Random, seed: int) -> dict[str, Any]:
+    return {
+        "panel": "decoupled",
+        "images": rng.choice(list(IMAGES)),
+        "family": rng.choice(FAMILIES),
+        "num_images": rng.choice(SIZES),
+        "width": rng.choice(WIDTHS),
+        "dropout": rng.choice(DROPOUTS),
+        "augment": rng.choice(AUGMENTATIONS),
+        "learning_rate": rng.choice(RATES),
+        "batch_size": rng.choice(BATCHES),
+        "seed": seed,
+    }
+
+
+FACTORS = ("images", "family", "num_images", "width", "dropout", "augment", "learning_rate", "batch_size", "half")
+
+
+def _levels(run: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    """A run's levels and pairs of levels; those of a run without augmentation count apart, for such runs come first."""
+    values = {**run, "half": chosen_on(name_of(run))}
+    single = [(factor, values[factor]) for factor in FACTORS]
+    return [*single, *itertools.combinations(single, 2), *(("plain", run["augment"], level) for level in single)]
+
+
+def _imbalance(run: Mapping[str, Any], counts: Counter[tuple[Any, ...]]) -> float:
+    """How often a run's levels are there already, each relative to how often it should be; single ones count ten times."""
+    total = 0.0
+    for level in _levels(run):
+        share = SIZES.count(level[1]) / len(SIZES) * 4 if level[0] == "num_images" else 1.0
+        total += counts[level] / share * (10 if isinstance(level[0], str) else 1)
+    return total
+
+
+def decoupled_runs() -> list[dict[str, Any]]:
+    """Limited runs over all factors, each the best of many draws: any first k of them are about balanced."""
+    rng, counts = random.Random(SEED), Counter[tuple[Any, ...]]()
+    runs: list[dict[str, Any]] = []
+    while len(runs) < DECOUPLED_RUNS:
+        drawn = [_draw(rng, 1000 + len(runs)) for _ in range(CANDIDATES)]
+        drawn = [r for r in drawn if kimg_of(r, SECONDS[r["num_images"]]) >= FEWEST_EPOCHS * r["num_images"] / 1000]
+        best = min(drawn, key=lambda r: (_imbalance(r, counts), name_of(r)))
+        counts.update(_levels(best))
+        runs.append(planned(best, kimg_of(best, SECONDS[best["num_images"]])))
+    return runs
+
+
+def _long(images: str, family: str, num_images: int, width: int, seed: int, **others: Any) -> dict[str, Any]:
+    base = {"panel": "long", "images": images, "family": family, "num_images": num_images, "width": width, "dropout": 0.0}
+    return base | {"augment": "none", "learning_rate": 1e-3, "batch_size": 48, "seed": seed} | others
+
+
+RICH = {"digits8": 1600, "mnist12": 4000, "fashion12": 8000, "cifar8": 8000, "cifar16": 8000}
+
+
+def long_runs() -> Iterator[list[dict[str, Any]]]:
+    """Five kinds of long runs, each balanced over images and families: rich, narrow, batch changed, attached late, fine-tuned."""
+    sets, number = list(RICH), len(RICH)
+    seeds = itertools.count(2000)
+
+    def pick(place: int) -> tuple[str, str]:
+        return sets[place % number], FAMILIES[(place + place // number) % len(FAMILIES)]
+
+    rich, narrow, changed, late, tuned = ([] for _ in range(5))  # type: ignore[var-annotated]
+    for i in range(10):
+        images, family = pick(i)
+        run = _long(images, family, RICH[images], (16, 32, 8)[i // 5], next(seeds), kind="rich", dropout=(0.0, 0.3)[i % 2])
+        rich.append(planned(run, kimg_of(run, 120, 600)))
+    for i in range(10):
+        images, family = pick(i + 1)
+        num_images = 256 if images == "cifar16" else (512, 1024)[i // 5]
+        run = _long(images, family, num_images, 8, next(seeds), kind="narrow", batch_size=128)
+        narrow.append(planned(run, kimg_of(run, 1e9, 600 if i < 7 else 1000)))
+    for i in range(8):
+        images, family = pick(i + 2)
+        run = _long(images, family, (64, 128)[i // 2 % 2], 16, next(seeds), kind="batch changed", batch_size=(128, 16)[i % 2])
+        kimg = kimg_of(run | {"batch_size": 48}, 90)
+        # Once before a turn is to be expected, once after.
+        after = [{"at_kimg": float(f"{kimg * (0.2, 0.5)[i // 2 % 2]:.3g}"), "batch_size": (16, 128)[i % 2]}]
+        changed.append(planned(run, kimg, changes=after))
+    for i in range(8):
+        images, family = pick(i + 3)
+        run = _long(images, family, (64, 128)[i % 2], (16, 32)[i // 2 % 2], next(seeds), kind="attached late")
+        before = options_of(run) | {"total_kimg": float(f"{run['num_images'] * (0.1, 0.25)[i // 4]:.3g}")}
+        late.append(planned(run, kimg_of(run, 80), before=before))
+    for i in range(10):
+        images, family = pick(i + 4)
+        run = _long(images, family, (64, 128)[i % 2], (16, 32)[i // 2 % 2], next(seeds), kind="fine-tuned", learning_rate=4e-4)
+        # Learnt beforehand: many images of the same kind, those to come hardly among them.
+        before = options_of(run | {"seed": run["seed"] + 500, "num_images": RICH[images] // 2, "learning_rate": 1e-3})
+        tuned.append(planned(run, kimg_of(run, 80), before=before | {"total_kimg": kimg_of(run, 60)}))
+    yield from (rich, narrow, changed, late, tuned)
+
+
+def _interleaved(lists: Iterable[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Of several lists one, in which each is spread evenly."""
+    placed = [((i + 0.5) / len(runs), run["name"], run) for runs in lists for i, run in enumerate(runs)]
+    return [run for _, _, run in sorted(placed, key=lambda entry: entry[:2])]
+
+
+def design() -> dict[str, Any]:
+    """The whole plan: what was fixed before the first run, and the runs in the order in which they are trained."""
+    runs = _interleaved([decoupled_runs(), *long_runs()])
+    return {"seed": SEED, "monitor": MONITOR, "truth": TRUTH, "open_factor": 2.0, "horizons_epochs": HORIZONS, "runs": runs}
+
+
+def text_of(plan: Mapping[str, Any]) -> str:
+    """The plan as JSON, a run a line."""
+    lines = ",\n".join("    " + json.dumps(run) for run in plan["runs"])
+    head = json.dumps({key: value for key, value in plan.items() if key != "runs"}, indent=2)[:-2]
+    return f'{head},\n  "runs": [\n{lines}\n  ]\n}}\n'
+
+
+def main() -> int:
+    """Write the plan."""
+    PLAN.write_text(text_of(design()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,7 +8,7 @@ from pathlib import Path
 from mlflow_icr.arguments import OneLineParser
 from studies.validation import window as validation_window
 from studies.validation.coverage import simulate_missing
-#REPORT
+from studies.validation.report import write_report
 from studies.validation.results import read_results
 from studies.validation.runs import read_plan, select, train_missing
 
@@ -36,5 +36,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not validation_window.train_missing(DOCS, arguments.work_dir):
             failures.append("noise_window")
         simulate_missing(DOCS / "validation" / "coverage.csv", arguments.repeats)
-    pass
+    write_report(read_results(arguments.results_dir), plan, DOCS)
     return 1 if failures else 0

@@ -1,7 +1,7 @@
 """The design of the validation study: which runs there are, in which order, and on which half thresholds are chosen.
 
-`python -m studies.validation.design` writes `plan.json`, a function of the seed below. The file was committed before the first of
-its runs was trained, and a test holds it to this code.
+`python -m studies.validation.design` writes `plan.json`, a function of the seed below. The file was committed before the first
+of its runs was trained, and a test holds it to this code.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SEED = 2026
 DECOUPLED_RUNS = 96
 CANDIDATES = 400  # of which each next run is the one that leaves the design most balanced
 
-# Images by name: what `--data` is called, the side in pixels, held-out images, and the deviation of pixels in [-1, 1] by EDM's name.
+# Images by name: `--data`, the side in pixels, held-out images, and for EDM the deviation of pixels in [-1, 1].
 IMAGES: dict[str, dict[str, Any]] = {
     "digits8": {"data": "digits", "resolution": 8, "num_heldout": 197, "sigma_data": 0.75},
     "mnist12": {"data": "mnist5k", "resolution": 12, "num_heldout": 256},
@@ -51,8 +51,8 @@ MONITOR: dict[str, Any] = {
     "sample_steps": 10,
     "encoder": "pixels",
 }
-# When a detector says that a run copies: from the first measurement on from which it says so at all that follow. The distance ratio
-# is the leading one; the others are columns beside it.
+# When a detector says that a run copies: from the first measurement on from which it says so at all that follow. The distance
+# ratio is the leading one; the others are columns beside it.
 TRUTH: dict[str, dict[str, Any]] = {
     "distance ratio": {"key": "mem/ratio_l2", "above": 0.05},
     "C_T": {"key": "mem/ct", "below": -3.0},
@@ -177,7 +177,7 @@ RICH = {"digits8": 1600, "mnist12": 4000, "fashion12": 8000, "cifar8": 8000, "ci
 
 
 def long_runs() -> Iterator[list[dict[str, Any]]]:
-    """Five kinds of long runs, each balanced over images and families: rich, narrow, batch changed, attached late, fine-tuned."""
+    """Five kinds of long runs, each balanced over images and families."""
     sets, number = list(RICH), len(RICH)
     seeds = itertools.count(2000)
 

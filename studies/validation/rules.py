@@ -1,48 +1,51 @@
-"""The rules that the validation study compares: each a score over a history, and an alarm where it passes a threshold."""
+"""The rules that the study compares: each a score over a history, and an alarm where it passes a threshold."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
+import numpy as np
+
 from mlflow_icr.monitoring.series import Rows, series
-from mlflow_icr.monitoring.verdict import GENERALIZING, UNDECIDED, Thresholds, elasticities, verdict
+from studies.validation.outcomes import Outcome
 
 Score = list[tuple[int, float]]  # (images seen, score), the higher the more suspicious
 MOST_FALSE_ALARMS = 0.05
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """One run as the study sees it: its history, and from where on more than 5 % of its samples are copies (None: nowhere)."""
-
-    name: str
-    rows: Rows
-    rich: bool
-    onset: int | None
-
-
-@dataclass(frozen=True)
 class Rule:
-    """A score with what it needs besides training images."""
+    """A score with what it needs beside training images.
+
+    `threshold` is given where a rule has its own, otherwise it is chosen; a rule that is `either_way` has its sign chosen too,
+    for nobody has said which way it goes.
+    """
 
     name: str
-    score: Callable[[Rows], Score]
+    score: Callable[[Outcome], Score]
     heldout: bool = False
+    either_way: bool = False
+    threshold: float | None = None
 
 
 def _after_start(rows: Rows, key: str) -> Score:
     return [(at, value) for at, value in series(rows, key) if at > 0]
 
 
-def _over_lowest(key: str, *, relative: bool) -> Callable[[Rows], Score]:
+def level(key: str) -> Callable[[Outcome], Score]:
+    """A value as it is."""
+    return lambda outcome: _after_start(outcome.rows, key)
+
+
+def over_lowest(key: str, *, relative: bool) -> Callable[[Outcome], Score]:
     """How far a value is above its lowest so far, the size of `curve past its minimum`."""
 
-    def score(rows: Rows) -> Score:
+    def score(outcome: Outcome) -> Score:
         found, lowest = [], math.inf
-        for at, value in _after_start(rows, key):
+        for at, value in _after_start(outcome.rows, key):
             lowest = min(lowest, value)
             found.append((at, value / lowest - 1 if relative else value - lowest))
         return found
@@ -50,29 +53,21 @@ def _over_lowest(key: str, *, relative: bool) -> Callable[[Rows], Score]:
     return score
 
 
-def _elasticity(rows: Rows) -> Score:
-    return [(slope.images_seen, slope.low) for slope in elasticities(rows)]
+def epochs(outcome: Outcome) -> Score:
+    """How often each training image was seen."""
+    return [(int(row["images_seen"]), row["images_seen"] / outcome.num_images) for row in outcome.rows if row["images_seen"]]
 
 
-def _relative_gap(rows: Rows) -> Score:
-    train = dict(series(rows, "loss/train_eval"))
-    return [(at, value / train[at] - 1) for at, value in _after_start(rows, "loss/heldout") if train.get(at)]
+def log_gap(outcome: Outcome) -> Score:
+    """The logarithm of held-out over training loss."""
+    train = dict(series(outcome.rows, "loss/train_eval"))
+    heldout = _after_start(outcome.rows, "loss/heldout")
+    return [(at, math.log(value / train[at])) for at, value in heldout if train.get(at, 0) > 0 and value > 0]
 
 
-RULES = (
-    Rule("view error ratio, rate of growth", _elasticity),
-    Rule("view error ratio, level", lambda rows: _after_start(rows, "repr/view_error_ratio")),
-    Rule("ICR past its minimum (argmin)", _over_lowest("repr/icr", relative=False)),
-    Rule("ICR, certain rise (lower bound, paired)", lambda rows: _after_start(rows, "repr/icr_rise_low")),
-    Rule("Fisher residual energy over its lowest", _over_lowest("repr/fisher_residual_energy", relative=True)),
-    Rule("Fisher residual energy, level", lambda rows: _after_start(rows, "repr/fisher_residual_energy")),
-    Rule("Alignment over its lowest", _over_lowest("repr/alignment", relative=True)),
-    Rule("Alignment, level", lambda rows: _after_start(rows, "repr/alignment")),
-    Rule("RankMe over its lowest", _over_lowest("repr/rankme", relative=True)),
-    Rule("RankMe, level", lambda rows: _after_start(rows, "repr/rankme")),
-    Rule("train/held-out loss gap, relative", _relative_gap, heldout=True),
-    Rule("held-out loss past its minimum", _over_lowest("loss/heldout", relative=True), heldout=True),
-)
+def negative(score: Callable[[Outcome], Score]) -> Callable[[Outcome], Score]:
+    """The same the other way."""
+    return lambda outcome: [(at, -value) for at, value in score(outcome)]
 
 
 def alarm(score: Score, threshold: float) -> int | None:
@@ -80,71 +75,154 @@ def alarm(score: Score, threshold: float) -> int | None:
     return next((at for at, value in score if value > threshold), None)
 
 
-def verdict_alarm(rows: Rows, thresholds: Thresholds | None = None) -> int | None:
-    """Images seen at the first measurement at which the verdict, on the history up to it, was `turning` or `memorizing`."""
-    for end in range(1, len(rows) + 1):
-        if verdict(rows[:end], thresholds).state not in (GENERALIZING, UNDECIDED):
-            return int(rows[end - 1]["images_seen"])
-    return None
-
-
 @dataclass(frozen=True)
 class Rates:
-    """How a rule did: limited runs caught before their onset, rich ones accused, and the leads in images."""
+    """How a rule did by one detector's onsets: copying runs caught ahead, and clean ones accused.
+
+    An alarm in a clean run is false if the run went on to `open_factor` times the images seen at the alarm, without a copy;
+    else it is `open`: whether copies would have come is not known.
+    """
 
     caught: int
-    limited: int
+    copying: int
     false_alarms: int
-    rich: int
-    leads: tuple[float, ...]  # onset less alarm, images seen, of the runs that were caught
-    shares: tuple[float, ...]  # alarm over onset, of the same
+    open: int
+    clean: int
+    shares: tuple[float, ...]  # images seen at the alarm over those at the onset, of the runs that were caught
 
     @property
     def caught_rate(self) -> float:
-        """Of limited runs with an onset."""
-        return self.caught / self.limited if self.limited else math.nan
+        """Of the copying runs."""
+        return self.caught / self.copying if self.copying else math.nan
 
     @property
     def false_alarm_rate(self) -> float:
-        """Of rich runs."""
-        return self.false_alarms / self.rich if self.rich else math.nan
+        """Of the clean runs without those whose alarm is open."""
+        judged = self.clean - self.open
+        return self.false_alarms / judged if judged else math.nan
 
 
-def rates(outcomes: Sequence[Outcome], alarms: Mapping[str, int | None]) -> Rates:
-    """Judge the alarms of some runs, by name. Limited runs without an onset are left out: there was nothing to catch."""
-    limited = [o for o in outcomes if not o.rich and o.onset is not None]
-    rich = [o for o in outcomes if o.rich]
-    ahead = []
-    for o in limited:
-        at = alarms[o.name]
-        if at is not None and o.onset is not None and at < o.onset:
-            ahead.append((o.onset, at))
-    return Rates(
-        len(ahead),
-        len(limited),
-        sum(alarms[o.name] is not None for o in rich),
-        len(rich),
-        tuple(float(onset - at) for onset, at in ahead),
-        tuple(at / onset for onset, at in ahead),
-    )
+def rates(outcomes: Sequence[Outcome], alarms: Mapping[str, int | None], detector: str, open_factor: float) -> Rates:
+    """Judge the alarms of some runs, by name. Runs in which only other detectors find copies are left out."""
+    shares, copying, false, undecided, clean = [], 0, 0, 0, 0
+    for o in outcomes:
+        at, onset = alarms[o.name], o.onsets.get(detector)
+        if onset is not None:
+            copying += 1
+            if at is not None and at < onset:
+                shares.append(at / onset)
+        elif o.clean:
+            clean += 1
+            false += at is not None and o.end >= open_factor * at
+            undecided += at is not None and o.end < open_factor * at
+    return Rates(len(shares), copying, false, undecided, clean, tuple(shares))
 
 
-def choose_threshold(score: Callable[[Rows], Score], outcomes: Sequence[Outcome]) -> float:
-    """The threshold that catches most with at most 5 % false alarms; of an equally good range, its middle.
+def choose_threshold(
+    score: Callable[[Outcome], Score], outcomes: Sequence[Outcome], detector: str, open_factor: float
+) -> tuple[float, float]:
+    """The threshold that catches most with at most 5 % false alarms, and the share it catches; of an equal range, its middle.
 
     Between the scores that occurred nothing changes, so those are all that need to be tried.
     """
-    scores = {o.name: score(o.rows) for o in outcomes}
-    values = sorted({value for found in scores.values() for _, value in found})
-    middles = [(a + b) / 2 for a, b in pairwise(values)]
+    scores = {o.name: score(o) for o in outcomes}
+    values = sorted({value for found in scores.values() for _, value in found if math.isfinite(value)})
     best: list[float] = []
     most = -1.0
-    for threshold in middles:
-        found = rates(outcomes, {name: alarm(points, threshold) for name, points in scores.items()})
+    for threshold in ((a + b) / 2 for a, b in pairwise(values)):
+        alarms = {name: alarm(points, threshold) for name, points in scores.items()}
+        found = rates(outcomes, alarms, detector, open_factor)
         if found.false_alarm_rate > MOST_FALSE_ALARMS:
             continue
         if found.caught_rate > most:
             most, best = found.caught_rate, []
         if found.caught_rate == most:
             best.append(threshold)
-    return (best[0] + best[-1]) / 2 if best else math.inf
+    return ((best[0] + best[-1]) / 2, most) if best else (math.inf, 0.0)
+
+
+def with_threshold(rule: Rule, outcomes: Sequence[Outcome], detector: str, open_factor: float) -> Rule:
+    """The rule with its own threshold, or with the threshold, and where that is open the sign, chosen on some runs."""
+    if rule.threshold is not None:
+        return rule
+    threshold, caught = choose_threshold(rule.score, outcomes, detector, open_factor)
+    if rule.either_way:
+        turned = negative(rule.score)
+        other, caught_too = choose_threshold(turned, outcomes, detector, open_factor)
+        if caught_too > caught:
+            return replace(rule, score=turned, threshold=other, name=f"{rule.name}, falling")
+    return replace(rule, threshold=threshold)
+
+
+def alarms_of(rule: Rule, outcomes: Sequence[Outcome]) -> dict[str, int | None]:
+    """Where a rule that has its threshold alarms, by run."""
+    assert rule.threshold is not None
+    return {o.name: alarm(rule.score(o), rule.threshold) for o in outcomes}
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Of runs at one horizon, which could be compared, and which of those the score has right; (n, n), 1, 0 or a half."""
+
+    runs: np.ndarray  # (n,) places in the list of outcomes
+    comparable: np.ndarray
+    right: np.ndarray
+
+
+def value_at(score: Score, images_seen: float) -> float:
+    """A score at some images seen, between its measurements on the straight line; nan outside of them."""
+    at, values = np.array(score, dtype=float).reshape(-1, 2).T
+    return float(np.interp(images_seen, at, values, left=math.nan, right=math.nan)) if len(at) else math.nan
+
+
+def pairs_at(score: Callable[[Outcome], Score], outcomes: Sequence[Outcome], detector: str, epochs_seen: float) -> Pairs:
+    """All pairs of runs that have copied nothing by so many epochs: one copies at an epoch that the other is seen to pass.
+
+    Harrell's concordance (1982): a run without an onset is censored at its end. A pair is right if the run that copies sooner
+    has the higher score at the horizon, and half right if they are equal.
+    """
+    runs, scores, times, copies = [], [], [], []
+    for place, o in enumerate(outcomes):
+        onset, seen = o.onsets.get(detector), epochs_seen * o.num_images
+        if seen > o.end or (onset is not None and onset <= seen) or (onset is None and not o.clean):
+            continue
+        value = value_at(score(o), seen)
+        if math.isfinite(value):
+            runs.append(place)
+            scores.append(value)
+            times.append((o.end if onset is None else onset) / o.num_images)
+            copies.append(onset is not None)
+    s, t, c = np.array(scores), np.array(times), np.array(copies, dtype=bool)
+    comparable = c[:, None] & ((t[:, None] < t[None]) | ((t[:, None] == t[None]) & ~c[None]))
+    equal = np.isclose(s[:, None], s[None], rtol=1e-9, atol=0)  # rounding is no difference
+    right = np.where(equal, 0.5, (s[:, None] > s[None]).astype(float))
+    return Pairs(np.array(runs, dtype=int), comparable.astype(float), right * comparable)
+
+
+@dataclass(frozen=True)
+class Concordance:
+    """The share of comparable pairs that a score has right, with a bootstrap interval over runs, and how many pairs."""
+
+    value: float
+    low: float
+    high: float
+    pairs: int
+
+
+def concordance(
+    score: Callable[[Outcome], Score], outcomes: Sequence[Outcome], detector: str, horizons: Sequence[float], draws: int = 500
+) -> Concordance:
+    """Harrell's concordance of a score with the epoch of onset, over all horizons together."""
+    tables = [pairs_at(score, outcomes, detector, epochs_seen) for epochs_seen in horizons]
+
+    def share(weights: np.ndarray) -> float:
+        right = sum(float(weights[p.runs] @ p.right @ weights[p.runs]) for p in tables)
+        total = sum(float(weights[p.runs] @ p.comparable @ weights[p.runs]) for p in tables)
+        return right / total if total else math.nan
+
+    count = len(outcomes)
+    rng = np.random.default_rng(0)
+    drawn = [share(rng.multinomial(count, np.full(count, 1 / count)).astype(float)) for _ in range(draws if count else 0)]
+    finite = [value for value in drawn if math.isfinite(value)]
+    low, high = np.quantile(finite, (0.025, 0.975)) if finite else (math.nan, math.nan)
+    return Concordance(share(np.ones(count)), float(low), float(high), int(sum(p.comparable.sum() for p in tables)))

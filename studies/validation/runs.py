@@ -56,7 +56,9 @@ class Plan:
 def read_plan(path: Path = PLAN) -> Plan:
     """The plan of a file."""
     values = json.loads(path.read_text())
-    runs = [PlannedRun(**run | {"needs": tuple(run["needs"]), "changes": tuple(run.get("changes", ()))}) for run in values["runs"]]
+    runs = [
+        PlannedRun(**run | {"needs": tuple(run["needs"]), "changes": tuple(run.get("changes", ()))}) for run in values["runs"]
+    ]
     return Plan(tuple(runs), values["monitor"], values["truth"], values["open_factor"], tuple(values["horizons_epochs"]))
 
 
@@ -109,7 +111,8 @@ def _train(run: PlannedRun, work: Path, results: Path, children: list[BaseProces
 def train_missing(plan: Plan, work: Path, results: Path, parallel: int) -> list[str]:
     """Train the runs that have no results yet, in the plan's order, `parallel` at a time; returns a line for each failure.
 
-    One thread each, unless OMP_NUM_THREADS says otherwise. SIGTERM or SIGINT ends the trainings that go on, which save, and no other is begun.
+    One thread each, unless OMP_NUM_THREADS says otherwise. SIGTERM or SIGINT ends the trainings that go on, which save, and no
+    other is begun.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     work.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""One run of the validation study, in this process: `python -m studies.validation.training NAME --work-dir DIR --results-dir DIR`.
+"""One run of the validation study, in this process: `python -m studies.validation.training NAME --work-dir DIR ...`.
 
-It is trained by `trainers.run.Run`, as `trainers.train` does, with the journal alone: no MLflow, no event files, no report. Stopped
-by a signal, or killed, it goes on from its last checkpoint when it is called again.
+It is trained by `trainers.run.Run`, as `trainers.train` does, with the journal alone: no MLflow, no event files, no report.
+Stopped by a signal, or killed, it goes on from its last checkpoint when it is called again.
 """
 
 from __future__ import annotations
@@ -27,10 +27,18 @@ from trainers.console import Console
 from trainers.run import Run
 from trainers.train import Stop
 
-KEPT_PARAMS = ("num_parameters", "feature_dim", "probe_images", "probe_views", "protocol_digest", "data_sha256", "torch_version")
+KEPT_PARAMS = (
+    "num_parameters",
+    "feature_dim",
+    "probe_images",
+    "probe_views",
+    "protocol_digest",
+    "data_sha256",
+    "torch_version",
+)
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """A signal asked the training to stop; it has saved."""
 
 
@@ -41,7 +49,7 @@ def images_seen(folder: Path) -> int:
 
 
 def _train_until(config: TrainConfig, folder: Path, stop: Stop, until: float) -> dict[str, Any]:
-    """Train to the end, or up to so many images seen; returns the run's parameters. Raises Stopped."""
+    """Train to the end, or up to so many images seen; returns the run's parameters. Raises StoppedError."""
     run = Run(config, folder, resume=(folder / HISTORY).exists())
     tracker = Tracker(folder, [])
     tracker.open(run.params(), {})
@@ -53,7 +61,7 @@ def _train_until(config: TrainConfig, folder: Path, stop: Stop, until: float) ->
         tracker.close("FINISHED")
         run.end()
     if stop.signal is not None:
-        raise Stopped
+        raise StoppedError
     return run.params()
 
 
@@ -68,7 +76,7 @@ def _network_before(run: PlannedRun, plan: Plan, folder: Path, stop: Stop) -> Pa
 
 
 def train(run: PlannedRun, plan: Plan, work: Path, results: Path, stop: Stop) -> Path:
-    """Train a run from where it is to its end and keep its result; returns its file. Raises Stopped."""
+    """Train a run from where it is to its end and keep its result; returns its file. Raises StoppedError."""
     folder, others = work / run.name, {}
     if run.before is not None:
         others["init_from"] = str(_network_before(run, plan, work / f"{run.name}.before", stop))
@@ -101,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = plan.runs[0]
         options = {key: v * arguments.shortened if key.endswith("_kimg") else v for key, v in run.options.items()}
         train(replace(run, options=options), plan, arguments.work_dir, arguments.results_dir, stop)
-    except Stopped:
+    except StoppedError:
         return 128 + (stop.signal or signal.SIGTERM)
     except (ValueError, OSError) as error:
         print(f"validation.training: error: {error}", file=sys.stderr)

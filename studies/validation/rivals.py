@@ -1,0 +1,78 @@
+"""The rules in the table: clocks, the verdicts, and what the literature reads, each as it is logged by the monitor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from mlflow_icr.monitoring.series import Rows, series
+from mlflow_icr.monitoring.verdict import MEMORIZING, TURNING, verdict
+from studies.validation.outcomes import Outcome
+from studies.validation.rules import Rule, Score, epochs, level, log_gap, over_lowest
+
+VERDICT = "**the verdict**"
+
+
+def verdict_states(rows: Rows) -> list[tuple[int, str]]:
+    """The verdict's state at every measurement, from the history up to it."""
+    return [(int(rows[end - 1]["images_seen"]), verdict(rows[:end]).state) for end in range(1, len(rows) + 1)]
+
+
+def _verdict(outcome: Outcome) -> Score:
+    return [(at, float(state in (TURNING, MEMORIZING))) for at, state in verdict_states(outcome.rows)]
+
+
+def ratio_growth(rows: Rows) -> list[tuple[int, float, float]]:
+    """(images seen, ratio, lower bound of its power of images seen over the last doubling): what the first verdict read."""
+    high = dict(series(rows, "repr/view_error_ratio_high"))
+    points = [(at, r) for at, r in series(rows, "repr/view_error_ratio") if at > 0 and r > 0]
+    x, y = (np.log([point[i] for point in points]) for i in (0, 1))
+    half = np.array([math.log(high[at] / r) if at in high else 0.0 for at, r in points])
+    found = []
+    for end, (now, ratio) in enumerate(points):
+        start = max(0, int(np.searchsorted(x[end] - x[: end + 1] < math.log(2), True)) - 1)
+        if end + 1 - start < 3 or x[end] - x[start] < 0.99 * math.log(2):
+            continue
+        away = x[start : end + 1] - x[start : end + 1].mean()
+        square = float(away @ away)
+        reach = math.sqrt(float(((away * half[start : end + 1]) ** 2).sum())) / square
+        found.append((now, ratio, float(away @ y[start : end + 1]) / square - reach))
+    return found
+
+
+def _first_verdict(outcome: Outcome) -> Score:
+    """1 where the ratio grew faster than the power 0.6 at a level of 2 or more, or ICR rose by 0.05 for certain."""
+    rise = dict(series(outcome.rows, "repr/icr_rise"))
+    risen = {at for at, low in series(outcome.rows, "repr/icr_rise_low") if low > 0 and rise.get(at, 0) >= 0.05}
+    grown = {at for at, ratio, low in ratio_growth(outcome.rows) if low > 0.6 and ratio > 2}
+    return [(at, float(at in risen | grown)) for at, _ in series(outcome.rows, "repr/view_error_ratio") if at > 0]
+
+
+def _growth(outcome: Outcome) -> Score:
+    return [(at, low) for at, _, low in ratio_growth(outcome.rows)]
+
+
+EPOCHS = Rule("epochs", epochs)
+STEPS = Rule("optimizer steps", level("train/optimizer_steps"))
+THE_VERDICT = Rule(VERDICT, _verdict, threshold=0.5)
+RULES: Sequence[Rule] = (
+    THE_VERDICT,
+    Rule("the first verdict's rule, on the new ratio", _first_verdict, threshold=0.5),
+    EPOCHS,
+    STEPS,
+    Rule("view error ratio, level", level("repr/view_error_ratio")),
+    Rule("view error ratio, rate of growth", _growth),
+    Rule("view AUC", level("repr/view_auc")),
+    Rule("ICR past its minimum (argmin)", over_lowest("repr/icr", relative=False)),
+    Rule("ICR, certain rise (lower bound, paired)", level("repr/icr_rise_low")),
+    Rule("Fisher residual energy", level("repr/fisher_residual_energy"), either_way=True),
+    Rule("stable rank of the bottleneck", level("repr/stable_rank"), either_way=True),
+    Rule("feature deviation", level("repr/feature_deviation"), either_way=True),
+    Rule("SimA", level("repr/sima"), either_way=True),
+    Rule("Alignment", level("repr/alignment"), either_way=True),
+    Rule("RankMe", level("repr/rankme"), either_way=True),
+    Rule("train/held-out loss gap", log_gap, heldout=True),
+    Rule("held-out loss past its minimum", over_lowest("loss/heldout", relative=True), heldout=True),
+)

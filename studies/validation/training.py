@@ -7,7 +7,6 @@ Stopped by a signal, or killed, it goes on from its last checkpoint when it is c
 from __future__ import annotations
 
 import logging
-import shutil
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -87,10 +86,12 @@ def train(run: PlannedRun, plan: Plan, work: Path, results: Path, stop: Stop) ->
         if images_seen(folder) < until:
             changed = {key: value for entry in changes[:i] for key, value in entry.items() if key != "at_kimg"}
             params = _train_until(config_of(run.options, plan, **others, **changed), folder, stop, until)
+    if not params:  # a kill came between the last step and its result
+        params = _train_until(config_of(run.options, plan, **others), folder, stop, float("inf"))
     kept = {key: params[key] for key in KEPT_PARAMS if key in params}
     path = write_result(results, Result(run.name, run.factors, kept, read_history(folder)))
-    for rubbish in (folder, work / f"{run.name}.before"):
-        shutil.rmtree(rubbish, ignore_errors=True)
+    for state in folder.glob("checkpoints/*/state.safetensors"):  # a training that is over does not go on from it
+        state.unlink()
     return path
 
 

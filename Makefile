@@ -71,7 +71,8 @@ benchmarks: .venv
 	$(BIN)/python benchmarks/export.py
 	$(BIN)/python benchmarks/device.py
 
-# Needs Fashion-MNIST (Debian: apt install dataset-fashion-mnist); takes hours, and goes on where it was stopped.
+# Needs Fashion-MNIST (Debian: apt install dataset-fashion-mnist) and CIFAR-10: the hub's, or VALIDATION_CIFAR10=a folder or
+# archive. Takes hours, and goes on where it was stopped, run by run and within a run.
 # docs/validation.md from trainings and simulations.
 validate: .venv
 	$(BIN)/python -m studies.validation

@@ -1,0 +1,77 @@
+"""Finished runs measured anew, from the checkpoints that are still where they were trained.
+
+`python -m studies.validation.remeasure --work-dir DIR --results-dir DIR` reads every `repr/*` value again with the monitor as it is
+now. Samples and losses stay as they were measured: they are the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import nn
+
+from mlflow_icr.arguments import OneLineParser
+from mlflow_icr.tracking.checkpoints.folder import checkpoints
+from studies.validation.results import Result, by_name, read_results, write_result
+from studies.validation.runs import Plan, PlannedRun, config_of, read_plan
+from studies.validation.training import KEPT_PARAMS
+from trainers.run import Run
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+READ_ANEW = ("repr/", "repr_")
+
+
+def load_weights(network: nn.Module, path: Path) -> None:
+    """Put the weights of a file into a network. Raises ValueError for those of another one."""
+    try:
+        network.load_state_dict(load_file(path))
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not hold this network ({str(error).splitlines()[0]})") from None
+
+
+def measured_anew(run: PlannedRun, plan: Plan, folder: Path, result: Result) -> Result:
+    """A run's result with what the monitor says of each checkpoint now. Raises ValueError where some are not there."""
+    live, there = Run(config_of(run.options, plan), folder), checkpoints(folder)
+    live.monitor.pictures = False
+    rows = []
+    for row in result.rows:
+        step = int(row["images_seen"])
+        if step not in there:
+            raise ValueError(f"{folder} has no checkpoint at {step} images seen")
+        (weights,) = there[step].glob(f"*/{WEIGHTS}")
+        load_weights(live.state.ema, weights)
+        kept = {key: value for key, value in row.items() if not key.startswith(READ_ANEW)}
+        rows.append(kept | live.monitor.measure(step).values)
+    params = live.params()
+    return replace(result, params={key: params[key] for key in KEPT_PARAMS if key in params}, rows=rows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, or 1 where a run could not be measured."""
+    logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(message)s")
+    parser = OneLineParser(prog="validation.remeasure", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--work-dir", type=Path, required=True)
+    parser.add_argument("--results-dir", type=Path, required=True)
+    parser.add_argument("--lacking", metavar="KEY", help="only results none of whose rows has this key")
+    arguments = parser.parse_args(argv)
+    plan, there, failed = read_plan(), by_name(read_results(arguments.results_dir)), 0
+    for run in plan.runs:
+        result = there.get(run.name)
+        if result is None or (arguments.lacking and any(arguments.lacking in row for row in result.rows)):
+            continue
+        try:
+            write_result(arguments.results_dir, measured_anew(run, plan, arguments.work_dir / run.name, result))
+            print(run.name, flush=True)
+        except (ValueError, OSError) as error:
+            print(f"{run.name}: {error}", file=sys.stderr)
+            failed += 1
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

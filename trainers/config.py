@@ -32,6 +32,7 @@ class DataConfig(Group):
     resolution: int = required("side in pixels to which images are cropped and scaled", least=1)
     num_images: int = required("training images; those of a smaller number are among them", least=2)
     num_heldout: int = required("other images that are never trained on, for losses and distances", least=0)
+    skip_images: int = option(0, "images of the order that are left out before the training images: a disjoint set", least=0)
     split: str = option("train", "split of a `datasets` set", flag="data_split")
     balanced: bool = option(False, "equally many images of each class, as far as there are")
 

@@ -156,22 +156,24 @@ def load_data(
     seed: int,
     split: str = "train",
     balanced: bool = False,
+    skip_images: int = 0,
 ) -> DataSet:
     """num_images training images and num_heldout others, by an order that the seed fixes.
 
     Subsets nest: the first 64 of 128 images are the 64 of a run with num_images 64, and the held-out images, taken from the
-    end of the order, are the same for every num_images. Of a folder, no other images are read. Raises ValueError when the set
-    has too few.
+    end of the order, are the same for every num_images. The first skip_images of the order are left out: two runs of which one
+    skips what the other has share no image. Of a folder, no other images are read. Raises ValueError when the set has too few.
     """
     source = load_source(data, resolution, split)
     labels = source.labels
-    if num_images + num_heldout > len(source):
+    if skip_images + num_images + num_heldout > len(source):
+        skipped = f", skip_images {skip_images}" if skip_images else ""
         raise ValueError(
-            f"num_images is {num_images} and num_heldout {num_heldout}; expected at most {len(source)} together, "
+            f"num_images is {num_images}{skipped} and num_heldout {num_heldout}; expected at most {len(source)} together, "
             f"the size of {data!r}"
         )
     order = subset_order(source, seed, balanced)
-    first, last = order[:num_images], order[len(source) - num_heldout :]
+    first, last = order[skip_images : skip_images + num_images], order[len(source) - num_heldout :]
     train, heldout = source.read(first, last)
     return DataSet(
         train,
@@ -194,6 +196,7 @@ def data_of(config: TrainConfig) -> DataSet:
         seed=config.run.seed,
         split=config.data.split,
         balanced=config.data.balanced,
+        skip_images=config.data.skip_images,
     )
 
 

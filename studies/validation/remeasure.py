@@ -1,7 +1,7 @@
 """Finished runs measured anew, from the checkpoints that are still where they were trained.
 
-`python -m studies.validation.remeasure --work-dir DIR --results-dir DIR` reads every `repr/*` value again with the monitor as it is
-now. Samples and losses stay as they were measured: they are the same.
+`python -m studies.validation.remeasure --work-dir DIR --results-dir DIR` reads every `repr/*` value again with the monitor as
+it is now. Samples and losses stay as they were measured: they are the same.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def measured_anew(run: PlannedRun, plan: Plan, folder: Path, result: Result) -> 
         (weights,) = there[step].glob(f"*/{WEIGHTS}")
         load_weights(live.state.ema, weights)
         kept = {key: value for key, value in row.items() if not key.startswith(READ_ANEW)}
-        rows.append(kept | live.monitor.measure(step).values)
+        rows.append({**kept, **live.monitor.measure(step).values})
     params = live.params()
     return replace(result, params={key: params[key] for key in KEPT_PARAMS if key in params}, rows=rows)
 

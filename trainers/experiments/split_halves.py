@@ -1,9 +1,9 @@
 """Two networks on disjoint halves of the images: do they draw the same pictures from the same noise?
 
-Where both have learnt what all images share, they do, though they have not one training image in common; where each has learnt its
-own images by heart, they do not (Kadkhodaie et al. 2024, "Generalization in diffusion models arises from geometry-adaptive harmonic
-representations", figure 2). This needs no threshold and no distance to training images, and so it stands beside the verdict. With
---study-dir nothing is trained, and the two runs in that folder are compared.
+Where both have learnt what all images share, they do, though they have not one training image in common; where each has learnt
+its own images by heart, they do not (Kadkhodaie et al. 2024, "Generalization in diffusion models arises from geometry-adaptive
+harmonic representations", figure 2). This needs no threshold and no distance to training images, and so it stands beside the
+verdict. With --study-dir nothing is trained, and the two runs in that folder are compared.
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from mlflow_icr.monitoring.plots import COLOURS
 from mlflow_icr.monitoring.series import HISTORY, read_history
@@ -34,6 +32,8 @@ from trainers.train import CONFIG, Stop, check_project
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from torch import Tensor
+
+    from mlflow_icr import Denoiser
 
 logger = logging.getLogger(__name__)
 
@@ -54,34 +54,30 @@ class Agreement:
 
 
 def agreement(first: Tensor, second: Tensor) -> Agreement:
-    """How far pictures (M, ...) of two networks from the same M noises are the same: 1 - mean |a_i - b_i|^2 / mean |a_i - b_j|^2.
+    """How far pictures (M, ...) that two networks draw from the same M noises are the same.
 
-    j is any other noise. It is the share of the pictures' variance that the noise explains in both alike, the intraclass
-    correlation; no scale and no threshold enters. The interval is by the jackknife over noises. Raises ValueError for other than
-    two sets of the same shape with at least 3 pictures, and where all pictures are one.
+    1 - mean |a_i - b_i|^2 / mean |a_i - b_j|^2, j being any other noise: the share of the pictures' variance that the noise
+    explains in both alike, the intraclass correlation; no scale and no threshold enters. The interval is by the jackknife over
+    noises. Raises ValueError for other than two sets of one shape with at least 3 pictures, and where all pictures are one.
     """
+    import torch
+
     if first.shape != second.shape or len(first) < 3:
         raise ValueError(f"pictures are {tuple(first.shape)} and {tuple(second.shape)}; expected one shape, and at least 3")
     count = len(first)
     a, b = (x.double().flatten(1) for x in (first, second))
-    squares = ((a[:, None] - b[None]) ** 2).sum(2) if count * count * a.shape[1] < 1e7 else _squares(a, b)
+    # Not by products: the squares of equal pictures are exactly 0.
+    squares = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").square()  # (M, M)
     own = squares.diagonal()
     others = squares.sum() - own.sum()
     if not others > 0:
         raise ValueError("all pictures are one and the same; an agreement needs some that differ")
-    value = 1 - own.mean() / (others / (count * (count - 1)))
+    value = float(1 - own.mean() / (others / (count * (count - 1))))
     # Without noise i neither its row nor its column is there.
     rest = others - (squares.sum(0) + squares.sum(1) - 2 * own)
     left_out = 1 - (own.sum() - own) / (count - 1) / (rest / ((count - 1) * (count - 2)))
     error = float(((left_out - left_out.mean()) ** 2).sum() * (count - 1) / count) ** 0.5
-    return Agreement(float(value), float(value) - 1.96 * error, min(1.0, float(value) + 1.96 * error))
-
-
-def _squares(a: Tensor, b: Tensor) -> Tensor:
-    """Squared distances (M, M) of rows of a from rows of b, a row at a time."""
-    import torch
-
-    return torch.stack([((row - b) ** 2).sum(1) for row in a])
+    return Agreement(value, value - 1.96 * error, min(1.0, value + 1.96 * error))
 
 
 @dataclass(frozen=True)
@@ -165,33 +161,43 @@ def halves_in(folder: Path) -> Halves:
 
 def compare(halves: Halves) -> list[Compared]:
     """Both networks side by side at every checkpoint that both have. Raises ValueError where there is none."""
-    import torch
-
     from mlflow_icr.extraction.pipelines import load_denoiser
-    from mlflow_icr.extraction.samplers import sample, starting_noise
+    from mlflow_icr.extraction.samplers import starting_noise
 
     there = {role: checkpoints(halves.output_dir(role)) for role in ROLES}
-    rows = {role: read_history(halves.output_dir(role)) for role in ROLES}
+    histories = {role: read_history(halves.output_dir(role)) for role in ROLES}
     common = sorted(set(there[ROLES[0]]) & set(there[ROLES[1]]))
     if not common:
         raise ValueError(f"study_dir is {str(halves.folder)!r}, whose runs have no checkpoint at the same images seen")
-    config, noise, found = halves.configs[ROLES[0]], None, []
+    config, found, noise = halves.configs[ROLES[0]], [], None
     for images_seen in common:
-        pictures = []
+        pictures, states, copies = [], [], []
         for role in ROLES:
-            denoiser, _ = load_denoiser(there[role][images_seen])
+            denoiser, side = load_denoiser(there[role][images_seen], trust_remote_code=True)  # what trainers.train wrote
             if noise is None:
-                network = denoiser.network.config
-                side, channels = network["sample_size"], network["in_channels"]
-                noise = starting_noise(range(SAMPLES), (channels, side, side), config.run.seed)
-            with torch.no_grad():
-                pictures.append(sample(denoiser, noise, num_steps=config.monitor.sample_steps).clamp(-1, 1))
+                noise = starting_noise(range(SAMPLES), (channels_of(denoiser), side, side), config.run.seed)
+            pictures.append(drawn(denoiser, noise, config.monitor.sample_steps))
+            rows = [row for row in histories[role] if row["images_seen"] <= images_seen]
+            states.append(verdict(rows).state)
+            copies.append(rows[-1].get("mem/ratio_l2", math.nan) if rows else math.nan)
         same = agreement(*pictures)
-        so_far = [[row for row in rows[role] if row["images_seen"] <= images_seen] for role in ROLES]
-        copies = [history[-1].get("mem/ratio_l2", math.nan) if history else math.nan for history in so_far]
-        states = [verdict(history).state for history in so_far]
-        found.append(Compared(images_seen, same.value, same.low, same.high, *states, *copies))
+        found.append(Compared(images_seen, same.value, same.low, same.high, states[0], states[1], copies[0], copies[1]))
     return found
+
+
+def channels_of(denoiser: Denoiser) -> int:
+    """Of the images that a saved network draws."""
+    config: Any = denoiser.network.config
+    return int(config["in_channels"])
+
+
+def drawn(denoiser: Denoiser, noise: Tensor, num_steps: int) -> Tensor:
+    """Pictures (M, C, H, W) in [-1, 1] from unit noise of that shape."""
+    from mlflow_icr.extraction.denoisers import evaluating
+    from mlflow_icr.extraction.samplers import sample
+
+    with evaluating(denoiser.network):
+        return sample(denoiser, noise, num_steps=num_steps).clamp(-1, 1)
 
 
 def _draw(axes: Axes, found: Sequence[Compared]) -> None:
@@ -231,7 +237,8 @@ def write(halves: Halves, found: Sequence[Compared]) -> list[Path]:
 def text(found: Sequence[Compared]) -> str:
     """What came out, in lines."""
     best, last = max(found, key=lambda c: c.agreement), found[-1]
-    lines = [f"agreement is highest at {best.images_seen:,} images seen, {best.agreement:.2f} ({best.low:.2f} to {best.high:.2f})"]
+    interval = f"({best.low:.2f} to {best.high:.2f})"
+    lines = [f"agreement is highest at {best.images_seen:,} images seen, {best.agreement:.2f} {interval}"]
     lines.append(f"at the end, {last.images_seen:,}, it is {last.agreement:.2f} ({last.low:.2f} to {last.high:.2f})")
     for i, name in enumerate(FOLDERS.values()):
         turn = next((c.images_seen for c in found if getattr(c, f"verdict_{name}") in ("turning", "memorizing")), None)
@@ -242,8 +249,8 @@ def text(found: Sequence[Compared]) -> str:
 
 def conclude(halves: Halves) -> None:
     """Compare the halves, show what came out, and log it to an MLflow run of its own."""
-    from mlflow_icr.tracking import MLflowSink
     from mlflow_icr.monitoring.report import Report
+    from mlflow_icr.tracking import MLflowSink
 
     found = compare(halves)
     files = write(halves, found)

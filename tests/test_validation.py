@@ -170,7 +170,8 @@ def test_any_first_part_of_the_plan_is_about_balanced() -> None:
     runs = read_plan().runs
     assert len({run.name for run in runs}) == len(runs) >= 120
     assert all(run.chosen_on is chosen_on(run.name) for run in runs)
-    decoupled = [run for run in runs if run.factors["panel"] == "decoupled"]
+    amended = [run for run in runs if run.options["seed"] % 1000 >= 100]  # the others were trained before
+    decoupled = [run for run in amended if run.factors["panel"] == "decoupled"]
     assert len(decoupled) >= 80
     plain = [run for run in decoupled if not run.needs]
     for part in (decoupled[:30], plain[:15], decoupled):
@@ -180,9 +181,12 @@ def test_any_first_part_of_the_plan_is_about_balanced() -> None:
             assert len(counted) == levels, factor
             assert max(counted.values()) <= 1.8 * len(part) / levels, (factor, counted)
         assert 0.35 <= sum(run.chosen_on for run in part) / len(part) <= 0.65
-    # Epochs are decoupled from N, and both from the batch: no two of them are one number in disguise.
+    # All are long enough for copies, counted in optimizer steps, and so end after quite different epochs.
     for run in decoupled:
-        assert 200 <= 1000 * run.options["total_kimg"] / run.factors["num_images"] <= 1210
+        steps = 1000 * run.options["total_kimg"] / run.factors["batch_size"]
+        assert steps == pytest.approx(20 * run.factors["num_images"] * (1e-3 / run.factors["learning_rate"]) ** 0.5, rel=0.01)
+    ends = sorted(1000 * run.options["total_kimg"] / run.factors["num_images"] for run in decoupled)
+    assert ends[len(ends) * 9 // 10] > 4 * ends[len(ends) // 10]
     plan = read_plan()
     for run in plan.runs:
         unavailable = missing_feature(run, plan)

@@ -1,7 +1,9 @@
 """The design of the validation study: which runs there are, in which order, and on which half thresholds are chosen.
 
 `python -m studies.validation.design` writes `plan.json`, a function of the seed below. The file was committed before the first
-of its runs was trained, and a test holds it to this code.
+of its runs was trained, and a test holds it to this code. It was amended once, after the runs of `pilot_runs`, of which none
+copied anything: lengths had been shares of an hour's computing, and are multiples of N in optimizer steps now, which is what
+copies take (Bonnaire et al. 2025). Those runs and their halves stay; detectors, horizons and comparisons are what they were.
 """
 
 from __future__ import annotations
@@ -26,23 +28,28 @@ IMAGES: dict[str, dict[str, Any]] = {
     "digits8": {"data": "digits", "resolution": 8, "num_heldout": 197, "sigma_data": 0.75},
     "mnist12": {"data": "mnist5k", "resolution": 12, "num_heldout": 256},
     "fashion12": {"data": "fashion-mnist", "resolution": 12, "num_heldout": 256},
+    "mnist8": {"data": "mnist5k", "resolution": 8, "num_heldout": 256},
+    "fashion8": {"data": "fashion-mnist", "resolution": 8, "num_heldout": 256},
     "cifar8": {"data": "cifar10", "resolution": 8, "num_heldout": 256},
     "cifar16": {"data": "cifar10", "resolution": 16, "num_heldout": 256},
 }
+SETS = ("digits8", "mnist8", "fashion8", "cifar8", "cifar16")
 FAMILIES = ("edm", "v", "flow")
 SIZES = (64, 64, 64, 128, 128, 128, 256, 256, 512)  # each as often as its cost allows
 WIDTHS = (8, 16, 32, 64)  # channels of a U-Net's first block, half those of its second
 HIDDEN = {8: 32, 16: 64, 32: 96, 64: 128}  # a transformer of about that cost
 DROPOUTS = (0.0, 0.3)
 AUGMENTATIONS = ("none", "flip")
-RATES = (4e-4, 1e-3, 2.5e-3)
-BATCHES = (16, 48, 128)
-# Images a second at 8x8 with a batch of 48 on one core of two years ago, and what other batches change; a run's length is its
-# share of the budget at this speed, so that the plan needs no clock.
+RATES = (5e-4, 1e-3, 2e-3)
+BATCHES = (16, 32, 64)
+# A run's length in optimizer steps, for each training image, at a learning rate of 1e-3; they go with its inverse root. Digits
+# are copied after some 8 (EDM, width 32, batch 48).
+STEPS_PER_IMAGE = 20
+# Images a second at 8x8 with a batch of 48 on one slow core, and what other batches change: what a run is reckoned to cost.
 SPEED = {"unet": {8: 1260, 16: 800, 32: 360, 64: 125}, "flow": {8: 2200, 16: 1270, 32: 760, 64: 590}}
-BATCH_SPEED = {"unet": {16: 0.6, 48: 1.0, 128: 1.5}, "flow": {16: 0.6, 48: 1.0, 128: 1.4}}
-SECONDS = {64: 80, 128: 100, 256: 150, 512: 200}  # of training; measurements come to some 40 more
-MOST_EPOCHS, FEWEST_EPOCHS = 1200, 200  # longer than copies need, and too short for them
+BATCH_SPEED = {16: 0.6, 32: 0.85, 48: 1.0, 64: 1.1, 128: 1.4}
+MOST_SECONDS = 300  # a run that would take longer is not drawn
+
 # How every run is measured.
 MONITOR: dict[str, Any] = {
     "measurements": 16,
@@ -68,10 +75,11 @@ def chosen_on(name: str) -> bool:
     return hashlib.sha256(name.encode()).digest()[0] % 2 == 0
 
 
-def speed(family: str, width: int, resolution: int, batch_size: int) -> float:
-    """Images a second that the design reckons with."""
-    kind = "flow" if family == "flow" else "unet"
-    return SPEED[kind][width] * BATCH_SPEED[kind][batch_size] * (8 / resolution) ** 1.8
+def seconds_of(run: Mapping[str, Any], kimg: float) -> float:
+    """What a run is reckoned to cost, in seconds of training on one core."""
+    kind = "flow" if run["family"] == "flow" else "unet"
+    rate = SPEED[kind][run["width"]] * BATCH_SPEED[run["batch_size"]] * (8 / IMAGES[run["images"]]["resolution"]) ** 1.8
+    return 1000 * kimg / rate
 
 
 def network_options(family: str, width: int) -> dict[str, Any]:
@@ -101,10 +109,15 @@ def name_of(run: Mapping[str, Any]) -> str:
     )
 
 
-def kimg_of(run: Mapping[str, Any], seconds: float, most_epochs: float = MOST_EPOCHS) -> float:
-    """Thousands of images that a run sees: what so many seconds allow, and at most so many epochs."""
-    rate = speed(run["family"], run["width"], IMAGES[run["images"]]["resolution"], run["batch_size"])
-    return float(f"{min(rate * seconds, most_epochs * run['num_images']) / 1000:.3g}")
+def kimg_of(run: Mapping[str, Any], share: float = 1.0) -> float:
+    """Thousands of images that a run sees: as many steps for each of its images as copies take, and more."""
+    steps = share * STEPS_PER_IMAGE * run["num_images"] * (1e-3 / run["learning_rate"]) ** 0.5
+    return float(f"{steps * run['batch_size'] / 1000:.3g}")
+
+
+def kimg_within(run: Mapping[str, Any], seconds: float, most_epochs: float) -> float:
+    """Thousands of images that so many seconds allow, and at most so many epochs."""
+    return float(f"{min(seconds / seconds_of(run, 1), most_epochs * run['num_images'] / 1000):.3g}")
 
 
 def planned(run: Mapping[str, Any], kimg: float, **others: Any) -> dict[str, Any]:
@@ -124,7 +137,7 @@ def first_kimg(total_kimg: float) -> float:
 def _draw(rng: random.Random, seed: int) -> dict[str, Any]:
     return {
         "panel": "decoupled",
-        "images": rng.choice(list(IMAGES)),
+        "images": rng.choice(SETS),
         "family": rng.choice(FAMILIES),
         "num_images": rng.choice(SIZES),
         "width": rng.choice(WIDTHS),
@@ -160,59 +173,83 @@ def decoupled_runs() -> list[dict[str, Any]]:
     rng, counts = random.Random(SEED), Counter[tuple[Any, ...]]()
     runs: list[dict[str, Any]] = []
     while len(runs) < DECOUPLED_RUNS:
-        drawn = [_draw(rng, 1000 + len(runs)) for _ in range(CANDIDATES)]
-        drawn = [r for r in drawn if kimg_of(r, SECONDS[r["num_images"]]) >= FEWEST_EPOCHS * r["num_images"] / 1000]
+        drawn = [_draw(rng, 1100 + len(runs)) for _ in range(CANDIDATES)]
+        drawn = [r for r in drawn if seconds_of(r, kimg_of(r)) <= MOST_SECONDS]
         best = min(drawn, key=lambda r: (_imbalance(r, counts), name_of(r)))
         counts.update(_levels(best))
-        runs.append(planned(best, kimg_of(best, SECONDS[best["num_images"]])))
+        runs.append(planned(best, kimg_of(best)))
     return runs
 
 
 def _long(images: str, family: str, num_images: int, width: int, seed: int, **others: Any) -> dict[str, Any]:
     base = {"panel": "long", "images": images, "family": family, "num_images": num_images, "width": width, "dropout": 0.0}
-    return base | {"augment": "none", "learning_rate": 1e-3, "batch_size": 48, "seed": seed} | others
+    return base | {"augment": "none", "learning_rate": 1e-3, "batch_size": 32, "seed": seed} | others
 
 
-RICH = {"digits8": 1600, "mnist12": 4000, "fashion12": 8000, "cifar8": 8000, "cifar16": 8000}
+RICH = {"digits8": 1600, "mnist8": 4000, "fashion8": 8000, "cifar8": 8000, "cifar16": 8000}
 
 
 def long_runs() -> Iterator[list[dict[str, Any]]]:
     """Five kinds of long runs, each balanced over images and families."""
-    sets, number = list(RICH), len(RICH)
-    seeds = itertools.count(2000)
+    seeds = itertools.count(2100)
 
     def pick(place: int) -> tuple[str, str]:
-        return sets[place % number], FAMILIES[(place + place // number) % len(FAMILIES)]
+        return SETS[place % len(SETS)], FAMILIES[(place + place // len(SETS)) % len(FAMILIES)]
 
-    rich, narrow, changed, late, tuned = ([] for _ in range(5))  # type: ignore[var-annotated]
+    kinds: list[list[dict[str, Any]]] = [[] for _ in range(5)]
+    rich, narrow, changed, late, tuned = kinds
     for i in range(10):
         images, family = pick(i)
-        run = _long(images, family, RICH[images], (16, 32, 8)[i // 5], next(seeds), kind="rich", dropout=(0.0, 0.3)[i % 2])
-        rich.append(planned(run, kimg_of(run, 120, 600)))
+        batch = BATCHES[i % 3]
+        run = _long(images, family, RICH[images], (16, 32)[i // 5], next(seeds), kind="rich", batch_size=batch)
+        rich.append(planned(run, kimg_within(run, 120, 600)))
     for i in range(10):
         images, family = pick(i + 1)
         num_images = 256 if images == "cifar16" else (512, 1024)[i // 5]
-        run = _long(images, family, num_images, 8, next(seeds), kind="narrow", batch_size=128)
-        narrow.append(planned(run, kimg_of(run, 1e9, 600 if i < 7 else 1000)))
+        run = _long(images, family, num_images, 8, next(seeds), kind="narrow", batch_size=64)
+        narrow.append(planned(run, kimg_within(run, 1e9, 600 if i < 7 else 1000)))
     for i in range(8):
         images, family = pick(i + 2)
-        run = _long(images, family, (64, 128)[i // 2 % 2], 16, next(seeds), kind="batch changed", batch_size=(128, 16)[i % 2])
-        kimg = kimg_of(run | {"batch_size": 48}, 90)
+        batch, other = ((64, 16), (16, 64))[i % 2]
+        run = _long(images, family, (64, 128)[i // 2 % 2], 16, next(seeds), kind="batch changed", batch_size=batch)
+        kimg = kimg_of(run | {"batch_size": 32})
         # Once before a turn is to be expected, once after.
-        after = [{"at_kimg": float(f"{kimg * (0.2, 0.5)[i // 2 % 2]:.3g}"), "batch_size": (16, 128)[i % 2]}]
+        after = [{"at_kimg": float(f"{kimg * (0.2, 0.5)[i // 2 % 2]:.3g}"), "batch_size": other}]
         changed.append(planned(run, kimg, changes=after))
     for i in range(8):
         images, family = pick(i + 3)
         run = _long(images, family, (64, 128)[i % 2], (16, 32)[i // 2 % 2], next(seeds), kind="attached late")
-        before = options_of(run) | {"total_kimg": float(f"{run['num_images'] * (0.1, 0.25)[i // 4]:.3g}")}
-        late.append(planned(run, kimg_of(run, 80), before=before))
+        before = options_of(run) | {"total_kimg": kimg_of(run, (0.15, 0.35)[i // 4])}
+        late.append(planned(run, kimg_of(run), before=before))
     for i in range(10):
         images, family = pick(i + 4)
-        run = _long(images, family, (64, 128)[i % 2], (16, 32)[i // 2 % 2], next(seeds), kind="fine-tuned", learning_rate=4e-4)
+        run = _long(images, family, (64, 128)[i % 2], (16, 32)[i // 2 % 2], next(seeds), kind="fine-tuned", learning_rate=5e-4)
         # Learnt beforehand: many images of the same kind, those to come hardly among them.
-        before = options_of(run | {"seed": run["seed"] + 500, "num_images": RICH[images] // 2, "learning_rate": 1e-3})
-        tuned.append(planned(run, kimg_of(run, 80), before=before | {"total_kimg": kimg_of(run, 60)}))
-    yield from (rich, narrow, changed, late, tuned)
+        learned = run | {"seed": run["seed"] + 500, "num_images": RICH[images] // 2, "learning_rate": 1e-3}
+        tuned.append(planned(run, kimg_of(run), before=options_of(learned) | {"total_kimg": kimg_within(learned, 60, 600)}))
+    yield from kinds
+
+
+def _pilot(kimg: float, images: str, family: str, num_images: int, width: int, **others: Any) -> dict[str, Any]:
+    base = {"panel": "decoupled", "images": images, "family": family, "num_images": num_images, "width": width}
+    plain = {"dropout": 0.0, "augment": "none", "learning_rate": 1e-3, "batch_size": 48}
+    changes = {"changes": others.pop("changes")} if "changes" in others else {}
+    return planned(base | plain | others, kimg, **changes)
+
+
+def pilot_runs() -> list[dict[str, Any]]:
+    """The runs that were trained before the plan was amended."""
+    changed = [{"at_kimg": 11.0, "batch_size": 16}]
+    return [
+        _pilot(35.4, "cifar8", "flow", 128, 64, dropout=0.3, learning_rate=4e-4, batch_size=16, seed=1001),
+        _pilot(46.3, "mnist12", "v", 64, 16, learning_rate=2.5e-3, batch_size=128, seed=1003),
+        _pilot(307.0, "mnist12", "v", 512, 8, panel="long", kind="narrow", batch_size=128, seed=2010),
+        _pilot(96.0, "digits8", "edm", 1600, 16, panel="long", kind="rich", seed=2000),
+        _pilot(152.0, "cifar8", "flow", 512, 32, dropout=0.3, learning_rate=4e-4, seed=1005),
+        _pilot(
+            55.1, "fashion12", "flow", 64, 16, panel="long", kind="batch changed", batch_size=128, seed=2020, changes=changed
+        ),
+    ]
 
 
 def _interleaved(lists: Iterable[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -223,7 +260,7 @@ def _interleaved(lists: Iterable[Sequence[dict[str, Any]]]) -> list[dict[str, An
 
 def design() -> dict[str, Any]:
     """The whole plan: what was fixed before the first run, and the runs in the order in which they are trained."""
-    runs = _interleaved([decoupled_runs(), *long_runs()])
+    runs = [*pilot_runs(), *_interleaved([decoupled_runs(), *long_runs()])]
     return {"seed": SEED, "monitor": MONITOR, "truth": TRUTH, "open_factor": 2.0, "horizons_epochs": HORIZONS, "runs": runs}
 
 

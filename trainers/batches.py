@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from mlflow_icr.extraction.keyed import keyed_generator, keyed_rows
+from trainers.augmentation import FLIP, draw_mirrored, mirrored_where
 from trainers.families import Family
 from trainers.inputs import Inputs
 
@@ -49,7 +50,7 @@ class Batch:
     """Which inputs (B,), noise levels (B,), unit noise (B, C, H, W), and where the model has them classes (B,).
 
     Of latents, `spread` is the unit noise (B, C, H, W) that says which one of the posterior is taken. `dropout_keys` (B,) int64
-    are there where the network has dropout.
+    are there where the network has dropout, and `mirrored` (B,) bool where mirror images are trained on.
     """
 
     indices: Tensor
@@ -58,6 +59,7 @@ class Batch:
     labels: Tensor | None = None
     spread: Tensor | None = None
     dropout_keys: Tensor | None = None
+    mirrored: Tensor | None = None
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         given = ((entry.name, getattr(self, entry.name)) for entry in fields(self))
@@ -81,6 +83,9 @@ class Batch:
     def clean(self, inputs: Inputs) -> Tensor:
         """What is noised, (B, C, H, W), of inputs on the batch's device: images in [-1, 1], or latents."""
         chosen = inputs.images[self.indices]
+        if self.mirrored is not None:
+            other = chosen.flip(-1) if inputs.mirrored is None else inputs.mirrored[self.indices]
+            chosen = mirrored_where(self.mirrored, chosen, other)
         if self.spread is None:
             return chosen.float() / 127.5 - 1
         mean, deviation = chosen.chunk(2, 1)
@@ -114,7 +119,8 @@ def draw_batch(inputs: Inputs, order: Order, family: Family, images_seen: int, r
         labels = torch.where(dropped, family.null_class, inputs.labels[indices])
     spread = unit("posterior") if inputs.latent else None
     keys = torch.from_numpy(stream("dropout").integers(2**63, size=count)[own]) if config.network.dropout else None
-    return Batch(indices, level, unit("noise"), labels, spread, keys)
+    mirrored = draw_mirrored(stream("mirror"), count)[torch.from_numpy(own)] if config.data.augment == FLIP else None
+    return Batch(indices, level, unit("noise"), labels, spread, keys, mirrored)
 
 
 class Ahead:

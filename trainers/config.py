@@ -17,6 +17,7 @@ from mlflow_icr import Protocol
 from mlflow_icr.arguments import refuse_unknown
 from mlflow_icr.extraction.encoders import is_installed
 from mlflow_icr.tracking.checkpoints.folder import LOG_MODELS
+from trainers.augmentation import AUGMENTATIONS
 from trainers.options import FAMILIES, Group, Option, is_required, option, options_of, refuse, required
 
 PRESETS = Path(__file__).parent / "presets"
@@ -35,6 +36,7 @@ class DataConfig(Group):
     skip_images: int = option(0, "images of the order that are left out before the training images: a disjoint set", least=0)
     split: str = option("train", "split of a `datasets` set", flag="data_split")
     balanced: bool = option(False, "equally many images of each class, as far as there are")
+    augment: str = option("", "flip: mirror images are trained on too", one_of=AUGMENTATIONS)
 
 
 @dataclass(frozen=True)

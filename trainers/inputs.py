@@ -10,16 +10,21 @@ from torch import Tensor
 from mlflow_icr.extraction.files import cache_folder
 from mlflow_icr.extraction.latents import Autoencoder, LatentCache, encode_images, load_autoencoder
 from mlflow_icr.monitoring.ranks import gather_rows, sum_over_ranks, world
+from trainers.augmentation import FLIP
 from trainers.config import TrainConfig
 from trainers.data import DataSet
 
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """Images (N, C, H, W) uint8, or mean and deviation of latents, (N, 2 C, H, W) float32; and classes (N,)."""
+    """Images (N, C, H, W) uint8, or mean and deviation of latents, (N, 2 C, H, W) float32; and classes (N,).
+
+    Of latents that are trained on with mirror images, `mirrored` has those of the mirror images.
+    """
 
     images: Tensor
     labels: Tensor | None = None
+    mirrored: Tensor | None = None
 
     @property
     def latent(self) -> bool:
@@ -34,7 +39,8 @@ class Inputs:
 
     def to(self, device: torch.device) -> Inputs:
         """The same with images on a device; classes stay on the CPU, where batches are drawn."""
-        return Inputs(self.images.to(device), None if self.labels is None else self.labels.cpu())
+        labels = None if self.labels is None else self.labels.cpu()
+        return Inputs(self.images.to(device), labels, None if self.mirrored is None else self.mirrored.to(device))
 
 
 def open_autoencoder(config: TrainConfig, device: torch.device) -> Autoencoder | None:
@@ -86,4 +92,6 @@ def inputs_of(config: TrainConfig, data: DataSet, autoencoder: Autoencoder | Non
             f"autoencoder is {config.network.autoencoder!r}, for images of {autoencoder.channels} channels; expected one for "
             f"{channels}, as {config.data.source!r} has"
         )
-    return Inputs(_moments(autoencoder, data.train, device), labels)
+    flips = config.data.augment == FLIP
+    mirrored = _moments(autoencoder, data.train.flip(-1), device) if flips else None
+    return Inputs(_moments(autoencoder, data.train, device), labels, mirrored)

@@ -54,7 +54,7 @@ def test_a_grid_is_every_combination_seeds_fastest() -> None:
         "n128-seed0-batch_size_16", "n128-seed1-batch_size_16", "n128-seed0-batch_size_32", "n128-seed1-batch_size_32",
     ]  # fmt: skip
     last = runs[-1].config
-    assert (last.num_images, last.seed, last.batch_size) == (128, 1, 32)
+    assert (last.data.num_images, last.run.seed, last.optimizer.batch_size) == (128, 1, 32)
     assert last == load_config("digits", {"num_images": 128, "seed": 1, "batch_size": 32})
     assert [run.name for run in expand("digits,mnist5k", {})] == ["digits-n128-seed0", "mnist5k-n256-seed0"]
 
@@ -92,9 +92,9 @@ def test_flags_of_a_configuration_make_it_again() -> None:
         (["--seeds=0:999999999999"], "seeds is '0:999999999999', which is over 10000 values"),
         (["--seeds=0:200", "--batch-size=1:101"], "the grid has 20000 runs; expected at most 10000"),
         (["--seed=1", "--seeds=2"], "seed is '1' and seeds '2'; expected one of them"),
-        (["--seeds=-1"], "seed is -1; expected a number >= 0"),
+        (["--seeds=-1"], "seed is -1; expected a whole number >= 0"),
         (["--num-images=64,2000"], "num_images is 2000 and num_heldout 197; expected at most 1797"),
-        (["--num-images=64,1"], "num_images is 1; expected at least 2"),
+        (["--num-images=64,1"], "num_images is 1; expected a whole number >= 2"),
         (["--block-channels=16,32;16,33"], "block_channels is"),
         (["--preset=digits,nothing"], "preset is 'nothing'; expected one of"),
         (["--launcher=cloud"], "launcher is 'cloud'; expected one of local, slurm"),

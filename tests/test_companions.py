@@ -21,15 +21,20 @@ from mlflow_icr import (
     alignment,
     class_separation,
     effective_rank,
+    feature_deviation,
+    heldout_error_ratio,
     icr,
     knn_accuracy,
     lidar,
     linear_probe_accuracy,
     rankme,
     silhouette,
+    stable_rank,
     uniformity,
     variability_ratio,
+    view_auc,
     view_error_ratio,
+    view_excess,
 )
 from mlflow_icr.monitoring.companions import NAMES
 from mlflow_icr.monitoring.shrinkage import shrunk
@@ -168,6 +173,34 @@ def test_view_errors_in_closed_form_and_simulation(rng: np.random.Generator) -> 
         view_error_ratio(torch.zeros(4), torch.ones(4))
     with pytest.raises(ValueError, match="not finite"):
         view_error_ratio(torch.full((4,), float("nan")), torch.ones(4))
+
+
+def test_aucs_excesses_and_heldout_ratios(rng: np.random.Generator) -> None:
+    none_of_128 = view_auc(torch.ones(128), torch.full((128,), 0.5))
+    assert (none_of_128.value, none_of_128.low) == (0, 0)
+    assert none_of_128.high == pytest.approx(1 - 0.025 ** (1 / 128))  # the closed form of Clopper and Pearson at 0
+    ties = view_auc(torch.ones(10), torch.ones(10))
+    assert (ties.value, ties.low, ties.high) == (0.5, 0, 1)
+    # A network that gives the image, whichever of the two it sees, errs by the whole way more.
+    image, way = torch.from_numpy(rng.gamma(3, 1, 50)), torch.from_numpy(rng.gamma(3, 1, 50))
+    known = view_excess(image, image + way, way)
+    assert (known.value, known.low, known.high) == pytest.approx((1, 1, 1))
+    inside = 0
+    for _ in range(300):
+        train, heldout = rng.gamma(3, 1, 80), 1.7 * rng.gamma(3, 1, 120)
+        found = heldout_error_ratio(torch.from_numpy(train), torch.from_numpy(heldout))
+        inside += found.low <= 1.7 <= found.high
+    assert 0.91 <= inside / 300 <= 0.99
+
+
+def test_rank_of_weights_and_deviation_of_features() -> None:
+    assert stable_rank([torch.eye(5), torch.ones(4, 2, 3)]) == pytest.approx((5 + 1) / 2)
+    spiky = torch.zeros(4, 2, 16)
+    spiky[:, :, 3] = 7
+    assert feature_deviation(spiky) == pytest.approx((1 / 16 * (1 - 1 / 16)) ** 0.5)
+    assert feature_deviation(torch.ones(4, 2, 16)) == pytest.approx(0, abs=1e-9)
+    with pytest.raises(ValueError, match="weights are 0"):
+        stable_rank([torch.zeros(3, 3)])
 
 
 def test_shrinkage_is_scikit_learns(rng: np.random.Generator) -> None:

@@ -56,7 +56,7 @@ def test_the_report_is_the_formula_on_the_tapped_features(small_unet: nn.Module,
         "repr/fisher_residual_growth": 1,
     }
     # Another batch size rounds float32 convolutions differently; an ill-conditioned covariance magnifies it.
-    found = {k: v for k, v in report.values.items() if k.startswith("repr/") and "view_error" not in k}
+    found = {k: v for k, v in report.values.items() if k.removesuffix("_low") in expected or k in expected}
     assert found == pytest.approx(expected, rel=1e-3)
     influence = interval.influence.float().numpy()
     np.testing.assert_allclose(report.arrays["repr/influence"], influence, atol=2e-2 * np.abs(influence).max())
@@ -130,7 +130,7 @@ def test_the_number_of_views_follows_the_width(small_unet: nn.Module, digits: to
 
 def test_what_cannot_be_computed_is_absent_with_its_reason(small_unet: nn.Module, digits: torch.Tensor) -> None:
     few = ICRMonitor(EDMDenoiser(small_unet), digits, Protocol(num_images=10, num_views=2)).measure(1)
-    assert all("view_error" in key for key in few.values if key.startswith("repr/"))
+    assert not any(word in key for key in few.values for word in ("icr", "trace", "fisher", "indefinite"))
     assert "9 degrees of freedom for D = 32" in few.absent["repr/icr"]
     ridge = ICRMonitor(EDMDenoiser(small_unet), digits, Protocol(num_images=10, num_views=2, ridge=1e-3)).measure(1)
     assert 0 < ridge.values["repr/icr"] < 2
@@ -263,14 +263,37 @@ def test_denoising_errors_are_those_of_images_and_views(small_unet: nn.Module, d
             return torch.where((distance < 0.2).view(-1, 1, 1, 1), known[nearest] + 0.01, torch.zeros_like(x))
 
     protocol = Protocol(num_images=40, num_views=2, sigmas=(0.001,)).resolve(images=40, dim=32)
-    own, views = ErrorReader(digits[:40], protocol, batch_size=17).read(Knows(), 0.001)
-    assert own.shape == views.shape == (40,)
-    assert own.tolist() == pytest.approx([1e-4] * 40, rel=1e-3)
-    clean = make_views(digits[:40], range(40), num_views=7, sigma=0, seed=0)  # 7 x 40 is the first beyond 256
-    assert views.tolist() == pytest.approx(clean.square().flatten(2).mean(2).mean(1).tolist(), rel=0.05)
+    found = ErrorReader(digits[:40], protocol, batch_size=17, heldout=digits[40:60]).read(Knows(), 0.001)
+    assert found.image.shape == found.far.shape == (40,)
+    assert found.image.tolist() == pytest.approx([1e-4] * 40, rel=1e-3)
+    # A near view is still known for the image that it came from, and is so far from it, and from a far view's grey.
+    assert found.near.tolist() == pytest.approx((found.near_way + 1e-4).tolist(), rel=0.1)
+    assert (found.far > 10 * found.near).all()
+    assert found.heldout.tolist() == pytest.approx([1e-4] * 20, rel=1e-3)  # the denoiser knows all 64
     whole = ErrorReader(digits[:40], protocol, batch_size=512).read(EDMDenoiser(small_unet), 0.3)
     parts = ErrorReader(digits[:40], protocol, batch_size=20).read(EDMDenoiser(small_unet), 0.3)
-    torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-7)
+    for name in ("image", "near", "far", "near_way", "far_way"):
+        torch.testing.assert_close(getattr(whole, name), getattr(parts, name), rtol=1e-4, atol=1e-7)
+
+
+def test_errors_are_reported_at_levels_and_as_training_allows(small_unet: nn.Module, digits: torch.Tensor) -> None:
+    few = {"num_images": 48, "num_views": 4}
+    report = ICRMonitor(EDMDenoiser(small_unet), digits[:48], Protocol(**few), heldout=digits[48:]).measure(1)  # type: ignore[arg-type]
+    for end in ("", "_x0.5", "_x2", "_x4"):
+        for key in ("view_error_ratio", "view_auc", "view_excess", "far_error_ratio", "far_auc", "heldout_error_ratio"):
+            low, value, high = (report.values[f"repr/{key}{part}{end}"] for part in ("_low", "", "_high"))
+            assert low < value < high, (key, end)
+        assert report.arrays[f"repr/view_log_ratio{end}"].shape == (48,)
+    flips = ICRMonitor(EDMDenoiser(small_unet), digits, Protocol(**few, training_augmentations=("flip",)))  # type: ignore[arg-type]
+    assert flips.protocol.digest != Protocol(**few).digest  # type: ignore[arg-type]
+    values = flips.measure(1).values
+    assert values["repr/view_error_ratio"] == report.values["repr/view_error_ratio"]  # never flipped
+    assert values["repr/far_error_ratio"] != report.values["repr/far_error_ratio"]
+    shifts = ICRMonitor(EDMDenoiser(small_unet), digits, Protocol(**few, training_augmentations=("shift",))).measure(1)  # type: ignore[arg-type]
+    assert "training_augmentations is shift" in shifts.absent["repr/view_error_ratio"]
+    assert "repr/far_error_ratio" in shifts.values
+    with pytest.raises(ValueError, match=r"training_augmentations is \('crop',\); expected some of flip, shift"):
+        Protocol(training_augmentations=("crop",))
 
 
 def rows(icrs: list[float], ratios: list[float]) -> list[dict[str, float]]:

@@ -7,7 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from mlflow_icr.extraction.denoisers import Denoiser
 from mlflow_icr.extraction.keyed import keyed_generator
+from mlflow_icr.extraction.taps import resolve_layer, unwrap
+from mlflow_icr.monitoring.errors import ErrorReader
 from mlflow_icr.representation import companions, probes
 
 FOLDS = 5  # of the cross-validation of labelled probes
@@ -35,6 +38,7 @@ LABEL_FREE: dict[str, Callable[[Tensor], float]] = {
     "effective_rank": companions.effective_rank,
     "lidar": companions.lidar,
     "nc1_images": companions.variability_ratio,
+    "feature_deviation": companions.feature_deviation,
 }
 LABELLED: dict[str, Callable[[Tensor, Tensor], float]] = {
     "nc1_classes": companions.variability_ratio,
@@ -43,7 +47,8 @@ LABELLED: dict[str, Callable[[Tensor, Tensor], float]] = {
     "linear_probe_accuracy": lambda x, y: cross_validated(_first_view(x), y, probes.linear_probe_accuracy),
     "knn_accuracy": lambda x, y: cross_validated(_first_view(x), y, probes.knn_accuracy),
 }
-NAMES = (*LABEL_FREE, *LABELLED)
+NETWORK = ("stable_rank", "sima")  # of weights and of whole passes, not of features
+NAMES = (*LABEL_FREE, *NETWORK, *LABELLED)
 
 
 def check_companions(names: Sequence[str], labelled: bool) -> None:
@@ -52,13 +57,14 @@ def check_companions(names: Sequence[str], labelled: bool) -> None:
         if name not in NAMES:
             raise ValueError(f"companions is {name!r}; expected some of {', '.join(NAMES)}")
         if name in LABELLED and not labelled:
-            raise ValueError(f"companions is {name!r}, which needs labels; without them expected {', '.join(LABEL_FREE)}")
+            known = ", ".join((*LABEL_FREE, *NETWORK))
+            raise ValueError(f"companions is {name!r}, which needs labels; without them expected {known}")
 
 
 def companion_values(names: Sequence[str], features: Tensor, labels: Tensor | None) -> tuple[dict[str, float], dict[str, str]]:
     """The named companions of features (N, K, D) of labelled or unlabelled images, and reasons for those that fail."""
     values, absent = {}, {}
-    for name in names:
+    for name in (name for name in names if name not in NETWORK):
         try:
             if name in LABEL_FREE:
                 values[name] = LABEL_FREE[name](features)
@@ -67,4 +73,24 @@ def companion_values(names: Sequence[str], features: Tensor, labels: Tensor | No
                 values[name] = LABELLED[name](features, labels)
         except ValueError as error:  # one class in the probe, most of all
             absent[name] = str(error)
+    return values, absent
+
+
+def network_companions(
+    names: Sequence[str], denoiser: Denoiser, sigma: float, errors: ErrorReader
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Those of the named companions that are not of features, and reasons for those that fail.
+
+    `stable_rank` is of the bottleneck's weights, `sima` of denoising at noise sigma.
+    """
+    values, absent = {}, {}
+    if "stable_rank" in names:
+        network = unwrap(denoiser.network)
+        try:
+            bottleneck = network.get_submodule(resolve_layer(network, "middle"))
+            values["stable_rank"] = companions.stable_rank([p for p in bottleneck.parameters() if p.ndim >= 2])
+        except ValueError as error:  # a network whose middle is not known
+            absent["stable_rank"] = str(error)
+    if "sima" in names:
+        values["sima"] = errors.sima(denoiser, sigma)
     return values, absent

@@ -1,77 +1,157 @@
-"""Denoising errors of the probe images and of their views, on the same noise at every step."""
+"""Denoising errors of the probe images, of views of them and of held-out images, on the same noise at every step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mlflow_icr.extraction.denoisers import Denoiser, device_of, encoder_of, evaluating
+from mlflow_icr.extraction.error_views import AUGMENTATIONS, DIRECTIONS, far_views, near_views
 from mlflow_icr.extraction.keyed import keyed_generator
-from mlflow_icr.extraction.views import as_unit_interval, make_views
+from mlflow_icr.extraction.views import as_unit_interval
 from mlflow_icr.monitoring.protocol import Protocol
 from mlflow_icr.monitoring.ranks import gather_rows, world
 
-# Whole forward passes are dearer than those that end at the layer: this many of images and of views at a measurement make
-# the ratio's standard error a few per cent, where a turn multiplies it.
+# Whole forward passes are dearer than those that end at the layer. So many errors at a measurement make the ratio's standard
+# error a few per cent, where a turn multiplies it.
 ERROR_IMAGES = 256
+LEVEL_IMAGES = 128  # at the noise levels around the monitored one
+LEVELS = (0.5, 2.0, 4.0)  # noise levels around the monitored one, as factors: copies may begin at another level
+CACHE_BYTES = 64 * 2**20  # views that are kept; latents always are, for encoding is dear
+
+
+@dataclass(frozen=True, eq=False)
+class Errors:
+    """Mean squared errors at one noise level, (N,) float64 on the CPU each, of all ranks.
+
+    `image` of each image; `near` and `far` of its views (None where training makes such views itself), and their mean squared
+    ways from it; `heldout` (M,) of held-out images, None where there are none.
+    """
+
+    image: Tensor
+    near: Tensor | None
+    far: Tensor | None
+    near_way: Tensor | None
+    far_way: Tensor | None
+    heldout: Tensor | None = None
+
+
+def _share(count: int) -> list[int]:
+    rank, ranks = world()
+    return list(range(rank, count, ranks))
 
 
 class ErrorReader:
-    """Mean squared errors of denoising `images` (N, C, H, W) and their views; `protocol` is resolved.
+    """Mean squared errors of denoising `images` (N, C, H, W), their views, and held-out images; `protocol` is resolved.
 
-    The first 256 images are used; of fewer, several views each, so that about 256 errors are averaged. For a denoiser of
-    latents, which errors are of then, images and views are encoded once and kept.
+    The first 256 images are used; of fewer, several noises each, so that about 256 errors are averaged. An image and its views
+    get the same noise. For a denoiser of latents, which errors are of then, images and views are encoded once and kept.
     """
 
-    def __init__(self, images: Tensor, protocol: Protocol, batch_size: int) -> None:
+    def __init__(self, images: Tensor, protocol: Protocol, batch_size: int, heldout: Tensor | None = None) -> None:
         self.images, self.protocol, self.batch_size = images[:ERROR_IMAGES], protocol, batch_size
-        self._encoded: dict[int, Tensor] = {}  # by the first image of a batch
+        self.heldout = None if heldout is None or len(heldout) < 2 else heldout[:ERROR_IMAGES]
+        self._kept: dict[tuple[str, int, int], Tensor] = {}  # by set, first image and number of images of a batch
 
     @property
-    def draws(self) -> int:
-        """J, views of an image."""
-        return -(-ERROR_IMAGES // len(self.images))
+    def columns(self) -> tuple[str, ...]:
+        """What is denoised of each image: itself, two near views and a far one, as far as training does not make them."""
+        trained = self.protocol.training_augmentations
+        near = () if "shift" in trained else ("near", "near")
+        return ("image", *near, *(() if set(trained) >= set(AUGMENTATIONS) else ("far",)))
 
-    def _clean(self, indices: list[int], device: torch.device, encode: Callable[[Tensor], Tensor] | None) -> Tensor:
-        """Images and views (B, 2 J, C, H, W), J times each."""
-        if indices[0] in self._encoded:
-            return self._encoded[indices[0]]
-        images, p, j = self.images[indices], self.protocol, self.draws
-        views = make_views(
-            images, indices, num_views=j, sigma=0, seed=p.seed, level=p.augmentation_level, device=device, encode=encode
-        )  # (B, J, C, H, W)
-        own = as_unit_interval(images).to(device) * 2 - 1
-        own = own if encode is None else encode(own)
-        clean = torch.cat([own[:, None].expand_as(views), views], 1)
+    def _pixels(self, images: Tensor, indices: list[int], draws: int) -> Tensor:
+        """Images and views in [-1, 1], (B, J, columns, C, H, W), whose draws are keyed by the images' places."""
+        clean = (as_unit_interval(images) * 2 - 1)[:, None].expand(-1, draws, -1, -1, -1)
+        flat = clean.flatten(0, 1)
+        parts = [flat[:, None]]
+        streams = [keyed_generator("error-view", self.protocol.seed, i) for i in indices]
+        # Ways go round from draw to draw, from a random one of each image on.
+        start = torch.from_numpy(np.stack([s.integers(2 * len(DIRECTIONS), size=1) for s in streams]))
+        ways = (start + torch.arange(draws)).flatten()
+        if "near" in self.columns:
+            parts.append(near_views(flat, ways % 2))
+        if "far" in self.columns:
+            parts.append(far_views(flat, ways, self.protocol.training_augmentations)[:, None])
+        return torch.cat(parts, 1).unflatten(0, clean.shape[:2])
+
+    def _clean(self, name: str, indices: list[int], draws: int, denoiser: Denoiser) -> Tensor:
+        """What is denoised, without noise, on the denoiser's device: (B, J, columns, C, H, W)."""
+        key = (name, indices[0], len(indices))
+        if key in self._kept:
+            return self._kept[key]
+        device, encode = device_of(denoiser), encoder_of(denoiser)
+        if name == "heldout":
+            assert self.heldout is not None
+            x = (as_unit_interval(self.heldout[indices]) * 2 - 1)[:, None, None].expand(-1, draws, 1, -1, -1, -1)
+        else:
+            x = self._pixels(self.images[indices], indices, draws)
+        x = x.to(device)
         if encode is not None:
-            self._encoded[indices[0]] = clean
-        return clean
+            x = torch.cat([encode(part) for part in x.flatten(0, 2).split(self.batch_size)]).unflatten(0, x.shape[:3])
+        size = x.numel() * x.element_size()
+        if encode is not None or size + sum(k.numel() * k.element_size() for k in self._kept.values()) <= CACHE_BYTES:
+            self._kept[key] = x
+        return x
 
-    def _noise(self, indices: list[int], shape: tuple[int, ...], device: torch.device) -> Tensor:
+    def _noise(self, name: str, indices: list[int], shape: Sequence[int], device: torch.device) -> Tensor:
         """Unit noise (B, *shape)."""
-        streams = [keyed_generator("error", self.protocol.seed, i) for i in indices]
-        return torch.from_numpy(np.stack([s.standard_normal(shape, dtype=np.float32) for s in streams])).to(device)
+        streams = [keyed_generator(name, self.protocol.seed, i) for i in indices]
+        return torch.from_numpy(np.stack([s.standard_normal(tuple(shape), dtype=np.float32) for s in streams])).to(device)
 
     @torch.no_grad()
-    def read(self, denoiser: Denoiser, sigma: float) -> tuple[Tensor, Tensor]:
-        """Mean squared errors of each image and of its views, (N,) float64 each, of all ranks, at noise sigma."""
-        device = device_of(denoiser)
-        rank, ranks = world()
-        mine = list(range(rank, len(self.images), ranks))
-        step = max(1, self.batch_size // (2 * self.draws))
+    def _errors(self, name: str, denoiser: Denoiser, sigma: float, count: int) -> tuple[Tensor, Tensor]:
+        """Errors (N, columns) of a set's first images, and squared ways of views from images, both of all ranks."""
+        device, mine = device_of(denoiser), _share(count)
+        draws = -(-ERROR_IMAGES // len(self.images)) if name == "error" else 1
+        step = max(1, self.batch_size // (draws * len(self.columns)))
         parts = []
+        for start in range(0, len(mine), step):
+            some = mine[start : start + step]
+            x = self._clean(name, some, draws, denoiser)
+            noise = self._noise(name, some, (draws, 1, *x.shape[3:]), device)
+            noisy = (x + sigma * noise).flatten(0, 2).split(self.batch_size)
+            found = torch.cat([denoiser(part, sigma) for part in noisy]).view_as(x)
+            errors, ways = ((found - x).square(), (x - x[:, :, :1]).square())
+            parts.append(torch.stack([y.flatten(3).mean(3).mean(1) for y in (errors, ways)], 1))  # (B, 2, columns)
+        columns = len(self.columns) if name == "error" else 1
+        rows = torch.cat(parts) if parts else torch.empty(0, 2, columns, device=device)
+        errors, ways = gather_rows(rows, count).cpu().double().unbind(1)
+        return errors, ways
+
+    def _count(self, images: Tensor, monitored: bool) -> int:
+        return len(images) if monitored else min(len(images), LEVEL_IMAGES)
+
+    def read(self, denoiser: Denoiser, sigma: float, *, monitored: bool = True) -> Errors:
+        """The errors at noise sigma; of at most 128 images where it is not the `monitored` level."""
         with evaluating(denoiser.network):
-            for start in range(0, len(mine), step):
-                some = mine[start : start + step]
-                clean = self._clean(some, device, encoder_of(denoiser))
-                noise, x = self._noise(some, tuple(clean.shape[1:]), device), clean.flatten(0, 1)
-                noisy = (x + sigma * noise.flatten(0, 1)).split(self.batch_size)
-                found = torch.cat([denoiser(part, sigma) for part in noisy])
-                error = (found - x).double().square().flatten(1).mean(1)
-                parts.append(error.view(-1, 2, self.draws).mean(2))  # (B, 2)
-        errors = torch.cat(parts) if parts else torch.empty(0, 2, dtype=torch.float64, device=device)
-        errors = gather_rows(errors, len(self.images))
-        return errors[:, 0], errors[:, 1]
+            errors, ways = self._errors("error", denoiser, sigma, self._count(self.images, monitored))
+            heldout = None
+            if self.heldout is not None:
+                heldout = self._errors("heldout", denoiser, sigma, self._count(self.heldout, monitored))[0][:, 0]
+
+        def of(what: str, table: Tensor) -> Tensor | None:
+            places = [place for place, column in enumerate(self.columns) if column == what]
+            return table[:, places].mean(1) if places else None
+
+        return Errors(errors[:, 0], of("near", errors), of("far", errors), of("near", ways), of("far", ways), heldout)
+
+    @torch.no_grad()
+    def sima(self, denoiser: Denoiser, sigma: float) -> float:
+        """The mean over images of |x - D(x; sigma)| / sigma at images x without noise, the root mean square over pixels.
+
+        Source: SimA, arXiv 2509.25003.
+        """
+        parts, device, mine = [], device_of(denoiser), _share(len(self.images))
+        with evaluating(denoiser.network):
+            for start in range(0, len(mine), self.batch_size):
+                x = as_unit_interval(self.images[mine[start : start + self.batch_size]]).to(device) * 2 - 1
+                encode = encoder_of(denoiser)
+                x = x if encode is None else encode(x)
+                parts.append((x - denoiser(x, sigma)).square().flatten(1).mean(1).sqrt() / sigma)
+        rows = torch.cat(parts) if parts else torch.empty(0, device=device)
+        return float(gather_rows(rows, len(self.images)).cpu().double().mean())

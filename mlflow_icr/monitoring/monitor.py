@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from mlflow_icr.extraction.denoisers import Denoiser
-from mlflow_icr.monitoring.companions import check_companions
+from mlflow_icr.monitoring.companions import check_companions, network_companions
 from mlflow_icr.monitoring.compare import Comparison, difference_of
-from mlflow_icr.monitoring.errors import ErrorReader
+from mlflow_icr.monitoring.error_values import read_errors
+from mlflow_icr.monitoring.errors import LEVELS, ErrorReader
 from mlflow_icr.monitoring.neighbours import neighbour_pictures, residual_wall
 from mlflow_icr.monitoring.protocol import Protocol
 from mlflow_icr.monitoring.ranks import gather_rows
 from mlflow_icr.monitoring.reader import FeatureReader
 from mlflow_icr.monitoring.report import Report
-from mlflow_icr.monitoring.section import ALL, Section
+from mlflow_icr.monitoring.section import ALL, Found, Section
 
 
 class ICRMonitor:
@@ -28,7 +29,8 @@ class ICRMonitor:
     `repr_raw/`. `images` are (N, C, H, W), uint8 or floats in [0, 1]; the protocol's first num_images of them are used.
     `companions` names further measures to log; some need `labels`, (N,) integers. With `pictures` every report shows nearest
     images by invariant and residual part, and the images with the largest shares of the residual energy. Views are made once
-    and kept while they take no more than `cache_bytes`. Under torch.distributed every rank calls `measure`, takes its share
+    and kept while they take no more than `cache_bytes`. `heldout` images, (M, C, H, W), are denoised beside the training images
+    where they are given. Under torch.distributed every rank calls `measure`, takes its share
     of the images, and gets the same report. Raises ValueError for images, companions or a protocol that do not fit.
     """
 
@@ -44,10 +46,12 @@ class ICRMonitor:
         pictures: bool = False,
         batch_size: int = 512,
         cache_bytes: int = 512 * 2**20,
+        heldout: Tensor | None = None,
     ) -> None:
         check_companions(companions, labels is not None)
         self.reader = FeatureReader(denoiser, images, protocol or Protocol(), batch_size, cache_bytes)
-        self.errors = ErrorReader(self.reader.images, self.protocol, batch_size)
+        self.errors = ErrorReader(self.reader.images, self.protocol, batch_size, heldout)
+        self.companions = tuple(companions)
         self._networks = {"repr": denoiser} | ({} if raw is None else {"repr_raw": raw})
         self.pictures, self.labels = pictures, None if labels is None else labels[: self.protocol.num_images]
         self.features: Tensor | None = None  # (N, K, D) of the last measurement of `repr`, where pictures need them
@@ -82,7 +86,8 @@ class ICRMonitor:
             except ValueError as error:  # not finite: training has diverged, and goes on if it wants to
                 absent.update({f"{section.name}/{key}": str(error) for key in (*ALL, *section.companions)})
                 continue
-            found = section.read(features, self.errors.read(self._networks[prefix], sigma), step)
+            found = section.read(features, step)
+            self._read_denoising(section.name, self._networks[prefix], sigma, found)
             values.update(found.values)
             absent.update(found.absent)
             arrays.update(found.arrays)
@@ -93,6 +98,15 @@ class ICRMonitor:
             self._measured[step] = values["repr/icr_debiased"], torch.from_numpy(arrays["repr/influence"])
         values["perf/measure_seconds"] = time.perf_counter() - started
         return Report(step, values, figures, absent, self.protocol.digest, arrays, distributions=distributions)
+
+    def _read_denoising(self, name: str, denoiser: Denoiser, sigma: float, found: Found) -> None:
+        """Enter what the network denoises, at sigma and, of the network that is read first, at levels around it."""
+        trained = self.protocol.training_augmentations
+        for level in (1.0, *(LEVELS if name == "repr" else ())):
+            read_errors(name, self.errors.read(denoiser, level * sigma, monitored=level == 1), level, trained, found)
+        values, absent = network_companions(self.companions, denoiser, sigma, self.errors)
+        found.values |= {f"{name}/{key}": value for key, value in values.items()}
+        found.absent |= {f"{name}/{key}": reason for key, reason in absent.items()}
 
     def _pictures(self, features: Tensor, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         self.features = gather_rows(features, len(self.reader.images))

@@ -7,6 +7,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, replace
 
+from mlflow_icr.extraction.error_views import AUGMENTATIONS
 from mlflow_icr.extraction.views import AUGMENTATION_LEVELS
 
 NORMALISATIONS = ("l2", "none")
@@ -35,7 +36,8 @@ class Protocol:
     `sigmas` are noise standard deviations (a single number is taken too): the first is logged under `repr/`, others under
     `repr_sigma<value>/`. `num_images` None means all images given; `num_views` None means as many as the layer's width needs.
     `normalisation` is that of the features in traces and energies. Where views cannot be had, `projection` reads that many
-    principal directions of the features (fitted once), or `shrinkage` (ledoit-wolf, oas) conditions Sigma_xi. Raises
+    principal directions of the features (fitted once), or `shrinkage` (ledoit-wolf, oas) conditions Sigma_xi.
+    `training_augmentations` says what training does to its images (flip, shift): no error view does the same. Raises
     ValueError naming field, value and what is allowed.
     """
 
@@ -49,6 +51,7 @@ class Protocol:
     normalisation: str = "l2"
     projection: int | None = None
     shrinkage: str = "none"
+    training_augmentations: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         sigmas = self.sigmas
@@ -83,6 +86,14 @@ class Protocol:
         p = self.projection
         _require(p is None or (_whole(p) and p >= 1), "projection", p, "a whole number >= 1, or None")
         _require(self.shrinkage in SHRINKAGES, "shrinkage", self.shrinkage, f"one of {', '.join(SHRINKAGES)}")
+        t = self.training_augmentations
+        _require(
+            isinstance(t, (tuple, list)) and set(t) <= set(AUGMENTATIONS),
+            "training_augmentations",
+            t,
+            f"some of {', '.join(AUGMENTATIONS)}",
+        )
+        object.__setattr__(self, "training_augmentations", tuple(sorted(set(t))))
         _require(self.ridge == 0 or self.shrinkage == "none", "ridge", self.ridge, "0 where shrinkage is given")
 
     def resolve(self, *, images: int, dim: int) -> Protocol:

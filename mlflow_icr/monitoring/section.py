@@ -21,15 +21,13 @@ from mlflow_icr.representation import (
     leave_one_out_terms,
     paired_difference,
     principal_directions,
-    view_error_ratio,
 )
 
 RATIOS = ("icr", "icr_debiased", "indefinite_fraction")
 INTERVAL = ("icr_low", "icr_high", "icr_rise", "icr_rise_low", "icr_rise_high")
 ENERGIES = ("trace_invariant", "trace_residual", "fisher_residual_energy", "fisher_invariant_energy")
 GROWTH = "fisher_residual_growth"
-ERRORS = ("view_error_ratio", "view_error_ratio_low", "view_error_ratio_high")
-ALL = (*RATIOS, *INTERVAL, *ENERGIES, GROWTH, *ERRORS)
+ALL = (*RATIOS, *INTERVAL, *ENERGIES, GROWTH)
 
 
 @dataclass
@@ -52,13 +50,9 @@ class Section:
         self._reference: InvariantSpectrum | None = None  # the first of them
         self._lowest: tuple[float, Tensor] | None = None  # the lowest debiased ICR and its influences (N,)
 
-    def read(self, features: Tensor, errors: tuple[Tensor, Tensor], step: int) -> Found:
-        """Everything about this rank's features (N of this rank, K, D) at `step`; the same on all ranks.
-
-        `errors` are those of denoising images and views, (N,) each, of all ranks.
-        """
+    def read(self, features: Tensor, step: int) -> Found:
+        """Everything about this rank's features (N of this rank, K, D) at `step`; the same on all ranks."""
         found = Found()
-        self._read_errors(*errors, found)
         whole = features
         if self.protocol.projection is not None:
             if step == 0:
@@ -141,16 +135,6 @@ class Section:
         if step > 0:
             self._reference = self._reference or energies
             found.values[f"{self.name}/{GROWTH}"] = energies.fisher_residual_growth(self._reference)
-
-    def _read_errors(self, image_errors: Tensor, view_errors: Tensor, found: Found) -> None:
-        try:
-            ratio = view_error_ratio(image_errors, view_errors)
-        except ValueError as error:
-            found.absent.update(self._keyed(dict.fromkeys(ERRORS, str(error))))
-            return
-        found.values.update(
-            {f"{self.name}/{key}": value for key, value in zip(ERRORS, (ratio.value, ratio.low, ratio.high), strict=True)}
-        )
 
     def _read_companions(self, features: Tensor, found: Found) -> None:
         if not self.companions:

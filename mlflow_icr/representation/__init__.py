@@ -4,8 +4,10 @@ from mlflow_icr.representation.companions import (
     alignment,
     class_separation,
     effective_rank,
+    feature_deviation,
     lidar,
     rankme,
+    stable_rank,
     uniformity,
     variability_ratio,
 )
@@ -19,16 +21,18 @@ from mlflow_icr.representation.interval import (
 from mlflow_icr.representation.moments import ViewMoments, icr, principal_directions
 from mlflow_icr.representation.probes import knn_accuracy, linear_probe_accuracy, silhouette
 from mlflow_icr.representation.spectrum import InvariantSpectrum
-from mlflow_icr.representation.view_error import ViewErrorRatio, view_error_ratio
+from mlflow_icr.representation.view_error import Estimate, heldout_error_ratio, view_auc, view_error_ratio, view_excess
 
 __all__ = [
+    "Estimate",
     "ICRInterval",
     "InvariantSpectrum",
-    "ViewErrorRatio",
     "ViewMoments",
     "alignment",
     "class_separation",
     "effective_rank",
+    "feature_deviation",
+    "heldout_error_ratio",
     "icr",
     "icr_interval",
     "interval_from_terms",
@@ -40,7 +44,10 @@ __all__ = [
     "principal_directions",
     "rankme",
     "silhouette",
+    "stable_rank",
     "uniformity",
     "variability_ratio",
+    "view_auc",
     "view_error_ratio",
+    "view_excess",
 ]

@@ -5,6 +5,8 @@ Each takes features (N, K, D), N images in K views, of any float dtype, computes
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -88,6 +90,31 @@ def lidar(features: Tensor) -> float:
     # L^-1 Sigma_b L^-T has the eigenvalues of the symmetric form.
     values = torch.linalg.eigvalsh(half @ half.T / n).clamp(min=0)
     return _entropy_rank(values / values.sum() + RANKME_EPSILON)
+
+
+def feature_deviation(features: Tensor) -> float:
+    """Mean over images of the deviation of features over the D dimensions, l2-normalised: 0 is balanced, 1 / sqrt(D) spiky.
+
+    Source: Zhang et al. 2025, "Generalization of diffusion models arises with a balanced representation space", arXiv
+    2512.20963, whose deviation is that of features as they are; without their length it has no unit.
+    """
+    return float(normalize(check_views(features), dim=-1).std(-1, correction=0).mean())
+
+
+def stable_rank(weights: Sequence[Tensor]) -> float:
+    """Mean of |W|_F^2 / |W|_2^2 over weights (out, ...), each as a matrix of `out` rows, from 1 to its rank.
+
+    Raises ValueError for no weights, or some that are all 0 or not finite.
+    """
+    if not weights:
+        raise ValueError("weights is empty; expected at least one matrix")
+    ranks = []
+    for weight in weights:
+        values = torch.linalg.svdvals(weight.detach().flatten(1).cpu().double())
+        if not (bool(torch.isfinite(values).all()) and float(values.max()) > 0):
+            raise ValueError("weights are 0 or not finite; expected finite matrices")
+        ranks.append(float((values / values.max()).square().sum()))
+    return sum(ranks) / len(ranks)
 
 
 def variability_ratio(features: Tensor, labels: Tensor | None = None) -> float:

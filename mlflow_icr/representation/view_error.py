@@ -1,4 +1,4 @@
-"""How much better a network knows its training images than views of them: a ratio of denoising errors."""
+"""How much better a network knows its training images than others: denoising errors compared, with exact intervals."""
 
 from __future__ import annotations
 
@@ -11,32 +11,89 @@ from mlflow_icr.representation.quantile import student_t
 
 
 @dataclass(frozen=True)
-class ViewErrorRatio:
-    """Mean squared denoising error on augmented images over that on the images themselves, with a confidence interval."""
+class Estimate:
+    """A value with its confidence interval."""
 
     value: float
     low: float
     high: float
 
 
-def view_error_ratio(image_errors: Tensor, view_errors: Tensor, level: float = 0.95) -> ViewErrorRatio:
-    """The ratio of mean errors, from the errors (N,) of N images and of their views, at one noise level.
-
-    A network that has learned what images look like denoises a slightly cropped and recoloured training image about as well
-    as the image; one that has learned its images by heart does not: the ratio grows without bound, as the gap between
-    training and held-out loss does, but without images held out. The interval is that of the logarithm, by the images'
-    influences on it, with Student's t. Raises ValueError for other shapes, N < 2, or errors that are not positive and finite.
-    """
+def _checked(image_errors: Tensor, view_errors: Tensor) -> tuple[Tensor, Tensor]:
     if image_errors.shape != view_errors.shape or image_errors.ndim != 1 or len(image_errors) < 2:
         raise ValueError(
             f"errors have shapes {tuple(image_errors.shape)} and {tuple(view_errors.shape)}; expected (N,) twice, N >= 2"
         )
-    a, b = image_errors.double(), view_errors.double()
-    if not bool(torch.isfinite(a).all() and torch.isfinite(b).all() and (a >= 0).all() and (b >= 0).all()):
+    return _finite(image_errors), _finite(view_errors)
+
+
+def _finite(errors: Tensor) -> Tensor:
+    errors = errors.cpu().double()
+    if not bool(torch.isfinite(errors).all() and (errors >= 0).all()):
         raise ValueError("errors are negative or not finite; expected finite numbers >= 0")
-    if not (float(a.mean()) > 0 and float(b.mean()) > 0):
+    if not float(errors.mean()) > 0:
         raise ValueError("errors are all 0; a ratio needs some")
-    ratio = b.mean() / a.mean()
+    return errors
+
+
+def _of_logarithm(ratio: float, error: float, degrees: int, level: float) -> Estimate:
+    reach = torch.tensor(error * student_t(level, degrees)).exp().item()
+    return Estimate(ratio, ratio / reach, ratio * reach)
+
+
+def view_error_ratio(image_errors: Tensor, view_errors: Tensor, level: float = 0.95) -> Estimate:
+    """The ratio of mean errors, from the errors (N,) of N images and of their views, at one noise level.
+
+    A network that has learned what images look like denoises a slightly moved training image about as well as the image; one
+    that has learned its images by heart does not: the ratio grows without bound, as the gap between training and held-out
+    loss does, but without images held out. The interval is that of the logarithm, by the images' influences on it, with
+    Student's t. Raises ValueError for other shapes, N < 2, or errors that are not positive and finite.
+    """
+    a, b = _checked(image_errors, view_errors)
     error = (b / b.mean() - a / a.mean()).std() / len(a) ** 0.5  # of log ratio
-    reach = (error * student_t(level, len(a) - 1)).exp()
-    return ViewErrorRatio(float(ratio), float(ratio / reach), float(ratio * reach))
+    return _of_logarithm(float(b.mean() / a.mean()), float(error), len(a) - 1, level)
+
+
+def heldout_error_ratio(train_errors: Tensor, heldout_errors: Tensor, level: float = 0.95) -> Estimate:
+    """The ratio of mean errors, of held-out images (M,) over training images (N,), with the interval of its logarithm.
+
+    1 is a network that knows both alike. Raises ValueError for fewer than 2 of either, or errors not positive and finite.
+    """
+    if train_errors.ndim != 1 or heldout_errors.ndim != 1 or min(len(train_errors), len(heldout_errors)) < 2:
+        raise ValueError(
+            f"errors have shapes {tuple(train_errors.shape)} and {tuple(heldout_errors.shape)}; expected (N,) and (M,), >= 2"
+        )
+    a, b = _finite(train_errors), _finite(heldout_errors)
+    square = sum(float((x / x.mean()).var()) / len(x) for x in (a, b))
+    return _of_logarithm(float(b.mean() / a.mean()), square**0.5, min(len(a), len(b)) - 1, level)
+
+
+def view_auc(image_errors: Tensor, view_errors: Tensor, level: float = 0.95) -> Estimate:
+    """P(error of a view > error of its image), from paired errors (N,); 0.5 is indifference, 1 is every image known.
+
+    The interval is exact (Clopper & Pearson 1934); equal errors count half, and as either for the interval.
+    Raises ValueError as `view_error_ratio` does.
+    """
+    from scipy.stats import binomtest
+
+    a, b = _checked(image_errors, view_errors)
+    n, above, ties = len(a), int((b > a).sum()), int((b == a).sum())
+    low = binomtest(above, n).proportion_ci(level, method="exact").low
+    high = binomtest(above + ties, n).proportion_ci(level, method="exact").high
+    return Estimate((above + ties / 2) / n, float(low), float(high))
+
+
+def view_excess(image_errors: Tensor, view_errors: Tensor, squared_ways: Tensor, level: float = 0.95) -> Estimate:
+    """The share of the way back from view to image that is added to the error, from (N,) errors and squared ways each.
+
+    A network that follows a view as it follows its image has 0. One that gives the image whichever of the two it sees errs by
+    the whole way more: 1. Squared ways are mean squares over the same pixels as the errors. Raises ValueError for other
+    shapes, N < 2, errors not finite, or ways that are all 0.
+    """
+    a, b = _checked(image_errors, view_errors)
+    if squared_ways.shape != a.shape:
+        raise ValueError(f"squared_ways have shape {tuple(squared_ways.shape)}; expected ({len(a)},), as the errors")
+    way = _finite(squared_ways)
+    value = float((b - a).mean() / way.mean())
+    reach = float(((b - a) - value * way).std() / way.mean()) / len(a) ** 0.5 * student_t(level, len(a) - 1)
+    return Estimate(value, value - reach, value + reach)

@@ -100,6 +100,7 @@ class Run:
         self.state = new_state(network, config, self.accelerator)
         ema = self._denoiser(self.state.ema)
         raw = self._denoiser(bare(self.state.network, self.accelerator)) if config.monitor.measure_raw else None
+        heldout = self.data.heldout if len(self.data.heldout) else None
         self.monitor = ICRMonitor(
             ema,
             self.data.train,
@@ -109,8 +110,8 @@ class Run:
             labels=self.data.train_labels,
             pictures=True,
             cache_bytes=(LATENT_CACHE if self.autoencoder else VIEW_CACHE),
+            heldout=heldout,
         )
-        heldout = self.data.heldout if len(self.data.heldout) else None
         self.losses = None
         if heldout is not None:
             loss = partial(self.family.loss, self.family.denoiser(self.state.ema))

@@ -260,7 +260,7 @@ def test_denoising_errors_are_those_of_images_and_views(small_unet: nn.Module, d
         def __call__(self, x: torch.Tensor, sigma: object) -> torch.Tensor:
             known = digits.float() / 127.5 - 1
             distance, nearest = torch.cdist(x.flatten(1), known.flatten(1)).min(1)
-            return torch.where((distance < 0.2).view(-1, 1, 1, 1), known[nearest] + 0.01, torch.zeros_like(x))
+            return torch.where((distance < 1).view(-1, 1, 1, 1), known[nearest] + 0.01, torch.zeros_like(x))
 
     protocol = Protocol(num_images=40, num_views=2, sigmas=(0.001,)).resolve(images=40, dim=32)
     found = ErrorReader(digits[:40], protocol, batch_size=17, heldout=digits[40:60]).read(Knows(), 0.001)

@@ -60,9 +60,10 @@ def test_a_run_leaves_what_the_readme_says(whole: tuple[Path, str], monkeypatch:
         "gen/kid_train_pixels", "gen/kid_train_pixels_std", "gen/precision", "gen/recall", "gen/density", "gen/coverage",
         "gen/fld",
     }  # fmt: skip
-    ratios = [f"{kind}_{what}" for kind in ("view", "far") for what in ("error_ratio", "auc", "excess")] + ["heldout_error_ratio"]
+    errors = [f"{kind}_{what}" for kind in ("view", "far") for what in ("error_ratio", "auc", "excess")]
     for level in ("", "_x0.5", "_x2", "_x4"):
-        keys |= {f"repr/{ratio}{part}{level}" for ratio in ratios for part in ("", "_low", "_high")} | {f"repr/image_error{level}"}
+        names = [f"{key}{part}" for key in (*errors, "heldout_error_ratio") for part in ("", "_low", "_high")]
+        keys |= {f"repr/{name}{level}" for name in (*names, "image_error")}
     # C_T needs samples in the cells of held-out images, and is absent where there are none.
     assert set(rows[-1]) - {"mem/ct"} == (keys | {"images_seen"}) - {"mem/ct"}
     assert rows[-1]["loss/train"] < rows[1]["loss/train"]

@@ -45,8 +45,8 @@ def test_the_limited_run_turns_before_it_copies_and_the_control_does_not_copy(
     assert max(row["mem/ratio_l2"] for row in control) <= 0.02
     said = verdict(limited)
     assert said.state == "memorizing"
-    assert said.turning_images_seen is not None
-    assert said.turning_images_seen < found["mem_onset_images_seen"]
+    assert said.turned_at is not None
+    assert said.turned_at < found["mem_onset_images_seen"]
     assert verdict(control).state == "generalizing"
 
     for role in ("limited", "control"):

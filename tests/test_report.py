@@ -126,8 +126,8 @@ def test_every_number_is_the_history_s(kept: Kept, tmp_path: Path) -> None:
     for key in ("repr/icr_debiased", "repr/view_error_ratio", "mem/ratio_l2", "repr/fisher_residual_energy", "loss/heldout"):
         assert {step for name, step in dots if name == key} == {step for step, row in rows.items() if key in row and step > 0}
     facts = {a["data-key"]: float(a["value"]) for a in page.of("data") if "data-key" in a and "data-step" not in a}
-    assert facts["turning_images_seen"] == said.turning_images_seen
-    assert (facts["turning_images_seen_low"], facts["turning_images_seen_high"]) == (said.low, said.high)
+    assert facts["turned_at_images_seen"] == said.turned_at
+    assert (facts["turned_at_images_seen_low"], facts["turned_at_images_seen_high"]) == (said.low, said.high)
     assert facts["checkpoint_images_seen"] == said.checkpoint_images_seen
     assert any(a.get("class") == f"badge {said.state}" for a in page.of("span"))
     for text in ("abc123abc123", "needs 50 training images", "below 0.333 of that to the second nearest", "docs/validation.md"):

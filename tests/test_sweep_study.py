@@ -273,18 +273,18 @@ def test_the_figure_shows_turns_copies_and_those_that_did_not_turn(tmp_path: Pat
     rows = [result_row(run, ["num_images", "seed"], tmp_path / run.name, "FINISHED") for run in runs]
     for run, row in zip(runs, rows, strict=True):
         said = verdict(tmp_path / run.name)
-        assert row["turning_images_seen"] == said.turning_images_seen
+        assert row["turned_at_images_seen"] == said.turned_at
         assert row["verdict"] == said.state
-    assert rows[3]["turning_images_seen"] is None
+    assert rows[3]["turned_at_images_seen"] is None
     assert [row["mem_onset_images_seen"] for row in rows] == [32000, 64000, 128000, None]
     assert rows[0]["lead_images"] == summarise(read_history(tmp_path / runs[0].name))["lead_images"]
 
     (axes,) = sweep_figure(rows, ["num_images", "seed"], "a title").axes
     lines = {line.get_label(): line for line in axes.lines}
     turned = lines["turned (median, each with its bounds)"]
-    both = [row["turning_images_seen"] for row in rows[:2]]
+    both = [row["turned_at_images_seen"] for row in rows[:2]]
     assert list(turned.get_xdata()) == [64, 128]
-    assert list(turned.get_ydata()) == [sum(both) / 2, rows[2]["turning_images_seen"]]
+    assert list(turned.get_ydata()) == [sum(both) / 2, rows[2]["turned_at_images_seen"]]
     assert list(lines["copies begin (median)"].get_ydata()) == [48000, 128000]
     triangles = [list(line.get_ydata()) for line in axes.lines if line.get_marker() == "^" and len(line.get_xdata())]
     assert triangles == [[128000]]  # what it has seen

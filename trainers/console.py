@@ -86,11 +86,11 @@ class Console:
         elif parts:
             parts.append("no copies so far")
         verdict = f"verdict: {found.state}"
-        if found.turning_images_seen is not None:
+        if found.turned_at is not None:
             assert found.low is not None
             assert found.high is not None
             between = f"{found.low / 1000:.1f} to {found.high / 1000:.1f}"
-            verdict += f", turned at {found.turning_images_seen / 1000:.1f} kimg ({between})"
+            verdict += f", turned at {found.turned_at / 1000:.1f} kimg ({between})"
             verdict += f"; keep checkpoints/{found.checkpoint_images_seen:012d}"
         self._line(verdict)
         self._line(f"{status.lower()}: {', '.join(parts) or 'nothing measured'}; everything is in {output_dir}")

@@ -1,6 +1,8 @@
 """When to measure and what it means: protocol, monitors, report, verdict."""
 
 from mlflow_icr.monitoring.compare import Comparison, compare
+from mlflow_icr.monitoring.evidence import Thresholds
+from mlflow_icr.monitoring.forecast import Forecast, scaled_onset
 from mlflow_icr.monitoring.generation import GenerationMonitor
 from mlflow_icr.monitoring.losses import LossMonitor
 from mlflow_icr.monitoring.monitor import ICRMonitor
@@ -9,10 +11,11 @@ from mlflow_icr.monitoring.report import Report
 from mlflow_icr.monitoring.schedule import geometric_schedule
 from mlflow_icr.monitoring.summary import summarise
 from mlflow_icr.monitoring.sweep import LabelledImages, NoiseSweep, sweep_noise
-from mlflow_icr.monitoring.verdict import Thresholds, Verdict, verdict
+from mlflow_icr.monitoring.verdict import Verdict, VerdictTracker, verdict
 
 __all__ = [
     "Comparison",
+    "Forecast",
     "GenerationMonitor",
     "ICRMonitor",
     "LabelledImages",
@@ -22,8 +25,10 @@ __all__ = [
     "Report",
     "Thresholds",
     "Verdict",
+    "VerdictTracker",
     "compare",
     "geometric_schedule",
+    "scaled_onset",
     "summarise",
     "sweep_noise",
     "verdict",

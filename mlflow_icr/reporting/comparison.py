@@ -43,10 +43,11 @@ def value_cell(run: RunMaterial, key: str, point: tuple[int, float] | None, *, a
 def turn_cell(run: RunMaterial) -> Markup:
     """When a run turned, with the bounds of that; a dash where it did not."""
     said = run.verdict
-    if said.turning_images_seen is None or said.low is None or said.high is None:
+    if said.turned_at is None or said.low is None or said.high is None:
         return joined("\N{EN DASH}")
-    shown = number(said.turning_images_seen, key="turning_images_seen")
-    bounds = joined(number(said.low, key="turning_images_seen_low"), " to ", number(said.high, key="turning_images_seen_high"))
+    shown = number(said.turned_at, key="turned_at_images_seen")
+    low, high = (number(at, key=f"turned_at_images_seen_{end}") for at, end in ((said.low, "low"), (said.high, "high")))
+    bounds = joined(low, " to ", high)
     return joined(shown, " ", element("span", "(", bounds, ")", class_="interval"))
 
 

@@ -32,8 +32,8 @@ def curve_of(run: RunMaterial, key: str, name: str, colour: int = 0, *, dashed: 
 def marks_of(run: RunMaterial, colour: int = 0, word: str = "") -> list[Mark]:
     """Where a run turned, with the bounds of that, and where copies begin."""
     said, found = run.verdict, []
-    if said.turning_images_seen is not None:
-        found.append(Mark(said.turning_images_seen, f"turn{word}", said.low, said.high, colour))
+    if said.turned_at is not None:
+        found.append(Mark(said.turned_at, f"turn{word}", said.low, said.high, colour))
     onset = run.summary.get("mem_onset_images_seen")
     if onset is not None:
         found.append(Mark(onset, f"copies begin{word}", colour=colour, dotted=True))

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields
 
+from mlflow_icr.monitoring.evidence import Thresholds
 from mlflow_icr.monitoring.summary import ONSET_RATIO
-from mlflow_icr.monitoring.verdict import GENERALIZING, MEMORIZING, TURNING, UNDECIDED, Thresholds
+from mlflow_icr.monitoring.verdict import GENERALIZING, MEMORIZING, TURNING, UNDECIDED
 from mlflow_icr.reporting.audit import audit
 from mlflow_icr.reporting.comparison import badge, onset_cell, turn_cell, value_cell
 from mlflow_icr.reporting.curves import run_charts
@@ -47,7 +48,7 @@ def verdict_section(run: RunMaterial) -> Markup:
     """The verdict with its evidence, and the run in a few numbers."""
     said = run.verdict
     facts: list[tuple[str, Child]] = [
-        ("turned at, images seen", turn_cell(run) if said.turning_images_seen is not None else "no turn was seen"),
+        ("turned at, images seen", turn_cell(run) if said.turned_at is not None else "no turn was seen"),
         (
             "copies begin at, images seen",
             onset_cell(run) if "mem_onset_images_seen" in run.summary else "nowhere so far",

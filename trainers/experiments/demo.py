@@ -29,7 +29,7 @@ AUTO = "auto"
 COLUMNS = {
     "num_images": "training images",
     "verdict": "verdict",
-    "turning_images_seen": "turned at",
+    "turned_at_images_seen": "turned at",
     "mem_onset_images_seen": "copies begin at",
     "mem_ratio_end": "copies at the end",
     "icr_min": "lowest ICR",

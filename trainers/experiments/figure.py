@@ -61,8 +61,8 @@ def study_figure(histories: Mapping[str, Rows], title: str) -> Figure:
         for axes, (key, label) in zip(panels, PANELS, strict=True):
             _draw(axes, rows, key, colour, f"{name}: {said.state}")
             axes.set_ylabel(label)
-        if said.turning_images_seen is not None and said.low is not None and said.high is not None:
-            _mark(panels, said.turning_images_seen / 1000, "turn", colour, 1, "--")
+        if said.turned_at is not None and said.low is not None and said.high is not None:
+            _mark(panels, said.turned_at / 1000, "turn", colour, 1, "--")
             for axes in panels:
                 axes.axvspan(max(said.low, 1) / 1000, said.high / 1000, color=colour, alpha=0.08, linewidth=0)
         onset = summarise(rows).get("mem_onset_images_seen")

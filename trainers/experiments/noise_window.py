@@ -54,7 +54,7 @@ def models(runs: Runs) -> dict[str, tuple[str, Path]]:
     for role in sorted(runs.configs):
         there, turn = checkpoints(runs.folder / role), verdict(runs.folder / role)
         last, kept = max(there, default=None), turn.checkpoint_images_seen
-        if turn.turning_images_seen is not None and kept in there and kept != last:
+        if turn.turned_at is not None and kept in there and kept != last:
             found[f"{role}, at its turn ({kept:,})"] = role, there[kept]
         if last is not None:
             found[f"{role}, at the end ({last:,})"] = role, there[last]

@@ -76,7 +76,7 @@ def checkpoints(output_dir: Path) -> dict[int, Path]:
 
 def mark_turning(output_dir: Path, found: Verdict) -> None:
     """Write `checkpoints/turning.json`, which names the checkpoint to keep, once a verdict has found a turn."""
-    if found.turning_images_seen is None:
+    if found.turned_at is None:
         return
     content = found.summary() | {"state": found.state, "checkpoint": f"{found.checkpoint_images_seen:012d}"}
     text = json.dumps(content, indent=2) + "\n"

@@ -251,7 +251,7 @@ class MLflowSink:
             "path": os.path.relpath(folder, self._box().folder),
             "points": [[key, value, step, times[key]] for key, value in row.items() if key in times],
             "weights": weights,
-            "turning": None if found.turning_images_seen is None else found.checkpoint_images_seen,
+            "turning": None if found.turned_at is None else found.checkpoint_images_seen,
         }
         self._porter.say([said])
 

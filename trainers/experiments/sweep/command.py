@@ -82,7 +82,7 @@ def _tell(study: Study, ended: Ended) -> None:
     if ended.status == FAILED:
         _say(f"{done} {run} failed: {ended.why}; its log: {study.log(run)}")
     elif ended.status == FINISHED:
-        turned = "" if row["turning_images_seen"] is None else f", turned at {row['turning_images_seen']:,.0f} images seen"
+        turned = "" if row["turned_at_images_seen"] is None else f", turned at {row['turned_at_images_seen']:,.0f} images seen"
         onset = row["mem_onset_images_seen"]
         _say(f"{done} {run} finished: {row['verdict']}{turned}{'' if onset is None else f', copies from {onset:,.0f} on'}")
     else:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 MEASURED = (
-    "images_seen", "verdict", "turning_images_seen", "turning_images_seen_low", "turning_images_seen_high", "icr_min",
+    "images_seen", "verdict", "turned_at_images_seen", "turned_at_images_seen_low", "turned_at_images_seen_high", "icr_min",
     "icr_min_images_seen", "mem_onset_images_seen", "lead_images", "checkpoint_images_seen",
 )  # fmt: skip
 SHOWN = {
@@ -30,7 +30,7 @@ SHOWN = {
     "seed": "seed",
     "status": "status",
     "verdict": "verdict",
-    "turning_images_seen": "turned at",
+    "turned_at_images_seen": "turned at",
     "mem_onset_images_seen": "copies begin at",
     "icr_min": "lowest ICR",
     "lead_images": "lead of the lowest ICR",
@@ -103,15 +103,15 @@ def _medians(axes: Axes, rows: Sequence[Row], key: str, colour: str, style: str,
 def _draw(axes: Axes, rows: Sequence[Row], colour: str, name: str) -> None:
     prefix = f"{name}: " if name else ""
     for row in rows:
-        at, size = row["turning_images_seen"], row["num_images"]
+        at, size = row["turned_at_images_seen"], row["num_images"]
         if at:
-            bounds = [[max(0.0, at - row["turning_images_seen_low"])], [max(0.0, row["turning_images_seen_high"] - at)]]
+            bounds = [[max(0.0, at - row["turned_at_images_seen_low"])], [max(0.0, row["turned_at_images_seen_high"] - at)]]
             axes.errorbar([size], [at], yerr=bounds, color=colour, marker="o", markersize=4, elinewidth=0.8, alpha=0.7)
         elif row["images_seen"]:  # no turn so far: it comes later, if at all
             axes.plot([size], [row["images_seen"]], color=colour, marker="^", fillstyle="none", linestyle="none", alpha=0.7)
         if row["mem_onset_images_seen"]:
             axes.plot([size], [row["mem_onset_images_seen"]], color=colour, marker="x", linestyle="none", alpha=0.7)
-    _medians(axes, rows, "turning_images_seen", colour, "-", f"{prefix}turned (median, each with its bounds)")
+    _medians(axes, rows, "turned_at_images_seen", colour, "-", f"{prefix}turned (median, each with its bounds)")
     _medians(axes, rows, "mem_onset_images_seen", colour, ":", f"{prefix}copies begin (median)")
 
 
@@ -126,7 +126,7 @@ def sweep_figure(rows: Sequence[Row], varied: Sequence[str], title: str) -> Figu
     axes = figure.subplots()
     for index, (name, group) in enumerate(_groups(rows, varied).items()):
         _draw(axes, group, COLOURS[index % len(COLOURS)], name)
-    if any(row["images_seen"] and not row["turning_images_seen"] for row in rows):
+    if any(row["images_seen"] and not row["turned_at_images_seen"] for row in rows):
         axes.plot([], [], color="0.4", marker="^", fillstyle="none", linestyle="none", label="no turn so far")
     axes.set_xscale("log")
     axes.set_yscale("log")

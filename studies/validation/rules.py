@@ -7,16 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-<<<<<<< HEAD
 import numpy as np
 
 from mlflow_icr.monitoring.series import Rows, series
 from studies.validation.outcomes import Outcome
-=======
-from mlflow_icr.monitoring.evidence import RATIO, Slope, SlopeWindow, Thresholds
-from mlflow_icr.monitoring.series import Rows, series
-from mlflow_icr.monitoring.verdict import GENERALIZING, UNDECIDED, VerdictTracker
->>>>>>> 7509745 (Verdict anew: what it says now and when it turned are two things, clocks start at an origin, missing evidence acquits nobody, and memorizing takes two detectors of copies; one more row costs the same however long the history)
 
 Score = list[tuple[int, float]]  # (images seen, score), the higher the more suspicious
 MOST_FALSE_ALARMS = 0.05
@@ -59,22 +53,9 @@ def over_lowest(key: str, *, relative: bool) -> Callable[[Outcome], Score]:
     return score
 
 
-<<<<<<< HEAD
 def epochs(outcome: Outcome) -> Score:
     """How often each training image was seen."""
     return [(int(row["images_seen"]), row["images_seen"] / outcome.num_images) for row in outcome.rows if row["images_seen"]]
-=======
-def elasticities(rows: Rows) -> list[Slope]:
-    """The slope of log view error ratio over log images seen in the last doubling, at each measurement that has one."""
-    window, high = SlopeWindow(Thresholds()), dict(series(rows, RATIO + "_high"))
-    points = [(at, r, high.get(at, r)) for at, r in series(rows, RATIO) if at > 0 and r > 0]
-    slopes = [window.add(at, at, math.log(r), math.log(above / r)) for at, r, above in points]
-    return [slope for slope in slopes if slope is not None]
-
-
-def _elasticity(rows: Rows) -> Score:
-    return [(slope.images_seen, slope.low) for slope in elasticities(rows)]
->>>>>>> 7509745 (Verdict anew: what it says now and when it turned are two things, clocks start at an origin, missing evidence acquits nobody, and memorizing takes two detectors of copies; one more row costs the same however long the history)
 
 
 def log_gap(outcome: Outcome) -> Score:
@@ -94,16 +75,6 @@ def alarm(score: Score, threshold: float) -> int | None:
     return next((at for at, value in score if value > threshold), None)
 
 
-<<<<<<< HEAD
-=======
-def verdict_alarm(rows: Rows, thresholds: Thresholds | None = None) -> int | None:
-    """Images seen at the first measurement at which the verdict, on the history up to it, was `turning` or `memorizing`."""
-    tracker = VerdictTracker(thresholds)
-    alarms = (int(row["images_seen"]) for row in rows if tracker.add(row).state not in (GENERALIZING, UNDECIDED))
-    return next(alarms, None)
-
-
->>>>>>> 7509745 (Verdict anew: what it says now and when it turned are two things, clocks start at an origin, missing evidence acquits nobody, and memorizing takes two detectors of copies; one more row costs the same however long the history)
 @dataclass(frozen=True)
 class Rates:
     """How a rule did by one detector's onsets: copying runs caught ahead, and clean ones accused.

@@ -50,7 +50,7 @@ def inputs_of(config: TrainConfig, count: int) -> Inputs:
         return Inputs(torch.randint(256, shape, dtype=torch.uint8, generator=generator))
     side = config.data.resolution // FACTOR
     moments = torch.rand(count, 2 * LATENT_CHANNELS, side, side, generator=generator)
-    return Inputs(moments, torch.randint(CLASSES, (count,), generator=generator))
+    return Inputs(moments, torch.randint(CLASSES, (count,), generator=generator), latent=True)
 
 
 def ours(config: TrainConfig, family: Family, inputs: Inputs, device: torch.device) -> Iterator[TrainState]:

@@ -230,7 +230,7 @@ def test_bad_input_gets_one_line_that_names_it(checkpoint: Path, folders: dict[s
         (seeds, {"train": str(tmp_path / "none")}, "train is '.*none'; expected a folder, or a .zip or .npz file"),
         (seeds, {"train": None}, "train is not given; expected a folder"),
         (files, {}, "train is '.*train'; expected nothing where data are images already"),
-        (files.replace("000.png", "nowhere.png", regex=True), {"train": None}, "files hold no images.*nowhere.png"),
+        (files.replace("000.png", "nowhere.png", regex=True), {"train": None}, "holds no images.*nowhere.png"),
         (seeds, {"train": str(tmp_path / "colour")}, "train images have 3 channel.*; the network takes 1"),
         (seeds, {"train": str(tmp_path / "broken")}, "holds no images .*a.png"),
         (seeds, {"heldout": 3}, "heldout is 3; expected a folder"),

@@ -36,3 +36,14 @@ def test_its_loops_run_in_tiny() -> None:
     assert [name for name, _ in found] == ["cifar10-4096", "imagenet256-sit-b2-20k"]
     assert all(float(ratio) > 0 for _, ratio in found)
     assert "a measurement of 16 images in 2 views" in done.stdout
+
+
+def test_a_set_takes_hardly_more_than_its_bytes() -> None:
+    """200 images of 256x256, 38 MiB: twice that would be one copy too many."""
+    command = [sys.executable, str(DEVICE.with_name("host_memory.py")), "--images=200", "--side=256"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(DEVICE.parents[1])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"38 MiB, .* MiB (\S+) \(goal", done.stdout)
+    assert found is not None
+    assert float(found[1]) < 1.8  # a few MiB of threads and files weigh more here than with 5 000 of 512x512

@@ -95,7 +95,8 @@ class Training:
         images = data().train
         if name == LATENT:
             images = torch.rand(64, 4, 4, 4, generator=torch.Generator().manual_seed(0))
-        self.inputs = Inputs(images, data().train_labels if self.config.network.labels else None)
+        labels = data().train_labels if self.config.network.labels else None
+        self.inputs = Inputs(images, labels, latent=name == LATENT)
         self.state = new_state(self.family.build(*self.inputs.shape[:2]), self.config, self.accelerator)
         self.steps = train(self.state, self.inputs, self.family, self.accelerator)
 

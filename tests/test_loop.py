@@ -58,9 +58,9 @@ def test_noise_and_order_are_functions_of_the_seed_and_the_images_seen() -> None
 
 @pytest.mark.parametrize(("ranks", "parts"), [(1, 2), (4, 1), (3, 2)])
 def test_a_rank_draws_its_rows_of_the_batch_and_no_others(ranks: int, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = load_config("digits", {"num_images": 50, "batch_size": 24, "dropout": 0.1, "labels": True})
+    config = load_config("digits", {"num_images": 50, "batch_size": 24, "dropout": 0.1, "labels": True, "augment": "flip"})
     images = torch.rand(50, 4, 3, 3)  # of latents, means and deviations
-    family, inputs = family_of(config, 10), Inputs(images, torch.arange(50) % 10)
+    family, inputs = family_of(config, 10), Inputs(images, torch.arange(50) % 10, images.flip(-1), latent=True, on_host=True)
     whole = draw_batch(inputs, Order(50, 0), family, 48)
     assert len({row.numpy().tobytes() for row in (*whole.noise, *unwrapped(whole.spread))}) == 48
     asked: list[int] = []

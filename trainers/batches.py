@@ -22,7 +22,7 @@ from torch import Tensor
 from mlflow_icr.extraction.keyed import keyed_generator, keyed_rows
 from trainers.augmentation import FLIP, draw_mirrored, mirrored_where
 from trainers.families import Family
-from trainers.inputs import Inputs
+from trainers.inputs import Inputs, as_input, take_rows
 
 
 class Order:
@@ -50,7 +50,8 @@ class Batch:
     """Which inputs (B,), noise levels (B,), unit noise (B, C, H, W), and where the model has them classes (B,).
 
     Of latents, `spread` is the unit noise (B, C, H, W) that says which one of the posterior is taken. `dropout_keys` (B,) int64
-    are there where the network has dropout, and `mirrored` (B,) bool where mirror images are trained on.
+    are there where the network has dropout, and `mirrored` (B,) bool where mirror images are trained on. `chosen` are the
+    inputs themselves, where they are kept on the host.
     """
 
     indices: Tensor
@@ -60,6 +61,7 @@ class Batch:
     spread: Tensor | None = None
     dropout_keys: Tensor | None = None
     mirrored: Tensor | None = None
+    chosen: Tensor | None = None
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         given = ((entry.name, getattr(self, entry.name)) for entry in fields(self))
@@ -82,14 +84,20 @@ class Batch:
 
     def clean(self, inputs: Inputs) -> Tensor:
         """What is noised, (B, C, H, W), of inputs on the batch's device: images in [-1, 1], or latents."""
-        chosen = inputs.images[self.indices]
-        if self.mirrored is not None:
-            other = chosen.flip(-1) if inputs.mirrored is None else inputs.mirrored[self.indices]
-            chosen = mirrored_where(self.mirrored, chosen, other)
+        chosen = _rows(inputs, self.indices, self.mirrored) if self.chosen is None else self.chosen
         if self.spread is None:
-            return chosen.float() / 127.5 - 1
+            images = as_input(chosen)
+            return images if self.mirrored is None else mirrored_where(self.mirrored, images, images.flip(-1))
         mean, deviation = chosen.chunk(2, 1)
         return mean + deviation * self.spread
+
+
+def _rows(inputs: Inputs, indices: Tensor, mirrored: Tensor | None) -> Tensor:
+    """Some of the inputs (B, ...), of latents those of the mirror images where `mirrored` (B,) says so."""
+    rows = take_rows(inputs.images, indices)
+    if mirrored is None or inputs.mirrored is None:
+        return rows
+    return mirrored_where(mirrored, rows, inputs.mirrored[indices])
 
 
 def rows_of(batch_size: int, parts: int, rank: int, ranks: int) -> np.ndarray:
@@ -120,7 +128,8 @@ def draw_batch(inputs: Inputs, order: Order, family: Family, images_seen: int, r
     spread = unit("posterior") if inputs.latent else None
     keys = torch.from_numpy(stream("dropout").integers(2**63, size=count)[own]) if config.network.dropout else None
     mirrored = draw_mirrored(stream("mirror"), count)[torch.from_numpy(own)] if config.data.augment == FLIP else None
-    return Batch(indices, level, unit("noise"), labels, spread, keys, mirrored)
+    chosen = _rows(inputs, indices, mirrored) if inputs.on_host else None
+    return Batch(indices, level, unit("noise"), labels, spread, keys, mirrored, chosen)
 
 
 class Ahead:

@@ -22,7 +22,7 @@ EXAMPLE = """example:
 class CommandLine(ArgumentParser):  # type: ignore[misc]
     """A parser whose errors are one line, and which knows --num_images and --num-images alike.
 
-    What holds several values takes them with commas between: --block-channels 32,64.
+    What holds several values takes them with commas between, or one after the other: --block-channels 32,64.
     """
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -53,17 +53,19 @@ class CommandLine(ArgumentParser):  # type: ignore[misc]
         return " ".join(message.split())
 
     def _bracketed(self, flags: Iterable[str]) -> Iterator[str]:
-        """Values with commas between as the lists that the library reads."""
-        awaited = False
-        for argument in flags:
+        """Values with commas between, or one after the other, as the lists that the library reads."""
+        left = list(flags)
+        while left:
+            argument = left.pop(0)
             flag, equals, value = argument.partition("=")
             entry = OPTIONS.get(flag[2:].replace("-", "_")) if flag.startswith("--") else None
-            several = entry is not None and entry.is_tuple
-            if awaited:
-                yield f"[{argument}]"
-            else:
-                yield f"{flag}=[{value}]" if several and equals else argument
-            awaited = several and not equals and not awaited
+            if entry is None or not entry.is_tuple:
+                yield argument
+                continue
+            values = [value] if equals else []
+            while left and not equals and not left[0].startswith("--"):
+                values.append(left.pop(0))
+            yield f"{flag}=[{','.join(values)}]" if values else flag
 
 
 def add_config_flags(parser: ArgumentParser) -> None:

@@ -16,6 +16,7 @@ import yaml
 from mlflow_icr import Protocol
 from mlflow_icr.arguments import refuse_unknown
 from mlflow_icr.extraction.encoders import is_installed
+from mlflow_icr.extraction.images import Size, check_background, check_value_range, height_width, parse_size
 from mlflow_icr.tracking.checkpoints.folder import LOG_MODELS
 from trainers.augmentation import AUGMENTATIONS
 from trainers.options import FAMILIES, Group, Option, is_required, option, options_of, refuse, required
@@ -30,13 +31,27 @@ class DataConfig(Group):
     """The images: the first num_images of an order that the seed fixes."""
 
     source: str = required("an embedded set, a folder or archive of images, or the name of a `datasets` set", flag="data")
-    resolution: int = required("side in pixels to which images are cropped and scaled", least=1)
+    resolution: int | str = required("side in pixels, or HEIGHTxWIDTH, to which images are cropped and scaled")
     num_images: int = required("training images; those of a smaller number are among them", least=2)
     num_heldout: int = required("other images that are never trained on, for losses and distances", least=0)
     skip_images: int = option(0, "images of the order that are left out before the training images: a disjoint set", least=0)
     split: str = option("train", "split of a `datasets` set", flag="data_split")
     balanced: bool = option(False, "equally many images of each class, as far as there are")
     augment: str = option("", "flip: mirror images are trained on too", one_of=AUGMENTATIONS)
+    group_by: str = option("", "held-out images are of another folder, file, patient (of DICOM), or match of this expression")
+    value_range: tuple[float, ...] = option((), "values that are black and white; empty: the files', or what is measured")
+    background: str = option("white", "colour that transparent parts of images show")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.size
+        check_value_range(self.value_range)
+        check_background(self.background)
+
+    @property
+    def size(self) -> Size:
+        """The side, or (height, width) of a rectangle."""
+        return parse_size(self.resolution)
 
 
 @dataclass(frozen=True)
@@ -49,7 +64,7 @@ class NetworkConfig(Group):
     autoencoder: str = option("", "folder of a diffusers AutoencoderKL, whose latents are trained on")
     block_channels: tuple[int, ...] = option((32, 64), "channels at each resolution of the U-Net", families=UNET)
     layers_per_block: int = option(1, "residual blocks at each resolution", least=1, families=UNET)
-    attention_resolutions: tuple[int, ...] = option((), "resolutions (of latents, if any) with attention", families=UNET)
+    attention_resolutions: tuple[int, ...] = option((), "levels with attention, by their side", families=UNET)
     hidden_size: int = option(384, "width of the transformer", least=1, families=DIT)
     num_layers: int = option(12, "blocks of the transformer", least=1, families=DIT)
     num_heads: int = option(6, "attention heads of each block", least=1, families=DIT)
@@ -139,7 +154,7 @@ class TrainConfig:
         optimizer, monitor = self.optimizer, self.monitor
         self._check_network()
         if not self.network.autoencoder:
-            self.check_network(self.data.resolution)
+            self.check_network(self.data.size)
         if optimizer.batch_size % optimizer.gradient_accumulation_steps:
             parts = optimizer.gradient_accumulation_steps
             refuse("batch_size", optimizer.batch_size, f"a multiple of gradient_accumulation_steps, {parts}")
@@ -170,19 +185,22 @@ class TrainConfig:
             allowed = f"a multiple of {share}, the ranks times gradient_accumulation_steps"
             refuse("batch_size", self.optimizer.batch_size, allowed)
 
-    def check_network(self, side: int) -> None:
-        """Raise ValueError where the network does not fit what it is trained on, images or latents of this side."""
+    def check_network(self, size: Size) -> None:
+        """Raise ValueError where the network does not fit what it is trained on, images or latents of this size."""
         network, resolution = self.network, self.data.resolution
-        what = "" if side == resolution else f", which makes latents of side {side}"
+        height, width = height_width(size)
+        what = "" if size == self.data.size else f", which makes latents of {height}x{width}"
         if network.family == "flow":
-            if side % network.patch_size:
+            if height != width:
+                refuse("resolution", resolution, "a square for family flow, whose network takes no other images")
+            if height % network.patch_size:
                 raise ValueError(f"resolution is {resolution}{what}; expected a multiple of patch_size, {network.patch_size}")
             return
         blocks = len(network.block_channels)
         unit = 2 ** (blocks - 1)
-        if side % unit:
+        if height % unit or width % unit:
             raise ValueError(f"resolution is {resolution}{what}; expected a multiple of {unit} for {blocks} blocks")
-        levels = [side // 2**i for i in range(blocks)]
+        levels = [min(height, width) // 2**i for i in range(blocks)]
         if not set(network.attention_resolutions) <= set(levels):
             allowed = f"some of {', '.join(map(str, levels))}, the resolutions of the blocks"
             refuse("attention_resolutions", network.attention_resolutions, allowed)

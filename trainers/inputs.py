@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from mlflow_icr.extraction.files import cache_folder
+from mlflow_icr.extraction.images import height_width
 from mlflow_icr.extraction.latents import Autoencoder, LatentCache, encode_images, load_autoencoder
 from mlflow_icr.monitoring.ranks import gather_rows, sum_over_ranks, world
 from trainers.augmentation import FLIP
 from trainers.config import TrainConfig
 from trainers.data import DataSet
 
+# Of what is free on a device with the network and its optimizer on it: activations take most of the rest.
+DEVICE_SHARE = 0.25
+
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """Images (N, C, H, W) uint8, or mean and deviation of latents, (N, 2 C, H, W) float32; and classes (N,).
+    """Images (N, C, H, W), as `Read.images`, or mean and deviation of latents, (N, 2 C, H, W) float32; and classes (N,).
 
     Of latents that are trained on with mirror images, `mirrored` has those of the mirror images.
     """
@@ -25,11 +29,8 @@ class Inputs:
     images: Tensor
     labels: Tensor | None = None
     mirrored: Tensor | None = None
-
-    @property
-    def latent(self) -> bool:
-        """Whether they are latents."""
-        return self.images.is_floating_point()
+    latent: bool = False
+    on_host: bool = False  # while the network is on a device that they do not fit: each batch's are brought there
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -38,9 +39,44 @@ class Inputs:
         return channels // (2 if self.latent else 1), height, width
 
     def to(self, device: torch.device) -> Inputs:
-        """The same with images on a device; classes stay on the CPU, where batches are drawn."""
+        """The same with images on a device, where they fit; classes stay on the CPU, where batches are drawn."""
         labels = None if self.labels is None else self.labels.cpu()
-        return Inputs(self.images.to(device), labels, None if self.mirrored is None else self.mirrored.to(device))
+        size = self.images.numel() * self.images.element_size() * (1 if self.mirrored is None else 2)
+        if self.images.device.type == "cpu" and not fits(size, device):
+            return replace(self, labels=labels, on_host=True)
+        mirrored = None if self.mirrored is None else self.mirrored.to(device)
+        return replace(self, images=self.images.to(device), labels=labels, mirrored=mirrored)
+
+
+def fits(size: int, device: torch.device) -> bool:
+    """Whether so many bytes of images leave a device enough for training; memory that the CPU has they are in already."""
+    if device.type != "cuda":
+        return True
+    free, _ = torch.cuda.mem_get_info(device)
+    return size <= DEVICE_SHARE * free
+
+
+def as_input(images: Tensor) -> Tensor:
+    """Images (B, C, H, W), uint8, uint16 or floats in [0, 1], as float32 in [-1, 1], on their device."""
+    if images.is_floating_point():
+        return images.float() * 2 - 1
+    if images.dtype == torch.uint16:  # of which devices do little more than keep it
+        return images.view(torch.int16).int().bitwise_and(0xFFFF).float() / 32767.5 - 1
+    return images.float() / 127.5 - 1
+
+
+def mirror(images: Tensor) -> Tensor:
+    """Images (N, C, H, W) left to right; torch cannot turn unsigned 16 bits, which are turned as signed ones."""
+    if images.dtype == torch.uint16:
+        return images.view(torch.int16).flip(-1).view(torch.uint16)
+    return images.flip(-1)
+
+
+def take_rows(images: Tensor, indices: Tensor) -> Tensor:
+    """The images with these indices; devices have no indexing of unsigned 16 bits, which are moved as signed ones."""
+    if images.dtype == torch.uint16:
+        return images.view(torch.int16)[indices].view(torch.uint16)
+    return images[indices]
 
 
 def open_autoencoder(config: TrainConfig, device: torch.device) -> Autoencoder | None:
@@ -51,12 +87,14 @@ def open_autoencoder(config: TrainConfig, device: torch.device) -> Autoencoder |
     if not config.network.autoencoder:
         return None
     autoencoder = load_autoencoder(config.network.autoencoder)
-    if config.data.resolution % autoencoder.factor:
+    height, width = height_width(config.data.size)
+    if height % autoencoder.factor or width % autoencoder.factor:
         raise ValueError(
             f"resolution is {config.data.resolution}; expected a multiple of {autoencoder.factor}, of which the autoencoder "
             f"{config.network.autoencoder!r} makes one"
         )
-    config.check_network(config.data.resolution // autoencoder.factor)
+    latent = height // autoencoder.factor, width // autoencoder.factor
+    config.check_network(latent[0] if latent[0] == latent[1] else latent)
     autoencoder.network.to(device)
     return autoencoder
 
@@ -93,5 +131,5 @@ def inputs_of(config: TrainConfig, data: DataSet, autoencoder: Autoencoder | Non
             f"{channels}, as {config.data.source!r} has"
         )
     flips = config.data.augment == FLIP
-    mirrored = _moments(autoencoder, data.train.flip(-1), device) if flips else None
-    return Inputs(_moments(autoencoder, data.train, device), labels, mirrored)
+    mirrored = _moments(autoencoder, mirror(data.train), device) if flips else None
+    return Inputs(_moments(autoencoder, data.train, device), labels, mirrored, latent=True)

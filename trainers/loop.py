@@ -84,7 +84,7 @@ def train(state: TrainState, inputs: Inputs, family: Family, accelerator: Accele
 
     Order, noise, dropped labels and dropout are keyed by (seed, images seen, place in the batch), so that neither ranks, nor
     accumulation, nor a resumption change them. A rank takes an equal, consecutive share of each accumulated part. The inputs
-    live on the device; nothing in a step waits for it.
+    live on the device, or, where they do not fit it, are brought there one batch ahead; nothing in a step waits for it.
     """
     config = family.config
     denoiser = family.denoiser(state.network)
@@ -92,7 +92,7 @@ def train(state: TrainState, inputs: Inputs, family: Family, accelerator: Accele
     average = list(state.ema.parameters())
     weights = list(bare(state.network, accelerator).parameters())
     inputs = inputs.to(accelerator.device)
-    device = inputs.images.device  # with its number
+    device = state.loss_sum.device  # with its number
     state.network.train()
 
     accumulated = accelerator.gradient_accumulation_steps  # a launcher's configuration may have set it

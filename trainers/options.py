@@ -111,7 +111,7 @@ class Option:
         rules = self.rules
         if rules.get("one_of"):
             return value in rules["one_of"]
-        if value is None or self.is_tuple or self.kind not in (int, float):
+        if value is None or isinstance(value, str) or self.is_tuple or self.kind not in (int, float):
             return True
         least, above, below = rules.get("least"), rules.get("above"), rules.get("below")
         return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
@@ -19,6 +20,7 @@ from mlflow_icr import Denoiser, GenerationMonitor, ICRMonitor, LossMonitor, Rep
 from mlflow_icr.environment import environment_tags
 from mlflow_icr.extraction.encoders import load_encoder
 from mlflow_icr.extraction.latents import LatentDenoiser
+from mlflow_icr.extraction.views import as_unit_interval
 from mlflow_icr.monitoring.generation_plots import trade_off
 from mlflow_icr.monitoring.grid import image_tiles
 from mlflow_icr.monitoring.neighbours import invariant_part, residual_part
@@ -36,6 +38,8 @@ from trainers.engine import bare, is_sharded
 from trainers.families import family_of
 from trainers.inputs import inputs_of, open_autoencoder
 from trainers.loop import new_state, take_mean_loss, train
+
+logger = logging.getLogger(__name__)
 
 # Ranks must stop at the same step; asking all of them after every step would make each wait for the others' hosts.
 STOP_EVERY_STEPS = 8
@@ -93,9 +97,12 @@ class Run:
         self._check_engine()
         self.autoencoder = open_autoencoder(config, self.accelerator.device)
         self.data = data_of(config)
+        if self.is_main:
+            for note in self.data.notes:
+                logger.warning(note)
         self.inputs = inputs_of(config, self.data, self.autoencoder, self.accelerator.device)
         self.family = family_of(config, self.data.num_classes)
-        network = self.family.build(*self.inputs.shape[:2])
+        network = self.family.build(self.inputs.shape[0], self.inputs.shape[1:])
         self.num_parameters = sum(p.numel() for p in network.parameters())
         self.state = new_state(network, config, self.accelerator)
         ema = self._denoiser(self.state.ema)
@@ -322,7 +329,7 @@ class Run:
         if features is None:
             return
         features = features[:PROJECTOR_IMAGES]
-        shown = image_tiles(self.data.train[: len(features)])
+        shown = image_tiles((as_unit_interval(self.data.train[: len(features)]) * 255).round().to(torch.uint8))
         texts = [str(i) if labels is None else f"{i}: class {int(labels[i])}" for i in range(len(features))]
         for name, vectors in (("s", invariant_part(features)), ("xi", residual_part(features))):
             tracker.embedding(name, vectors.float().cpu().numpy(), shown, texts, step)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlflow_icr.commands.console import Commands, say
+from mlflow_icr.commands.console import Commands, add_reading, reading_of, say
 
 if TYPE_CHECKING:
     from mlflow_icr.monitoring import Report
@@ -47,6 +47,7 @@ def add(commands: Commands) -> None:
         "MLFLOW_RUN_ID, which `mlflow run` sets",
     )
     add_options(parser)
+    add_reading(parser)
     parser.set_defaults(run=measure)
 
 
@@ -108,7 +109,7 @@ def _one(arguments: argparse.Namespace, place: str | Path) -> int:
 
     protocol = _protocol(arguments)
     denoiser, resolution = load_denoiser(place, **_loading(arguments))
-    images = with_channels(load_folder(arguments.data, resolution), image_channels(denoiser))
+    images = with_channels(load_folder(arguments.data, resolution, **reading_of(arguments)), image_channels(denoiser))
     monitor = ICRMonitor(
         denoiser,
         images,
@@ -191,6 +192,8 @@ def _loading(arguments: argparse.Namespace) -> dict[str, Any]:
 def _checkpoints(arguments: argparse.Namespace) -> int:
     from mlflow_icr.integrations.backfill import measure_checkpoints
 
+    if arguments.value_range is not None:  # a backfill may be gone on with, and must then be of the same images
+        raise ValueError(f"value_range is {arguments.value_range!r}; expected none with --checkpoints")
     found = measure_checkpoints(
         arguments.checkpoints,
         arguments.data,

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from mlflow_icr.commands.console import Commands
+from mlflow_icr.commands.console import Commands, add_reading, reading_of
 
 # Those of Li et al. 2026, figure 2, for EDM; here so that --help does not wait for torch.
 SIGMAS = (0.01, 0.02, 0.06, 0.14, 0.3, 0.59, 1.09, 1.92, 3.26)
@@ -24,6 +24,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--num-views", type=int, help="default: as many as the widest layer needs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output-dir", type=Path, help="where sweep.png and sweep.csv go")
+    add_reading(parser)
     parser.set_defaults(run=_run)
 
 
@@ -40,13 +41,15 @@ def _run(arguments: argparse.Namespace) -> int:
 
     denoiser, resolution = load_denoiser(arguments.checkpoint)
     channels = image_channels(denoiser)
-    images, labels = with_channels(load_folder(arguments.data, resolution), channels), folder_labels(arguments.data)
+    reading = reading_of(arguments)
+    images = with_channels(load_folder(arguments.data, resolution, **reading), channels)
+    labels = folder_labels(arguments.data)
     labelled = None if labels is None else LabelledImages(images, labels)
     if arguments.test_data is not None:
         test_labels = folder_labels(arguments.test_data)
         if labels is None or test_labels is None:
             raise ValueError("test_data is given, but a folder has no classes; expected one subfolder for each class in both")
-        test_images = with_channels(load_folder(arguments.test_data, resolution), channels)
+        test_images = with_channels(load_folder(arguments.test_data, resolution, **reading), channels)
         labelled = LabelledImages(images, labels, test_images, test_labels)
     protocol = Protocol(augmentation_level=arguments.augmentation_level, num_views=arguments.num_views, seed=arguments.seed)
     sweep = sweep_noise(

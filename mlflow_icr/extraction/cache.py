@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mlflow_icr.extraction.encoders import Encoder
 from mlflow_icr.extraction.files import CACHE_VARIABLE, write_whole
+from mlflow_icr.extraction.hashing import update_digest
 from mlflow_icr.generation import GaussianStatistics, Reference
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class ReferenceCache:
         if self.folder is None or encoder.name == "pixels":
             return None
         digest = hashlib.sha256(f"{images.dtype} {tuple(images.shape)}".encode())
-        digest.update(images.cpu().contiguous().numpy().tobytes())
+        update_digest(digest, images)
         return self.folder / f"{encoder.name}-{encoder.identity}" / f"{digest.hexdigest()}.safetensors"
 
     def find(self, encoder: Encoder, images: Tensor) -> Reference | None:

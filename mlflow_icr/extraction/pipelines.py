@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from mlflow_icr.extraction.adapters import ClassCondition, adapt, adapt_pipeline
 from mlflow_icr.extraction.adapters.choose import NETWORKS, label_of, side_of
 from mlflow_icr.extraction.denoisers import Denoiser
+from mlflow_icr.extraction.images import Size
 from mlflow_icr.extraction.latents import LatentDenoiser, load_autoencoder
 
 NULL_CLASS = "_null_class"  # in model_index.json: which class of a U-Net stands for none
@@ -27,8 +28,8 @@ LIBRARIES = ("diffusers", "transformers")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_denoiser(place: Path | str, **options: Any) -> tuple[Denoiser, int]:
-    """The denoiser of a saved pipeline, and its images' side in pixels; options are those of `load_pipeline`.
+def load_denoiser(place: Path | str, **options: Any) -> tuple[Denoiser, Size]:
+    """The denoiser of a saved pipeline, and its images' side in pixels, or (height, width); options are `load_pipeline`'s.
 
     A folder with `unet/` (a UNet2DModel) and `scheduler/` will do. Raises ValueError as `load_pipeline` does.
     """
@@ -45,7 +46,7 @@ def load_pipeline(
     prompt: str = "",
     class_label: int | None = None,
     trust_remote_code: bool = False,
-) -> tuple[Denoiser, int, Any]:
+) -> tuple[Denoiser, Size, Any]:
     """The denoiser of a diffusers folder or a name on the hub, its images' side in pixels, and the pipeline where one was made.
 
     A Path is a folder only; a text that names no folder here, and has one slash, is looked for on the hub by diffusers.
@@ -67,8 +68,8 @@ def load_pipeline(
             side, pipeline = resolution or side, None
         else:
             pipeline = _whole(folder, DTYPES[dtype], trust_remote_code)
-            side = resolution or side_of(pipeline)
-            denoiser = adapt_pipeline(pipeline, side=side, prompt=prompt, class_label=class_label)
+            side = square = resolution or side_of(pipeline)
+            denoiser = adapt_pipeline(pipeline, side=square, prompt=prompt, class_label=class_label)
             pipeline.register_modules(**dict.fromkeys((name for name in pipeline.components if TEXT.match(name)), None))
     network = denoiser.network.to(target).eval().requires_grad_(False)
     if pipeline is None and DTYPES[dtype] != torch.float32:
@@ -167,17 +168,18 @@ def load_scheduler(folder: Path) -> Any:
     return made.from_config(config)
 
 
-def _from_parts(folder: Path, part: str, class_label: int | None) -> tuple[Denoiser, int]:
+def _from_parts(folder: Path, part: str, class_label: int | None) -> tuple[Denoiser, Size]:
     scheduler, network = load_scheduler(folder), load_network(folder / part)
     null, call = _null_class(folder, network), None
     if class_label is not None:
         if null is None:
             raise ValueError("class_label is for networks of classes; expected none")
         call = ClassCondition(label_of(class_label, null))
-    side, autoencoder = int(network.config["sample_size"]), None
+    size, autoencoder, factor = network.config["sample_size"], None, 1
     if (folder / "vae").exists():
         autoencoder = load_autoencoder(folder / "vae")
-        side *= autoencoder.factor
+        factor = autoencoder.factor
+    side: Size = size * factor if isinstance(size, int) else (size[0] * factor, size[1] * factor)
     return adapt(network, scheduler, null_class=null, call=call, autoencoder=autoencoder), side
 
 

@@ -1,6 +1,7 @@
 """What the samples say: distances between sets of embeddings, diversity, and copies (pure tensor maths)."""
 
 from mlflow_icr.generation.diversity import inception_score, vendi_score
+from mlflow_icr.generation.duplicates import NearDuplicates, near_duplicates
 from mlflow_icr.generation.frechet import (
     GaussianStatistics,
     frechet_distance,
@@ -32,6 +33,7 @@ __all__ = [
     "Detection",
     "GaussianStatistics",
     "MemorizationRatio",
+    "NearDuplicates",
     "Neighbours",
     "Reference",
     "Search",
@@ -51,6 +53,7 @@ __all__ = [
     "kernel_distance",
     "memorization_ratio",
     "mifid",
+    "near_duplicates",
     "precision_recall",
     "vendi_score",
 ]

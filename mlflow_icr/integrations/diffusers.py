@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from mlflow_icr.extraction.images import SUFFIXES, image_paths
+from mlflow_icr.extraction.images import RASTER_SUFFIXES, image_paths
 from mlflow_icr.integrations.ending import end_as_rank, status_of
 from mlflow_icr.integrations.watch import STOPPING
 from mlflow_icr.monitoring.protocol import Protocol
@@ -63,7 +63,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError(f"script is {str(arguments.script)!r}, which is no file; expected a training script")
     if arguments.data.is_dir():
         if not image_paths(arguments.data):
-            raise ValueError(f"data is {str(arguments.data)!r}, a folder without images ({', '.join(sorted(SUFFIXES))})")
+            raise ValueError(f"data is {str(arguments.data)!r}, a folder without images ({', '.join(sorted(RASTER_SUFFIXES))})")
     elif not (arguments.data.is_file() and arguments.data.suffix in (".zip", ".npz")):
         raise ValueError(f"data is {str(arguments.data)!r}; expected a folder, a .zip or a .npz file of images")
     if arguments.every is not None and arguments.at is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -14,7 +15,16 @@ from torch import Tensor
 
 from mlflow_icr.extraction.denoisers import Denoiser
 from mlflow_icr.extraction.encoders import load_encoder
-from mlflow_icr.extraction.images import SUFFIXES, ImageSet, folder_labels, named, read_files, read_images
+from mlflow_icr.extraction.images import (
+    RASTER_SUFFIXES,
+    ImageSet,
+    Size,
+    folder_labels,
+    height_width,
+    named,
+    read_files,
+    read_images,
+)
 from mlflow_icr.monitoring import GenerationMonitor, ICRMonitor, Protocol, Report
 
 SIGMA = "sigma"  # taken for the protocol's sigmas, too
@@ -105,7 +115,7 @@ def image_files(features: object) -> list[str] | None:
     elif isinstance(features, np.ndarray) and features.ndim == 2:
         columns = [list(column) for column in features.T]
     for column in columns:
-        if column and all(isinstance(value, str) and Path(value).suffix.lower() in SUFFIXES for value in column):
+        if column and all(isinstance(value, str) and Path(value).suffix.lower() in RASTER_SUFFIXES for value in column):
             return [str(value) for value in column]
     return None
 
@@ -127,23 +137,24 @@ def _whole_set(key: str, found: ImageSet) -> Tensor:
     return found.images
 
 
-def _from_data(features: object, side: int, channels: int | None) -> Tensor | None:
+def _from_data(features: object, size: Size, channels: int | None) -> Tensor | None:
     """The images that an evaluation's data are: files, or rows of pixels as `from_tensor` gives them; else None."""
     files = image_files(features)
     if files is not None:
-        return _whole_set("data", read_files(files, side))
-    if isinstance(features, np.ndarray) and channels is not None and features.shape[1:] == (channels * side * side,):
-        return torch.from_numpy(features).view(-1, channels, side, side)
+        return _whole_set("data", read_files(files, size))
+    pixels = math.prod(height_width(size))
+    if isinstance(features, np.ndarray) and channels is not None and features.shape[1:] == (channels * pixels,):
+        return torch.from_numpy(features).view(-1, channels, *height_width(size))
     return None
 
 
-def load_images(config: EvaluationConfig, features: object, side: int, channels: int | None) -> Images:
-    """The images to measure on, at the network's side in pixels and with its channels.
+def load_images(config: EvaluationConfig, features: object, size: Size, channels: int | None) -> Images:
+    """The images to measure on, at the network's size in pixels and with its channels.
 
     Training images come from `config.train`, or else from the evaluation's data. Raises ValueError where both or neither
     are there, and for images that do not fit the network.
     """
-    given = _from_data(features, side, channels)
+    given = _from_data(features, size, channels)
     labels = None
     if config.train is None:
         if given is None:
@@ -153,9 +164,9 @@ def load_images(config: EvaluationConfig, features: object, side: int, channels:
         train = given
     else:
         _require(given is None, "train", str(config.train), "nothing where data are images already")
-        train = _whole_set("train", read_images(config.train, side))
+        train = _whole_set("train", read_images(config.train, size))
         labels = folder_labels(config.train) if Path(config.train).is_dir() else None
-    heldout = None if config.heldout is None else _whole_set("heldout", read_images(config.heldout, side))
+    heldout = None if config.heldout is None else _whole_set("heldout", read_images(config.heldout, size))
     for key, images in (("train", train), ("heldout", heldout)):
         if images is not None and channels is not None and images.shape[1] != channels:
             raise ValueError(f"{key} images have {images.shape[1]} channel(s); the network takes {channels}")

@@ -77,7 +77,7 @@ def plan(argv: Sequence[str] | None) -> Study:
     arguments = _parser().parse_args(argv)
     changes = config_changes(arguments)
     limited = load_config(arguments.preset, changes)
-    available = len(load_source(limited.data.source, limited.data.resolution, limited.data.split)) - limited.data.num_heldout
+    available = len(load_source(limited.data.source, limited.data.size, limited.data.split)) - limited.data.num_heldout
     wanted = available if arguments.control_images == AUTO else _count("control_images", arguments.control_images)
     if not limited.data.num_images < wanted <= available:
         raise ValueError(

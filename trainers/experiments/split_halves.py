@@ -122,7 +122,7 @@ def halves_of(preset: str, changes: Mapping[str, object]) -> dict[str, TrainConf
     """The two configurations: num_images images each, none in both. Raises ValueError where the set has too few."""
     first = load_config(preset, {"checkpoints_total_limit": 0, **changes})
     data = first.data
-    available = len(load_source(data.source, data.resolution, data.split)) - data.num_heldout
+    available = len(load_source(data.source, data.size, data.split)) - data.num_heldout
     if 2 * data.num_images > available:
         raise ValueError(
             f"num_images is {data.num_images}; expected at most {available // 2}, half of {data.source!r} without "
@@ -161,6 +161,7 @@ def halves_in(folder: Path) -> Halves:
 
 def compare(halves: Halves) -> list[Compared]:
     """Both networks side by side at every checkpoint that both have. Raises ValueError where there is none."""
+    from mlflow_icr.extraction.images import height_width
     from mlflow_icr.extraction.pipelines import load_denoiser
     from mlflow_icr.extraction.samplers import starting_noise
 
@@ -173,9 +174,9 @@ def compare(halves: Halves) -> list[Compared]:
     for images_seen in common:
         pictures, states, copies = [], [], []
         for role in ROLES:
-            denoiser, side = load_denoiser(there[role][images_seen], trust_remote_code=True)  # what trainers.train wrote
+            denoiser, size = load_denoiser(there[role][images_seen], trust_remote_code=True)  # what trainers.train wrote
             if noise is None:
-                noise = starting_noise(range(SAMPLES), (channels_of(denoiser), side, side), config.run.seed)
+                noise = starting_noise(range(SAMPLES), (channels_of(denoiser), *height_width(size)), config.run.seed)
             pictures.append(drawn(denoiser, noise, config.monitor.sample_steps))
             rows = [row for row in histories[role] if row["images_seen"] <= images_seen]
             states.append(verdict(rows).state)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mlflow_icr import Denoiser
+from mlflow_icr.extraction.images import Size, height_width
 from mlflow_icr.extraction.pipelines import NULL_CLASS
 from trainers.config import TrainConfig
 from trainers.families.pipeline import NoiseToImagePipeline
@@ -36,14 +37,14 @@ class Family(ABC):
         """The class that stands for none; None for a model without classes."""
         return self.num_classes
 
-    def build(self, channels: int, side: int) -> nn.Module:
-        """The network for x (B, channels, side, side), initialised from the configuration's seed."""
+    def build(self, channels: int, size: Size) -> nn.Module:
+        """The network for x (B, channels, side, side), or (B, channels, height, width), initialised from the seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.run.seed)
-            return self._network(channels, side)
+            return self._network(channels, height_width(size))
 
     @abstractmethod
-    def _network(self, channels: int, side: int) -> nn.Module:
+    def _network(self, channels: int, size: tuple[int, int]) -> nn.Module:
         """The network, from torch's global generator."""
 
     @abstractmethod

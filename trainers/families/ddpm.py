@@ -24,8 +24,8 @@ class DDPM(Family):
         super().__init__(config, num_classes)
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
-    def _network(self, channels: int, side: int) -> nn.Module:
-        return make_unet(self.config, channels, side, self.num_classes)
+    def _network(self, channels: int, size: tuple[int, int]) -> nn.Module:
+        return make_unet(self.config, channels, size, self.num_classes)
 
     def scheduler(self) -> Any:
         """diffusers' DDPMScheduler."""
@@ -62,5 +62,7 @@ class DDPM(Family):
 
         if self.null_class is None:
             return DDPMPipeline(network, self.scheduler())
+        if not isinstance(network.config.sample_size, int):  # the other one samples squares alone
+            return None
         # Made for consistency models, it samples by any scheduler, and alone of diffusers' pipelines tells a U-Net classes.
         return ConsistencyModelPipeline(network, self.scheduler())

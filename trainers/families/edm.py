@@ -34,8 +34,8 @@ def edm_loss(
 class EDM(Family):
     """EDM; a noise level is sigma."""
 
-    def _network(self, channels: int, side: int) -> nn.Module:
-        return make_unet(self.config, channels, side, self.num_classes)
+    def _network(self, channels: int, size: tuple[int, int]) -> nn.Module:
+        return make_unet(self.config, channels, size, self.num_classes)
 
     def denoiser(self, network: nn.Module) -> EDMDenoiser:
         """EDM's preconditioning around a network."""
@@ -59,5 +59,7 @@ class EDM(Family):
         """One that was made for consistency models: it samples by any scheduler."""
         from diffusers import ConsistencyModelPipeline
 
+        if not isinstance(network.config.sample_size, int):  # it samples squares alone
+            return None
         # Plain diffusers loads and samples this; with DDPMPipeline it would run and be wrong.
         return ConsistencyModelPipeline(unet=network, scheduler=self.scheduler())

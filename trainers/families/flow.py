@@ -67,7 +67,7 @@ class Flow(Family):
         """The class that stands for none."""
         return self.num_classes or 0
 
-    def _network(self, channels: int, side: int) -> nn.Module:
+    def _network(self, channels: int, size: tuple[int, int]) -> nn.Module:
         from diffusers import DiTTransformer2DModel
 
         c = self.config
@@ -77,7 +77,7 @@ class Flow(Family):
             in_channels=channels,
             num_layers=c.network.num_layers,
             dropout=c.network.dropout,
-            sample_size=side,
+            sample_size=size[0],
             patch_size=c.network.patch_size,
             num_embeds_ada_norm=self.num_classes or 0,
         )

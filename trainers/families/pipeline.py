@@ -64,7 +64,8 @@ class NoiseToImagePipeline(DiffusionPipeline):  # type: ignore[misc]
             labels = [null] * count if class_labels is None else list(class_labels)
             conditions["class_labels"] = torch.tensor(labels + [null] * count * guided, device=device)
         config = network.config
-        shape = (count, config.in_channels, config.sample_size, config.sample_size)
+        size = config.sample_size
+        shape = (count, config.in_channels, *([size, size] if isinstance(size, int) else size))
         x = randn_tensor(shape, generator=generator, device=device, dtype=network.dtype)
         x = x * getattr(self.scheduler, "init_noise_sigma", 1.0)
         self.scheduler.set_timesteps(num_inference_steps, device=device)

@@ -13,14 +13,14 @@ SMALLEST_HEAD = 8  # channels of an attention head, so that narrow blocks can at
 HEAD = 64
 
 
-def make_unet(config: TrainConfig, channels: int, side: int, num_classes: int | None) -> UNet2DModel:
-    """The U-Net of a configuration for x (B, channels, side, side), with K classes and the null class, number K, if any."""
+def make_unet(config: TrainConfig, channels: int, size: tuple[int, int], num_classes: int | None) -> UNet2DModel:
+    """The U-Net of a configuration for x (B, channels, *size), with K classes and the null class, number K, if any."""
     from diffusers import UNet2DModel
 
-    sides = [side // 2**i for i in range(len(config.network.block_channels))]
+    sides = [min(size) // 2**i for i in range(len(config.network.block_channels))]
     attends = [s in config.network.attention_resolutions for s in sides]
     return UNet2DModel(
-        sample_size=side,
+        sample_size=size[0] if size[0] == size[1] else size,
         in_channels=channels,
         out_channels=channels,
         layers_per_block=config.network.layers_per_block,

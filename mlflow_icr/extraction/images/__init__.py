@@ -1,42 +1,63 @@
-"""Images from disk: folders, archives and arrays of them as tensors."""
+"""Images from disk: folders, archives and files of them as tensors."""
 
-from mlflow_icr.extraction.images.listing import SUFFIXES, ImageFiles, folder_labels, image_paths, is_archive, labels_of
-from mlflow_icr.extraction.images.raster import (
-    GREY_MODES,
+from mlflow_icr.extraction.images.formats import RASTER_SUFFIXES, SUFFIXES
+from mlflow_icr.extraction.images.listing import (
+    ImageFiles,
+    Listing,
+    folder_labels,
+    holds_images,
+    image_paths,
+    is_archive,
+    labels_of,
+    named,
+)
+from mlflow_icr.extraction.images.picture import Picture, Size, fit, height_width, parse_size
+from mlflow_icr.extraction.images.raster import GREY_MODES, check_background
+from mlflow_icr.extraction.images.reading import Read, Reading, check_value_range, load_folder, read_items, read_whole, shapes
+from mlflow_icr.extraction.images.sets import (
     FolderFacts,
     ImageSet,
-    as_eight_bit,
     content_hash,
-    fit,
     folder_facts,
-    load_folder,
-    named,
     read_files,
     read_images,
-    read_listed,
     stack_images,
     with_channels,
 )
+from mlflow_icr.extraction.images.store import Store
 
 __all__ = [
     "GREY_MODES",
+    "RASTER_SUFFIXES",
     "SUFFIXES",
     "FolderFacts",
     "ImageFiles",
     "ImageSet",
-    "as_eight_bit",
+    "Listing",
+    "Picture",
+    "Read",
+    "Reading",
+    "Size",
+    "Store",
+    "check_background",
+    "check_value_range",
     "content_hash",
     "fit",
     "folder_facts",
     "folder_labels",
+    "height_width",
+    "holds_images",
     "image_paths",
     "is_archive",
     "labels_of",
     "load_folder",
     "named",
+    "parse_size",
     "read_files",
     "read_images",
-    "read_listed",
+    "read_items",
+    "read_whole",
+    "shapes",
     "stack_images",
     "with_channels",
 ]

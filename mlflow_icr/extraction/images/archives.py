@@ -14,6 +14,23 @@ MOST_FILE_BYTES = 2**30
 MOST_RATIO, UNSUSPICIOUS_BYTES = 200, 16 * 2**20
 
 
+def check_member(info: zipfile.ZipInfo) -> None:
+    """Raise ValueError for a file of an archive that is not to be trusted, before memory is taken for it."""
+    parts = PurePosixPath(info.filename.replace("\\", "/")).parts
+    reason = ""
+    if not parts or ".." in parts or info.filename.startswith(("/", "\\")) or ":" in parts[0]:
+        reason = "has a name that leads out of the archive"
+    elif info.flag_bits & FLAG_ENCRYPTED:
+        reason = "is encrypted"
+    elif info.file_size > MOST_FILE_BYTES:
+        reason = f"would take {info.file_size / 2**30:.1f} GiB; expected at most {MOST_FILE_BYTES / 2**30:.0f}"
+    elif info.file_size > max(UNSUSPICIOUS_BYTES, MOST_RATIO * info.compress_size):
+        ratio = info.file_size / max(1, info.compress_size)
+        reason = f"is packed {ratio:.0f} to 1, as no image is; expected at most {MOST_RATIO}"
+    if reason:
+        raise ValueError(f"its file {info.filename!r} {reason}")
+
+
 class ZipArchive:
     """A zip of files, by their names. Raises ValueError, one line, for an archive that is damaged or not to be trusted."""
 
@@ -29,25 +46,13 @@ class ZipArchive:
         for info in self._archive.infolist():
             if info.is_dir():
                 continue
-            self._check(info)
+            try:
+                check_member(info)
+                if info.filename in self._sizes:
+                    raise ValueError(f"its file {info.filename!r} is there twice")
+            except ValueError as error:
+                raise ValueError(f"{str(self.path)!r} is refused: {error}") from None
             self._sizes[info.filename] = info.file_size
-
-    def _check(self, info: zipfile.ZipInfo) -> None:
-        def refuse(why: str) -> None:
-            raise ValueError(f"{str(self.path)!r} is refused: its file {info.filename!r} {why}")
-
-        parts = PurePosixPath(info.filename.replace("\\", "/")).parts
-        if ".." in parts or info.filename.startswith(("/", "\\")) or ":" in parts[0]:
-            refuse("has a name that leads out of the archive")
-        if info.filename in self._sizes:
-            refuse("is there twice")
-        if info.flag_bits & FLAG_ENCRYPTED:
-            refuse("is encrypted")
-        if info.file_size > MOST_FILE_BYTES:
-            refuse(f"would take {info.file_size / 2**30:.1f} GiB; expected at most {MOST_FILE_BYTES / 2**30:.0f}")
-        if info.file_size > max(UNSUSPICIOUS_BYTES, MOST_RATIO * info.compress_size):
-            ratio = info.file_size / max(1, info.compress_size)
-            refuse(f"is packed {ratio:.0f} to 1, as no image is; expected at most {MOST_RATIO}")
 
     def names(self) -> list[str]:
         """The names of all files, with slashes."""
@@ -62,3 +67,7 @@ class ZipArchive:
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError) as error:
             raise ValueError(f"damaged in the archive: {error}") from None
         return content
+
+    def path_of(self, name: str) -> None:
+        """Nowhere: a file is in the archive alone."""
+        return

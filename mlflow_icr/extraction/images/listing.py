@@ -1,24 +1,32 @@
-"""Which image files a folder or an archive holds, in what order, and what their folders say of them."""
+"""Which images a folder, an archive or a file holds, in what order, and what their folders and headers say of them."""
 
 from __future__ import annotations
 
+import json
+import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mlflow_icr.extraction.images.archives import ZipArchive
+from mlflow_icr.extraction.images.formats import (
+    ARRAYS,
+    DICOM,
+    RASTER_SUFFIXES,
+    SUFFIXES,
+    TABLES,
+    format_of,
+    is_dicom,
+    may_be_dicom,
+)
+from mlflow_icr.extraction.images.sources import FileReader, FileSource, Format, Header
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
-
-
-class FileReader(Protocol):
-    """Whatever gives the bytes of a file by its name."""
-
-    def read(self, name: str) -> bytes:
-        """The file's bytes."""
+MOST_NAMED = 10  # files that cannot be read, in one line
+GROUP_BY = ("folder", "file", "patient")
+EDM_LABELS = "dataset.json"  # beside the images, in archives of the StyleGAN and EDM family
 
 
 class Folder:
@@ -35,35 +43,192 @@ class Folder:
         """A file's bytes."""
         return (self.path / name).read_bytes()
 
+    def path_of(self, name: str) -> Path:
+        """Where a file is."""
+        return self.path / name
 
-class ImageFiles:
-    """The image files of a folder or of a zip, in the order of their names.
 
-    `names` are relative, with slashes. Raises ValueError for a place without images, and for an archive that is damaged.
+class LoneFile(Folder):
+    """One file, as a folder of nothing else."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path.parent)
+        self.name = path.name
+
+    def names(self) -> list[str]:
+        """Its name."""
+        return [self.name]
+
+
+class Listing:
+    """The images in files: their `items`, the file and the number in it of each, and their `names`.
+
+    Of a file that holds several images, a name has `#` and the number, from 0. `notes` are lines on what was understood in one
+    of several ways.
     """
 
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
-        self.reader: Folder | ZipArchive
-        if self.path.is_dir():
-            self.reader = Folder(self.path)
-        else:
-            self.reader = ZipArchive(self.path)
-        self.names = ordered_images(self.reader.names())
-        if not self.names:
-            kind = "a folder" if self.path.is_dir() else "an archive"
-            raise ValueError(f"data is {str(path)!r}, {kind} without images ({', '.join(sorted(SUFFIXES))})")
+    def __init__(
+        self,
+        path: Path | str,
+        files: Sequence[FileSource],
+        formats: Sequence[Format],
+        headers: Sequence[Header],
+        notes: Sequence[str] = (),
+    ) -> None:
+        self.path, self.files, self.formats = Path(path), files, formats
+        self.headers, self.notes = headers, list(notes)
+        self.items = [(i, frame) for i, header in enumerate(headers) for frame in range(header.frames)]
+        self.names = [files[i].name if headers[i].frames == 1 else f"{files[i].name}#{frame}" for i, frame in self.items]
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.items)
 
-    def read(self, name: str) -> bytes:
-        """A file's bytes. Raises ValueError or OSError where they cannot be read."""
-        return self.reader.read(name)
+    def scanned(self) -> bool:
+        """Whether each file's header has said which values its images have."""
+        return all(kind.header is not None for kind in self.formats)
+
+    def rows_of_files(self) -> bool:
+        """Whether they are rows of tables or arrays, which a file only happens to hold together."""
+        return all(kind in (ARRAYS, TABLES) for kind in self.formats)
 
     def labels(self) -> Tensor | None:
-        """The class of each image, (N,) integers, as `labels_of`."""
-        return labels_of(self.names)
+        """The class of each image, (N,) integers: the files' own, those in `dataset.json`, or by folders as `labels_of`."""
+        if all(header.labels is not None for header in self.headers):
+            own = [label for header in self.headers if header.labels is not None for label in header.labels]
+            return torch.tensor(own)
+        listed = _listed_labels(self.files[0].reader)
+        if listed is not None:
+            names = [self.files[i].name for i, _ in self.items]
+            if all(name in listed for name in names):
+                return torch.tensor([listed[name] for name in names])
+        return labels_of([self.files[i].name for i, _ in self.items])
+
+    def groups(self, by: str) -> list[str]:
+        """What each image belongs to: its `folder`, its `file`, its `patient` (DICOM), or what an expression finds in its name.
+
+        Of a regular expression with a group in parentheses, that group is taken. Raises ValueError for an expression that is
+        none, and naming images that belong to nothing.
+        """
+        files = [self.files[i].name for i, _ in self.items]
+        match by:
+            case "folder":
+                found = [str(PurePosixPath(name).parent) for name in files]
+            case "file":
+                found = files
+            case "patient":
+                found = [self.headers[i].subject for i, _ in self.items]
+            case _:
+                found = [_matched(by, name) for name in files]
+        missing = sorted({name for name, group in zip(files, found, strict=True) if not group})
+        if missing:
+            what = "no PatientID in" if by == "patient" else "no match in"
+            raise ValueError(f"group_by is {by!r}: {what} {len(missing)} of {len(set(files))} files: {named(missing)}")
+        return found
+
+
+class ImageFiles(Listing):
+    """The images of a folder, of a zip, or of one file, in the order of the files' names, and of the images in a file.
+
+    Names are relative, with slashes. Of several kinds of files (images, DICOM, volumes, arrays, tables) those there are most of
+    are taken. With `listed` the files are these paths, in this order. Raises ValueError for a place without images, for an
+    archive that is damaged, and naming files whose headers cannot be read.
+    """
+
+    def __init__(self, path: Path | str, listed: Sequence[str] | None = None) -> None:
+        path, notes = Path(path), list[str]()
+        reader: FileReader
+        if listed is not None:
+            reader = Folder(Path())
+        elif path.is_dir():
+            reader = Folder(path)
+        elif path.suffix.lower() == ".zip":
+            reader = ZipArchive(path)
+        else:
+            reader = LoneFile(path)
+        files, formats = _chosen_files(path, reader, listed, notes)
+        super().__init__(path, files, formats, _read_headers(path, files, formats, notes), notes)
+        if not self.items:
+            raise ValueError(f"{str(path)!r} holds no images ({', '.join(sorted(SUFFIXES))})")
+
+
+def _chosen_files(
+    path: Path, reader: FileReader, listed: Sequence[str] | None, notes: list[str]
+) -> tuple[list[FileSource], list[Format]]:
+    """The files of the kind there are most of."""
+    found: list[tuple[str, Format]] = []
+    alone = isinstance(reader, LoneFile)
+    there = [name for name in reader.names() if not is_hidden(name)] if listed is None else []
+    for name in listed or sorted(there, key=lambda name: PurePosixPath(name).parts):
+        kind = format_of(name)
+        if kind is None and may_be_dicom(name) and is_dicom(FileSource(name, reader).begins(132)):
+            kind = DICOM
+        if kind is not None:
+            found.append((name, kind))
+    counts = Counter(kind.name for _, kind in found)
+    if not counts:
+        return [], []
+    chosen = counts.most_common(1)[0][0]
+    aside = [f"{count} {name}" for name, count in counts.items() if name != chosen]
+    if aside:
+        notes.append(f"{str(path)!r}: its {counts[chosen]} {chosen} are taken, and {', '.join(aside)} left aside")
+    taken = [(name, kind) for name, kind in found if kind.name == chosen]
+    return [FileSource(name, reader, alone) for name, _ in taken], [kind for _, kind in taken]
+
+
+def _read_headers(path: Path, files: Sequence[FileSource], formats: Sequence[Format], notes: list[str]) -> list[Header]:
+    headers, unreadable = [], []
+    for source, kind in zip(files, formats, strict=True):
+        try:
+            headers.append(Header() if kind.header is None else kind.header(source))
+        except Exception as error:  # a damaged file makes its library raise anything
+            unreadable.append(f"{source.name} ({reason_of(error)})")
+    if unreadable:
+        raise ValueError(unreadable_message(path, unreadable, len(files)))
+    empty = sum(header.frames == 0 for header in headers)
+    if empty and empty < len(headers):
+        notes.append(f"{str(path)!r}: {empty} of {len(headers)} files hold no images")
+    remarks = Counter(header.remark for header in headers if header.remark)
+    for remark, count in remarks.most_common(3):
+        notes.append(f"{str(path)!r}: {'an array is' if count == 1 else f'{count} arrays are'} read {remark}")
+    return headers
+
+
+def _matched(expression: str, name: str) -> str:
+    try:
+        match = re.search(expression, name)
+    except re.error as error:
+        raise ValueError(
+            f"group_by is {expression!r}; expected {', '.join(GROUP_BY)}, or a regular expression on names ({error})"
+        ) from None
+    return "" if match is None else match.group(1) or "" if match.re.groups else match.group(0)
+
+
+def _listed_labels(reader: FileReader) -> dict[str, int] | None:
+    """Classes by name from a `dataset.json` of the StyleGAN and EDM family; None without one."""
+    if EDM_LABELS not in reader.names():
+        return None
+    try:
+        listed = json.loads(reader.read(EDM_LABELS)).get("labels")
+        return {str(name): int(label) for name, label in listed} if listed else None
+    except (ValueError, TypeError, AttributeError):
+        return None
+
+
+def reason_of(error: Exception) -> str:
+    """Why a file cannot be read, in a line."""
+    text = str(error).strip().splitlines()
+    return text[0] if text else type(error).__name__
+
+
+def unreadable_message(path: Path, unreadable: Sequence[str], total: int) -> str:
+    """The line that names files that cannot be read."""
+    return f"{str(path)!r}: {len(unreadable)} of {total} images cannot be read: {named(unreadable)}"
+
+
+def named(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return f"{'; '.join(names[:MOST_NAMED])}{more}"
 
 
 def is_archive(path: Path | str) -> bool:
@@ -71,20 +236,27 @@ def is_archive(path: Path | str) -> bool:
     return Path(path).suffix.lower() == ".zip" and Path(path).is_file()
 
 
+def holds_images(path: Path | str) -> bool:
+    """Whether a path is one that `ImageFiles` takes: a folder, an archive, or a file of a known format."""
+    path = Path(path)
+    return path.is_dir() or (path.is_file() and (is_archive(path) or format_of(path.name) is not None))
+
+
 def is_hidden(name: str) -> bool:
     """Whether a file is none of the images: what systems add to folders (`.DS_Store`, `__MACOSX/`, `._image.png`)."""
     return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
 
 
-def ordered_images(names: Sequence[str]) -> list[str]:
-    """Those of the names that are image files, ordered by their parts: the files of one folder are beside each other."""
-    images = [name for name in names if PurePosixPath(name).suffix.lower() in SUFFIXES and not is_hidden(name)]
-    return sorted(images, key=lambda name: PurePosixPath(name).parts)
-
-
 def image_paths(folder: Path | str) -> list[Path]:
-    """All image files below a folder, in the order of their paths."""
-    return [Path(folder) / name for name in ordered_images(Folder(Path(folder)).names())]
+    """All image files (PNG, JPEG, WebP, BMP, GIF, TIFF) below a folder, in the order of their paths."""
+    names = Folder(Path(folder)).names()
+    images = [name for name in names if PurePosixPath(name).suffix.lower() in RASTER_SUFFIXES and not is_hidden(name)]
+    return [Path(folder) / name for name in sorted(images, key=lambda name: PurePosixPath(name).parts)]
+
+
+def folder_labels(folder: Path | str) -> Tensor | None:
+    """The class of each image of a folder, an archive or a file, (N,) integers, as `ImageFiles.labels`."""
+    return ImageFiles(folder).labels()
 
 
 def labels_of(names: Sequence[str]) -> Tensor | None:
@@ -99,8 +271,3 @@ def labels_of(names: Sequence[str]) -> Tensor | None:
         return None
     classes = {name: place for place, name in enumerate(sorted({parts[0] for parts in folders}))}
     return torch.tensor([classes[parts[0]] for parts in folders])
-
-
-def folder_labels(folder: Path | str) -> Tensor | None:
-    """The class of each image of a folder, (N,) integers, where the images lie in one subfolder for each class; else None."""
-    return labels_of(ordered_images(Folder(Path(folder)).names()))

@@ -18,7 +18,7 @@ LEAST = {"num_images": 0, "seed": 0, "steps": 2, "class_label": 0}
 
 
 def sample_images(
-    loaded: tuple[Any, int], indices: Sequence[int], *, seed: int = 0, steps: int = 18, class_label: int | None = None
+    loaded: tuple[Any, Any], indices: Sequence[int], *, seed: int = 0, steps: int = 18, class_label: int | None = None
 ) -> np.ndarray:
     """Images (N, H, W, C) uint8 of a loaded denoiser: samples `indices` of a seed, whatever the batch.
 
@@ -28,14 +28,15 @@ def sample_images(
 
     from mlflow_icr.extraction.adapters.choose import image_channels
     from mlflow_icr.extraction.denoisers import evaluating
+    from mlflow_icr.extraction.images import height_width
     from mlflow_icr.extraction.samplers import sample, starting_noise
     from mlflow_icr.monitoring.generation import to_uint8
 
     denoiser, side = loaded
     network = denoiser.network
     _check_class(denoiser, class_label)
-    shape = (int(network.config["in_channels"]), *[int(network.config["sample_size"])] * 2)  # of images, or of their latents
-    images = [np.empty((0, side, side, image_channels(denoiser) or 0), np.uint8)]
+    shape = (int(network.config["in_channels"]), *height_width(network.config["sample_size"]))  # of images, or of their latents
+    images = [np.empty((0, *height_width(side), image_channels(denoiser) or 0), np.uint8)]
     with evaluating(network):
         for start in range(0, len(indices), BATCH):
             noise = starting_noise(indices[start : start + BATCH], shape, seed)

@@ -15,6 +15,7 @@ from itertools import product
 from typing import Any
 
 from mlflow_icr.arguments import refuse_unknown
+from mlflow_icr.extraction.images import Size
 from trainers.config import OPTIONS, PRESET, DataConfig, TrainConfig, load_config, preset_names
 from trainers.options import Option
 
@@ -127,10 +128,10 @@ def check_data(runs: Sequence[Run]) -> None:
     """Raise ValueError where a set has fewer images than a run takes, and for unknown sets; each is loaded once."""
     from trainers.data import load_source
 
-    wanted: dict[tuple[str, int, str], DataConfig] = {}
+    wanted: dict[tuple[str, Size, str], DataConfig] = {}
     for run in runs:
         c = run.config.data
-        key = (c.source, c.resolution, c.split)
+        key = (c.source, c.size, c.split)
         if key not in wanted or c.num_images + c.num_heldout > wanted[key].num_images + wanted[key].num_heldout:
             wanted[key] = c
     for (data, resolution, split), c in wanted.items():

@@ -1,0 +1,41 @@
+"""Images that are there twice, by their pixels."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from mlflow_icr.extraction.hashing import update_digest
+
+
+def pixel_hashes(images: Tensor) -> list[bytes]:
+    """The SHA-256 of each image's pixels, of images (N, C, H, W)."""
+    found = []
+    for image in images:
+        digest = hashlib.sha256()
+        update_digest(digest, image[None])
+        found.append(digest.digest())
+    return found
+
+
+def exact_duplicates(hashes: Sequence[bytes]) -> list[list[int]]:
+    """The indices of images that are the same, a list for each that is there more than once, in the order of the first."""
+    places: dict[bytes, list[int]] = {}
+    for index, digest in enumerate(hashes):
+        places.setdefault(digest, []).append(index)
+    return [indices for indices in places.values() if len(indices) > 1]
+
+
+def duplicate_notes(train: Tensor, heldout: Tensor) -> list[str]:
+    """A line where training images are the same, and one where held-out images are training images too."""
+    hashes = pixel_hashes(train)
+    again = sum(len(indices) - 1 for indices in exact_duplicates(hashes))
+    notes = []
+    if again:
+        notes.append(f"{again} of {len(train)} training images are exact duplicates of others; see mlflow-icr duplicates")
+    shared = len(set(hashes).intersection(pixel_hashes(heldout)))
+    if shared:
+        notes.append(f"{shared} training images are held out too, by exact copies; loss/heldout is too low for it")
+    return notes

@@ -1,0 +1,36 @@
+"""The kinds of files that images come in, and which a file is."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+
+from mlflow_icr.extraction.images import arrays, dicom, nifti, raster, tables, tiff
+from mlflow_icr.extraction.images.sources import Format
+
+RASTER = Format("images", (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"), raster.pictures)
+TIFF = Format("images", (".tif", ".tiff"), tiff.pictures, tiff.header)
+DICOM = Format("DICOM files", (".dcm", ".dicom", ".ima"), dicom.pictures, dicom.header)
+NIFTI = Format("NIfTI volumes", (".nii", ".nii.gz"), nifti.pictures, nifti.header)
+ARRAYS = Format("arrays", (".npy", ".npz"), arrays.pictures, arrays.header)
+TABLES = Format("tables", (".parquet",), tables.pictures, tables.header)
+FORMATS = (RASTER, TIFF, DICOM, NIFTI, ARRAYS, TABLES)
+
+SUFFIXES = {suffix for kind in FORMATS for suffix in kind.suffixes}
+RASTER_SUFFIXES = {*RASTER.suffixes, *TIFF.suffixes}  # what others call image files
+
+
+def format_of(name: str) -> Format | None:
+    """The format of a file by its name; None of one that holds no images, as far as the name says."""
+    lower = PurePosixPath(name).name.lower()
+    return next((kind for kind in FORMATS if lower.endswith(kind.suffixes)), None)
+
+
+def may_be_dicom(name: str) -> bool:
+    """Whether a file's name says so little that it may be a DICOM file: no suffix, or the last number of an identifier."""
+    path = PurePosixPath(name)
+    return path.name.upper() != "DICOMDIR" and path.suffix[1:].isdigit() == bool(path.suffix)
+
+
+def is_dicom(first: bytes) -> bool:
+    """Whether a file begins as DICOM files do."""
+    return first[128:132] == b"DICM"

@@ -4,7 +4,7 @@ BIN := .venv/bin
 UI_PORT ?= 5000
 TENSORBOARD_PORT ?= 6006
 
-.PHONY: help .venv demo test slow soak lint format docs ui benchmarks validate screenshots clean
+.PHONY: help .venv demo test slow soak lint format docs wheel ui benchmarks validate screenshots clean
 
 # What there is, from the lines above the targets.
 help:
@@ -54,6 +54,13 @@ format: .venv
 docs: .venv
 	$(BIN)/python docs/build_pages.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+# Source distribution and wheel in dist/, checked.
+wheel: .venv
+	$(BIN)/python -m pip install --quiet build twine
+	rm -rf dist build
+	$(BIN)/python -m build --quiet
+	$(BIN)/python -m twine check --strict dist/*
 
 # MLflow UI and TensorBoard on what the demo left; Ctrl-C ends both.
 ui: .venv

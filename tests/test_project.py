@@ -73,3 +73,16 @@ def test_versions_agree() -> None:
     done = subprocess.run([sys.executable, "-m", "mlflow_icr.cli", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == mlflow_icr.__version__
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == mlflow_icr.__version__
+
+
+def test_ci_and_hooks_run_what_the_repository_runs() -> None:
+    constraints = pins((ROOT / "constraints.txt").read_text().splitlines())
+    [repository] = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert repository["rev"] == f"v{constraints['ruff']}"
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
+    steps = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    used = {target for step in steps for target in re.findall(r"make ([a-z]+)", step)}
+    assert {"lint", "test", "docs", "wheel"} <= used <= targets
+    versions = re.findall(r"Python :: (3\.\d+)", (ROOT / "pyproject.toml").read_text())
+    assert jobs["tests"]["strategy"]["matrix"]["python"] == versions

@@ -1,0 +1,86 @@
+"""`mlflow run . -e paper`: train what is missing, measure what is new, and write the page."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mlflow_icr.arguments import OneLineParser, dashed
+from trainers.experiments.paper.figures import FIGURES
+from trainers.experiments.paper.measurements import Folder, measure_all
+from trainers.experiments.paper.page import write_page
+from trainers.experiments.paper.plan import SCALES, Scale
+from trainers.experiments.paper.trainings import Train, in_a_process, train_missing
+from trainers.train import Stop
+
+CIFAR10, VARIABLE = "uoft-cs/cifar10", "MLFLOW_ICR_CIFAR10"
+
+
+def figure_numbers(text: str) -> list[int]:
+    """`all`, or numbers: 2,4. Raises ValueError for others."""
+    if text == "all":
+        return sorted(FIGURES)
+    found = [int(word) if word.strip().isdigit() else 0 for word in text.split(",")]
+    if not set(found) <= set(FIGURES):
+        raise ValueError(f"figures is {text!r}; expected all, or some of {', '.join(map(str, FIGURES))}, such as 2,4")
+    return sorted(set(found))
+
+
+def check(scale: Scale, data: str) -> None:
+    """Raise ValueError, before any work, where a training's flags are no configuration."""
+    for training in scale.trainings():
+        training.config(data)
+
+
+def reproduce(
+    scale: Scale, data: str, root: Path, page: Path, figures: Sequence[int], *, stop: Stop, train: Train | None
+) -> int:
+    """Train (None: only measure what is there), measure and write; returns the exit status."""
+    folder = Folder(root)
+
+    def wants_stop() -> bool:
+        return stop.signal is not None
+
+    failed = []
+    if train is not None:
+        failed = train_missing(scale.trainings(), root / "runs", data, wants_stop, print, train)
+    results = measure_all(scale, folder, wants_stop, print)
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "results.json").write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+    claims = write_page(scale, results, page, figures)
+    for claim in claims:
+        print(f"figure {claim.figure:2d}  {claim.outcome:12s}  {claim.claim}")
+    print(f"page         {page / 'index.md'}")
+    if stop.signal is not None:
+        return 128 + stop.signal
+    return 1 if failed else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    parser = OneLineParser(prog="paper", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--scale", default="small", help=f"one of {', '.join(SCALES)}")
+    parser.add_argument("--figures", default="all", help="all, or numbers: 2,4")
+    parser.add_argument("--data", default=os.environ.get(VARIABLE, CIFAR10), help=f"CIFAR-10; {VARIABLE} names a copy of yours")
+    parser.add_argument("--output-dir", type=Path, default=None, help="of runs and result files; it may be gone on with")
+    parser.add_argument("--page-dir", type=Path, default=None, help="of the page; page/ in the output folder")
+    parser.add_argument("--no-train", action="store_true", help="figures from the result files and checkpoints that are there")
+    arguments = parser.parse_args(dashed(sys.argv[1:] if argv is None else argv))
+    try:
+        if arguments.scale not in SCALES:
+            raise ValueError(f"scale is {arguments.scale!r}; expected one of {', '.join(SCALES)}")
+        scale, figures = SCALES[arguments.scale], figure_numbers(arguments.figures)
+        check(scale, arguments.data)
+    except (ValueError, OSError) as error:
+        print(f"paper: error: {error}", file=sys.stderr)
+        return 2
+    root = arguments.output_dir or Path("outputs") / f"paper-{scale.name}"
+    page = arguments.page_dir or root / "page"
+    return reproduce(
+        scale, arguments.data, root, page, figures, stop=Stop(), train=None if arguments.no_train else in_a_process
+    )

@@ -1,0 +1,113 @@
+"""Figures 2 to 14 as functions of results, in the paper's axes, with intervals where there are some."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mlflow_icr.monitoring.plots import COLOURS
+from trainers.experiments.paper.claims import Results
+from trainers.experiments.paper.plan import EDM_FEW, EDM_MANY, FLOW_FEW, FLOW_MANY
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+KIMG = "thousand images seen"
+Rows = Sequence[Mapping[str, Any]]
+
+
+def _axes(count: int) -> tuple[Figure, list[Axes]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6 * count, 3.4), layout="constrained")
+    return figure, [figure.add_subplot(1, count, place + 1) for place in range(count)]
+
+
+def _runs(results: Results, *roles: str, key: str = "trajectory") -> list[tuple[str, Rows]]:
+    return [(name, r[key]) for name, r in sorted(results.items()) if r["role"] in roles and r.get(key)]
+
+
+def _line(axes: Axes, rows: Rows, x: str, y: str, label: str, place: int, bounds: tuple[str, str] | None = None) -> None:
+    """A curve with its interval, of the rows that have it."""
+    colour, unit = COLOURS[place % len(COLOURS)], 1000 if x == "images_seen" else 1
+    there = [row for row in rows if row.get(y) is not None and row[x] > 0]
+    axes.plot([row[x] / unit for row in there], [row[y] for row in there], marker="o", ms=3, color=colour, label=label)
+    if bounds is not None:
+        known = [row for row in there if row.get(bounds[0]) is not None]
+        low, high = ([row[bound] for row in known] for bound in bounds)
+        axes.fill_between([row[x] / unit for row in known], low, high, color=colour, alpha=0.2, lw=0)
+
+
+def _finish(figure: Figure, panels: Sequence[Axes], x: str, ys: Sequence[str]) -> Figure:
+    for axes, y in zip(panels, ys, strict=True):
+        axes.set(xlabel=x, ylabel=y, xscale="log")
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(fontsize=7)
+    return figure
+
+
+ICR_BOUNDS, COPY_BOUNDS = ("icr_low", "icr_high"), ("copies_low", "copies_high")
+
+
+def _over_training(results: Results, roles: Sequence[str], panels: Sequence[tuple[str, str, tuple[str, str] | None]]) -> Figure:
+    """Panels of one value each over training, a curve for each run of the roles."""
+    figure, axes = _axes(len(panels))
+    for panel, (key, _, bounds) in zip(axes, panels, strict=True):
+        for place, (name, rows) in enumerate(_runs(results, *roles)):
+            _line(panel, rows, "images_seen", key, name, place, bounds)
+    return _finish(figure, axes, KIMG, [label for _, label, _ in panels])
+
+
+def _over_noise(results: Results, roles: Sequence[str], panels: Sequence[tuple[str, str, tuple[str, str] | None]]) -> Figure:
+    figure, axes = _axes(len(panels))
+    for panel, (key, _, bounds) in zip(axes, panels, strict=True):
+        for place, (name, rows) in enumerate(_runs(results, *roles, key="window")):
+            _line(panel, rows, "sigma", key, name, place, bounds)
+    return _finish(figure, axes, "sigma", [label for _, label, _ in panels])
+
+
+WINDOW = (("icr_debiased", "ICR", ICR_BOUNDS), ("accuracy", "linear probe accuracy", None))
+TURN = (("icr_debiased", "ICR", ICR_BOUNDS), ("copies", "memorization ratio", COPY_BOUNDS))
+TRACES = (("trace_invariant", "tr(Sigma_s)", None), ("trace_residual", "tr(Sigma_xi)", None))
+
+
+def subset_figure(results: Results) -> Figure:
+    """Figure 12: plug-in and debiased ICR over the number of images."""
+    figure, axes = _axes(1)
+    for name, rows in _runs(results, EDM_MANY, key="subsets"):
+        _line(axes[0], rows, "images", "icr", f"{name}, plug-in", 0)
+        _line(axes[0], rows, "images", "icr_debiased", f"{name}, debiased", 1, ICR_BOUNDS)
+    return _finish(figure, axes, "images", ["ICR"])
+
+
+def _kinds_figure(results: Results, key: str) -> Figure:
+    figure, axes = _axes(1)
+    for _, rows in _runs(results, EDM_FEW, key=key):
+        for place, what in enumerate(dict.fromkeys(row["what"] for row in rows)):
+            _line(axes[0], [r for r in rows if r["what"] == what], "images_seen", "icr_debiased", what, place, ICR_BOUNDS)
+    return _finish(figure, axes, KIMG, ["ICR"])
+
+
+CLASSES = (
+    ("icr_debiased", "ICR", ICR_BOUNDS),
+    ("silhouette", "silhouette", None),
+    ("class_separation", "class separation", None),
+)
+FIGURES: dict[int, Callable[[Results], Figure]] = {
+    2: lambda results: _over_noise(results, (EDM_MANY, FLOW_MANY), WINDOW),
+    3: lambda results: _over_training(results, (EDM_MANY,), (WINDOW[0], ("frechet_pixels", "Frechet distance, pixels", None))),
+    4: lambda results: _over_training(results, (EDM_FEW,), TURN),
+    5: lambda results: _over_training(results, (FLOW_FEW,), TURN),
+    6: lambda results: _over_training(results, (EDM_FEW,), (("neighbour_agreement", "neighbours of the same class", None),)),
+    7: lambda results: _over_training(results, (EDM_FEW, EDM_MANY), TRACES),
+    8: lambda results: _over_noise(results, (EDM_MANY,), TRACES),
+    9: lambda results: _over_noise(results, (EDM_FEW,), WINDOW),
+    10: lambda results: _over_training(
+        results, (EDM_MANY,), (("alignment", "Alignment", None), ("frechet_pixels", "Frechet distance, pixels", None))
+    ),
+    11: lambda results: _over_training(results, (EDM_FEW,), CLASSES),
+    12: subset_figure,
+    13: lambda results: _kinds_figure(results, "levels"),
+    14: lambda results: _kinds_figure(results, "layers"),
+}

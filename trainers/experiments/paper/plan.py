@@ -1,0 +1,107 @@
+"""What is trained for the paper's figures, at which scale."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from trainers.config import TrainConfig, config_from
+
+EDM_FEW, EDM_MANY, FLOW_FEW, FLOW_MANY = "edm-few", "edm-many", "flow-few", "flow-many"
+
+
+@dataclass(frozen=True)
+class Training:
+    """One run of `trainers.train`: its name, role, seed and flags; `images` are how many it is trained on."""
+
+    name: str
+    role: str
+    seed: int
+    images: int
+    flags: Mapping[str, Any]
+
+    def config(self, data: str) -> TrainConfig:
+        """The configuration of the run. Raises ValueError where the flags are none."""
+        return config_from({**self.flags, "data": data, "num_images": self.images, "seed": self.seed})
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large everything is: images, lengths in thousands of images seen, networks, and what is measured of checkpoints.
+
+    `common`, `edm` and `flow` are flags of `trainers.train`. `sigma` is the noise of trajectories, `sigma_flow` that of flow
+    matching, t / (1 - t). `layers` are blocks around the monitored one, by their aliases.
+    """
+
+    name: str
+    few: int
+    many: int
+    few_kimg: float
+    many_kimg: float
+    seeds: tuple[int, ...]
+    common: Mapping[str, Any]
+    edm: Mapping[str, Any]
+    flow: Mapping[str, Any]
+    probe: int = 256
+    views: int = 16
+    samples: int = 256
+    sample_steps: int = 18
+    sigma: float = 0.29
+    sigma_flow: float = 0.25
+    sigmas: tuple[float, ...] = (0.01, 0.02, 0.06, 0.14, 0.3, 0.59, 1.09, 1.92, 3.26)
+    layers: tuple[str, ...] = ("mid", "decoder", "decoder+1")
+    subsets: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+    labelled: int = 2000
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def trainings(self) -> list[Training]:
+        """Every run, those that most figures need first."""
+        found = []
+        kinds = ((EDM_FEW, self.edm, self.few, self.few_kimg), (FLOW_FEW, self.flow, self.few, self.few_kimg))
+        rich = ((EDM_MANY, self.edm, self.many, self.many_kimg), (FLOW_MANY, self.flow, self.many, self.many_kimg))
+        for place, seed in enumerate(self.seeds):
+            for role, flags, images, kimg in (*kinds, *(rich if place == 0 else ())):
+                all_flags = {**self.common, **flags, "total_kimg": kimg}
+                found.append(Training(f"{role}-seed{seed}", role, seed, images, all_flags))
+        return found
+
+
+QUIET = {"num_samples": 64, "generate_every": 10**6, "probe_images": 128, "log_models": "none"}  # figures measure anew
+SMALL = Scale(
+    name="small",
+    few=256,
+    many=16000,
+    few_kimg=250,
+    many_kimg=400,
+    seeds=(0, 1, 2),
+    common={"resolution": 16, "num_heldout": 2000, "measurements": 16, "first_measurement_kimg": 4, **QUIET},
+    edm={"family": "edm", "block_channels": (32, 64), "batch_size": 64, "learning_rate": 1e-3},
+    flow={"family": "flow", "labels": True, "hidden_size": 128, "num_layers": 6, "num_heads": 4, "patch_size": 4},
+    labelled=2000,
+)
+PAPER = Scale(
+    name="paper",
+    few=4096,
+    many=48000,
+    few_kimg=200_000,
+    many_kimg=200_000,
+    seeds=(0, 1, 2),
+    common={
+        "resolution": 32, "num_heldout": 2000, "measurements": 40, "first_measurement_kimg": 500, "log_models": "none",
+        "num_samples": 64, "generate_every": 10**6, "probe_images": 512,
+    },
+    edm={
+        "family": "edm", "block_channels": (128, 256, 256, 256), "layers_per_block": 4, "attention_resolutions": (16,),
+        "dropout": 0.13, "batch_size": 512, "learning_rate": 1e-3, "rampup_kimg": 10_000,
+    },
+    flow={
+        "family": "flow", "labels": True, "hidden_size": 768, "num_layers": 12, "num_heads": 12, "patch_size": 2,
+        "batch_size": 256, "learning_rate": 1e-4,
+    },
+    probe=4096,
+    views=2,
+    samples=10_000,
+    labelled=48000,
+)  # fmt: skip
+SCALES = {scale.name: scale for scale in (SMALL, PAPER)}

@@ -160,6 +160,8 @@ def noise_energies_claim(results: Results) -> Claim:
     """Figure 8: over noise the residual energy grows, and the invariant one peaks in the middle."""
     votes, notes = [], []
     for points in _of(results, EDM_MANY, "window"):
+        if any("trace_residual" not in p for p in points):
+            continue
         sigma, residual, invariant = (
             np.array([p[key] for p in points]) for key in ("sigma", "trace_residual", "trace_invariant")
         )

@@ -40,10 +40,13 @@ def contamination(features: Tensor) -> dict[str, Any]:
     return found | bounds | {"influence": interval.influence.double().tolist()}
 
 
-def energies(features: Tensor) -> dict[str, float]:
-    """Traces of the invariant and the residual covariance of l2-normalised features (N, K, D)."""
+def energies(features: Tensor) -> dict[str, Any]:
+    """Traces of the invariant and the residual covariance of l2-normalised features (N, K, D), absent with a reason."""
     scaled = normalize(features.double(), dim=-1)
-    spectrum = ViewMoments(features.shape[1], features.shape[2]).update(scaled).spectrum()
+    try:
+        spectrum = ViewMoments(features.shape[1], features.shape[2]).update(scaled).spectrum()
+    except ValueError as error:
+        return {"absent_energies": str(error)}
     return {"trace_invariant": spectrum.trace_invariant, "trace_residual": spectrum.trace_residual}
 
 

@@ -64,6 +64,9 @@ def test_the_page_has_thirteen_figures_and_statements(study: Path) -> None:
         assert picture.stat().st_size > 3000
         assert picture.name in text
         assert READINGS[claim["figure"]] in text
+    for when in ("before", "at", "after"):
+        assert (study / "page" / f"figure-06-{when}.png").stat().st_size > 1000
+        assert f"figure-06-{when}.png" in text
     assert "4 of 4 trainings are measured" in text.replace("\n", " ")
 
 

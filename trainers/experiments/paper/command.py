@@ -51,7 +51,7 @@ def reproduce(
     results = measure_all(scale, folder, wants_stop, print)
     root.mkdir(parents=True, exist_ok=True)
     (root / "results.json").write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
-    claims = write_page(scale, results, page, figures)
+    claims = write_page(scale, results, page, figures, root / "results")
     for claim in claims:
         print(f"figure {claim.figure:2d}  {claim.outcome:12s}  {claim.claim}")
     print(f"page         {page / 'index.md'}")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mlflow_icr import Denoiser, LabelledImages, frechet_distance, memorization_ratio, sweep_noise
@@ -179,13 +179,27 @@ class Measured:
 
         return list(once(self.folder.result(self.training, name), make))
 
-    def neighbours(self, step: int) -> np.ndarray:
-        """Images and their nearest by s, (H, W, 3) uint8, each row an image and its neighbours."""
-        s = invariant_part(self.features(self.denoiser(step)))
-        anchors = anchor_images(len(s))
-        rows = torch.cat([anchors[:, None], nearest(s, anchors, read.NEIGHBOURS)], 1)
-        shown = (as_unit_interval(self.images) * 255).round().to(torch.uint8)
-        return image_grid(shown[rows.flatten()], rows.shape[1])
+    def neighbours(self, step: int) -> Path:
+        """A picture: each row an image and its nearest by s, at one checkpoint."""
+        path = self.folder.result(self.training, f"neighbours-{step:012d}").with_suffix(".png")
+        if not path.exists():
+            s = invariant_part(self.features(self.denoiser(step)))
+            anchors = anchor_images(len(s))
+            rows = torch.cat([anchors[:, None], nearest(s, anchors, read.NEIGHBOURS)], 1)
+            shown = (as_unit_interval(self.images) * 255).round().to(torch.uint8)
+            grid = Image.fromarray(image_grid(shown[rows.flatten()], rows.shape[1]))
+            write_whole(path, lambda file: grid.save(file, "PNG"))
+        return path
+
+    def neighbour_pictures(self, trajectory: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+        """Pictures before, at and after the lowest ICR, by what they are; paths below the results' folder."""
+        known = [row for row in trajectory if row["images_seen"] > 0 and "icr_debiased" in row]
+        if not known:
+            return {}
+        lowest = min(known, key=lambda row: row["icr_debiased"])
+        steps = {"before": known[0], "at the lowest ICR": lowest, "after": known[-1]}
+        root = self.folder.root / "results"
+        return {what: str(self.neighbours(row["images_seen"]).relative_to(root)) for what, row in steps.items()}
 
 
 def measure_all(
@@ -204,6 +218,7 @@ def measure_all(
             result["window"] = measured.window(last)
         if training.role == EDM_FEW and training.seed == scale.seeds[0]:
             result |= {"levels": measured.levels(), "layers": measured.layers()}
+            result["neighbours"] = measured.neighbour_pictures(result["trajectory"])
         if training.name == f"edm-many-seed{scale.seeds[0]}":
             result["subsets"] = measured.subsets(last)
         found[training.name] = result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,16 +42,28 @@ def page_text(claims: Sequence[Claim], scale: Scale, results: Results) -> str:
             f"| paper | {READINGS[claim.figure]} |",
             f"| rule | {claim.rule} |",
         ]
+        if claim.figure == 6:
+            for what, name in _pictures(results).items():
+                lines += ["", f"Each row an image and its nearest by the invariant part, {what}:", "", f"![{what}]({name})"]
     return "\n".join(lines) + "\n"
 
 
-def write_page(scale: Scale, results: Results, place: Path, figures: Sequence[int]) -> list[Claim]:
-    """Write figures, `claims.json` and `index.md` to a folder; returns the statements."""
+def _pictures(results: Results) -> dict[str, str]:
+    """Names on the page of the pictures of neighbours, by what they are."""
+    shown = next((result["neighbours"] for result in results.values() if result.get("neighbours")), {})
+    return {what: f"figure-06-{what.split()[0]}.png" for what in shown}
+
+
+def write_page(scale: Scale, results: Results, place: Path, figures: Sequence[int], pictures: Path) -> list[Claim]:
+    """Write figures, `claims.json` and `index.md` to a folder; returns the statements. `pictures` is the results' folder."""
     place.mkdir(parents=True, exist_ok=True)
     claims = all_claims(results)
     for number in figures:
         # Without the library's version and the time, which would change the file's bytes.
         FIGURES[number](results).savefig(place / f"figure-{number:02d}.png", dpi=110, metadata={"Software": None})
+    for result in results.values():
+        for what, path in result.get("neighbours", {}).items():
+            shutil.copyfile(pictures / path, place / _pictures(results)[what])
     plain = [{"figure": c.figure, "claim": c.claim, "outcome": c.outcome, "numbers": c.numbers} for c in claims]
     (place / "claims.json").write_text(json.dumps(plain, indent=1) + "\n")
     (place / "index.md").write_text(page_text(claims, scale, results))

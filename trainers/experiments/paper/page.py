@@ -50,7 +50,7 @@ def page_text(claims: Sequence[Claim], scale: Scale, results: Results) -> str:
 
 def _pictures(results: Results) -> dict[str, str]:
     """Names on the page of the pictures of neighbours, by what they are."""
-    shown = next((result["neighbours"] for result in results.values() if result.get("neighbours")), {})
+    shown: dict[str, str] = next((result["neighbours"] for result in results.values() if result.get("neighbours")), {})
     return {what: f"figure-06-{what.split()[0]}.png" for what in shown}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from scipy import stats
 from torch import nn
 
 from trainers.config import load_config
-from trainers.dropout import KeyedDropout, key_dropout
+from trainers.dropout import KeyedDropout, fused, key_dropout
 from trainers.families import family_of
 
 SHAPE = (96, 16, 12, 12)
@@ -117,3 +119,25 @@ def test_a_network_is_the_same_but_for_its_dropout(preset: str) -> None:
     assert preset != "digits" or not torch.equal(both, before)  # a flow's blocks begin as identity
     keys.of_rows = torch.tensor([2])
     torch.testing.assert_close(network(x[1:], time[1:], **{k: v[1:] for k, v in named.items()}).sample, both[1:])
+
+
+@pytest.mark.slow  # a C++ compiler's time
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+def test_compiled_it_is_one_kernel_each_way_whatever_the_shape_with_the_same_masks() -> None:
+    """On the CPU, where a kernel is a C++ loop; on CUDA it is the same graph, in Triton."""
+    from torch._inductor import metrics
+
+    (layer,) = layers(0.2, 1)
+    torch._dynamo.reset()
+    metrics.reset()
+    for shape in ((6, 8, 4, 4), (6, 16, 2, 2)):
+        layer.keys.of_rows = torch.arange(6) * 0x123456789ABC
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x = torch.randn(shape).to(memory_format=layout).requires_grad_()
+            expected, found = layer(x), fused(0.2)(x, *layer.keys.words(0))
+            assert torch.equal(found, expected)
+            assert found.is_contiguous(memory_format=layout)
+            (gradient,) = torch.autograd.grad(found.sum(), x)
+            assert torch.equal(gradient, (expected != 0) / torch.tensor(0.8))
+    assert metrics.generated_kernel_count <= 2 * 2  # forward and backward, for each layout
+    torch._dynamo.reset()

@@ -3,9 +3,16 @@
 torch's own draws a mask from the generator of a device, in the shape of what a rank happens to have: on another number of ranks
 or with other accumulation, the same image gets another mask. Here each row of a batch has a key, and what becomes of an element
 is a hash of the row's key, the layer and the element's place in the row: the same on any device, however a batch is divided.
+
+The hash is some thirty operations of one integer each. On CUDA they are compiled into one kernel with the dropout itself, and
+into one more for its gradient (`fused`); elsewhere, and where there is no compiler, they are torch's own, with the same masks.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +20,7 @@ from torch import Tensor, nn
 # Multipliers and shifts of a mixer of 32 bits that was searched for its small bias (Wellons 2018, "lowbias32").
 FIRST, SHIFT, SECOND, LAST_SHIFT = 0x7FEB352D, 15, 0x846CA68B - 2**32, 16
 INCREMENT = 0x9E3779B9 - 2**32  # 2^32 over the golden ratio: successive places and layers are far apart before they are mixed
+MASKS = ("keyed", "torch")
 
 
 def _fold(words: Tensor, shift: int) -> Tensor:
@@ -26,10 +34,68 @@ def _mixed(words: Tensor) -> Tensor:
 
 
 class RowKeys:
-    """Where a network's dropout layers read the keys (B,) int64 of the rows that it is about to see."""
+    """Where a network's dropout layers read what the keys (B,) int64 of the rows that it is about to see come to."""
 
     def __init__(self) -> None:
-        self.of_rows: Tensor | None = None
+        self.layers = 0
+        self._keys: Tensor | None = None
+        self._words: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def of_rows(self) -> Tensor | None:
+        """The keys (B,) int64; None before the first batch."""
+        return self._keys
+
+    @of_rows.setter
+    def of_rows(self, keys: Tensor | None) -> None:
+        self._keys, self._words = keys, None
+
+    def words(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Two int32 words (B,) of each row for a layer; those of all layers are made together, once a batch."""
+        if self._words is None:
+            keys = self._keys
+            assert keys is not None, "a network in training has keys for its rows"
+            low, high = ((half & 0xFFFFFFFF).to(torch.int32)[None] for half in (keys, keys >> 32))
+            layers = torch.arange(self.layers, dtype=torch.int32, device=keys.device).mul_(INCREMENT)[:, None]
+            before = _mixed(_mixed(low + layers) + high)
+            self._words = before, _mixed(before ^ low)
+        return self._words[0][layer], self._words[1][layer]
+
+
+def kept(x: Tensor, before: Tensor, between: Tensor, p: float) -> Tensor:
+    """Which elements of x (B, ...) stay, bool of x's shape and layout, by two words (B,) of each row."""
+    count = x[0].numel()
+    places = torch.arange(count, dtype=torch.int32, device=x.device).mul_(INCREMENT).view(1, *x.shape[1:])
+    # In x's layout, which all that follows has: reading across two layouts would cost more than the hash.
+    places = _mixed(torch.empty_like(x[:1], dtype=torch.int32).copy_(places))
+    before, between = (words.view(-1, *[1] * (x.dim() - 1)) for words in (before, between))
+    # For all elements, as little as leaves none alike: two rows share a mask only where they share both words.
+    words = _fold((places ^ before).mul_(FIRST), SHIFT).add_(between).mul_(SECOND)
+    return words >= round(p * 2**32) - 2**31
+
+
+def dropped(x: Tensor, before: Tensor, between: Tensor, p: float) -> Tensor:
+    """x (B, ...) with a share p of its elements zero and the others larger in proportion, by two words (B,) of each row."""
+    return torch.where(kept(x, before, between, p), x / (1 - p), 0.0)
+
+
+@cache
+def fused(p: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """`dropped` for a share p, compiled: one kernel forward and one backward, for any shape."""
+    constant: Any = torch.compiler.assume_constant_result(lambda: p)  # else it is an input, which costs a kernel to convert
+
+    def of(x: Tensor, before: Tensor, between: Tensor) -> Tensor:
+        return dropped(x, before, between, constant())
+
+    return torch.compile(of, dynamic=True)
+
+
+@cache
+def can_fuse(device_type: str) -> bool:
+    """Whether there is a compiler for kernels of a device: on CUDA that is Triton, and on the CPU they are not worth one."""
+    from torch.utils._triton import has_triton
+
+    return device_type == "cuda" and has_triton()
 
 
 class KeyedDropout(nn.Module):
@@ -39,28 +105,21 @@ class KeyedDropout(nn.Module):
         super().__init__()
         self.p, self.layer, self.keys = p, layer, keys
 
+    def _words(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        before, between = self.keys.words(self.layer)
+        assert len(before) == len(x), (len(before), len(x))
+        return before, between
+
     def kept(self, x: Tensor) -> Tensor:
         """Which elements stay, bool of x's shape and layout."""
-        keys = self.keys.of_rows
-        assert keys is not None, "a network in training has keys for its rows"
-        assert len(keys) == len(x), (len(keys), len(x))
-        count = x[0].numel()
-        places = torch.arange(count, dtype=torch.int32, device=x.device).mul_(INCREMENT).view(1, *x.shape[1:])
-        # In x's layout, which all that follows has: reading across two layouts would cost more than the hash.
-        places = _mixed(torch.empty_like(x[:1], dtype=torch.int32).copy_(places))
-        layer = (self.layer * INCREMENT + 2**31) % 2**32 - 2**31  # in int32
-        low, high = ((half & 0xFFFFFFFF).to(torch.int32).view(-1, *[1] * (x.dim() - 1)) for half in (keys, keys >> 32))
-        before = _mixed(_mixed(low + layer) + high)
-        between = _mixed(before ^ low)
-        # For all elements, as little as leaves none alike: two rows share a mask only where they share both words.
-        words = _fold((places ^ before).mul_(FIRST), SHIFT).add_(between).mul_(SECOND)
-        return words >= round(self.p * 2**32) - 2**31
+        return kept(x, *self._words(x), self.p)
 
     def forward(self, x: Tensor) -> Tensor:
         """x with a share p of its elements zero and the others larger in proportion."""
         if not self.training:
             return x
-        return torch.where(self.kept(x), x / (1 - self.p), 0.0)
+        words = self._words(x)
+        return fused(self.p)(x, *words) if can_fuse(x.device.type) else dropped(x, *words, self.p)
 
     def extra_repr(self) -> str:
         """What repr shows."""
@@ -69,10 +128,10 @@ class KeyedDropout(nn.Module):
 
 def key_dropout(network: nn.Module) -> RowKeys:
     """Replace a network's dropout layers, which have no parameters, by keyed ones; returns where their keys go."""
-    keys, layer = RowKeys(), 0
+    keys = RowKeys()
     for parent in list(network.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.Dropout) and child.p > 0:
-                setattr(parent, name, KeyedDropout(child.p, layer, keys).train(child.training))
-                layer += 1
+                setattr(parent, name, KeyedDropout(child.p, keys.layers, keys).train(child.training))
+                keys.layers += 1
     return keys

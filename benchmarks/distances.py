@@ -137,7 +137,7 @@ def memory(n: int, m: int, dim: int) -> None:
 def encoding(repeats: int) -> None:
     encoder = load_encoder("efficientnet_lite0")
     images = torch.randint(256, (512, 3, 32, 32), dtype=torch.uint8)
-    ready = [encoder._prepare(batch.float() / 255) for batch in images.split(encoder.batch_size)]
+    ready = [encoder._prepare(batch.float() / 255) for batch in images.split(encoder.batches.size)]
 
     @torch.no_grad()
     def bare() -> None:

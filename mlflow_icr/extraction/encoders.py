@@ -22,6 +22,7 @@ from mlflow_icr.extraction import encoder_networks as networks
 from mlflow_icr.extraction.encoder_files import kept_encoder
 from mlflow_icr.extraction.encoder_weights import WEIGHTS, check_weights
 from mlflow_icr.extraction.files import file_sha256
+from mlflow_icr.extraction.fitting import FittingBatches
 from mlflow_icr.extraction.views import as_unit_interval
 
 NAMES = ("pixels", *WEIGHTS, "torchscript:PATH")
@@ -46,10 +47,8 @@ class Encoder:
         device: torch.device | str = "cpu",
         batch_size: int = 64,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; expected at least 1")
         self.name, self.dim, self.preprocessing, self.weights_sha256 = name, dim, preprocessing, weights_sha256
-        self.device, self.batch_size = torch.device(device), batch_size
+        self.device, self.batches = torch.device(device), FittingBatches(batch_size)
         self._prepare = prepare
         self._network = network.eval().to(self.device) if isinstance(network, nn.Module) else network
 
@@ -62,8 +61,9 @@ class Encoder:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Embeddings (N, dim). Raises ValueError when the network gives another shape, or values that are not finite."""
-        parts = []
-        for batch in images.split(self.batch_size):
+
+        def embeddings(rows: slice) -> Tensor:
+            batch = images[rows]
             y = self._network(self._prepare(as_unit_interval(batch).to(self.device)))
             if y.shape != (len(batch), self.dim):
                 raise ValueError(
@@ -71,7 +71,9 @@ class Encoder:
                 )
             if not bool(torch.isfinite(y).all()):
                 raise ValueError(f"encoder {self.name!r} gives NaN or Inf")
-            parts.append(y.float().cpu())
+            return y.float().cpu()
+
+        parts = list(self.batches.over(len(images), embeddings))
         return torch.cat(parts) if parts else torch.empty(0, self.dim)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mlflow_icr.extraction.denoisers import Denoiser, evaluating
 from mlflow_icr.extraction.files import write_whole
+from mlflow_icr.extraction.fitting import FittingBatches
 from mlflow_icr.extraction.images import content_hash
 from mlflow_icr.extraction.views import as_unit_interval
 
@@ -34,10 +35,8 @@ class Autoencoder:
     """
 
     def __init__(self, network: Any, batch_size: int = ENCODED_AT_ONCE) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; expected at least 1")
         self.network = network
-        self.batch_size = batch_size
+        self.batches = FittingBatches(batch_size)
         config = network.config
         scale, mean, std = config.scaling_factor, getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
         if mean is None or std is None:
@@ -72,7 +71,8 @@ class Autoencoder:
     def _parts(self, x: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
         weight = next(self.network.parameters())
         with torch.no_grad(), evaluating(self.network):
-            return torch.cat([work(part.to(weight)).float() for part in x.split(self.batch_size)]).to(x.device)
+            parts = self.batches.over(len(x), lambda rows: work(x[rows].to(weight)).float())
+            return torch.cat(list(parts)).to(x.device)
 
     def moments(self, images: Tensor) -> Tensor:
         """Mean and standard deviation of each image's normalised latent, (N, 2 c, h, w), mean first."""
@@ -197,9 +197,11 @@ def encode_images(autoencoder: Autoencoder, images: Tensor, device: torch.device
 
     Raises ValueError when one is not finite.
     """
-    size = autoencoder.batch_size
-    parts = [autoencoder.moments(as_unit_interval(part).to(device) * 2 - 1).cpu() for part in images.split(size)]
-    moments = torch.cat(parts)
+
+    def moments_of(rows: slice) -> Tensor:
+        return autoencoder.moments(as_unit_interval(images[rows]).to(device) * 2 - 1).cpu()
+
+    moments = torch.cat(list(autoencoder.batches.over(len(images), moments_of)))
     if not bool(moments.isfinite().all()):
         raise ValueError("autoencoder gives NaN or Inf")
     return moments

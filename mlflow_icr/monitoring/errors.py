@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mlflow_icr.extraction.denoisers import Denoiser, device_of, encoder_of, evaluating
 from mlflow_icr.extraction.error_views import AUGMENTATIONS, DIRECTIONS, far_views, near_views
+from mlflow_icr.extraction.fitting import FittingBatches
 from mlflow_icr.extraction.keyed import keyed_generator
 from mlflow_icr.extraction.views import as_unit_interval
 from mlflow_icr.monitoring.protocol import Protocol
@@ -53,7 +54,7 @@ class ErrorReader:
     """
 
     def __init__(self, images: Tensor, protocol: Protocol, batch_size: int, heldout: Tensor | None = None) -> None:
-        self.images, self.protocol, self.batch_size = images[:ERROR_IMAGES], protocol, batch_size
+        self.images, self.protocol, self.batches = images[:ERROR_IMAGES], protocol, FittingBatches(batch_size)
         self.heldout = None if heldout is None or len(heldout) < 2 else heldout[:ERROR_IMAGES]
         self._kept: dict[tuple[str, int, int], Tensor] = {}  # by set, first image and number of images of a batch
 
@@ -92,7 +93,9 @@ class ErrorReader:
             x = self._pixels(self.images[indices], indices, draws)
         x = x.to(device)
         if encode is not None:
-            x = torch.cat([encode(part) for part in x.flatten(0, 2).split(self.batch_size)]).unflatten(0, x.shape[:3])
+            flat = x.flatten(0, 2)
+            encoded = self.batches.over(len(flat), lambda rows: encode(flat[rows]))
+            x = torch.cat(list(encoded)).unflatten(0, x.shape[:3])
         size = x.numel() * x.element_size()
         if encode is not None or size + sum(k.numel() * k.element_size() for k in self._kept.values()) <= CACHE_BYTES:
             self._kept[key] = x
@@ -108,16 +111,18 @@ class ErrorReader:
         """Errors (N, columns) of a set's first images, and squared ways of views from images, both of all ranks."""
         device, mine = device_of(denoiser), _share(count)
         draws = -(-ERROR_IMAGES // len(self.images)) if name == "error" else 1
-        step = max(1, self.batch_size // (draws * len(self.columns)))
-        parts = []
-        for start in range(0, len(mine), step):
-            some = mine[start : start + step]
-            x = self._clean(name, some, draws, denoiser)
-            noise = self._noise(name, some, (draws, 1, *x.shape[3:]), device)
-            noisy = (x + sigma * noise).flatten(0, 2).split(self.batch_size)
-            found = torch.cat([denoiser(part, sigma) for part in noisy]).view_as(x)
-            errors, ways = ((found - x).square(), (x - x[:, :, :1]).square())
-            parts.append(torch.stack([y.flatten(3).mean(3).mean(1) for y in (errors, ways)], 1))  # (B, 2, columns)
+
+        def rows_of(rows: slice) -> Tensor:
+            """Errors and ways (B, 2, columns) of some of this rank's images."""
+            batch_indices = mine[rows]
+            x = self._clean(name, batch_indices, draws, denoiser)
+            noisy = (x + sigma * self._noise(name, batch_indices, (draws, 1, *x.shape[3:]), device)).flatten(0, 2)
+            # One image may have more views than a batch is to have.
+            denoised = torch.cat(list(self.batches.over(len(noisy), lambda part: denoiser(noisy[part], sigma)))).view_as(x)
+            errors, ways = ((denoised - x).square(), (x - x[:, :, :1]).square())
+            return torch.stack([y.flatten(3).mean(3).mean(1) for y in (errors, ways)], 1)
+
+        parts = list(self.batches.over(len(mine), rows_of, each=draws * len(self.columns)))
         columns = len(self.columns) if name == "error" else 1
         rows = torch.cat(parts) if parts else torch.empty(0, 2, columns, device=device)
         errors, ways = gather_rows(rows, count).cpu().double().unbind(1)
@@ -146,12 +151,14 @@ class ErrorReader:
 
         Source: SimA, arXiv 2509.25003.
         """
-        parts, device, mine = [], device_of(denoiser), _share(len(self.images))
+        device, mine, encode = device_of(denoiser), _share(len(self.images)), encoder_of(denoiser)
+
+        def lengths(rows: slice) -> Tensor:
+            x = as_unit_interval(self.images[mine[rows]]).to(device) * 2 - 1
+            x = x if encode is None else encode(x)
+            return (x - denoiser(x, sigma)).square().flatten(1).mean(1).sqrt() / sigma
+
         with evaluating(denoiser.network):
-            for start in range(0, len(mine), self.batch_size):
-                x = as_unit_interval(self.images[mine[start : start + self.batch_size]]).to(device) * 2 - 1
-                encode = encoder_of(denoiser)
-                x = x if encode is None else encode(x)
-                parts.append((x - denoiser(x, sigma)).square().flatten(1).mean(1).sqrt() / sigma)
+            parts = list(self.batches.over(len(mine), lengths))
         rows = torch.cat(parts) if parts else torch.empty(0, device=device)
         return float(gather_rows(rows, len(self.images)).cpu().double().mean())

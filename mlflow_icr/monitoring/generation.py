@@ -11,6 +11,7 @@ from mlflow_icr.extraction.cache import ReferenceCache
 from mlflow_icr.extraction.denoisers import Denoiser, device_of, encoder_of, evaluating
 from mlflow_icr.extraction.encoders import Encoder, load_encoder
 from mlflow_icr.extraction.files import cache_folder
+from mlflow_icr.extraction.fitting import FittingBatches, host_batch
 from mlflow_icr.extraction.samplers import sample, starting_noise
 from mlflow_icr.extraction.views import as_unit_interval
 from mlflow_icr.generation import Reference, memorization_ratio
@@ -34,8 +35,9 @@ class GenerationMonitor:
     `train` (N, C, H, W) and `heldout` (M, C, H, W) are uint8 or floats in [0, 1]. Sample i starts from the same noise at every
     step (keyed by seed and i), so that pictures can be compared. Samples are judged as uint8: copies by their pixels, and
     everything by the embeddings of `encoder`, which are pixels too unless one is given. Under torch.distributed the ranks
-    share sampling and encoding and get the same report. With `labels` (N,), sample i is of class labels[i modulo N],
-    else of none. Embeddings of real images are read from `cache` where they are there.
+    share sampling and encoding and get the same report; `batch_size` samples are made at a time, or as many as fit the memory.
+    With `labels` (N,), sample i is of class labels[i modulo N], else of none.
+    Embeddings of real images are read from `cache` where they are there.
     Raises ValueError for sets that do not fit.
     """
 
@@ -53,8 +55,8 @@ class GenerationMonitor:
         cache: ReferenceCache | None = None,
         labels: Tensor | None = None,
     ) -> None:
-        if num_samples < 1 or batch_size < 1:
-            raise ValueError(f"num_samples is {num_samples} and batch_size {batch_size}; expected at least 1")
+        if num_samples < 1:
+            raise ValueError(f"num_samples is {num_samples}; expected at least 1")
         if len(train) < 2:
             raise ValueError(f"train has {len(train)} image(s); a second nearest neighbour needs at least 2")
         if heldout is not None and heldout.shape[1:] != train.shape[1:]:
@@ -69,7 +71,9 @@ class GenerationMonitor:
         self.heldout_images = None if heldout is None or len(heldout) < 2 else heldout
         self._references: tuple[Reference, Reference | None] | None = None
         self.cache = ReferenceCache(cache_folder()) if cache is None else cache
-        self.num_samples, self.num_steps, self.seed, self.batch_size = num_samples, num_steps, seed, batch_size
+        self.num_samples, self.num_steps, self.seed = num_samples, num_steps, seed
+        x = torch.zeros(1, *self.noise_shape)
+        self.batches = FittingBatches(host_batch(denoiser, x, batch_size))
 
     def _noise_shape(self, image: Tensor) -> tuple[int, ...]:
         """Of what samples begin as: of images, or of their latents."""
@@ -90,12 +94,12 @@ class GenerationMonitor:
         rank, ranks = world()
         mine = list(range(rank, self.num_samples, ranks))
         images = torch.empty(len(mine), *self.shape, dtype=torch.uint8, device=device)
-        finite = torch.ones(len(mine), 1, dtype=torch.uint8, device=device)
+        done, finite = 0, torch.ones(len(mine), 1, dtype=torch.uint8, device=device)
         with evaluating(self.denoiser.network):
-            for start in range(0, len(mine), self.batch_size):
-                x = self._sample(mine[start : start + self.batch_size], device)
-                finite[start : start + len(x)] = x.isfinite().flatten(1).all(1, keepdim=True)
-                images[start : start + len(x)] = to_uint8(x.nan_to_num())
+            for x in self.batches.over(len(mine), lambda rows: self._sample(mine[rows], device)):
+                finite[done : done + len(x)] = x.isfinite().flatten(1).all(1, keepdim=True)
+                images[done : done + len(x)] = to_uint8(x.nan_to_num())
+                done += len(x)
         broken = int((gather_rows(finite, self.num_samples) == 0).sum())
         if broken:
             raise ValueError(f"{broken} of {self.num_samples} samples hold NaN or Inf")

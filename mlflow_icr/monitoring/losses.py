@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mlflow_icr.extraction.denoisers import Denoiser, device_of, encoder_of, evaluating
+from mlflow_icr.extraction.fitting import FittingBatches, host_batch
 from mlflow_icr.extraction.keyed import keyed_generator
 from mlflow_icr.extraction.views import as_unit_interval
 from mlflow_icr.monitoring.report import Report
@@ -24,7 +25,7 @@ class LossMonitor:
     `loss(images, sigma, noise)` is the trainer's own, of `denoiser`; `draw(generator, count)` gives `count` noise levels. For
     a denoiser of latents, images are encoded. `train` and `heldout` are (N, C, H, W), uint8 or floats in [0, 1]; up to
     `num_images` of each are used, in `draws` noises each. Noise level and noise i are the same for both sets and at every step.
-    Every rank computes the whole.
+    Every rank computes the whole, `batch_size` images at a time, or as many as fit the memory.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class LossMonitor:
     ) -> None:
         if num_images < 1 or draws < 1:
             raise ValueError(f"num_images is {num_images} and draws {draws}; expected at least 1")
-        self.denoiser, self.loss, self.batch_size = denoiser, loss, batch_size
+        self.denoiser, self.loss = denoiser, loss
         count = min(num_images, len(train), len(heldout))
         self.sets = {
             "loss/train_eval": self._clean(train[:count]).repeat(draws, 1, 1, 1),
@@ -50,6 +51,7 @@ class LossMonitor:
         }
         shape = (count * draws, *self.sets["loss/heldout"].shape[1:])
         generator = keyed_generator("loss", seed)
+        self.batches = FittingBatches(host_batch(denoiser, self.sets["loss/heldout"][:1], batch_size))
         self.sigma = draw(generator, count * draws)
         self.noise = torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
 
@@ -64,12 +66,12 @@ class LossMonitor:
         device = device_of(self.denoiser)
         with evaluating(self.denoiser.network):
             for key, images in self.sets.items():
-                total = 0.0
-                for start in range(0, len(images), self.batch_size):
-                    rows = slice(start, start + self.batch_size)
+
+                def sum_of(rows: slice, images: Tensor = images) -> float:
                     part = images[rows].to(device)
-                    total += float(self.loss(part, self.sigma[rows].to(device), self.noise[rows].to(device))) * len(part)
-                values[key] = total / len(images)
+                    return float(self.loss(part, self.sigma[rows].to(device), self.noise[rows].to(device))) * len(part)
+
+                values[key] = sum(self.batches.over(len(images), sum_of)) / len(images)
         if not all(np.isfinite(value) for value in values.values()):
             return Report(step, {}, absent=dict.fromkeys(KEYS, "the loss is not finite"))
         values["loss/gap"] = values["loss/heldout"] - values["loss/train_eval"]

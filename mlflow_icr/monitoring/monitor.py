@@ -29,9 +29,10 @@ class ICRMonitor:
     `repr_raw/`. `images` are (N, C, H, W), uint8 or floats in [0, 1]; the protocol's first num_images of them are used.
     `companions` names further measures to log; some need `labels`, (N,) integers. With `pictures` every report shows nearest
     images by invariant and residual part, and the images with the largest shares of the residual energy. Views are made once
-    and kept while they take no more than `cache_bytes`. `heldout` images, (M, C, H, W), are denoised beside the training images
-    where they are given. Under torch.distributed every rank calls `measure`, takes its share
-    of the images, and gets the same report. Raises ValueError for images, companions or a protocol that do not fit.
+    and kept while they take no more than `cache_bytes`; `batch_size` views at a time, or as many as fit the memory. `heldout`
+    images, (M, C, H, W), are denoised beside the training images where they are given. Under torch.distributed every rank
+    calls `measure`, takes its share of the images, and gets the same report.
+    Raises ValueError for images, companions or a protocol that do not fit.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class ICRMonitor:
     ) -> None:
         check_companions(companions, labels is not None)
         self.reader = FeatureReader(denoiser, images, protocol or Protocol(), batch_size, cache_bytes)
-        self.errors = ErrorReader(self.reader.images, self.protocol, batch_size, heldout)
+        self.errors = ErrorReader(self.reader.images, self.protocol, self.reader.batches.size, heldout)
         self.companions = tuple(companions)
         self._networks = {"repr": denoiser} | ({} if raw is None else {"repr_raw": raw})
         self.pictures, self.labels = pictures, None if labels is None else labels[: self.protocol.num_images]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mlflow_icr.extraction.denoisers import Denoiser, device_of, encoder_of
+from mlflow_icr.extraction.fitting import FittingBatches, host_batch
 from mlflow_icr.extraction.taps import Tap
 from mlflow_icr.extraction.views import as_unit_interval, make_views
 from mlflow_icr.monitoring.protocol import Protocol
@@ -21,20 +22,20 @@ def view_batches(
     num_views: int,
     sigma: float,
     protocol: Protocol,
-    batch_size: int,
+    batches: FittingBatches,
     device: torch.device,
     encode: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[Tensor]:
-    """Views (B, K, C, H, W) of the images with these places in the set, some `batch_size` views at a time.
+    """Views (B, K, C, H, W) of the images with these places in the set, some batch of views at a time.
 
     With `encode` they are views of latents, as `make_views` has them.
     """
-    step = max(1, batch_size // num_views)
-    for start in range(0, len(indices), step):
-        some = list(indices[start : start + step])
-        yield make_views(
-            images[some],
-            some,
+
+    def views(rows: slice) -> Tensor:
+        batch_indices = list(indices[rows])
+        return make_views(
+            images[batch_indices],
+            batch_indices,
             num_views=num_views,
             sigma=sigma,
             seed=protocol.seed,
@@ -42,6 +43,8 @@ def view_batches(
             device=device,
             encode=encode,
         )
+
+    yield from batches.over(len(indices), views, each=num_views)
 
 
 class FeatureReader:
@@ -52,10 +55,9 @@ class FeatureReader:
     """
 
     def __init__(self, denoiser: Denoiser, images: Tensor, protocol: Protocol, batch_size: int, cache_bytes: int) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; expected at least 1 view")
+        self.batches = FittingBatches(batch_size)
         as_unit_interval(images)  # refuses what cannot be viewed now, not at the first measurement
-        self.batch_size, self.cache_bytes = batch_size, cache_bytes
+        self.cache_bytes = cache_bytes
         self._encode = encoder_of(denoiser)
         self.dim, self._view_bytes = self._width(denoiser, images[:1], protocol)
         self.protocol = protocol.resolve(images=len(images), dim=self.dim)
@@ -66,6 +68,7 @@ class FeatureReader:
         """D of the tapped layer and the bytes of a view, from one image."""
         sigma = protocol.sigmas[0]
         view = make_views(image, [0], num_views=1, sigma=sigma, seed=0, device=device_of(denoiser), encode=self._encode)[0]
+        self.batches.size = host_batch(denoiser, view, self.batches.size)
         with Tap(denoiser.network, protocol.layer) as tap:
             return int(tap(lambda: denoiser(view, sigma)).shape[1]), 4 * view.numel()
 
@@ -87,7 +90,7 @@ class FeatureReader:
         total = k * self._view_bytes * len(mine) * len(p.sigmas)
         if total > self.cache_bytes:
             kept = None
-        for views in view_batches(self.images, mine, k, sigma, p, self.batch_size, device, self._encode):
+        for views in view_batches(self.images, mine, k, sigma, p, self.batches, device, self._encode):
             if kept is not None:
                 kept.append(views)
             yield views
@@ -104,8 +107,9 @@ class FeatureReader:
         with Tap(denoiser.network, self.protocol.layer) as tap:
             for views in self.views(sigma, device):
                 # One image may have more views than a batch is to have.
-                some = [tap(partial(denoiser, x, sigma)) for x in views.flatten(0, 1).split(self.batch_size)]
-                parts.append(torch.cat(some).view(len(views), self.num_views, -1))
+                flat = views.flatten(0, 1)
+                pooled = self.batches.over(len(flat), lambda rows, flat=flat: tap(partial(denoiser, flat[rows], sigma)))
+                parts.append(torch.cat(list(pooled)).view(len(views), self.num_views, -1))
         features = torch.cat(parts) if parts else torch.empty(0, self.num_views, self.dim, device=device)
         # All ranks find out together: one that raised alone would leave the others waiting for its moments.
         broken = sum_over_ranks(int((~features.isfinite().flatten(1).all(1)).sum()), device)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mlflow_icr.extraction.denoisers import Denoiser, device_of, encoder_of
+from mlflow_icr.extraction.fitting import FittingBatches
 from mlflow_icr.extraction.keyed import keyed_generator
 from mlflow_icr.extraction.taps import Tap, middle_layers
 from mlflow_icr.extraction.views import as_unit_interval
@@ -147,7 +148,7 @@ class _Sweeper:
     def views(self, sigma: float) -> list[Tensor]:
         """Features (N, K, D) of each layer on views."""
         everyone = range(len(self.images))
-        p, size = self.protocol, self.batch_size
+        p, size = self.protocol, FittingBatches(self.batch_size)
         batches = view_batches(self.images, everyone, self.num_views, sigma, p, size, self.device, self.encode)
         features = self._read((views.flatten(0, 1) for views in batches), sigma)
         return [f.view(len(self.images), self.num_views, -1) for f in features]

@@ -24,7 +24,8 @@ from mlflow_icr import ICRMonitor
 from trainers.config import TrainConfig, load_config
 from trainers.families import Family, family_of
 from trainers.inputs import Inputs
-from trainers.loop import TrainState, ema_beta, new_state, train
+from trainers.loop import TrainState, new_state, train
+from trainers.optimizer import ema_beta
 
 GIB = 2**30
 CIFAR, SIT = "cifar10-4096", "imagenet256-sit-b2-20k"
@@ -95,7 +96,7 @@ def bare_loop(config: TrainConfig, family: Family, inputs: Inputs, device: torch
         optimizer.step()
         seen += count
         with torch.no_grad():
-            torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - ema_beta(config, seen))
+            torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - ema_beta(config.optimizer, seen))
         yield
 
 

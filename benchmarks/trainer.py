@@ -26,7 +26,8 @@ from tqdm.auto import tqdm
 from trainers.config import TrainConfig, load_config
 from trainers.console import Console
 from trainers.families import family_of
-from trainers.loop import ema_beta, train
+from trainers.loop import train
+from trainers.optimizer import ema_beta
 from trainers.run import Run
 
 
@@ -50,7 +51,7 @@ def bare_loop(images: torch.Tensor, config: TrainConfig) -> Iterator[None]:
         optimizer.step()
         seen += config.optimizer.batch_size
         with torch.no_grad():
-            torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - ema_beta(config, seen))
+            torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - ema_beta(config.optimizer, seen))
         yield
 
 

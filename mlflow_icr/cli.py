@@ -12,6 +12,7 @@ from mlflow_icr.commands import (
     compare,
     doctor,
     duplicates,
+    ema,
     encoders,
     export_tensorboard,
     import_tensorboard,
@@ -39,6 +40,7 @@ COMMANDS = (
     doctor,
     sync,
     best_checkpoint,
+    ema,
     export_tensorboard,
     import_tensorboard,
 )

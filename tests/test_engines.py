@@ -30,7 +30,7 @@ def _train(rank: int, folder: str, ranks: int, port: int, parts: int, engine: st
     from trainers.engine import is_sharded
     from trainers.families import family_of
     from trainers.inputs import inputs_of
-    from trainers.loop import new_state, take_mean_loss
+    from trainers.loop import new_state, take_mean_loss, whole_average
     from trainers.loop import train as steps_of
 
     config = load_config(
@@ -57,13 +57,70 @@ def _train(rank: int, folder: str, ranks: int, port: int, parts: int, engine: st
     for _ in range(STEPS):
         next(steps)
         losses.append(take_mean_loss(state, accelerator))
-    report = ICRMonitor(EDMDenoiser(state.ema), data.train, Protocol(num_images=48, num_views=4)).measure(state.images_seen)
+    if engine == "fsdp":  # between measurements no rank has the whole average
+        assert state.shares is not None
+        assert sum(share.numel() for share in state.shares) < 0.6 * sum(p.numel() for p in family.build(1, 8).parameters())
+    with whole_average(state, accelerator):
+        report = ICRMonitor(EDMDenoiser(state.ema), data.train, Protocol(num_images=48, num_views=4)).measure(state.images_seen)
     tensors = state_tensors(state, accelerator, {})
     if rank == 0:
         values = {key: value for key, value in report.values.items() if key.startswith("repr/")}
         torch.save({"losses": losses, "values": values, "tensors": tensors}, f"{folder}/{ranks}-{parts}-{engine}.pt")
     if ranks > 1:
         torch.distributed.destroy_process_group()
+
+
+def _run_sharded(rank: int, folder: str, port: int) -> None:
+    """A run on two ranks that have shares of the parameters; stopped after a checkpoint, gone on with, and one in one go."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+
+    from tests.family_runs import configured
+    from trainers import run as module
+    from trainers.checkpoint import SHARES, state_tensors
+    from trainers.console import Console
+
+    def sharding(**options: object) -> Accelerator:
+        accelerator = Accelerator(**options)  # type: ignore[arg-type]
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="NO_WRAP")
+        return accelerator
+
+    module.Accelerator = sharding  # type: ignore[misc,assignment]
+    config = configured("ddpm", power_ema_stds=(0.1,), dropout=0.1)
+    found = []
+    for name, stops in (("whole", (False,)), ("parts", (True, False))):
+        for stop in stops:
+            run = module.Run(config, Path(folder) / name, resume=name == "parts" and not stop)
+            asked = iter(range(100))
+            run.train_to_end(None, Console(config, shown=False), lambda asked=asked, stop=stop: stop and next(asked) >= 1)
+        found.append(state_tensors(run.state, run.accelerator, {}))
+    places = sorted(path.name for path in (Path(folder) / "parts" / "checkpoints").glob(f"*/{SHARES}/*"))
+    assert len(places) == 4, places  # of two checkpoints, a file of each rank
+    assert all(torch.equal(found[0][key], found[1][key]) for key in found[0] if key != "curve")
+    if rank == 0:
+        torch.save(found[0], f"{folder}/state.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_sharded_run_is_saved_by_its_ranks_and_goes_on(tmp_path: Path) -> None:
+    from tests.family_runs import configured, started
+    from trainers.checkpoint import latest_checkpoint, load_checkpoint, state_tensors
+
+    multiprocessing.spawn(_run_sharded, (str(tmp_path), free_port()), nprocs=2)
+    found = torch.load(tmp_path / "state.pt", weights_only=True)
+    _, state, accelerator = started(configured("ddpm", power_ema_stds=(0.1,), dropout=0.1))
+    folder = latest_checkpoint(tmp_path / "parts")
+    assert folder is not None
+    load_checkpoint(folder, state, accelerator)  # one rank, with everything
+    here = state_tensors(state, accelerator, {})
+    assert all(
+        torch.equal(here[key], found[key]) for key in here if key.startswith(("network/", "ema/", "power/", "optimizer/"))
+    )
+    assert len([key for key in here if key.startswith("optimizer/")]) == 3 * len([k for k in here if k.startswith("network/")])
 
 
 @pytest.fixture(scope="module")

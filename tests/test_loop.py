@@ -16,8 +16,9 @@ from trainers.data import load_data
 from trainers.families import family_of
 from trainers.families.edm import edm_loss
 from trainers.inputs import Inputs
-from trainers.loop import ema_beta, new_state
+from trainers.loop import new_state
 from trainers.loop import train as steps_of
+from trainers.optimizer import ema_beta
 
 
 def unwrapped(tensor: torch.Tensor | None) -> torch.Tensor:
@@ -106,5 +107,5 @@ def test_accumulation_changes_nothing_but_rounding() -> None:
 
 def test_ema_halflife_is_edms() -> None:
     config = load_config("digits", {"batch_size": 64, "ema_halflife_kimg": 1, "ema_rampup_ratio": 0.05})
-    assert ema_beta(config, 10_000) == pytest.approx(0.5 ** (64 / 500))
-    assert ema_beta(config, 10**6) == pytest.approx(0.5 ** (64 / 1000))
+    assert ema_beta(config.optimizer, 10_000) == pytest.approx(0.5 ** (64 / 500))
+    assert ema_beta(config.optimizer, 10**6) == pytest.approx(0.5 ** (64 / 1000))

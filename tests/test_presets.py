@@ -63,6 +63,8 @@ def test_presets_take_a_folder_of_classes(
         tiny_autoencoder(3, blocks=4).save_pretrained(tmp_path / "vae")
         changes = changes | {"autoencoder": str(tmp_path / "vae")}
     small = {"num_images": 9, "num_heldout": 3, "batch_size": 4, "encoder": "pixels", "num_samples": 2, "sample_steps": 2}
+    assert load_config(preset, {}).optimizer.compile  # for GPUs: what they are fast with
+    small |= {"compile": False, "mixed_precision": "no"}
     config = load_config(preset, {**small, **changes, "data": str(tmp_path / "data"), "probe_images": 9})
     run = Run(config, tmp_path / "run")
     assert torch.bincount(run.data.train_labels).tolist() == [3, 3, 3]

@@ -152,7 +152,9 @@ def test_the_command_line_measures_a_checkpoint_as_the_run_did(whole: tuple[Path
     assert "expected a diffusers folder" in missing.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGINT, signal.SIGUSR1))]
+)
 def test_a_stopped_run_goes_on_as_if_it_had_not(whole: tuple[Path, str], tmp_path: Path, number: signal.Signals) -> None:
     from mlflow import MlflowClient
 

@@ -125,8 +125,9 @@ def draw_batch(inputs: Inputs, order: Order, family: Family, images_seen: int, r
     if inputs.labels is not None and family.null_class is not None:
         dropped = torch.from_numpy(stream("label dropout").random(count)[own] < config.network.label_dropout)
         labels = torch.where(dropped, family.null_class, inputs.labels[indices])
+    has_keys = bool(config.network.dropout) and config.network.dropout_masks == "keyed"
     spread = unit("posterior") if inputs.latent else None
-    keys = torch.from_numpy(stream("dropout").integers(2**63, size=count)[own]) if config.network.dropout else None
+    keys = torch.from_numpy(stream("dropout").integers(2**63, size=count)[own]) if has_keys else None
     mirrored = draw_mirrored(stream("mirror"), count)[torch.from_numpy(own)] if config.data.augment == FLIP else None
     chosen = _rows(inputs, indices, mirrored) if inputs.on_host else None
     return Batch(indices, level, unit("noise"), labels, spread, keys, mirrored, chosen)

@@ -6,10 +6,12 @@ safetensors and JSON; nothing is unpickled. What a disk has done to it since is 
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +19,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from mlflow_icr.extraction.averages import SNAPSHOTS
 from mlflow_icr.extraction.files import file_sha256, sync_folder
 from mlflow_icr.extraction.latents import Autoencoder
-from mlflow_icr.tracking.checkpoints.folder import checkpoint_path, write_checkpoint
-from trainers.engine import bare, gathered, load_whole, shared_like
+from mlflow_icr.tracking.checkpoints.folder import checkpoint_path, checkpoints, write_checkpoint
+from trainers.engine import bare, gathered, load_whole, local, share_of, shared_like
 from trainers.families import Family
 from trainers.loop import TrainState
+from trainers.sharded import read_entire, write_shares
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -31,25 +36,56 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STATE, PROGRESS = "state.safetensors", "progress.json"
+SHARES = "shares"  # the folder of what only several ranks together have
 AUTOENCODER = "autoencoder"
 KEPT_STATES = 2  # the newest, and the one before it in case the newest cannot be read
 
 
-def state_tensors(
-    state: TrainState, accelerator: Accelerator, monitor: dict[str, Tensor], losses: Tensor | None = None
+def named_tensors(
+    state: TrainState,
+    accelerator: Accelerator,
+    monitor: dict[str, Tensor],
+    losses: Tensor | None = None,
+    curve: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """All that training needs to go on, by name, on the CPU; where parameters are sharded, every rank must take part.
+    """All that training needs to go on, by name, where it is; sharded parameters are this rank's shares, as DTensors.
 
-    `losses` (ranks,) are the sums of losses of all ranks, if there are several.
+    `losses` (ranks,) are the sums of losses of all ranks, if there are several, and `curve` is the mean of the ranks' sums.
     """
     network = bare(state.network, accelerator)
+    parameters = dict(network.named_parameters())
+
+    def placed(shares: list[Tensor]) -> list[Tensor]:
+        pairs = zip(shares, parameters.values(), strict=True)
+        return [share_of(share, like) if isinstance(like, DTensor) else share for share, like in pairs]
+
     tensors = {f"network/{key}": value for key, value in network.state_dict().items()}
-    tensors |= {f"ema/{key}": value for key, value in state.ema.state_dict().items()}
+    average = state.ema.state_dict() if state.shares is None else dict(zip(parameters, placed(state.shares), strict=True))
+    tensors |= {f"ema/{key}": value for key, value in average.items()}
     for index, entry in state.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{index}/{key}": torch.as_tensor(value) for key, value in entry.items()}
+    for std, power in state.powers.items():
+        tensors |= {f"power/{std:g}/{name}": value for name, value in zip(parameters, placed(power), strict=True)}
     tensors |= {f"monitor/{key}": value for key, value in monitor.items()}
     tensors["loss_sum"] = state.loss_sum.reshape(1) if losses is None else losses
-    return {key: gathered(value.detach()).cpu().contiguous().clone() for key, value in tensors.items()}
+    tensors["curve"] = state.curve if curve is None else curve
+    return {key: value.detach() for key, value in tensors.items()}
+
+
+def entire_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU; what is sharded is gathered, in which every rank must take part."""
+    return {key: gathered(value).cpu().contiguous().clone() for key, value in tensors.items()}
+
+
+def state_tensors(state: TrainState, accelerator: Accelerator, monitor: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`named_tensors` of a training, entire, on the CPU; where parameters are sharded, every rank must take part."""
+    return entire_tensors(named_tensors(state, accelerator, monitor))
+
+
+def not_finite(tensors: dict[str, Tensor]) -> str:
+    """The name of a tensor of which this rank has values that are not finite, sums of losses aside; empty if there is none."""
+    sums = ("loss_sum", "curve")
+    return next((key for key, value in tensors.items() if key not in sums and not local(value).isfinite().all()), "")
 
 
 def place_autoencoder(folder: Path, autoencoder: Autoencoder, output_dir: Path) -> None:
@@ -69,15 +105,34 @@ def place_autoencoder(folder: Path, autoencoder: Autoencoder, output_dir: Path) 
         shutil.copytree(kept, folder / "vae")
 
 
-def _write_state(part: Path, state: TrainState, accelerator: Accelerator, tensors: dict[str, Tensor], batch_size: int) -> None:
-    save_file(tensors, part / STATE)
+def _write_progress(part: Path, state: TrainState, accelerator: Accelerator, batch_size: int) -> None:
     progress: dict[str, Any] = {"images_seen": state.images_seen, "loss_steps": state.loss_steps}
-    progress |= {"optimizer_steps": state.optimizer_steps, "origin_images_seen": state.origin_images_seen}
+    progress |= {"curve_steps": state.curve_steps, "optimizer_steps": state.optimizer_steps}
+    progress |= {"origin_images_seen": state.origin_images_seen}
     progress |= {"skipped_steps": int(state.skipped[0]), "batch_size": batch_size}
     if accelerator.scaler is not None:  # of fp16: plain numbers
         progress["scaler"] = accelerator.scaler.state_dict()
     progress["sha256"] = file_sha256(part / STATE)
+    progress["shares"] = {path.name: file_sha256(path) for path in sorted((part / SHARES).glob("*"))}
     (part / PROGRESS).write_text(json.dumps(progress))
+
+
+def _write_snapshots(part: Path, state: TrainState, family: Family, tensors: dict[str, Tensor]) -> None:
+    """The power-function averages as the folder's components have them, for `mlflow-icr ema`."""
+    network, content = copy.deepcopy(state.ema).cpu(), dict[str, Tensor]()
+    for std in state.powers:
+        with torch.no_grad():
+            for name, parameter in network.named_parameters():
+                parameter.copy_(tensors[f"power/{std:g}/{name}"])
+        for component, module in family.components(network).items():
+            content |= {f"{std:g}/{component}/{key}": value.clone() for key, value in module.state_dict().items()}
+    save_file(content, part / SNAPSHOTS)
+
+
+def is_saved(output_dir: Path, images_seen: int) -> bool:
+    """Whether there is a checkpoint at so many images seen already, from which training could go on."""
+    folder = checkpoint_path(output_dir, images_seen)
+    return (folder / STATE).exists() and _is_intact(folder)
 
 
 def save_checkpoint(
@@ -87,36 +142,59 @@ def save_checkpoint(
     accelerator: Accelerator,
     tensors: dict[str, Tensor],
     autoencoder: Autoencoder | None = None,
+    shares: dict[str, Tensor] | None = None,
 ) -> Path:
     """Write the checkpoint of a state, on the main process; returns its folder. Raises OSError when the disk is full.
 
-    `tensors` are those of `state_tensors`. Raises ValueError when some are not finite: training cannot go on from there.
+    `tensors` are entire, and what only ranks together have are `shares`: then the others must `save_shares` at the same time,
+    and `state.ema` must be whole.
     """
-    if not_finite := [key for key, value in tensors.items() if key != "loss_sum" and not value.isfinite().all()]:
-        raise ValueError(f"{not_finite[0]} is not finite; expected a state that training can go on from")
-    folder = checkpoint_path(output_dir, state.images_seen)
-    if (folder / STATE).exists() and _is_intact(folder):
-        return folder
 
     def write(part: Path) -> None:
         family.save(part, state.ema, latent=autoencoder is not None)
         if autoencoder is not None:
             place_autoencoder(part, autoencoder, output_dir)
-        _write_state(part, state, accelerator, tensors, family.config.optimizer.batch_size)
+        if state.powers and state.images_seen:
+            _write_snapshots(part, state, family, tensors)
+        save_file(tensors, part / STATE)
+        if shares is not None:
+            save_shares(part, accelerator, shares)
+        _write_progress(part, state, accelerator, family.config.optimizer.batch_size)
 
     try:
-        write_checkpoint(output_dir, state.images_seen, write)
+        folder = write_checkpoint(output_dir, state.images_seen, write)
     except SafetensorError as error:  # its way to tell of a full disk
         raise OSError(str(error)) from error
     for old in sorted(output_dir.glob(f"checkpoints/[0-9]*/{STATE}"))[:-KEPT_STATES]:
         old.unlink()
+        shutil.rmtree(old.with_name(SHARES), ignore_errors=True)
     return folder
+
+
+def save_shares(part: Path, accelerator: Accelerator, shares: dict[str, Tensor]) -> None:
+    """Write this rank's shares into a checkpoint that the main process has begun at `part`; every rank must take part."""
+    accelerator.wait_for_everyone()  # now the folder is there
+    write_shares(shares, part / SHARES)
+
+
+def remove_between(output_dir: Path, measured: Collection[int]) -> None:
+    """Remove checkpoints that were saved between measurements, but for those among the newest: they were for going on only."""
+    found = checkpoints(output_dir)
+    for images_seen, folder in list(found.items())[:-KEPT_STATES]:
+        if images_seen not in measured:
+            gone = folder.with_name(f".{folder.name}.old")
+            shutil.rmtree(gone, ignore_errors=True)
+            folder.rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
 
 
 def _is_intact(folder: Path) -> bool:
     """Whether a checkpoint that training could go on from is what was written; one that is not is told of."""
     try:
-        intact = json.loads((folder / PROGRESS).read_text())["sha256"] == file_sha256(folder / STATE)
+        progress = json.loads((folder / PROGRESS).read_text())
+        digests = {folder / STATE: progress["sha256"]}
+        digests |= {folder / SHARES / name: digest for name, digest in progress.get("shares", {}).items()}
+        intact = all(file_sha256(path) == digest for path, digest in digests.items())
     except (OSError, ValueError, KeyError):
         intact = False
     if not intact:
@@ -133,6 +211,18 @@ def latest_checkpoint(output_dir: Path) -> Path | None:
     return newest
 
 
+def _load_averages(state: TrainState, accelerator: Accelerator, average: dict[str, Tensor], powers: dict[str, Tensor]) -> None:
+    """Put back the averages besides `state.ema`: power functions', and this rank's share where parameters are sharded."""
+    named = list(bare(state.network, accelerator).named_parameters())
+    wanted = [(shares, f"{std:g}/", powers) for std, shares in state.powers.items()]
+    wanted += [] if state.shares is None else [(state.shares, "", average)]
+    for shares, prefix, tensors in wanted:
+        for (name, parameter), share in zip(named, shares, strict=True):
+            if prefix + name not in tensors:
+                raise RuntimeError(f"there is no average {prefix}{name}")
+            share.copy_(local(shared_like(tensors[prefix + name], parameter)))
+
+
 def load_checkpoint(
     folder: Path, state: TrainState, accelerator: Accelerator, batch_size: int | None = None
 ) -> dict[str, Tensor]:
@@ -141,6 +231,8 @@ def load_checkpoint(
     With another `batch_size` than the checkpoint's, the state's origin is here; None stands for the same.
     """
     tensors = load_file(folder / STATE)
+    if (folder / SHARES).is_dir():
+        tensors |= read_entire(folder / SHARES)
     progress = json.loads((folder / PROGRESS).read_text())
 
     def part(prefix: str) -> dict[str, Tensor]:
@@ -149,6 +241,7 @@ def load_checkpoint(
     try:
         load_whole(bare(state.network, accelerator), part("network/"))
         state.ema.load_state_dict(part("ema/"))
+        _load_averages(state, accelerator, part("ema/"), part("power/"))
     except RuntimeError as error:
         raise ValueError(f"{folder} does not hold this configuration's network ({str(error).splitlines()[0]})") from None
     entries: dict[int, dict[str, Tensor]] = {}
@@ -169,8 +262,11 @@ def load_checkpoint(
     state.optimizer_steps = progress.get("optimizer_steps", state.images_seen // saved_size)
     state.origin_images_seen = progress.get("origin_images_seen", 0) if same else state.images_seen
     state.skipped[0] = progress.get("skipped_steps", 0)
+    if "curve" in tensors:
+        state.curve.copy_(tensors["curve"])
+        state.curve_steps = progress.get("curve_steps", 0)
     sums, ranks = tensors["loss_sum"].reshape(-1), accelerator.num_processes
     mine = sums[accelerator.process_index] if len(sums) == ranks else sums.mean()  # the same mean, on another number of ranks
-    state.loss_sum = mine.to(accelerator.device)
+    state.loss_sum.copy_(mine)
     state.loss_steps = progress["loss_steps"]
     return part("monitor/")

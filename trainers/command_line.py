@@ -109,7 +109,8 @@ def train_parser() -> CommandLine:
     parser.add_argument("--preset", help=f"where other values come from: one of {', '.join(preset_names())}")
     parser.add_argument("--config", help="a config.yaml where other values come from")
     parser.add_argument("--output-dir", required=True, help="folder for history.jsonl, checkpoints/, tensorboard/, config.yaml")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    resume = "go on from the last checkpoint in the output folder; auto: where there is a run, else begin one"
+    parser.add_argument("--resume", nargs="?", const="yes", default="no", metavar="auto", help=resume)
     parser.add_argument("--run-name", help="name of a new MLflow run")
     parser.add_argument("--num-processes", type=int, default=1, metavar="N", help="ranks to start")
     parser.add_argument("--tag", action="append", default=[], metavar="KEY=VALUE", help="a tag of the MLflow run; repeatable")

@@ -15,6 +15,7 @@ import yaml
 
 from mlflow_icr import Protocol
 from mlflow_icr.arguments import refuse_unknown
+from mlflow_icr.extraction.averages import check_std
 from mlflow_icr.extraction.encoders import is_installed
 from mlflow_icr.extraction.images import Size, check_background, check_value_range, height_width, parse_size
 from mlflow_icr.tracking.checkpoints.folder import LOG_MODELS
@@ -24,6 +25,9 @@ from trainers.options import FAMILIES, Group, Option, is_required, option, optio
 PRESETS = Path(__file__).parent / "presets"
 STOP_VERDICTS = ("", "turning", "memorizing")  # each later one is past the earlier
 UNET, DIT = ("edm", "ddpm"), ("flow",)
+MASKS = ("keyed", "torch")
+DECAYS = ("constant", "cosine", "inverse_sqrt")
+TIMES = ("uniform", "logit_normal")
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ class NetworkConfig(Group):
     num_heads: int = option(6, "attention heads of each block", least=1, families=DIT)
     patch_size: int = option(2, "side of the transformer's patches", least=1, families=DIT)
     dropout: float = option(0.0, "share of activations dropped in the network", least=0, below=1)
+    dropout_masks: str = option("keyed", "keyed: the same on any number of ranks; torch: PyTorch's own", one_of=MASKS)
 
 
 @dataclass(frozen=True)
@@ -80,10 +85,21 @@ class OptimizerConfig(Group):
     batch_size: int = option(64, "images of one optimizer step", least=1)
     learning_rate: float = option(1e-3, "Adam's step size after the ramp", above=0)
     rampup_kimg: float = option(2.0, "length of the learning rate's linear ramp", least=0)
+    lr_decay: str = option("constant", "learning rate after the ramp; cosine: to 0 at the end", one_of=DECAYS)
+    lr_decay_kimg: float = option(1000.0, "with inverse_sqrt (EDM2): where the decay begins", above=0)
+    betas: tuple[float, ...] = option((0.9, 0.999), "Adam's two decays of its moments")
+    weight_decay: float = option(0.0, "AdamW's decay of weights, as a share of the learning rate; 0 is Adam", least=0)
+    clip_norm: float = option(0.0, "largest norm of a step's gradients, longer ones are scaled; 0 for any", least=0)
     ema_halflife_kimg: float = option(500.0, "half-life of the averaged weights, which are measured and saved", above=0)
     ema_rampup_ratio: float | None = option(0.05, "half-life as a share of the images seen, while that is less", above=0)
+    power_ema_stds: tuple[float, ...] = option(
+        (), "relative widths of power-function averages that checkpoints keep besides, as 0.05,0.1, for `mlflow-icr ema`"
+    )
     mixed_precision: str = option("", "empty for the launcher's, no without one", one_of=("", "no", "bf16", "fp16"))
     gradient_accumulation_steps: int = option(1, "parts that a batch is trained in", least=1)
+    gradient_checkpointing: bool = option(False, "compute activations again instead of keeping them: less memory, more time")
+    compile: bool = option(False, "compile the network, by inductor")
+    cudnn_benchmark: bool = option(False, "have cuDNN try its algorithms for each shape and keep the fastest")
 
 
 @dataclass(frozen=True)
@@ -94,6 +110,10 @@ class NoiseConfig(Group):
     p_std: float = option(1.2, "deviation of ln sigma", above=0, families=("edm",))
     sigma_data: float = option(0.5, "standard deviation of what is trained on", above=0, families=("edm",))
     prediction: str = option("epsilon", "what the network predicts", one_of=("epsilon", "v"), families=("ddpm",))
+    time_distribution: str = option("uniform", "of training's times", one_of=TIMES, families=("flow",))
+    time_mean: float = option(0.0, "with logit_normal: mean of ln t / (1 - t)", families=("flow",))
+    time_std: float = option(1.0, "with logit_normal: its deviation", above=0, families=("flow",))
+    time_shift: float = option(1.0, "odds t / (1 - t) are multiplied by it; above 1 is more noise", above=0, families=("flow",))
     beta_schedule: str = option(
         "linear", "diffusers' name of the schedule", one_of=("linear", "scaled_linear", "squaredcos_cap_v2"), families=("ddpm",)
     )
@@ -120,6 +140,8 @@ class MonitorConfig(Group):
     encoder_weights: str = option("", "file of the encoder's weights, where it needs one")
     num_samples: int = option(128, "samples that are judged", least=1)
     sample_steps: int = option(18, "solver steps of each", least=2)
+    measure_batch: int = option(512, "views or images in a batch of a measurement; fewer where memory is short", least=1)
+    sample_batch: int = option(256, "samples in a batch; fewer where memory is short", least=1)
 
 
 @dataclass(frozen=True)
@@ -130,6 +152,8 @@ class RunConfig(Group):
     checkpoints_total_limit: int = option(
         0, "checkpoints kept on disk, 0 for all; the newest and those that may be the one to keep always are", least=0
     )
+    save_every_minutes: float = option(15.0, "checkpoints between measurements, by wall time; 0 for none", least=0)
+    curve_every: int = option(50, "steps from one point of the curve (loss, rate, speed, ...) to the next; 0 for none", least=0)
     log_models: str = option(
         "all", "whose weights MLflow gets; kept: at the end, the turning and the newest", one_of=LOG_MODELS
     )
@@ -158,6 +182,10 @@ class TrainConfig:
         if optimizer.batch_size % optimizer.gradient_accumulation_steps:
             parts = optimizer.gradient_accumulation_steps
             refuse("batch_size", optimizer.batch_size, f"a multiple of gradient_accumulation_steps, {parts}")
+        if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
+            refuse("betas", optimizer.betas, "two numbers in [0, 1)")
+        for std in optimizer.power_ema_stds:
+            check_std("power_ema_stds", std)
         if monitor.first_measurement_kimg > optimizer.total_kimg:
             refuse("first_measurement_kimg", monitor.first_measurement_kimg, f"at most total_kimg, {optimizer.total_kimg:g}")
         try:

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 # Multipliers and shifts of a mixer of 32 bits that was searched for its small bias (Wellons 2018, "lowbias32").
 FIRST, SHIFT, SECOND, LAST_SHIFT = 0x7FEB352D, 15, 0x846CA68B - 2**32, 16
 INCREMENT = 0x9E3779B9 - 2**32  # 2^32 over the golden ratio: successive places and layers are far apart before they are mixed
-MASKS = ("keyed", "torch")
 
 
 def _fold(words: Tensor, shift: int) -> Tensor:
@@ -49,16 +48,17 @@ class RowKeys:
     @of_rows.setter
     def of_rows(self, keys: Tensor | None) -> None:
         self._keys, self._words = keys, None
+        if keys is None or not self.layers:
+            return
+        # Of all layers together, once a batch, and outside of what is compiled.
+        low, high = ((half & 0xFFFFFFFF).to(torch.int32)[None] for half in (keys, keys >> 32))
+        layers = torch.arange(self.layers, dtype=torch.int32, device=keys.device).mul_(INCREMENT)[:, None]
+        before = _mixed(_mixed(low + layers) + high)
+        self._words = before, _mixed(before ^ low)
 
     def words(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Two int32 words (B,) of each row for a layer; those of all layers are made together, once a batch."""
-        if self._words is None:
-            keys = self._keys
-            assert keys is not None, "a network in training has keys for its rows"
-            low, high = ((half & 0xFFFFFFFF).to(torch.int32)[None] for half in (keys, keys >> 32))
-            layers = torch.arange(self.layers, dtype=torch.int32, device=keys.device).mul_(INCREMENT)[:, None]
-            before = _mixed(_mixed(low + layers) + high)
-            self._words = before, _mixed(before ^ low)
+        """Two int32 words (B,) of each row for a layer."""
+        assert self._words is not None, "a network in training has keys for its rows"
         return self._words[0][layer], self._words[1][layer]
 
 
@@ -119,7 +119,9 @@ class KeyedDropout(nn.Module):
         if not self.training:
             return x
         words = self._words(x)
-        return fused(self.p)(x, *words) if can_fuse(x.device.type) else dropped(x, *words, self.p)
+        if torch.compiler.is_compiling() or not can_fuse(x.device.type):  # a compiled network fuses what it can itself
+            return dropped(x, *words, self.p)
+        return fused(self.p)(x, *words)
 
     def extra_repr(self) -> str:
         """What repr shows."""

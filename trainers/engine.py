@@ -41,6 +41,19 @@ def gathered(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This rank's share of a tensor; of one that is not shared out, itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def share_of(share: Tensor, parameter: Tensor) -> DTensor:
+    """A rank's share of a tensor that is shared out as a parameter is."""
+    assert isinstance(parameter, DTensor)
+    return DTensor.from_local(
+        share, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
+    )
+
+
 def shared_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     """An entire tensor, the same on all ranks, shared out and laid out in memory as a parameter is; all ranks must take part.
 

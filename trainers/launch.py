@@ -36,8 +36,8 @@ def check_processes(count: int, config: TrainConfig) -> None:
 def launch(count: int, arguments: Sequence[str], output_dir: Path) -> int:
     """Run `trainers.train` with these arguments on several ranks; returns 0, or 128 + signal when stopped, or what a rank left.
 
-    What stops a trainer (Ctrl-C, SIGTERM, SIGUSR2) reaches the ranks as one SIGTERM: they save a checkpoint and end. When a
-    rank fails, torchrun shows its error and ends the others, and the run is FAILED, also where that rank is the one that logs.
+    What stops a trainer (Ctrl-C, SIGTERM, SIGUSR1, SIGUSR2) reaches the ranks as one SIGTERM: they save and end.
+    When a rank fails, torchrun shows its error and ends the others, and the run is FAILED, also where it is the one that logs.
     """
     asked: list[int] = []
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -17,8 +17,9 @@ from accelerate import Accelerator, DistributedType
 from torch import nn
 
 from mlflow_icr import Denoiser, GenerationMonitor, ICRMonitor, LossMonitor, Report, geometric_schedule, verdict
-from mlflow_icr.environment import environment_tags
+from mlflow_icr.environment import environment_tags, thread_waiting
 from mlflow_icr.extraction.encoders import load_encoder
+from mlflow_icr.extraction.fitting import is_out_of_memory
 from mlflow_icr.extraction.latents import LatentDenoiser
 from mlflow_icr.extraction.views import as_unit_interval
 from mlflow_icr.monitoring.generation_plots import trade_off
@@ -29,52 +30,33 @@ from mlflow_icr.monitoring.schedule import every_nth
 from mlflow_icr.monitoring.series import HISTORY, arrays_path, read_arrays, read_history
 from mlflow_icr.monitoring.verdict import may_be_kept
 from mlflow_icr.tracking import Tracker
-from mlflow_icr.tracking.checkpoints.folder import checkpoint_path, mark_turning, remove_old
-from trainers.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, state_tensors
+from mlflow_icr.tracking.checkpoints.folder import checkpoint_path, mark_turning, part_of, remove_old
+from trainers.agreement import Agreement, DivergedError, TrainingError
+from trainers.checkpoint import (
+    entire_tensors,
+    is_saved,
+    latest_checkpoint,
+    load_checkpoint,
+    named_tensors,
+    not_finite,
+    remove_between,
+    save_checkpoint,
+    save_shares,
+)
 from trainers.config import STOP_VERDICTS, TrainConfig
 from trainers.console import Console
+from trainers.curve import Curve
 from trainers.data import data_of, describe_data
 from trainers.engine import bare, is_sharded
 from trainers.families import family_of
 from trainers.inputs import inputs_of, open_autoencoder
-from trainers.loop import new_state, take_mean_loss, train
+from trainers.loop import TrainState, new_state, take_mean_loss, train, whole_average
 
 logger = logging.getLogger(__name__)
 
-# Ranks must stop at the same step; asking all of them after every step would make each wait for the others' hosts.
-STOP_EVERY_STEPS = 8
 # Views that are kept, in bytes: to encode them again would cost as much as many measurements.
 VIEW_CACHE, LATENT_CACHE = 512 * 2**20, 4 * 2**30
 PROJECTOR_IMAGES = 1000  # more make one sprite that browsers are slow with
-
-
-SKIPPED_IN_A_ROW = 20  # steps without a finite gradient; fp16's scaler needs at most 16 to halve 2^16 down to 1
-
-
-class DivergedError(RuntimeError):
-    """No step has a finite gradient any more; the message says what to change."""
-
-
-class LateReading:
-    """The value of a number on a device as of some steps ago; reading it never waits for the device."""
-
-    def __init__(self) -> None:
-        self.value = 0
-        self._copy: torch.Tensor | None = None
-        self._arrived: torch.cuda.Event | None = None
-
-    def poll(self, number: torch.Tensor) -> None:
-        """Take what has arrived, and ask for the number as it is now."""
-        if self._copy is not None and (self._arrived is None or self._arrived.query()):
-            self.value, self._copy = int(self._copy), None
-        if self._copy is not None:
-            return
-        if number.device.type != "cuda":
-            self.value = int(number)
-            return
-        self._copy = torch.empty_like(number, device="cpu", pin_memory=True).copy_(number, non_blocking=True)
-        self._arrived = torch.cuda.Event()
-        self._arrived.record()
 
 
 def precision_of(config: TrainConfig) -> str:
@@ -93,7 +75,9 @@ class Run:
             mixed_precision=precision_of(config),
             gradient_accumulation_steps=config.optimizer.gradient_accumulation_steps,
             cpu=not torch.cuda.is_available() and not torch.backends.mps.is_available(),
+            dynamo_backend="inductor" if config.optimizer.compile else None,
         )
+        torch.backends.cudnn.benchmark = config.optimizer.cudnn_benchmark
         self._check_engine()
         self.autoencoder = open_autoencoder(config, self.accelerator.device)
         self.data = data_of(config)
@@ -116,13 +100,15 @@ class Run:
             companions=config.monitor.companions,
             labels=self.data.train_labels,
             pictures=True,
+            batch_size=config.monitor.measure_batch,
             cache_bytes=(LATENT_CACHE if self.autoencoder else VIEW_CACHE),
             heldout=heldout,
         )
         self.losses = None
         if heldout is not None:
             loss = partial(self.family.loss, self.family.denoiser(self.state.ema))
-            self.losses = LossMonitor(ema, loss, self.family.draw, self.data.train, heldout)
+            size = config.monitor.measure_batch
+            self.losses = LossMonitor(ema, loss, self.family.draw, self.data.train, heldout, batch_size=size)
         self.generation = GenerationMonitor(
             ema,
             self.data.train,
@@ -135,6 +121,7 @@ class Run:
             ),
             num_samples=config.monitor.num_samples,
             num_steps=config.monitor.sample_steps,
+            batch_size=config.monitor.sample_batch,
             labels=self.inputs.labels,
         )
         self.schedule = geometric_schedule(
@@ -151,7 +138,9 @@ class Run:
         # Of what the verdict reads, on every rank the same.
         self.rows = list(read_history(output_dir)) if resume and (output_dir / HISTORY).exists() else []
         self._trained_seconds, self._trained_images = 0.0, 0
-        self._skipped_in_row = LateReading()
+        self.agreement = Agreement(self.accelerator, config.optimizer.learning_rate, config.run.save_every_minutes)
+        if self.is_main and self.accelerator.device.type == "cpu" and thread_waiting() == "active":
+            logger.warning("threads spin while they wait: another training on these cores would crawl; OMP_WAIT_POLICY=passive")
 
     def _denoiser(self, network: nn.Module) -> Denoiser:
         """A network as the monitors read it."""
@@ -188,6 +177,8 @@ class Run:
             "dynamo_backend": self.accelerator.state.dynamo_plugin.backend.value,
             "device": self.accelerator.device.type,
             "torch_version": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "thread_waiting": thread_waiting(),
         }
 
     def tags(self) -> dict[str, str]:
@@ -228,15 +219,13 @@ class Run:
         return report if self.losses is None else report.joined(self.losses.measure(step))
 
     def train_to_end(self, tracker: Tracker | None, console: Console, wants_stop: Callable[[], bool]) -> str:
-        """Train to the end of the schedule, or until asked to stop; returns FINISHED or KILLED. Raises DivergedError."""
-        due = [step for step in self.schedule if step >= self.state.images_seen]
-        since, trained = time.perf_counter(), 0
-        with closing(train(self.state, self.inputs, self.family, self.accelerator)) as steps:
+        """Train to the end of the schedule, or until asked to stop; returns FINISHED or KILLED. Raises TrainingError."""
+        due, trained = [step for step in self.schedule if step >= self.state.images_seen], 0
+        with closing(train(self.state, self.inputs, self.family, self.accelerator)) as steps, closing(self._curve(tracker)):
+            self._go_on()
             while due:
                 if self.state.images_seen >= due[0]:  # above it where the batch size has changed
-                    if self.accelerator.device.type == "cuda":
-                        torch.cuda.synchronize()  # steps that are only queued are not trained yet
-                    self._trained_seconds += time.perf_counter() - since
+                    self._pause()
                     judged = False
                     while due and self.state.images_seen >= due[0]:
                         judged |= due.pop(0) in self.generate_at
@@ -244,27 +233,64 @@ class Run:
                     if self._verdict_reached():
                         console.stopped(verdict(self.rows))
                         return "FINISHED"
-                    since = time.perf_counter()
-                elif self._any_rank_wants_stop(wants_stop(), trained):
+                    self._go_on()
+                    continue
+                decision = self.agreement.ask(self.state, wants_stop(), trained)
+                if decision.save or decision.stop:
+                    self._pause()
                     self._save()
-                    return "KILLED"
-                else:
-                    next(steps)
-                    trained += 1
-                    self._trained_images += self.config.optimizer.batch_size
-                    console.step(self.state)
+                    if decision.stop:
+                        return "KILLED"
+                    self._go_on()
+                self._step(steps)
+                trained += 1
+                console.step(self.state)
         if self.accelerator.scaler is None:
-            self._refuse_divergence(int(self.state.skipped[1]), 1)  # the last state is not saved then
+            self.agreement.refuse_divergence(int(self.state.skipped[1]), 1)  # the last state is not saved then
         return "FINISHED"
 
+    def _curve(self, tracker: Tracker | None) -> Curve:
+        """The training's curve, begun anew at the state as it is."""
+        config, log = self.config, None if tracker is None else tracker.log
+        self.curve = Curve(config.run.curve_every, self.accelerator, log, skipped=int(self.state.skipped[0]))
+        return self.curve
+
+    def _step(self, steps: Iterator[TrainState]) -> None:
+        try:
+            next(steps)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            size, parts = self.config.optimizer.batch_size, self.accelerator.gradient_accumulation_steps
+            raise TrainingError(
+                f"batch_size is {size}, of which a part of {size // parts} does not fit the memory; "
+                "expected more parts (--gradient-accumulation-steps), or --gradient-checkpointing"
+            ) from None
+        self._trained_images += self.config.optimizer.batch_size
+        self.curve.step(self.state)
+
+    def _pause(self) -> None:
+        """Stop the clock of the training, once what is queued is trained, and have the curve on the tracker."""
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        self._trained_seconds += time.perf_counter() - self._since
+        self.curve.settle()
+
+    def _go_on(self) -> None:
+        self._since = time.perf_counter()
+        self.curve.start_clock(self.state.images_seen)
+
     def _observe(self, tracker: Tracker | None, console: Console, judged: bool) -> None:
-        report = self.measure(judged)
-        # A kill between a measurement and its checkpoint leaves a row that is measured again, to the same values.
+        """Save, then measure: a kill while it is measured costs no training. What was saved is measured again, to the same."""
+        self._save()
+        with whole_average(self.state, self.accelerator):
+            report = self.measure(judged)
         self.rows = [row for row in self.rows if row["images_seen"] < report.step] + [report.flat()]
         if tracker is not None:
             tracker.record(report)
         console.measured(report)
-        self._save()
+        if self.is_main:
+            mark_turning(self.output_dir, verdict(self.rows))
         if tracker is not None and checkpoint_path(self.output_dir, report.step).exists():
             tracker.checkpoint(report.step)
             remove_old(self.output_dir, self.config.run.checkpoints_total_limit, may_be_kept(self.rows))
@@ -276,40 +302,45 @@ class Run:
         state = verdict(self.rows).state
         return state in STOP_VERDICTS[STOP_VERDICTS.index(self.config.monitor.stop_on) :]
 
-    def _any_rank_wants_stop(self, wanted: bool, trained: int) -> bool:
-        """Whether any rank wants to stop, the same answer on all of them. Raises DivergedError, on all of them too."""
-        if self.accelerator.num_processes > 1:
-            if trained % STOP_EVERY_STEPS:
-                return False
-            wishes = torch.stack([torch.tensor(float(wanted), device=self.accelerator.device), self.state.skipped[1].float()])
-            stop, skipped = self.accelerator.reduce(wishes, reduction="sum").tolist()
-            self._refuse_divergence(round(skipped / self.accelerator.num_processes))
-            return bool(stop > 0)
-        if trained % STOP_EVERY_STEPS == 0:
-            self._skipped_in_row.poll(self.state.skipped[1])
-        self._refuse_divergence(self._skipped_in_row.value)
-        return wanted
-
-    def _refuse_divergence(self, skipped: int, limit: int = SKIPPED_IN_A_ROW) -> None:
-        if skipped >= limit:
-            rate = self.config.optimizer.learning_rate
-            raise DivergedError(
-                f"learning_rate is {rate:g}: the gradients of the last {skipped} steps were not finite; "
-                "expected a lower one: go on from the last good checkpoint with --resume --learning-rate LOWER"
-            )
-
     def _save(self) -> None:
+        """Write a checkpoint, unless no training could go on from it; every rank takes part. Raises DivergedError on all."""
+        self.agreement.saved()
         # Weights that give no finite gradient are none to go on from; in fp16 it may be the scaler's factor.
         if self.accelerator.scaler is None and int(self.state.skipped[1]):
             return
-        tensors, losses = None, self.accelerator.gather(self.state.loss_sum.reshape(1))
-        if self.is_main or is_sharded(self.state.network):
-            tensors = state_tensors(self.state, self.accelerator, self.monitor.state_dict(), losses)
+        state, sharded, tensors = self.state, is_sharded(self.state.network), dict[str, torch.Tensor]()
+        losses = self.accelerator.gather(state.loss_sum.reshape(1))
+        curve = self.accelerator.reduce(state.curve.clone(), reduction="mean")
+        if self.is_main or sharded:
+            tensors = named_tensors(state, self.accelerator, self.monitor.state_dict(), losses, curve)
+        problem = not_finite(tensors)
+        there = self.is_main and is_saved(self.output_dir, state.images_seen)
+        found = torch.tensor([float(bool(problem)), float(there)], device=self.accelerator.device)
+        broken, saved = self.accelerator.reduce(found, reduction="sum").tolist()
+        if broken:
+            raise DivergedError(self.config.optimizer.learning_rate, f"{problem or 'a weight'} is not finite")
+        if not saved:
+            with whole_average(state, self.accelerator):
+                self._write(tensors, sharded)
         if self.is_main:
-            assert tensors is not None
-            save_checkpoint(self.output_dir, self.state, self.family, self.accelerator, tensors, self.autoencoder)
-            mark_turning(self.output_dir, verdict(self.rows))
+            remove_between(self.output_dir, [int(row["images_seen"]) for row in self.rows])
         self.accelerator.wait_for_everyone()
+
+    def _write(self, tensors: dict[str, torch.Tensor], sharded: bool) -> None:
+        """Write a checkpoint: the main process, and where parameters are sharded every rank its shares."""
+        shares = None
+        if sharded:
+            shares = {
+                key: value for key, value in tensors.items() if key.startswith(("network/", "ema/", "optimizer/", "power/"))
+            }
+            kept = {key: value for key, value in tensors.items() if key not in shares or key.startswith("power/")}
+            tensors = entire_tensors(kept)  # what the folder of the average and its snapshots are made of
+        if self.is_main:
+            entire = tensors if sharded else entire_tensors(tensors)
+            save_checkpoint(self.output_dir, self.state, self.family, self.accelerator, entire, self.autoencoder, shares=shares)
+        elif shares is not None:
+            folder = checkpoint_path(self.output_dir, self.state.images_seen)
+            save_shares(part_of(folder), self.accelerator, shares)
 
     def conclude(self, tracker: Tracker) -> None:
         """What the run comes to: quality against copying, tables of images, vectors for the projector; on the main process."""

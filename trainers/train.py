@@ -16,44 +16,63 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 import mlflow_icr
+from mlflow_icr.arguments import refuse_unknown
 from mlflow_icr.integrations.ending import end_as_rank
 from mlflow_icr.monitoring.series import HISTORY, read_history
 from trainers.command_line import config_changes, parse_tags, train_parser
 from trainers.config import TrainConfig, config_from, preset_names, preset_values, read_values, with_changes
 from trainers.launch import check_processes, is_launched, launch
+from trainers.launchers.job import STOP_SIGNALS
 
 if TYPE_CHECKING:
     from trainers.run import Run
 
 CONFIG = "config.yaml"
+RESUME = ("no", "yes", "auto")
 CHANGES = "config_changes.jsonl"  # one line for each resumption with another configuration
-# What a resumed run may have otherwise; anything else would make it another training.
+# What a resumed run may have otherwise, and what is written down as changed; anything else would make it another training.
 MAY_CHANGE = frozenset(
     (
         "total_kimg",
         "learning_rate",
         "batch_size",  # a new origin of its clock: train/origin_images_seen
         "gradient_accumulation_steps",
+        "lr_decay",
+        "lr_decay_kimg",
+        "clip_norm",
+        # How it is computed:
+        "mixed_precision",
+        "gradient_checkpointing",
+        "compile",
+        "cudnn_benchmark",
+        "measure_batch",
+        "sample_batch",
+        # When and how much is measured; what is measured, the protocol, stays.
         "measurements",
         "first_measurement_kimg",
         "generate_every",
+        "num_samples",
+        "sample_steps",
         "stop_on",
+        # What is kept and logged:
         "checkpoints_total_limit",
+        "save_every_minutes",
+        "curve_every",
         "log_models",
     )
 )
 
 
 class Stop:
-    """A wish to stop, from Ctrl-C, SIGTERM or SIGUSR2, that the loop can look at; a second Ctrl-C interrupts at once.
+    """A wish to stop, from Ctrl-C, SIGTERM, SIGUSR1 or SIGUSR2, that the loop can look at; a second Ctrl-C interrupts at once.
 
-    A SIGTERM after a Ctrl-C is the same wish: `mlflow run` sends one when the terminal has sent the other. SIGUSR2 is what
-    Slurm sends to a job of submitit's before it takes the machine away.
+    A SIGTERM after a Ctrl-C is the same wish: `mlflow run` sends one when the terminal has sent the other. SIGUSR1 and SIGUSR2
+    are what Slurm is told to send (`--signal`, submitit) before it takes the machine away.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        for number in STOP_SIGNALS:
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -67,6 +86,12 @@ def check_project() -> None:
     here, imported = Path(__file__).resolve().parents[1], Path(mlflow_icr.__file__).resolve().parents[1]
     if here != imported:
         raise ValueError(f"mlflow_icr comes from {imported}, but trainers from {here}; install this project: pip install -e .")
+
+
+def goes_on(wish: str, output_dir: Path) -> bool:
+    """Whether a run is resumed: `yes`, `no`, or with `auto` where the output folder holds one. Raises ValueError."""
+    refuse_unknown("resume", wish, list(RESUME))
+    return wish == "yes" or (wish == "auto" and (output_dir / CONFIG).exists())
 
 
 def prepare_folder(output_dir: Path, config: TrainConfig | None, changes: Mapping[str, Any], resume: bool) -> TrainConfig:
@@ -109,6 +134,8 @@ def run_is_mine() -> bool:
 def configure(arguments: Any) -> tuple[TrainConfig, Path, dict[str, str], str | None, bool]:
     """Everything that the command line says, checked. Raises ValueError for what cannot be."""
     changes, config = config_changes(arguments), None
+    output_dir = Path(arguments.output_dir)
+    resume = goes_on(arguments.resume, output_dir)
     if arguments.preset is not None and arguments.config is not None:
         raise ValueError(f"preset is {arguments.preset!r} and config {arguments.config!r}; expected one of them")
     if arguments.config is not None:
@@ -117,15 +144,14 @@ def configure(arguments: Any) -> tuple[TrainConfig, Path, dict[str, str], str | 
     elif arguments.preset is not None:
         config = config_from(with_changes(preset_values(arguments.preset), changes))
         changes["preset"] = arguments.preset
-    elif not arguments.resume:
+    elif not resume:
         raise ValueError(f"preset is not given; expected one of {', '.join(preset_names())}")
     tags = parse_tags(arguments.tag)
-    output_dir = Path(arguments.output_dir)
-    config = prepare_folder(output_dir, config, changes, arguments.resume)
+    config = prepare_folder(output_dir, config, changes, resume)
     check_project()
     if not is_launched():
         check_processes(arguments.num_processes, config)
-    return config, output_dir, tags, arguments.run_name, arguments.resume
+    return config, output_dir, tags, arguments.run_name, resume
 
 
 def train_run(run: Run, stop: Stop, output_dir: Path, tags: Mapping[str, str], run_name: str | None, resume: bool) -> str:
@@ -174,7 +200,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return launch(arguments.num_processes, sys.argv[1:] if argv is None else argv, output_dir)
         stop = Stop()
         tell = end_as_rank()
-        from trainers.run import DivergedError, Run  # torch, diffusers and accelerate, once the input is known to be good
+        from trainers.agreement import TrainingError
+        from trainers.run import Run  # torch, diffusers and accelerate, once the input is known to be good
 
         run = Run(config, output_dir, resume=resume)
     except (ValueError, OSError) as error:
@@ -186,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # a full disk, most of all: what was measured before is whole, and so is the last checkpoint
         print(f"trainers.train: error: {error}; go on with --resume when that is mended", file=sys.stderr)
         return 1
-    except DivergedError as error:
+    except TrainingError as error:
         if run_is_mine():
             print(f"trainers.train: error: {error}", file=sys.stderr)
         run.end()

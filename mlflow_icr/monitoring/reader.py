@@ -108,8 +108,12 @@ class FeatureReader:
             for views in self.views(sigma, device):
                 # One image may have more views than a batch is to have.
                 flat = views.flatten(0, 1)
-                pooled = self.batches.over(len(flat), lambda rows, flat=flat: tap(partial(denoiser, flat[rows], sigma)))
-                parts.append(torch.cat(list(pooled)).view(len(views), self.num_views, -1))
+
+                def pooled(rows: slice, flat: Tensor = flat) -> Tensor:
+                    return tap(partial(denoiser, flat[rows], sigma))
+
+                read = list(self.batches.over(len(flat), pooled))
+                parts.append(torch.cat(read).view(len(views), self.num_views, -1))
         features = torch.cat(parts) if parts else torch.empty(0, self.num_views, self.dim, device=device)
         # All ranks find out together: one that raised alone would leave the others waiting for its moments.
         broken = sum_over_ranks(int((~features.isfinite().flatten(1).all(1)).sum()), device)

@@ -21,6 +21,7 @@ from trainers.data import load_source
 from trainers.experiments.address import chart_address, without_secrets
 from trainers.experiments.siblings import Sibling, run_siblings
 from trainers.launch import check_processes
+from trainers.launchers.job import FINISHED
 from trainers.train import Stop, check_project
 
 logger = logging.getLogger(__name__)
@@ -189,11 +190,11 @@ def run_study(study: Study, stop: Stop) -> int:
     sink.bind(study.folder)
     sink.open(params, {"role": "study", "study_name": study.name})
     sink.flush()  # which also makes the tables of a fresh local store: two runs at once would both try
-    siblings = [Sibling(role, _flags(study, role, config)) for role, config in study.configs.items()]
+    siblings = [Sibling(role, study.folder / role, _flags(study, role, config)) for role, config in study.configs.items()]
     status = "FAILED"
     try:
         ended = run_siblings(siblings, study.parallel, lambda: stop.signal is not None)
-        if len(ended) == len(siblings) and not any(ended.values()):
+        if len(ended) == len(siblings) and all(one.status == FINISHED for one in ended.values()):
             status = "FINISHED"
         elif stop.signal:
             status = "KILLED"

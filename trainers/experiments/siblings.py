@@ -1,72 +1,49 @@
-"""Runs of one study, side by side: child processes, their output with a name in front, and one fate."""
+"""Runs of one study, side by side: as any launcher's jobs, their output with a name in front, and one fate."""
 
 from __future__ import annotations
 
-import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from trainers.launchers.processes import end_children, environment
-
-LOOK_EVERY_SECONDS = 0.2
+from trainers.launchers.job import FINISHED, Ended, Job
+from trainers.launchers.local import LocalLauncher
+from trainers.train import CONFIG
 
 
 @dataclass(frozen=True)
 class Sibling:
-    """One run: its name in the study and the flags of `trainers.train`."""
+    """One run: its name in the study, its output folder, and the flags of `trainers.train`."""
 
     name: str
+    folder: Path
     flags: Sequence[str]
 
-
-def _tell(name: str, width: int, child: subprocess.Popen[str]) -> None:
-    assert child.stdout is not None
-    for line in child.stdout:
-        print(f"[{name:{width}}] {line}", end="", flush=True)
-
-
-def _start(sibling: Sibling, variables: Mapping[str, str], width: int) -> tuple[subprocess.Popen[str], threading.Thread]:
-    child = subprocess.Popen(
-        [sys.executable, "-m", "trainers.train", *sibling.flags],
-        env=variables,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,  # Ctrl-C reaches us alone, and we ask the children once
-    )
-    teller = threading.Thread(target=_tell, args=(sibling.name, width, child), daemon=True)
-    teller.start()
-    return child, teller
+    @property
+    def job(self) -> Job:
+        """The run as something to launch; its output is in the study's `logs/` too."""
+        command = (sys.executable, "-m", "trainers.train", *self.flags)
+        return Job(self.name, command, self.folder / CONFIG, self.folder.parent / "logs" / f"{self.name}.log")
 
 
-def run_siblings(siblings: Sequence[Sibling], parallel: int, wants_stop: Callable[[], bool]) -> Mapping[str, int]:
-    """Train all of them, `parallel` at a time; returns the exit status of each that was started, by its name.
+def run_siblings(siblings: Sequence[Sibling], parallel: int, wants_stop: Callable[[], bool]) -> Mapping[str, Ended]:
+    """Train all of them, `parallel` at a time; returns what became of each that was started, by its name.
 
     When one fails, or `wants_stop` says so, the others are asked to stop as by SIGTERM, and no further one starts.
     """
     width = max(len(sibling.name) for sibling in siblings)
-    variables = environment(min(parallel, len(siblings)))
-    waiting = list(siblings)
-    children: dict[str, subprocess.Popen[str]] = {}
-    tellers = []
-    try:
-        while True:
-            running = [child for child in children.values() if child.poll() is None]
-            failed = any(child.returncode for child in children.values())
-            if failed or wants_stop() or not (waiting or running):
-                break
-            if waiting and len(running) < parallel:
-                sibling = waiting.pop(0)
-                children[sibling.name], teller = _start(sibling, variables, width)
-                tellers.append(teller)
-            else:
-                time.sleep(LOOK_EVERY_SECONDS)
-    finally:
-        end_children(children.values())
-        for teller in tellers:
-            teller.join()
-    return {name: child.returncode for name, child in children.items()}
+    ended: dict[str, Ended] = {}
+
+    def echo(name: str, line: str) -> None:
+        print(f"[{name:{width}}] {line}", end="", flush=True)
+
+    alone = all("--num-processes=1" in sibling.flags for sibling in siblings)
+    launcher = LocalLauncher(parallel, echo=echo, one_gpu_each=alone)
+
+    def stops() -> bool:
+        return wants_stop() or any(one.status != FINISHED for one in ended.values())
+
+    for one in launcher.run([sibling.job for sibling in siblings], stops, lambda text: None):
+        ended[one.name] = one
+    return ended

@@ -90,8 +90,13 @@ class Flow(Family):
         return FlowDenoiser(network, null_class=self.null_class)
 
     def draw(self, generator: np.random.Generator, count: int) -> Tensor:
-        """Times, (count,) float32, uniform in [0, 1]."""
-        return torch.from_numpy(generator.random(count)).float()
+        """Times, (count,) float32 in [0, 1]: uniform, or logit-normal, and shifted (Esser et al. 2024, sections 3.1, 5.3.2)."""
+        noise = self.config.noise
+        if noise.time_distribution == "logit_normal":
+            t = 1 / (1 + np.exp(-(noise.time_mean + noise.time_std * generator.standard_normal(count))))
+        else:
+            t = generator.random(count)
+        return torch.from_numpy(noise.time_shift * t / (1 + (noise.time_shift - 1) * t)).float()
 
     def loss(self, denoiser: Any, x: Tensor, level: Tensor, noise: Tensor, labels: Tensor | None = None) -> Tensor:
         """The mean squared error of the velocity; unweighted."""

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
@@ -35,13 +36,25 @@ class _Running:
     child: subprocess.Popen[str]
     slot: int
     since: int  # bytes of the log before this attempt
+    teller: threading.Thread | None  # who copies its output to the log and to the terminal
 
 
 class LocalLauncher:
-    """At most `parallel` processes at a time; `inherited` file descriptors stay open in each as long as it lives."""
+    """At most `parallel` processes at a time; `inherited` file descriptors stay open in each as long as it lives.
 
-    def __init__(self, parallel: int, inherited: Sequence[int] = ()) -> None:
-        self.parallel, self.inherited = parallel, tuple(inherited)
+    `echo(name, line)` is called with every line of output as it comes, which is in the job's log too. Of several GPUs each job
+    gets one, unless jobs of several ranks are to share them all.
+    """
+
+    def __init__(
+        self,
+        parallel: int,
+        inherited: Sequence[int] = (),
+        echo: Callable[[str, str], None] | None = None,
+        *,
+        one_gpu_each: bool = True,
+    ) -> None:
+        self.parallel, self.inherited, self.echo, self.one_gpu_each = parallel, tuple(inherited), echo, one_gpu_each
 
     def run(
         self, jobs: Sequence[Job], wants_stop: Callable[[], bool], say: Callable[[str], None]
@@ -58,7 +71,7 @@ class LocalLauncher:
             while (waiting or running) and not wants_stop():
                 if waiting and free:
                     job, slot = waiting.popleft(), free.popleft()
-                    own = {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if len(gpus) > 1 else {}
+                    own = {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if self.one_gpu_each and len(gpus) > 1 else {}
                     try:
                         running.append(self._start(job, shared | own, slot))
                         say(f"{job.name} starts; its output is in {job.log}")
@@ -86,16 +99,31 @@ class LocalLauncher:
                 job.line(),
                 env=variables,
                 stdin=subprocess.DEVNULL,
-                stdout=log,
+                stdout=log if self.echo is None else subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
                 start_new_session=True,  # Ctrl-C reaches us alone, and we ask the children once
                 pass_fds=self.inherited,
             )
-        return _Running(job, child, slot, since)
+        teller = None
+        if self.echo is not None:
+            teller = threading.Thread(target=_tell, args=(job, child, self.echo), daemon=True)
+            teller.start()
+        return _Running(job, child, slot, since, teller)
+
+
+def _tell(job: Job, child: subprocess.Popen[str], echo: Callable[[str, str], None]) -> None:
+    assert child.stdout is not None
+    with job.log.open("a") as log:
+        for line in child.stdout:
+            log.write(line)
+            log.flush()
+            echo(job.name, line)
 
 
 def _ended(one: _Running, *, asked: bool = False) -> Ended:
+    if one.teller is not None:
+        one.teller.join()
     code = one.child.returncode
     if code == 0:
         return Ended(one.job.name, FINISHED)

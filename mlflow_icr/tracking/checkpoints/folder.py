@@ -53,10 +53,15 @@ def checkpoint_path(output_dir: Path, images_seen: int) -> Path:
     return output_dir / FOLDER / f"{images_seen:012d}"
 
 
+def part_of(folder: Path) -> Path:
+    """Where a checkpoint is while it is written."""
+    return folder.with_name(f".{folder.name}.part")
+
+
 def write_checkpoint(output_dir: Path, images_seen: int, write: Callable[[Path], object]) -> Path:
     """Make a checkpoint by `write`, which gets an empty folder: on the disk as a whole when this returns. Raises OSError."""
     folder = checkpoint_path(output_dir, images_seen)
-    part = folder.with_name(f".{folder.name}.part")
+    part = part_of(folder)
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     write(part)

@@ -25,7 +25,7 @@ RANGE = re.compile(r"(-?\d+):(-?\d+)(?::(\d+))?")
 
 
 @dataclass(frozen=True)
-class Run:
+class GridPoint:
     """One run of a sweep: its name, its place in the grid (value by field, of all fields that were given), and all of it."""
 
     name: str
@@ -72,7 +72,7 @@ def _value(entry: Option, part: str, shown: str) -> Any:
         raise ValueError(f"{shown}{str(error).removeprefix(entry.name)}") from None
 
 
-def expand(preset: str, texts: Mapping[str, str], shown: Mapping[str, str] | None = None) -> list[Run]:
+def expand(preset: str, texts: Mapping[str, str], shown: Mapping[str, str] | None = None) -> list[GridPoint]:
     """All runs of a grid, the last field's values changing fastest. Raises ValueError for what cannot be, naming it.
 
     `shown` has the names by which fields were given, where they are others.
@@ -90,14 +90,14 @@ def expand(preset: str, texts: Mapping[str, str], shown: Mapping[str, str] | Non
     for values in product(*axes.values()):
         place = dict(zip(axes, values, strict=True))
         config = load_config(place["preset"], {field: value for field, value in place.items() if field != "preset"})
-        runs.append(Run(_name(config, varied), place, config))
+        runs.append(GridPoint(_name(config, varied), place, config))
     names = [run.name for run in runs]
     if len(set(names)) < len(names):  # two paths that differ in characters that a name does not show
-        runs = [Run(f"{index:04d}-{run.name}", run.place, run.config) for index, run in enumerate(runs)]
+        runs = [GridPoint(f"{index:04d}-{run.name}", run.place, run.config) for index, run in enumerate(runs)]
     return runs
 
 
-def varied_fields(runs: Sequence[Run]) -> list[str]:
+def varied_fields(runs: Sequence[GridPoint]) -> list[str]:
     """The fields in which the runs differ, in the order of the grid."""
     return [field for field in runs[0].place if any(run.place[field] != runs[0].place[field] for run in runs)]
 
@@ -124,7 +124,7 @@ def _parts(config: TrainConfig, varied: Sequence[str]) -> Iterator[str]:
             yield re.sub(r"[^A-Za-z0-9.+_]", "x", f"{field}_{text_of(config.get(field))}")
 
 
-def check_data(runs: Sequence[Run]) -> None:
+def check_data(runs: Sequence[GridPoint]) -> None:
     """Raise ValueError where a set has fewer images than a run takes, and for unknown sets; each is loaded once."""
     from trainers.data import load_source
 

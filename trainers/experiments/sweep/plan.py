@@ -16,7 +16,7 @@ from mlflow_icr.tracking.mlflow.outbox import ended_as
 from trainers.checkpoint import latest_checkpoint
 from trainers.command_line import config_flags
 from trainers.config import TrainConfig, config_from, preset_names, read_values
-from trainers.experiments.sweep.grid import Run, check_data, expand, grid_fields
+from trainers.experiments.sweep.grid import GridPoint, check_data, expand, grid_fields
 from trainers.launchers.job import FAILED, FINISHED, Job
 from trainers.launchers.slurm import SlurmOptions, check_cluster
 from trainers.launchers.slurm_flags import add_slurm_flags, slurm_options
@@ -34,7 +34,7 @@ class Sweep:
 
     name: str
     folder: Path
-    runs: Sequence[Run]
+    runs: Sequence[GridPoint]
     finished: frozenset[str]  # names of the runs that earlier commands have finished
     states: Mapping[str, str]  # what is to become of each run, in words
     launcher: str
@@ -43,11 +43,11 @@ class Sweep:
     params: Mapping[str, str]  # of the study's MLflow run
     dry_run: bool
 
-    def folder_of(self, run: Run) -> Path:
+    def folder_of(self, run: GridPoint) -> Path:
         """A run's output folder."""
         return self.folder / "runs" / run.name
 
-    def job(self, run: Run) -> Job:
+    def job(self, run: GridPoint) -> Job:
         """A run as something to launch."""
         tags = (f"study={self.name}", "role=run")
         command = (
@@ -108,7 +108,7 @@ def _texts(arguments: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]
     return {field: given[field] for field in order}, shown
 
 
-def _same_probe(runs: Sequence[Run]) -> list[Run]:
+def _same_probe(runs: Sequence[GridPoint]) -> list[GridPoint]:
     """Subsets of a seed nest: measured on as many images as the smallest has, all its runs are measured on the same ones."""
     probe = min(min(run.config.monitor.probe_images, run.config.data.num_images) for run in runs)
     return [replace(run, config=run.config.changed(probe_images=probe)) for run in runs]
@@ -134,7 +134,7 @@ def _study_name(folder: Path, configs: Sequence[TrainConfig]) -> str:
     return f"{time.strftime('%Y%m%d-%H%M%S')}-sweep-{'-'.join(dict.fromkeys(config.preset for config in configs))}"
 
 
-def _state(run: Run, folder: Path) -> str:
+def _state(run: GridPoint, folder: Path) -> str:
     """What an earlier command left of a run, in words. Raises ValueError where that was another configuration."""
     if not (folder / CONFIG).exists():
         return "new"

@@ -14,7 +14,7 @@ from mlflow_icr import summarise, verdict
 from mlflow_icr.extraction.files import write_whole
 from mlflow_icr.monitoring.plots import COLOURS
 from mlflow_icr.monitoring.series import HISTORY, read_history
-from trainers.experiments.sweep.grid import Run, text_of, varied_fields
+from trainers.experiments.sweep.grid import GridPoint, text_of, varied_fields
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,7 +37,7 @@ SHOWN = {
 }
 
 
-def result_row(run: Run, varied: Sequence[str], folder: Path, status: str, why: str = "") -> Row:
+def result_row(run: GridPoint, varied: Sequence[str], folder: Path, status: str, why: str = "") -> Row:
     """A run's row: where it stands in the grid, its status, what was measured (None where it was not), and its first error."""
     row: Row = {"run": run.name, "num_images": run.config.data.num_images, "seed": run.config.run.seed}
     row |= {field: text_of(run.place[field]) for field in varied if field not in row}
@@ -153,7 +153,7 @@ def write_figure(rows: Sequence[Row], varied: Sequence[str], title: str, study: 
     return path
 
 
-def write_results(runs: Sequence[Run], rows: Mapping[str, Row], study: Path, title: str) -> list[Path]:
+def write_results(runs: Sequence[GridPoint], rows: Mapping[str, Row], study: Path, title: str) -> list[Path]:
     """Table and figure of all runs, in the order of the grid; returns the files."""
     varied = varied_fields(runs)
     ordered = [rows[run.name] for run in runs]

@@ -1,0 +1,95 @@
+"""What all ranks agree on between two steps: whether to stop, to save, or to give up a training that has diverged."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from trainers.loop import TrainState
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+# Ranks must stop at the same step; asking all of them after every step would make each wait for the others' hosts.
+ASK_EVERY_STEPS = 8
+SKIPPED_IN_A_ROW = 20  # steps without a finite gradient; fp16's scaler needs at most 16 to halve 2^16 down to 1
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on as it is; the message is one line that says what to change."""
+
+
+class DivergedError(TrainingError):
+    """No step has a finite gradient any more, or the weights are not finite."""
+
+    def __init__(self, learning_rate: float, what: str) -> None:
+        super().__init__(
+            f"learning_rate is {learning_rate:g}: {what}; "
+            "expected a lower one: go on from the last good checkpoint with --resume --learning-rate LOWER"
+        )
+
+
+class LateReading:
+    """The value of a number on a device as of some steps ago; reading it never waits for the device."""
+
+    def __init__(self) -> None:
+        self.value = 0
+        self._copy: torch.Tensor | None = None
+        self._arrived: torch.cuda.Event | None = None
+
+    def poll(self, number: torch.Tensor) -> None:
+        """Take what has arrived, and ask for the number as it is now."""
+        if self._copy is not None and (self._arrived is None or self._arrived.query()):
+            self.value, self._copy = int(self._copy), None
+        if self._copy is not None:
+            return
+        if number.device.type != "cuda":
+            self.value = int(number)
+            return
+        self._copy = torch.empty_like(number, device="cpu", pin_memory=True).copy_(number, non_blocking=True)
+        self._arrived = torch.cuda.Event()
+        self._arrived.record()
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What all ranks do next."""
+
+    stop: bool = False
+    save: bool = False
+
+
+class Agreement:
+    """Asked before every step, on every rank. `save_every_minutes` is wall time between checkpoints, 0 for no such ones."""
+
+    def __init__(self, accelerator: Accelerator, learning_rate: float, save_every_minutes: float) -> None:
+        self.accelerator, self.learning_rate, self.save_seconds = accelerator, learning_rate, 60 * save_every_minutes
+        self._skipped_in_row = LateReading()
+        self.saved()
+
+    def saved(self) -> None:
+        """A checkpoint was written: the time to the next one begins."""
+        self._saved_at = time.monotonic()
+
+    def ask(self, state: TrainState, stop: bool, trained: int) -> Decision:
+        """What to do after `trained` steps; the same on all ranks, where any of them may wish to stop. Raises DivergedError."""
+        save = bool(self.save_seconds) and time.monotonic() - self._saved_at >= self.save_seconds
+        if self.accelerator.num_processes > 1:
+            if trained % ASK_EVERY_STEPS:
+                return Decision()
+            wishes = torch.tensor([float(stop), float(save)], device=self.accelerator.device)
+            found = self.accelerator.reduce(torch.cat([wishes, state.skipped[1:].float()]), reduction="sum").tolist()
+            self.refuse_divergence(round(found[2] / self.accelerator.num_processes))
+            return Decision(found[0] > 0, found[1] > 0)
+        if trained % ASK_EVERY_STEPS == 0:
+            self._skipped_in_row.poll(state.skipped[1])
+        self.refuse_divergence(self._skipped_in_row.value)
+        return Decision(stop, save)
+
+    def refuse_divergence(self, skipped: int, limit: int = SKIPPED_IN_A_ROW) -> None:
+        """Raise DivergedError after so many skipped steps in a row."""
+        if skipped >= limit:
+            raise DivergedError(self.learning_rate, f"the gradients of the last {skipped} steps were not finite")

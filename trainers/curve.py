@@ -1,0 +1,130 @@
+"""The curve of a training: loss, learning rate, gradient norm, speed, memory and skipped steps, every so many steps.
+
+What is on the device is copied from there behind the steps that are queued, and a thread waits for it, reads the memory, and
+hands the point to the tracker: the training goes on.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mlflow_icr.tracking.logged import Logged
+from trainers.loop import TrainState
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class _Point:
+    """What is known on the host when a point is due; the sums of losses, of norms, and the skipped steps come later."""
+
+    images_seen: int
+    steps: int
+    learning_rate: float
+    images_per_second: float | None
+
+
+def used_memory(device: torch.device) -> float | None:
+    """GiB: the most that tensors on a CUDA device took since last asked, else what this process holds; None if unknown."""
+    if device.type == "cuda":
+        most = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return most / GIB
+    try:
+        resident = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS:"))
+        return int(resident.split()[1]) * 1024 / GIB
+    except (OSError, StopIteration):
+        return None
+
+
+def _on_the_way(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """Values on the host, and when they are there: from CUDA they come behind what is queued."""
+    if values.device.type != "cuda":
+        return values.cpu(), None
+    copy = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return copy, arrived
+
+
+class Curve:
+    """Hands `log` a point every `every` steps, in a thread of its own; 0 is never. Every rank has one, and one rank's logs.
+
+    `skipped` steps were left out before. `log` is called in that thread only, and after `settle` no call is under way. What it
+    raises is raised by the next `step` or `settle`.
+    """
+
+    def __init__(
+        self, every: int, accelerator: Accelerator, log: Callable[[Logged], object] | None, *, skipped: int = 0
+    ) -> None:
+        self.every, self.accelerator, self.log = every, accelerator, log
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="curve") if log is not None else None
+        self._waiting: list[Future[None]] = []
+        self._skipped = float(skipped)  # as of the last point; the thread's
+        self.start_clock(0)
+
+    def start_clock(self, images_seen: int) -> None:
+        """Count time from here: what was measured or saved in between is no training."""
+        self._since, self._from = time.perf_counter(), images_seen
+
+    def step(self, state: TrainState) -> None:
+        """After a step: a point, if one is due. Raises what logging an earlier one has raised."""
+        if not self.every or state.curve_steps < self.every:
+            return
+        # The sum over ranks is queued like a step's; nobody waits for it here.
+        sums = torch.cat([state.curve, state.skipped[:1].to(state.curve.dtype)])
+        mean = self.accelerator.reduce(sums, reduction="mean")
+        steps, seconds = state.curve_steps, time.perf_counter() - self._since
+        rate = (state.images_seen - self._from) / seconds if state.images_seen > self._from else None
+        state.curve.zero_()
+        state.curve_steps = 0
+        self.start_clock(state.images_seen)
+        if self._pool is None:
+            return
+        point = _Point(state.images_seen, steps, float(state.optimizer.param_groups[0]["lr"]), rate)
+        self._raise_earlier()
+        self._waiting.append(self._pool.submit(self._log, point, *_on_the_way(mean)))
+
+    def _log(self, point: _Point, values: Tensor, arrived: torch.cuda.Event | None) -> None:
+        if arrived is not None:
+            arrived.synchronize()
+        losses, norms, skipped = values.tolist()
+        good = point.steps - (skipped - self._skipped)
+        self._skipped = skipped
+        found: dict[str, float | None] = {
+            "curve/loss": losses / point.steps,
+            "curve/learning_rate": point.learning_rate,
+            "curve/gradient_norm": norms / good if good > 0 else None,
+            "curve/images_per_second": point.images_per_second,
+            "curve/memory_gib": used_memory(self.accelerator.device),
+            "curve/skipped_steps": skipped,
+        }
+        known = {key: value for key, value in found.items() if value is not None and math.isfinite(value)}
+        assert self.log is not None
+        self.log(Logged(point.images_seen, time.time(), known))
+
+    def _raise_earlier(self) -> None:
+        while self._waiting and self._waiting[0].done():
+            self._waiting.pop(0).result()
+
+    def settle(self) -> None:
+        """Wait until every point is logged. Raises what that has raised."""
+        while self._waiting:
+            self._waiting.pop(0).result()
+
+    def close(self) -> None:
+        """End the thread, after what is under way."""
+        if self._pool is not None:
+            self._pool.shutdown()

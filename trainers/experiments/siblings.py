@@ -38,7 +38,7 @@ def run_siblings(siblings: Sequence[Sibling], parallel: int, wants_stop: Callabl
     def echo(name: str, line: str) -> None:
         print(f"[{name:{width}}] {line}", end="", flush=True)
 
-    alone = all("--num-processes=1" in sibling.flags for sibling in siblings)
+    alone = all(flag == "--num-processes=1" for one in siblings for flag in one.flags if flag.startswith("--num-processes"))
     launcher = LocalLauncher(parallel, echo=echo, one_gpu_each=alone)
 
     def stops() -> bool:

@@ -27,6 +27,7 @@ from trainers.command_line import CommandLine, add_config_flags, config_changes,
 from trainers.config import TrainConfig, config_from, load_config, preset_names, read_values
 from trainers.data import load_source
 from trainers.experiments.siblings import Sibling, run_siblings
+from trainers.launchers.job import FINISHED
 from trainers.train import CONFIG, Stop, check_project
 
 if TYPE_CHECKING:
@@ -283,11 +284,11 @@ def _flags(halves: Halves, role: str) -> list[str]:
 def train(halves: Halves, stop: Stop) -> int:
     """Train both halves; returns 0, 1 when one failed, or 128 + signal when stopped."""
     halves.folder.mkdir(parents=True, exist_ok=True)
-    siblings = [Sibling(role, _flags(halves, role)) for role in ROLES]
+    siblings = [Sibling(role, halves.output_dir(role), _flags(halves, role)) for role in ROLES]
     ended = run_siblings(siblings, halves.parallel, lambda: stop.signal is not None)
     if stop.signal is not None:
         return 128 + stop.signal
-    return 0 if len(ended) == len(siblings) and not any(ended.values()) else 1
+    return 0 if len(ended) == len(siblings) and all(one.status == FINISHED for one in ended.values()) else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,7 +19,7 @@ from mlflow_icr.extraction.averages import check_std
 from mlflow_icr.extraction.encoders import is_installed
 from mlflow_icr.extraction.images import Size, check_background, check_value_range, height_width, parse_size
 from mlflow_icr.tracking.checkpoints.folder import LOG_MODELS
-from trainers.augmentation import AUGMENTATIONS
+from trainers.augmentation import AUGMENTATIONS, FLIP
 from trainers.options import FAMILIES, Group, Option, is_required, option, options_of, refuse, required
 
 PRESETS = Path(__file__).parent / "presets"
@@ -75,6 +75,8 @@ class NetworkConfig(Group):
     patch_size: int = option(2, "side of the transformer's patches", least=1, families=DIT)
     dropout: float = option(0.0, "share of activations dropped in the network", least=0, below=1)
     dropout_masks: str = option("keyed", "keyed: the same on any number of ranks; torch: PyTorch's own", one_of=MASKS)
+    init_from: str = option("", "trained network to begin with: a run, a diffusers folder, or a name on the hub")
+    lora_rank: int = option(0, "rank of a LoRA that is trained instead of init_from's own weights; 0 for none", least=0)
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,9 @@ class NoiseConfig(Group):
 
     p_mean: float = option(-1.2, "mean of ln sigma (Karras et al. 2022)", families=("edm",))
     p_std: float = option(1.2, "deviation of ln sigma", above=0, families=("edm",))
-    sigma_data: float = option(0.5, "standard deviation of what is trained on", above=0, families=("edm",))
+    sigma_data: float | None = option(
+        None, "standard deviation of what is trained on; null to measure it", above=0, families=("edm",)
+    )
     prediction: str = option("epsilon", "what the network predicts", one_of=("epsilon", "v"), families=("ddpm",))
     time_distribution: str = option("uniform", "of training's times", one_of=TIMES, families=("flow",))
     time_mean: float = option(0.0, "with logit_normal: mean of ln t / (1 - t)", families=("flow",))
@@ -203,6 +207,8 @@ class TrainConfig:
                 refuse(name, value, f"nothing for family {network.family}: it is of {' and '.join(families)}")
         if not network.block_channels or any(c < 8 or c % 8 for c in network.block_channels):
             refuse("block_channels", network.block_channels, "positive multiples of 8, one for each resolution")
+        if network.lora_rank and not network.init_from:
+            refuse("lora_rank", network.lora_rank, "0 without init_from, whose network it changes")
         if network.hidden_size % (4 * network.num_heads):
             refuse("hidden_size", network.hidden_size, f"a multiple of {4 * network.num_heads}, four times num_heads")
 
@@ -244,6 +250,7 @@ class TrainConfig:
             num_views=c.probe_views or None,
             projection=c.projection or None,
             shrinkage=c.shrinkage,
+            training_augmentations=(FLIP,) if self.data.augment else (),  # EDM's pipe mirrors too
         )
 
     @property
@@ -329,12 +336,22 @@ def preset_values(preset: str) -> dict[str, Any]:
     return read_values(PRESETS / f"{preset}.yaml") | {"preset": preset}
 
 
+def _of_family(values: Mapping[str, Any], family: str) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in OPTIONS or family in OPTIONS[key].rules["families"]}
+
+
 def with_changes(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Values with some changed, by flat name; with another family, without what only the old one makes use of."""
     values, family = dict(values), changes.get("family")
     if family in FAMILIES and family != values.get("family", "edm"):
-        values = {k: v for k, v in values.items() if k not in OPTIONS or family in OPTIONS[k].rules["families"]}
-    values |= flat_values(changes)
+        values = _of_family(values, family)
+    changes = flat_values(changes)
+    values |= changes
+    if values.get("init_from"):
+        from trainers.warm_start import started_values
+
+        values = started_values(values, changes)
+        values = _of_family(values, values["family"]) | changes
     if values.get("encoder") == "auto":  # settled here, so that a resumed run keeps it whatever is installed by then
         values["encoder"] = "efficientnet_lite0" if is_installed("efficientnet_lite0") else "pixels"
     return values

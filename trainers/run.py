@@ -49,7 +49,7 @@ from trainers.curve import Curve
 from trainers.data import data_of, describe_data
 from trainers.engine import bare, is_sharded
 from trainers.families import family_of
-from trainers.inputs import inputs_of, open_autoencoder
+from trainers.inputs import inputs_of, open_autoencoder, with_measured
 from trainers.loop import TrainState, new_state, take_mean_loss, train, whole_average
 
 logger = logging.getLogger(__name__)
@@ -85,8 +85,10 @@ class Run:
             for note in self.data.notes:
                 logger.warning(note)
         self.inputs = inputs_of(config, self.data, self.autoencoder, self.accelerator.device)
+        config = self.config = with_measured(config, self.inputs)
         self.family = family_of(config, self.data.num_classes)
-        network = self.family.build(self.inputs.shape[0], self.inputs.shape[1:])
+        began = latest_checkpoint(output_dir) if resume and config.network.init_from else None
+        network = self.family.build(self.inputs.shape[0], self.inputs.shape[1:], start="" if began is None else str(began))
         self.num_parameters = sum(p.numel() for p in network.parameters())
         self.state = new_state(network, config, self.accelerator)
         ema = self._denoiser(self.state.ema)

@@ -58,7 +58,7 @@ def load_pipeline(
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
     target = _device(device)
-    folder = _folder(place, trust_remote_code)
+    folder = pipeline_folder(place, trust_remote_code)
     with torch.random.fork_rng(devices=[]):  # diffusers draws from the global generator where it makes a scheduler
         part = _bare_part(folder)
         if part is not None:
@@ -93,7 +93,7 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _folder(place: Path | str, trust_remote_code: bool) -> Path:
+def pipeline_folder(place: Path | str, trust_remote_code: bool) -> Path:
     """The folder itself, or where diffusers' own loader has put what a name on the hub stands for."""
     folder = Path(place)
     if any((folder / part).exists() for part in (INDEX, "unet/config.json")):

@@ -16,7 +16,10 @@ from mlflow_icr import Denoiser
 from mlflow_icr.extraction.images import Size, height_width
 from mlflow_icr.extraction.pipelines import NULL_CLASS
 from trainers.config import TrainConfig
+from trainers.families.dit import share_embedding
 from trainers.families.pipeline import NoiseToImagePipeline
+from trainers.lora import add_lora, save_lora, without_lora
+from trainers.warm_start import check_start, find_start, load_start
 
 PIPELINE = Path(__file__).with_name("pipeline.py")
 VAE = "vae"
@@ -31,17 +34,37 @@ class Family(ABC):
 
     def __init__(self, config: TrainConfig, num_classes: int | None = None) -> None:
         self.config, self.num_classes = config, num_classes
+        self._null_of_start: int | None = None
 
     @property
     def null_class(self) -> int | None:
         """The class that stands for none; None for a model without classes."""
-        return self.num_classes
+        return self._null_of_start if self.num_classes is None else self.num_classes
 
-    def build(self, channels: int, size: Size) -> nn.Module:
-        """The network for x (B, channels, side, side), or (B, channels, height, width), initialised from the seed."""
+    def build(self, channels: int, size: Size, start: str = "") -> nn.Module:
+        """The network for x (B, channels, side, side), or (B, channels, height, width), initialised from the seed.
+
+        `start`, or else the configuration's `init_from`, is where a trained one is taken from. Raises ValueError where that is
+        none, or does not fit.
+        """
+        place, rank = start or self.config.network.init_from, self.config.network.lora_rank
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.run.seed)
-            return self._network(channels, height_width(size))
+            network = (
+                self._trained(place, channels, height_width(size)) if place else self._network(channels, height_width(size))
+            )
+            if rank:
+                add_lora(network, rank)
+            return network
+
+    def _trained(self, place: str, channels: int, size: tuple[int, int]) -> nn.Module:
+        start = find_start(place)
+        check_start(start, channels, size, self.num_classes)
+        network = load_start(start, self.num_classes)
+        if start.is_transformer:
+            share_embedding(network, trained=True)
+        self._null_of_start = start.null_class
+        return network
 
     @abstractmethod
     def _network(self, channels: int, size: tuple[int, int]) -> nn.Module:
@@ -75,8 +98,12 @@ class Family(ABC):
         """Write a folder that plain diffusers loads and samples; of a `latent` model, all but the autoencoder's `vae/`.
 
         Where no pipeline of diffusers does it (latents, flow matching), `pipeline.py` is in the folder, and loading it needs
-        trust_remote_code=True. Weights are safetensors.
+        trust_remote_code=True. Weights are safetensors. Of a LoRA there are the weights of the network with it, and beside them
+        its own, as diffusers' loaders take them.
         """
+        if self.config.network.lora_rank:
+            save_lora(folder, next(iter(self.components(network))), network)
+            network = without_lora(network)
         pipeline = None if latent else self.stock_pipeline(network)
         if pipeline is None:
             pipeline = NoiseToImagePipeline(self.scheduler(), **self.components(network))

@@ -34,12 +34,18 @@ def edm_loss(
 class EDM(Family):
     """EDM; a noise level is sigma."""
 
+    @property
+    def sigma_data(self) -> float:
+        """The standard deviation of what is trained on; a run has measured it where its configuration did not give it."""
+        assert self.config.noise.sigma_data is not None, "sigma_data is measured before a family is made"
+        return self.config.noise.sigma_data
+
     def _network(self, channels: int, size: tuple[int, int]) -> nn.Module:
         return make_unet(self.config, channels, size, self.num_classes)
 
     def denoiser(self, network: nn.Module) -> EDMDenoiser:
         """EDM's preconditioning around a network."""
-        return EDMDenoiser(network, self.config.noise.sigma_data, null_class=self.null_class)
+        return EDMDenoiser(network, self.sigma_data, null_class=self.null_class)
 
     def draw(self, generator: np.random.Generator, count: int) -> Tensor:
         """sigma, (count,) float32, log-normal."""
@@ -47,13 +53,13 @@ class EDM(Family):
 
     def loss(self, denoiser: Any, x: Tensor, level: Tensor, noise: Tensor, labels: Tensor | None = None) -> Tensor:
         """The weighted denoising error at sigma."""
-        return edm_loss(denoiser, x, level, noise, self.config.noise.sigma_data, labels)
+        return edm_loss(denoiser, x, level, noise, self.sigma_data, labels)
 
     def scheduler(self) -> Any:
         """diffusers' own solver for EDM; it has no Heun."""
         from diffusers import EDMDPMSolverMultistepScheduler
 
-        return EDMDPMSolverMultistepScheduler(sigma_data=self.config.noise.sigma_data)
+        return EDMDPMSolverMultistepScheduler(sigma_data=self.sigma_data)
 
     def stock_pipeline(self, network: Any) -> Any:
         """One that was made for consistency models: it samples by any scheduler."""

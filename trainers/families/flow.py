@@ -8,7 +8,6 @@ a saved one has a copy in each block.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import numpy as np
@@ -17,46 +16,7 @@ from torch import Tensor, nn
 
 from mlflow_icr.extraction.flow import FlowDenoiser
 from trainers.families.base import Family
-
-EMBEDDING_STD = 0.02  # of the time and class embeddings' initial weights, in DiT and SiT
-
-
-def initialise(network: Any) -> None:
-    """DiT's initialisation: Xavier for linear layers, zeros for each adaLN and the output, so that blocks begin as identity.
-
-    Source: Peebles & Xie 2023, section 3.2 (adaLN-Zero).
-    """
-    for module in network.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    patches = network.pos_embed.proj
-    nn.init.xavier_uniform_(patches.weight.view(patches.out_channels, -1))
-    nn.init.zeros_(patches.bias)
-    embedding = network.transformer_blocks[0].norm1.emb
-    nn.init.normal_(embedding.class_embedder.embedding_table.weight, std=EMBEDDING_STD)
-    for linear in (embedding.timestep_embedder.linear_1, embedding.timestep_embedder.linear_2):
-        nn.init.normal_(linear.weight, std=EMBEDDING_STD)
-    for linear in (*(block.norm1.linear for block in network.transformer_blocks), network.proj_out_1, network.proj_out_2):
-        nn.init.zeros_(linear.weight)
-        nn.init.zeros_(linear.bias)
-
-
-def share_embedding(network: Any) -> None:
-    """One embedding of time and class for all blocks, which drops no labels: the batches do, by keys."""
-    first = network.transformer_blocks[0].norm1
-    first.emb.class_embedder.dropout_prob = 0.0
-    for block in network.transformer_blocks[1:]:
-        block.norm1.emb = first.emb
-
-
-def with_own_embeddings(network: Any) -> Any:
-    """A copy of a network in which no tensor is shared, as safetensors want it."""
-    network = copy.deepcopy(network)
-    for block in network.transformer_blocks[1:]:
-        block.norm1.emb = copy.deepcopy(network.transformer_blocks[0].norm1.emb)
-    return network
+from trainers.families.dit import initialise, share_embedding, with_own_embeddings
 
 
 class Flow(Family):
@@ -65,7 +25,7 @@ class Flow(Family):
     @property
     def null_class(self) -> int | None:
         """The class that stands for none."""
-        return self.num_classes or 0
+        return super().null_class or 0
 
     def _network(self, channels: int, size: tuple[int, int]) -> nn.Module:
         from diffusers import DiTTransformer2DModel

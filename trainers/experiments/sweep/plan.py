@@ -140,7 +140,7 @@ def _state(run: GridPoint, folder: Path) -> str:
         return "new"
     saved = config_from(read_values(folder / CONFIG)).flat()
     for key, value in run.config.flat().items():
-        if saved[key] != value:
+        if saved[key] != value and value is not None:  # what is measured is not known beforehand
             raise ValueError(
                 f"{key} is {value!r}, but {folder} has a run with {saved[key]!r}; expected the same, or a new output_dir"
             )

@@ -1,0 +1,64 @@
+"""What DiT and SiT do otherwise than diffusers' DiTTransformer2DModel: initial weights, and one embedding for all blocks."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+EMBEDDING_STD = 0.02  # of the time and class embeddings' initial weights, in DiT and SiT
+# DiT and SiT make queries, keys and values by one layer of D inputs and 3 D outputs, whose Xavier bound is sqrt(6 / 4 D): that
+# of a layer of D outputs, sqrt(6 / 2 D), times this.
+FUSED_GAIN = 0.5**0.5
+
+
+def initialise(network: Any) -> None:
+    """DiT's initialisation: Xavier for linear layers, zeros for each adaLN and the output, so that blocks begin as identity.
+
+    Source: Peebles & Xie 2023, section 3.2 (adaLN-Zero).
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for block in network.transformer_blocks:
+        for part in (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v):
+            nn.init.xavier_uniform_(part.weight, gain=FUSED_GAIN)
+    patches = network.pos_embed.proj
+    nn.init.xavier_uniform_(patches.weight.view(patches.out_channels, -1))
+    nn.init.zeros_(patches.bias)
+    embedding = network.transformer_blocks[0].norm1.emb
+    nn.init.normal_(embedding.class_embedder.embedding_table.weight, std=EMBEDDING_STD)
+    for linear in (embedding.timestep_embedder.linear_1, embedding.timestep_embedder.linear_2):
+        nn.init.normal_(linear.weight, std=EMBEDDING_STD)
+    for linear in (*(block.norm1.linear for block in network.transformer_blocks), network.proj_out_1, network.proj_out_2):
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
+
+
+def share_embedding(network: Any, *, trained: bool = False) -> None:
+    """One embedding of time and class for all blocks, which drops no labels: the batches do, by keys.
+
+    Raises ValueError where those of a `trained` network differ.
+    """
+    first = network.transformer_blocks[0].norm1
+    for block in network.transformer_blocks[1:]:
+        for one, other in zip(first.emb.parameters(), block.norm1.emb.parameters(), strict=True):
+            if trained and not torch.equal(one, other):
+                raise ValueError(
+                    "init_from's transformer has blocks with different embeddings of time and class; expected one for all"
+                )
+    first.emb.class_embedder.dropout_prob = 0.0
+    for block in network.transformer_blocks[1:]:
+        block.norm1.emb = first.emb
+
+
+def with_own_embeddings(network: Any) -> Any:
+    """A copy of a network in which no tensor is shared, as safetensors want it."""
+    network = copy.deepcopy(network)
+    for block in network.transformer_blocks[1:]:
+        block.norm1.emb = copy.deepcopy(network.transformer_blocks[0].norm1.emb)
+    return network

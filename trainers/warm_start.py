@@ -1,0 +1,183 @@
+"""Where a training begins from a trained network: a run of one's own, a diffusers folder, or a name on the hub.
+
+What the network is (its shape, what it predicts, on which noise) is then its own: it fills in the configuration, and flags that
+say otherwise are refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mlflow_icr.extraction.images import height_width, parse_size
+from mlflow_icr.extraction.pipelines import INDEX, NULL_CLASS, SCHEDULER, load_network, pipeline_folder
+
+PARTS = {"UNet2DModel": "unet", "DiTTransformer2DModel": "transformer"}
+# What DDPM's schedule is here, besides its name (`trainers/families/ddpm.py`).
+USUAL = {"num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "trained_betas": None}
+EMBEDDING_STD = 0.02  # as in DiT
+PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
+
+
+@dataclass(frozen=True)
+class Start:
+    """The folder of a trained network, its config, and what a configuration must say to go on with it, by flat name."""
+
+    place: str
+    folder: Path  # of the network
+    network: Mapping[str, Any]
+    implied: Mapping[str, Any]
+    attends: tuple[int, ...]  # levels of a U-Net that have attention, from 0
+    null_class: int | None  # the class that stands for none, of a network of classes
+
+    @property
+    def is_transformer(self) -> bool:
+        """Whether it is a DiTTransformer2DModel."""
+        return "patch_size" in self.network
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text()) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"init_from has a {path.name} that cannot be read ({str(error).splitlines()[0]})") from None
+    return found if isinstance(found, dict) else {}
+
+
+def _root(place: str) -> Path:
+    """The folder of the network or its pipeline; of a run, its newest checkpoint."""
+    folder = Path(place)
+    runs = sorted(path.parent for path in folder.glob(f"checkpoints/[0-9]*/{INDEX}"))
+    if runs:
+        return runs[-1]
+    if (folder / "checkpoints").is_dir():
+        raise ValueError(f"init_from is {place!r}, a run without checkpoints; expected one that has saved its network")
+    if (folder / "config.json").exists() or any((folder / part / "config.json").exists() for part in PARTS.values()):
+        return folder
+    try:
+        return pipeline_folder(place, trust_remote_code=False)
+    except ValueError as error:
+        reason = str(error).split(" (", 1)[1].rsplit(")", 1)[0] if " (" in str(error) else "no such folder"
+        raise ValueError(
+            f"init_from is {place!r}; expected a run, a diffusers folder of a UNet2DModel or a DiTTransformer2DModel, or a "
+            f"name on the hub ({reason})"
+        ) from None
+
+
+@lru_cache(maxsize=8)
+def find_start(place: str) -> Start:
+    """The trained network at a place. Raises ValueError where there is none that can be gone on with."""
+    root = _root(place)
+    folder = next((root / part for part in PARTS.values() if (root / part / "config.json").exists()), root)
+    config = _json(folder / "config.json")
+    kind = str(config.get("_class_name"))
+    if kind not in PARTS:
+        raise ValueError(f"init_from is {place!r}, with the network {kind}; expected one of {', '.join(PARTS)}")
+    if (root / "vqvae").exists():
+        raise ValueError(f"init_from is {place!r}, a model of codes; expected one of pixels, or of an AutoencoderKL's latents")
+    implied = _network_options(kind, config) | _noise_options(place, _json(root / SCHEDULER))
+    if (root / "vae" / "config.json").exists():
+        implied["autoencoder"] = str(root / "vae")
+    null: int | None
+    if kind == "DiTTransformer2DModel":
+        null = int(config.get("num_embeds_ada_norm") or 0)
+    else:
+        null = _json(root / INDEX).get(NULL_CLASS) if config.get("num_class_embeds") else None
+    attends = tuple(i for i, block in enumerate(config.get("down_block_types", ())) if "Attn" in block)
+    return Start(place, folder, config, implied, attends, null)
+
+
+def _network_options(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the options of a network say of this one, as far as there are options for it."""
+    if kind == "DiTTransformer2DModel":
+        heads = int(config["num_attention_heads"])
+        options = {"hidden_size": heads * int(config["attention_head_dim"]), "num_heads": heads}
+        return options | {"num_layers": int(config["num_layers"]), "patch_size": int(config["patch_size"])}
+    return {
+        "block_channels": tuple(config["block_out_channels"]),
+        "layers_per_block": int(config["layers_per_block"]),
+    }
+
+
+def _noise_options(place: str, scheduler: Mapping[str, Any]) -> dict[str, Any]:
+    """Family and noise that a scheduler's config stands for; none without a scheduler."""
+    name = str(scheduler.get("_class_name", ""))
+    if not name:
+        return {}
+    if name.startswith("EDM"):
+        return {"family": "edm", "sigma_data": float(scheduler.get("sigma_data", 0.5))}
+    if name.startswith("FlowMatch"):
+        return {"family": "flow"}
+    for key, usual in USUAL.items():
+        if scheduler.get(key, usual) != usual:
+            raise ValueError(f"init_from is {place!r}, whose scheduler has {key} {scheduler[key]!r}; expected {usual!r}")
+    predicted, betas = scheduler.get("prediction_type", "epsilon"), scheduler.get("beta_schedule", "linear")
+    if predicted not in PREDICTIONS:
+        raise ValueError(f"init_from is {place!r}, which predicts {predicted!r}; expected one of {', '.join(PREDICTIONS)}")
+    return {"family": "ddpm", "prediction": PREDICTIONS[predicted], "beta_schedule": betas}
+
+
+def started_values(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a configuration, by flat name, with what its `init_from` implies in the place of all but the `changes`.
+
+    Raises ValueError where the changes say otherwise.
+    """
+    start = find_start(str(values["init_from"]))
+    implied = dict(start.implied)
+    kinds = ("flow",) if start.is_transformer else ("edm", "ddpm")
+    family = implied.setdefault("family", changes.get("family", values.get("family", kinds[0])))
+    if family not in kinds:
+        what = "transformer" if start.is_transformer else "U-Net"
+        raise ValueError(f"init_from is {start.place!r}, a {what} of family {family}; expected one of {' or '.join(kinds)}")
+    if not start.is_transformer:
+        latent = values.get("autoencoder") or implied.get("autoencoder")
+        made_for = min(height_width(start.network["sample_size"]))
+        side = made_for if latent or "resolution" not in values else min(height_width(parse_size(values["resolution"])))
+        implied["attention_resolutions"] = tuple(side // 2**i for i in start.attends)
+    implied = {key: value for key, value in implied.items() if key != "autoencoder" or "autoencoder" not in changes}
+    for key, value in implied.items():
+        given = tuple(changes[key]) if isinstance(changes.get(key), list) else changes.get(key)
+        if key in changes and given != value:
+            raise ValueError(f"{key} is {given!r}; expected {value!r}, which init_from {start.place!r} has")
+    return {**values, **implied}
+
+
+def check_start(start: Start, channels: int, size: tuple[int, int], num_classes: int | None) -> None:
+    """Raise ValueError where a network does not fit what it is to be trained on."""
+    takes, made_for = start.network.get("in_channels"), start.network.get("sample_size")
+    if takes != channels:
+        raise ValueError(
+            f"init_from is {start.place!r}, whose network takes {takes} channels; expected {channels}, as the data has"
+        )
+    if start.is_transformer and size != (made_for, made_for):
+        raise ValueError(f"init_from is {start.place!r}, a transformer for side {made_for}; expected one for {size[0]}")
+    if num_classes is None and start.network.get("num_class_embeds") and start.null_class is None:
+        raise ValueError(
+            f"init_from is {start.place!r}, a U-Net of classes without one that means none; expected labels, or another network"
+        )
+
+
+def load_start(start: Start, num_classes: int | None) -> nn.Module:
+    """The network, in float32; its table of classes is drawn anew where the data has another number of them (None: any)."""
+    network = load_network(start.folder)
+    if num_classes is None:
+        return network
+    if start.is_transformer:
+        if start.null_class != num_classes:
+            width = network.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.embedding_dim
+            table = nn.Embedding(num_classes + 1, width)
+            nn.init.normal_(table.weight, std=EMBEDDING_STD)
+            for block in network.transformer_blocks:
+                block.norm1.emb.class_embedder.num_classes = num_classes
+                block.norm1.emb.class_embedder.embedding_table = table
+            network.register_to_config(num_embeds_ada_norm=num_classes)
+    elif start.network.get("num_class_embeds") != num_classes + 1 or start.null_class != num_classes:
+        network.class_embedding = nn.Embedding(num_classes + 1, network.time_embedding.linear_2.out_features)
+        network.register_to_config(num_class_embeds=num_classes + 1)
+    return network

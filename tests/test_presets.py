@@ -113,7 +113,7 @@ def test_data_and_autoencoders_that_do_not_fit_are_refused(tmp_path: Path, digit
     for name, message in (
         ("colour", "for images of 3 channels; expected one for 1, as 'digits' has"),
         ("deep", "resolution is 8; expected a multiple of 16, of which the autoencoder '.*deep' makes one"),
-        ("half", "resolution is 8, which makes latents of side 2; expected a multiple of patch_size, 4"),
+        ("half", "resolution is 8, which makes latents of 2x2; expected a multiple of patch_size, 4"),
     ):
         with pytest.raises(ValueError, match=message):
             Run(configured("flow", autoencoder=str(tmp_path / name), patch_size=4 if name == "half" else 2), tmp_path)

@@ -23,11 +23,13 @@ from mlflow_icr.commands import (
     sweep_noise,
     sync,
     verdict,
+    watch,
 )
 from mlflow_icr.version import __version__
 
 # In the order in which --help lists them.
 COMMANDS = (
+    watch,
     measure,
     sweep_noise,
     summary,

@@ -246,7 +246,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_measured(
     (tmp_path / "other" / "history.jsonl").write_text(json.dumps({"images_seen": 1}) + "\n")
     refused("which holds a run; expected a new folder", "--output-dir", str(tmp_path / "other"))
     command[2] = str(tmp_path / "data")
-    refused("holds no folder with a number and weights")
+    refused("holds no folder or file with a number and weights")
     for part in ("model_index.json", "unet", "scheduler"):
         path = training / part
         path.unlink() if path.is_file() else shutil.rmtree(path)
@@ -256,8 +256,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_measured(
     assert main([*command, "--output-dir", str(tmp_path / "new"), "--pipeline", str(tmp_path / "base")]) == 0
     old, new = read_history(training / "icr"), read_history(tmp_path / "new")
     assert [row["repr/icr"] for row in new] == [row["repr/icr"] for row in old]
-    shutil.copytree(training / "checkpoint-2", training / "epoch2")
-    with pytest.raises(ValueError, match="checkpoint-2 and epoch2 are of one step"):
+    shutil.copytree(training / "checkpoint-2", training / "step2")
+    with pytest.raises(ValueError, match="checkpoint-2 and step2 are of one step"):
         find_checkpoints(training)
 
 

@@ -60,6 +60,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images-per-step", type=int, default=1, help="with --checkpoints that are numbered by optimizer steps"
     )
+    parser.add_argument(
+        "--images-per-epoch",
+        type=int,
+        help="with --checkpoints whose names count epochs; default: the number of training images",
+    )
     parser.add_argument("--prompt", default="", help="of a text-to-image model; default: the empty one")
     parser.add_argument("--class-label", type=int, help="of a model of classes; default: the one that means none")
     parser.add_argument("--device", help="such as cuda; default: the CPU")
@@ -201,6 +206,7 @@ def _checkpoints(arguments: argparse.Namespace) -> int:
         pipeline=arguments.pipeline,
         run_id=arguments.run_id,
         images_per_step=arguments.images_per_step,
+        images_per_epoch=arguments.images_per_epoch,
         protocol=_protocol(arguments),
         companions=arguments.companions,
         batch_size=arguments.batch_size,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import http.client
 import os
 import shutil
@@ -13,6 +12,8 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
+
+from filelock import FileLock, Timeout
 
 from mlflow_icr.extraction.files import file_sha256, sync_folder
 
@@ -47,23 +48,28 @@ def download(
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
-    with part.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise OSError(f"{path.name} is being downloaded by another process") from None
-        _receive_all(url, file, part, progress, timeout, pause)
-        file.flush()
-        os.fsync(file.fileno())
+    lock = FileLock(f"{part}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise OSError(f"{path.name} is being downloaded by another process") from None
+    try:
+        with part.open("ab") as file:
+            _receive_all(url, file, part, progress, timeout, pause)
+            file.flush()
+            os.fsync(file.fileno())
         found = file_sha256(part)
         if sha256 and found != sha256:
             part.unlink()
             _tag_path(part).unlink(missing_ok=True)
             raise ValueError(f"{url} gives a file with SHA-256 {found}; expected {sha256}: it was deleted")
         part.replace(path)
-    _tag_path(part).unlink(missing_ok=True)
-    sync_folder(path.parent)
-    return found
+        _tag_path(part).unlink(missing_ok=True)
+        sync_folder(path.parent)
+        return found
+    finally:
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def _tag_path(part: Path) -> Path:

@@ -1,0 +1,150 @@
+"""The command `mlflow-icr watch`: measure the checkpoints of any trainer while it runs.
+
+Nothing heavy is imported before it is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlflow_icr.commands.console import Commands, say
+
+if TYPE_CHECKING:
+    from mlflow_icr.monitoring import Verdict
+
+DESCRIPTION = """\
+Watch a folder of checkpoints, beside any trainer: measure each new one, and say whether the model still learns or has begun to
+copy its training images.
+
+It takes folders of diffusers, networks in one safetensors file, and LoRA files in kohya's, PEFT's and diffusers' formats. A
+checkpoint is taken when it has been written to the end. Each is measured once; stop the command, and start it again, as you
+like. Results go to MLflow, TensorBoard and a report."""
+EXAMPLES = """\
+examples:
+  mlflow-icr watch --checkpoints output/ --data images/ --base stabilityai/stable-diffusion-xl-base-1.0 --resolution 1024 \\
+    --device cuda:1 --dtype bfloat16 --follow
+  mlflow-icr watch --checkpoints model/ --data images/          # diffusers folders that are there already
+
+docs/trainers/ says what to set in kohya's sd-scripts, OneTrainer, ai-toolkit and diffusers' scripts."""
+
+
+def add(commands: Commands) -> None:
+    """Add the command and its options."""
+    parser = commands.add_parser(
+        "watch",
+        help="measure the checkpoints of any trainer while it runs, and say whether the model has begun to copy",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = parser.add_argument_group("what is watched")
+    what.add_argument("--checkpoints", type=Path, required=True, metavar="DIR", help="the folder that the trainer saves in")
+    what.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="the training images, a folder or a .zip")
+    what.add_argument(
+        "--base",
+        metavar="PIPELINE",
+        help="what the training began with: a diffusers folder, or a name on the hub; needed for LoRA and single files. It is "
+        "measured too, at 0 images seen",
+    )
+    what.add_argument(
+        "--images-per-step",
+        type=int,
+        metavar="N",
+        help="the batch of a step; default: what kohya's files say, else 1",
+    )
+    what.add_argument(
+        "--images-per-epoch", type=int, metavar="N", help="where names count epochs; default: the number of training images"
+    )
+    when = parser.add_argument_group("when")
+    when.add_argument("--follow", action="store_true", help="wait for more checkpoints; else measure what is there, and end")
+    when.add_argument("--poll", type=float, default=5.0, metavar="SECONDS", help="between two looks at the folder; default: 5")
+    when.add_argument(
+        "--settle", type=float, default=5.0, metavar="SECONDS", help="how long a checkpoint must not have changed; default: 5"
+    )
+    when.add_argument(
+        "--end-after", type=float, metavar="SECONDS", help="with --follow: end when nothing new has come for so long"
+    )
+    where = parser.add_argument_group("where results go")
+    where.add_argument("--output-dir", type=Path, metavar="DIR", help="history, report and event files; default: DIR/icr")
+    where.add_argument("--run-name", metavar="NAME", help="of the MLflow run; default: the folder's name")
+    _add_measuring(parser.add_argument_group("how it is measured"))
+    parser.set_defaults(run=_run)
+
+
+def _add_measuring(how: argparse._ArgumentGroup) -> None:
+    how.add_argument("--device", help="such as cuda:1, which the trainer does not use; default: the CPU")
+    how.add_argument("--dtype", default="float32", help="of the network's weights: float32, bfloat16 or float16")
+    how.add_argument("--resolution", type=int, metavar="PIXELS", help="side of the images; default: what the network is for")
+    how.add_argument("--batch-size", type=int, metavar="N", help="views at a time; default: 512, of latents 16")
+    how.add_argument("--prompt", default="", help="of a text-to-image model; default: the empty one")
+    how.add_argument("--class-label", type=int, metavar="N", help="of a model of classes; default: the one that means none")
+    how.add_argument("--layer", default="decoder", help="whose features are read; default: decoder")
+    how.add_argument("--sigma", type=float, nargs="+", default=[0.29], help="noise standard deviations; default: 0.29")
+    how.add_argument("--num-images", type=int, metavar="N", help="training images that are read; default: all")
+    how.add_argument("--num-views", type=int, metavar="N", help="views of each image; default: as many as the layer needs")
+    how.add_argument("--seed", type=int, default=0, help="of views and noise; default: 0")
+    how.add_argument("--trust-remote-code", action="store_true", help="run code that a pipeline brings along")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from mlflow_icr.integrations.checkpoint_watch import CheckpointWatch, Pace
+    from mlflow_icr.monitoring import Protocol
+
+    watch = CheckpointWatch(
+        arguments.checkpoints,
+        arguments.data,
+        arguments.output_dir,
+        base=arguments.base,
+        images_per_step=arguments.images_per_step,
+        images_per_epoch=arguments.images_per_epoch,
+        protocol=Protocol(
+            layer=arguments.layer,
+            sigmas=tuple(arguments.sigma),
+            num_images=arguments.num_images,
+            num_views=arguments.num_views,
+            seed=arguments.seed,
+        ),
+        batch_size=arguments.batch_size,
+        run_name=arguments.run_name,
+        pace=Pace(arguments.follow, arguments.poll, arguments.settle, arguments.end_after),
+        say=say,
+        on_verdict=_print,
+        resolution=arguments.resolution,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        prompt=arguments.prompt,
+        class_label=arguments.class_label,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        watch.run()
+    except KeyboardInterrupt:
+        say("stopped; the same command goes on from here")
+        return 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return _ended(watch)
+
+
+def _ended(watch: Any) -> int:
+    """Say what came of it; returns the exit status, 1 where something was left out."""
+    found = watch.verdict
+    for name, why in watch.left_out.items():
+        say(f"{name} is left out: {why}")
+    if found is None:
+        raise ValueError(f"checkpoints is {str(watch.folder)!r}, which holds no checkpoint; docs/trainers/ says what is one")
+    say(f"{len(watch.measured)} checkpoints measured; all is in {watch.output_dir}")
+    _print(found)
+    return 1 if watch.left_out else 0
+
+
+def _print(found: Verdict) -> None:
+    print(found.text.replace("**", "").replace("\n\n", "\n"), flush=True)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,174 @@
+"""One training's checkpoints, measured on the same views of the same images, in whatever order they are taken."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlflow_icr.extraction.adapters.choose import image_channels
+from mlflow_icr.extraction.denoisers import Denoiser
+from mlflow_icr.extraction.images import content_hash, folder_labels, load_folder, with_channels
+from mlflow_icr.extraction.pipelines import batch_size_for
+from mlflow_icr.integrations.lora import few_images_protocol
+from mlflow_icr.integrations.saved import SavedCheckpoint, SavedTraining, Units
+from mlflow_icr.integrations.watch import MONITOR_STATE, described, load_state, state_of
+from mlflow_icr.monitoring import ICRMonitor, Protocol, Report
+from mlflow_icr.monitoring.reader import FeatureReader
+from mlflow_icr.monitoring.section import Section
+from mlflow_icr.monitoring.series import HISTORY, read_arrays
+from mlflow_icr.tracking import Tracker, check_folder
+
+SETTINGS = "backfill.json"  # what makes a folder's measurements comparable, and a later one go on with them
+RISES = ("icr_rise", "icr_rise_low", "icr_rise_high")
+SHOWN = ("icr", "icr_debiased", "view_error_ratio")
+
+
+class CheckpointMeasurement:
+    """A training's network, the images it is measured on, and the folder where its measurements are.
+
+    `data` is the folder of training images; `options` are those of `load_pipeline`, kept with the folder. Goes on where an
+    earlier process ended. Raises ValueError for images or a protocol that do not fit, and for a folder that was measured in
+    another way.
+    """
+
+    def __init__(
+        self,
+        training: SavedTraining,
+        data: Path | str,
+        output_dir: Path,
+        *,
+        units: Units,
+        protocol: Protocol | None = None,
+        companions: Sequence[str] = (),
+        batch_size: int | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.training, self.output_dir, self.units = training, output_dir, units
+        images = with_channels(load_folder(data, training.side), image_channels(training.denoiser))
+        batch_size = batch_size or batch_size_for(training.denoiser)
+        self.monitor = ICRMonitor(
+            training.denoiser,
+            images,
+            suited_protocol(protocol or Protocol(), training.denoiser, images, batch_size),
+            companions=companions,
+            labels=folder_labels(data),
+            batch_size=batch_size,
+        )
+        options = options or {}
+        self.settings = {
+            "protocol_digest": self.monitor.protocol.digest,
+            "probe_sha256": content_hash(self.monitor.reader.images),
+            "images_per_step": units.images_per_step,
+            "images_per_epoch": units.images_per_epoch,
+            "dtype": options.get("dtype", "float32"),
+            "prompt": options.get("prompt", ""),
+            "class_label": options.get("class_label"),
+        }
+        _check_settings(output_dir, self.settings)
+        load_state(output_dir, self.monitor)
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """What trackers show of the measurement."""
+        return {**described(self.monitor, self.training.denoiser), "images_per_step": self.units.images_per_step}
+
+    def measure(self, checkpoint: SavedCheckpoint, tracker: Tracker, waiting: int = 0) -> Report:
+        """Load a checkpoint, measure it, and record that; `waiting` is how many earlier ones are still to be measured.
+
+        Raises ValueError for weights that do not fit.
+        """
+        self.training.load(checkpoint.files)
+        return self.record(checkpoint.step, tracker, waiting)
+
+    def record(self, step: int, tracker: Tracker, waiting: int = 0) -> Report:
+        """Measure the weights that are loaded, and record that at `step`."""
+        steps = [int(row["images_seen"]) for row in tracker.journal.rows]
+        ordered = steps == sorted(steps)
+        if not ordered or (steps and step < steps[-1]):
+            self._relate_to_earlier(step, tracker.journal.rows)
+        report = self.monitor.measure(step)
+        if waiting:
+            report = _without_rises(report, self.monitor.sections.values(), waiting)
+        # Before the row: measured again after a kill between the two, this step finds itself, and gives the same values.
+        tracker.journal.write_file(MONITOR_STATE, state_of(self.monitor))
+        tracker.record(report)
+        return report
+
+    def _relate_to_earlier(self, step: int, rows: Sequence[Mapping[str, float]]) -> None:
+        """Let the rise at a step be that over the lowest value before it, of which the journal has all that is needed."""
+        state = self.monitor.state_dict()
+        for section in self.monitor.sections.values():
+            state.pop(f"{section.name}/lowest", None)
+            lowest = _lowest_before(step, rows, section, self.output_dir)
+            if lowest is not None:
+                state[f"{section.name}/lowest"] = lowest
+        self.monitor.load_state_dict(state)
+
+
+def suited_protocol(protocol: Protocol, denoiser: Denoiser, images: Tensor, batch_size: int) -> Protocol:
+    """A protocol, or where it leaves the views open, and no number of them is enough for these images, one for few images.
+
+    A handful of images does not span a layer of a thousand channels; along the directions that they do span, ICR has a value.
+    """
+    if protocol.num_views is not None or protocol.projection is not None or protocol.shrinkage != "none":
+        return protocol
+    count = protocol.num_images or len(images)
+    dim = FeatureReader(denoiser, images[:2], replace(protocol, num_images=2, num_views=2), batch_size, 0).dim
+    resolved = protocol.resolve(images=len(images), dim=dim)
+    if (count - 1) * ((resolved.num_views or 0) - 1) > 2 * dim:
+        return protocol
+    few = few_images_protocol(count, dim)
+    return replace(protocol, num_images=count, num_views=few.num_views, projection=few.projection)
+
+
+def _lowest_before(step: int, rows: Sequence[Mapping[str, float]], section: Section, folder: Path) -> Tensor | None:
+    """The lowest debiased ICR of a section at earlier steps after 0, followed by its influences; None without one."""
+    key = f"{section.name}/icr_debiased"
+    known = [(row[key], int(row["images_seen"])) for row in rows if key in row and 0 < row["images_seen"] < step]
+    for value, at in sorted(known):
+        try:
+            influence = read_arrays(folder, at)[f"{section.name}/influence"]
+        except (OSError, KeyError):  # that measurement has no interval
+            continue
+        return torch.cat([torch.tensor([value], dtype=torch.float64), torch.from_numpy(influence).double()])
+    return None
+
+
+def _without_rises(report: Report, sections: Any, waiting: int) -> Report:
+    """A report without the rise over the lowest value so far, which is not known while earlier checkpoints are waiting."""
+    keys = {f"{section.name}/{key}" for section in sections for key in RISES}
+    why = "earlier checkpoints are not measured yet, over which ICR may have risen"
+    missing = {key: why for key in keys if key in report.values}
+    return replace(report.without(keys), absent={**report.absent, **missing})
+
+
+def line_of(name: str, report: Report) -> str:
+    """A measurement in one line."""
+    shown = {key: report.values.get(f"repr/{key}") for key in SHOWN}
+    values = ", ".join(f"{key} {value:.4g}" for key, value in shown.items() if value is not None)
+    return f"{name}: {report.step} images seen, {values or 'nothing could be measured'}"
+
+
+def check_output(out: Path) -> None:
+    """Raise ValueError for a folder that holds another run than one of measured checkpoints."""
+    if not (out / SETTINGS).is_file():
+        check_folder(out, resume=False)
+
+
+def _check_settings(out: Path, settings: Mapping[str, Any]) -> None:
+    path = out / SETTINGS
+    if not path.is_file() or not (out / HISTORY).exists():
+        return
+    there = json.loads(path.read_text())
+    for key in sorted(settings):
+        if key in there and there[key] != settings[key]:
+            raise ValueError(
+                f"{key} is {settings[key]!r}, but {str(out)!r} was measured with {there[key]!r}; expected the same, or another "
+                "output_dir"
+            )

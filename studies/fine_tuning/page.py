@@ -1,0 +1,112 @@
+"""The study's page, written from its result files by rules: when the verdict came, and when the copies did."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlflow_icr.extraction.files import write_whole
+from mlflow_icr.monitoring import verdict
+from mlflow_icr.monitoring.verdict import MEMORIZING, TURNING
+
+COPIES = 0.05  # the share that counts, when the lower bound of its interval is above
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """When a run's verdict was first turning or memorizing, and when its samples held copies; images seen, None for never."""
+
+    method: str
+    num_images: int
+    images_seen: int
+    state: str
+    warned_at: int | None
+    copied_at: int | None
+    copies_then: float | None
+    copies_at_end: float
+
+    @property
+    def judgement(self) -> str:
+        """What this says of the verdict, by rule."""
+        if self.copied_at is None:
+            return "no copies, no warning" if self.warned_at is None else "warned, and no copies by the end"
+        if self.warned_at is None:
+            return "copies without a warning"
+        return "warned before copies" if self.warned_at < self.copied_at else "warned with the copies or after"
+
+
+def outcome_of(found: Mapping[str, object]) -> Outcome:
+    """The outcome of a run's result file."""
+    rows: list[dict[str, float]] = sorted(found["history"], key=lambda row: row["images_seen"])  # type: ignore[arg-type, call-overload]
+    shares: list[dict[str, float]] = found["copies"]  # type: ignore[assignment]
+    warned = None
+    for end in range(1, len(rows) + 1):
+        if verdict(rows[:end]).state in (TURNING, MEMORIZING):
+            warned = int(rows[end - 1]["images_seen"])
+            break
+    copied = next((int(row["images_seen"]) for row in shares if row["low"] > COPIES), None)
+    then = next((row["copies"] for row in shares if row["images_seen"] == warned), None)
+    return Outcome(
+        str(found["method"]),
+        int(str(found["num_images"])),
+        int(rows[-1]["images_seen"]),
+        verdict(rows).state,
+        warned,
+        copied,
+        then,
+        shares[-1]["copies"],
+    )
+
+
+def read_outcomes(results: Path) -> list[Outcome]:
+    """The outcomes of all result files, by method and number of images."""
+    found = [outcome_of(json.loads(path.read_text())) for path in results.glob("*.json")]
+    return sorted(found, key=lambda one: (one.method, one.num_images))
+
+
+def _number(value: int | None) -> str:
+    return "never" if value is None else f"{value:,}"
+
+
+def _row(one: Outcome) -> str:
+    method = {"full": "full fine-tuning", "lora": "LoRA"}[one.method]
+    then = "" if one.copies_then is None else f"{one.copies_then:.0%}"
+    end = f"{one.copies_at_end:.0%} at {one.images_seen:,}"
+    cells = (method, one.num_images, _number(one.warned_at), then, _number(one.copied_at), end, one.state, one.judgement)
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def page_of(outcomes: Sequence[Outcome]) -> str:
+    """The page, Markdown."""
+    rows = [_row(one) for one in outcomes]
+    counts = {text: sum(one.judgement == text for one in outcomes) for text in {one.judgement for one in outcomes}}
+    summary = "; ".join(f"{text}: {count} of {len(outcomes)}" for text, count in sorted(counts.items()))
+    return f"""# Fine-tuning and LoRA, watched from beside
+
+*Written by `python -m studies.fine_tuning` from the files in `docs/validation/fine_tuning/`.*
+
+A small U-Net (8x8 pixels) is trained on nine classes of CIFAR-10, and then fine-tuned on 32, 128 or 512 images of the
+tenth: all weights, or a LoRA of rank 16. The training script is plain diffusers and PEFT. It knows nothing of this library, and
+saves three checkpoints in each doubling of the images seen. `mlflow-icr watch` runs beside it.
+
+The question is whether the verdict comes before the copies. A sample is a copy when its nearest training image is less than a
+third as far away as the second nearest, in pixels. A run *copies* from the first checkpoint on whose share of copies is above
+{COPIES:.0%} with its whole interval. It is *warned* at the first checkpoint at which the verdict is turning or memorizing.
+
+**{summary}.**
+
+| method | images | warned at | copies then | copies from | copies at the end | last verdict | |
+|---|---|---|---|---|---|---|---|
+{chr(10).join(rows)}
+
+All positions are images seen. One seed, one model, one data set: this is a first look, and no validation. The thresholds of the
+verdict were found on training from scratch, and nothing was tuned here.
+"""
+
+
+def write_page(results: Path, page: Path) -> None:
+    """Write the page of the results that there are."""
+    content = page_of(read_outcomes(results)).encode()
+    write_whole(page, lambda file: file.write(content))

@@ -96,7 +96,7 @@ def test_a_set_trains_and_is_measured_from_one_line(
     assert denoiser(x, 1.0).shape == x.shape
     assert (height, width) == ((8, 12) if make is rectangles else (8, 8))
     if make is twelve_bits:
-        assert "values from 0 to" in caplog.text
+        assert "so 0 is black and 4095 white (12 bits)" in caplog.text
 
 
 def test_the_facts_of_a_set(tmp_path: Path) -> None:

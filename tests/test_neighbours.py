@@ -12,7 +12,6 @@ from torch import Tensor
 
 from mlflow_icr import authenticity, carlini_ratio, copy_similarity, memorization_ratio
 from mlflow_icr.generation import k_nearest, neighbours
-from mlflow_icr.generation.bootstrap import bootstrap_interval
 from mlflow_icr.generation.embeddings import check_embeddings
 
 
@@ -201,25 +200,20 @@ def test_exact_copies_and_duplicates() -> None:
     assert same.train_value == 0.5  # the twins; the one between the axes has a cosine of 0.707 with each
 
 
-def test_bootstrap_intervals_are_those_of_a_binomial() -> None:
-    """The mean of 0 and 1 has binomial resamplings; 1000 of them leave the quantiles a deviation of about 0.1 of theirs."""
+def test_intervals_of_shares_are_exact() -> None:
+    """Against the tails of the binomial distribution: at each bound the share that was found has a probability of 2.5 %."""
     from scipy import stats
 
-    values = torch.zeros(200)
-    values[:30] = 1
-    low, high = bootstrap_interval(values)
-    exact = stats.binom(200, 0.15).ppf([0.025, 0.975]) / 200
-    assert (low, high) == pytest.approx(tuple(exact), abs=0.01)
-    assert bootstrap_interval(values) == (low, high)
-    fine = torch.linspace(0, 1, 200)
-    assert bootstrap_interval(fine, seed=1) != bootstrap_interval(fine)
-    assert bootstrap_interval(torch.ones(9)) == (1, 1)
-    inside = 0
-    generator = torch.Generator().manual_seed(1)
-    for i in range(200):
-        low, high = bootstrap_interval((torch.rand(150, generator=generator) < 0.3).double(), seed=i)
-        inside += low <= 0.3 <= high
-    assert 0.88 <= inside / 200 <= 0.99
+    train = torch.eye(4)
+    for copies, total in ((0, 128), (15, 100), (100, 100)):
+        fake = torch.cat([train[:1].repeat(copies, 1), torch.full((total - copies, 4), 0.5)])
+        found = memorization_ratio(fake, train)
+        assert found.value == copies / total
+        low, high = found.low, found.high
+        assert low == 0 if copies == 0 else stats.binom.sf(copies - 1, total, low) == pytest.approx(0.025)
+        assert high == 1 if copies == total else stats.binom.cdf(copies, total, high) == pytest.approx(0.025)
+    none = memorization_ratio(torch.full((128, 4), 0.5), train)
+    assert (none.low, round(none.high, 3)) == (0, 0.028)
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def test_every_number_is_the_history_s(kept: Kept, tmp_path: Path) -> None:
     for text in ("abc123abc123", "needs 50 training images", "below 0.333 of that to the second nearest", "docs/validation.md"):
         assert text in page.text
     assert all(evidence in page.text for evidence in said.evidence)
-    assert "3 / N" not in page.text  # copies were found
+    assert "leaves room" not in page.text  # copies were found
 
 
 def evil_runs(kept: Kept, place: Path) -> list[RunMaterial]:
@@ -177,7 +177,8 @@ def test_a_short_history_with_what_is_absent_and_not_finite(tmp_path: Path) -> N
     folder.mkdir()
     (folder / "history.jsonl").write_text(
         '{"images_seen": 0, "repr/icr": NaN, "repr/icr_debiased": 0.5}\n'
-        '{"images_seen": 96, "repr/icr": 0.75, "gen/fd_pixels": Infinity, "mem/ratio_l2": 0.0, "gen/num_samples": 60}\n'
+        '{"images_seen": 96, "repr/icr": 0.75, "gen/fd_pixels": Infinity, "mem/ratio_l2": 0.0,'
+        ' "mem/ratio_l2_low": 0.0, "mem/ratio_l2_high": 0.0596, "gen/num_samples": 60}\n'
     )
     bare = tmp_path / "bare"
     bare.mkdir()
@@ -186,7 +187,7 @@ def test_a_short_history_with_what_is_absent_and_not_finite(tmp_path: Path) -> N
     assert "2 values of the history are no finite numbers" in page.text
     assert "There are 2 measurements" in page.text
     assert re.search(r"Without a measurement of ICR, and so not compared: bare", page.text)
-    assert "share of up to about 5 % (3 / N)" in page.text
+    assert "(95 %, exact)" in page.text
     assert not re.search(r"\b(nan|inf)\b", page.text.lower())
     assert any(a.get("class") == "badge undecided" for a in page.of("span"))
     lonely = as_page(bare, tmp_path / "lonely.html")

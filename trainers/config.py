@@ -18,6 +18,7 @@ from mlflow_icr.arguments import refuse_unknown
 from mlflow_icr.extraction.averages import check_std
 from mlflow_icr.extraction.encoders import is_installed
 from mlflow_icr.extraction.images import Size, check_background, check_value_range, height_width, parse_size
+from mlflow_icr.monitoring.schedule import SUSPICION, looks_every
 from mlflow_icr.tracking.checkpoints.folder import LOG_MODELS
 from trainers.augmentation import AUGMENTATIONS, FLIP
 from trainers.options import FAMILIES, Group, Option, is_required, option, options_of, refuse, required
@@ -139,13 +140,20 @@ class MonitorConfig(Group):
     companions: tuple[str, ...] = option((), "further measures of the same features")
     measure_raw: bool = option(False, "measure the trained weights too, beside their average")
     stop_on: str = option("", "a verdict that ends the training", one_of=STOP_VERDICTS)
-    generate_every: int = option(2, "measurements from one judgement of samples to the next, counted from the last", least=1)
+    generate_every: str = option(
+        SUSPICION, "when samples are judged: on suspicion and at the end, or every so many measurements, counted from the last"
+    )
     encoder: str = option("pixels", "what samples are compared in; auto: efficientnet_lite0 where installed, else pixels")
     encoder_weights: str = option("", "file of the encoder's weights, where it needs one")
     num_samples: int = option(128, "samples that are judged", least=1)
     sample_steps: int = option(18, "solver steps of each", least=2)
     measure_batch: int = option(512, "views or images in a batch of a measurement; fewer where memory is short", least=1)
     sample_batch: int = option(256, "samples in a batch; fewer where memory is short", least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "generate_every", str(self.generate_every))
+        looks_every(self.generate_every)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from torch import nn
 
-from mlflow_icr import Denoiser, GenerationMonitor, ICRMonitor, LossMonitor, Report, geometric_schedule, verdict
+from mlflow_icr import Denoiser, GenerationMonitor, ICRMonitor, LossMonitor, Report, geometric_schedule
 from mlflow_icr.environment import environment_tags, thread_waiting
 from mlflow_icr.extraction.encoders import load_encoder
 from mlflow_icr.extraction.fitting import is_out_of_memory
@@ -26,9 +26,9 @@ from mlflow_icr.monitoring.generation_plots import trade_off
 from mlflow_icr.monitoring.grid import image_tiles
 from mlflow_icr.monitoring.neighbours import invariant_part, residual_part
 from mlflow_icr.monitoring.ranking import rank_classes, rank_images
-from mlflow_icr.monitoring.schedule import every_nth
+from mlflow_icr.monitoring.schedule import every_nth, looks_every
 from mlflow_icr.monitoring.series import HISTORY, arrays_path, read_arrays, read_history
-from mlflow_icr.monitoring.verdict import may_be_kept
+from mlflow_icr.monitoring.verdict import folded
 from mlflow_icr.tracking import Tracker
 from mlflow_icr.tracking.checkpoints.folder import checkpoint_path, mark_turning, part_of, remove_old
 from trainers.agreement import Agreement, DivergedError, TrainingError
@@ -132,13 +132,17 @@ class Run:
             count=config.monitor.measurements,
             granularity=config.optimizer.batch_size,
         )
-        self.generate_at = every_nth(self.schedule, config.monitor.generate_every)
+        every = looks_every(config.monitor.generate_every)
+        self.generate_at = self.schedule[-1:] if every is None else every_nth(self.schedule, every)
+        self.on_suspicion = every is None
         if resume:
             folder = latest_checkpoint(output_dir)
             if folder is not None:  # else the run ended before its first one, and starts anew
                 self.monitor.load_state_dict(load_checkpoint(folder, self.state, self.accelerator, config.optimizer.batch_size))
-        # Of what the verdict reads, on every rank the same.
-        self.rows = list(read_history(output_dir)) if resume and (output_dir / HISTORY).exists() else []
+        # On every rank the same; the measurement at the state that was saved is repeated.
+        rows = read_history(output_dir) if resume and (output_dir / HISTORY).exists() else []
+        self.measured_at = {int(row["images_seen"]) for row in rows}
+        self.verdicts = folded(row for row in rows if row["images_seen"] < self.state.images_seen)
         self._trained_seconds, self._trained_images = 0.0, 0
         self.agreement = Agreement(self.accelerator, config.optimizer.learning_rate, config.run.save_every_minutes)
         if self.is_main and self.accelerator.device.type == "cpu" and thread_waiting() == "active":
@@ -194,7 +198,7 @@ class Run:
             tracker.dataset(partial(describe_data, self.config, self.data.heldout, self.data.heldout_sha256), "validation")
 
     def measure(self, judged: bool) -> Report:
-        """The report of the state as it is, with its samples if they are to be judged; every rank takes part."""
+        """The report of the state as it is, with samples if they are to be judged or the verdict wants them; on every rank."""
         state, config, absent = self.state, self.config, {}
         step = state.images_seen
         values: dict[str, float] = {
@@ -216,9 +220,13 @@ class Run:
             values["perf/images_per_second"] = self._trained_images / self._trained_seconds
         self._trained_seconds, self._trained_images = 0.0, 0
         report = self.monitor.measure(step).joined(Report(step, values, absent=absent))
-        if judged:
-            report = report.joined(self.generation.measure(step))
-        return report if self.losses is None else report.joined(self.losses.measure(step))
+        if self.losses is not None:
+            report = report.joined(self.losses.measure(step))
+        found = self.verdicts.add(report.flat())
+        if judged or (self.on_suspicion and found.wants_samples):
+            samples = self.generation.measure(step)
+            report, found = report.joined(samples), self.verdicts.add_samples(samples.flat())
+        return report.joined(Report(step, found.forecast.values()))
 
     def train_to_end(self, tracker: Tracker | None, console: Console, wants_stop: Callable[[], bool]) -> str:
         """Train to the end of the schedule, or until asked to stop; returns FINISHED or KILLED. Raises TrainingError."""
@@ -233,7 +241,7 @@ class Run:
                         judged |= due.pop(0) in self.generate_at
                     self._observe(tracker, console, judged)
                     if self._verdict_reached():
-                        console.stopped(verdict(self.rows))
+                        console.stopped(self.verdicts.verdict)
                         return "FINISHED"
                     self._go_on()
                     continue
@@ -287,21 +295,21 @@ class Run:
         self._save()
         with whole_average(self.state, self.accelerator):
             report = self.measure(judged)
-        self.rows = [row for row in self.rows if row["images_seen"] < report.step] + [report.flat()]
+        self.measured_at.add(report.step)
         if tracker is not None:
             tracker.record(report)
         console.measured(report)
         if self.is_main:
-            mark_turning(self.output_dir, verdict(self.rows))
+            mark_turning(self.output_dir, self.verdicts.verdict)
         if tracker is not None and checkpoint_path(self.output_dir, report.step).exists():
             tracker.checkpoint(report.step)
-            remove_old(self.output_dir, self.config.run.checkpoints_total_limit, may_be_kept(self.rows))
+            remove_old(self.output_dir, self.config.run.checkpoints_total_limit, self.verdicts.may_be_kept)
 
     def _verdict_reached(self) -> bool:
         """Whether the verdict is the one to stop on, or past it."""
         if not self.config.monitor.stop_on:
             return False
-        state = verdict(self.rows).state
+        state = self.verdicts.verdict.state
         return state in STOP_VERDICTS[STOP_VERDICTS.index(self.config.monitor.stop_on) :]
 
     def _save(self) -> None:
@@ -325,7 +333,7 @@ class Run:
             with whole_average(state, self.accelerator):
                 self._write(tensors, sharded)
         if self.is_main:
-            remove_between(self.output_dir, [int(row["images_seen"]) for row in self.rows])
+            remove_between(self.output_dir, sorted(self.measured_at))
         self.accelerator.wait_for_everyone()
 
     def _write(self, tensors: dict[str, torch.Tensor], sharded: bool) -> None:

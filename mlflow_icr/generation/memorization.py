@@ -1,7 +1,7 @@
 """Does a generated image copy a training image? Nearest-neighbour detectors on embeddings.
 
-Each returns its `value`, a 95 % bootstrap interval over the generated images, and for each of them a score and the index of
-its nearest training image. A detector that finds nothing has the interval 0 to 0; of N images up to 3 / N may still be.
+Each returns its `value`, the exact 95 % interval of such a share, and for each generated image a score and the index of its
+nearest training image. A detector that finds nothing among N images has an interval from 0 to about 3.7 / N.
 Neighbours are searched exactly, unless `search` says otherwise (`index_nearest`, for millions of training images): then the
 result's `recall` is below 1, and a copy whose original the search missed is not found.
 """
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mlflow_icr.generation.bootstrap import bootstrap_interval
 from mlflow_icr.generation.embeddings import check_embeddings
 from mlflow_icr.generation.neighbours import Search, k_nearest
+
+LEVEL = 0.95
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,8 +64,12 @@ class Authenticity(Detection):
 
 
 def _share(suspicious: Tensor) -> tuple[float, float, float]:
-    found = suspicious.double()
-    return (float(found.mean()), *bootstrap_interval(found))
+    """The share of N images and its exact interval (Clopper & Pearson 1934)."""
+    from scipy.stats import binomtest
+
+    count, total = int(suspicious.sum()), len(suspicious)
+    exact = binomtest(count, total).proportion_ci(LEVEL, method="exact")
+    return count / total, float(exact.low), float(exact.high)
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from mlflow_icr.extraction.images import RASTER_SUFFIXES, image_paths
 from mlflow_icr.integrations.ending import end_as_rank, status_of
 from mlflow_icr.integrations.watch import STOPPING
 from mlflow_icr.monitoring.protocol import Protocol
-from mlflow_icr.monitoring.schedule import measuring_steps
+from mlflow_icr.monitoring.schedule import SUSPICION, looks_every, measuring_steps
 from mlflow_icr.tracking import check_folder
 
 
@@ -44,7 +44,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--every", type=int, help="measure every so many images; default: three times in each doubling")
     parser.add_argument("--at", type=_numbers, help="measure at these numbers of images seen, such as 0,5000,20000")
     parser.add_argument("--num-images", type=int, default=512, help="training images to measure on, drawn from the data")
-    parser.add_argument("--num-samples", type=int, default=0, help="samples to judge at each measurement; 0 for none")
+    parser.add_argument("--num-samples", type=int, default=0, help="samples to judge; 0 for none")
+    parser.add_argument(
+        "--generate-every",
+        default=SUSPICION,
+        metavar="N",
+        help="measurements from one look at samples to the next, or suspicion",
+    )
     parser.add_argument("--layer", default="decoder")
     parser.add_argument("--sigma", type=_numbers, default=(0.29,), help="noise standard deviations, such as 0.29,1")
     parser.add_argument("--seed", type=int, default=0, help="of the images that are drawn, of views and of samples")
@@ -72,6 +78,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError(f"stop_on is {arguments.stop_on!r}; expected one of {', '.join(STOPPING)}")
     if arguments.num_samples < 0:
         raise ValueError(f"num_samples is {arguments.num_samples}; expected 0 for none, or more")
+    looks_every(arguments.generate_every)
     if arguments.num_images < 2:
         raise ValueError(f"num_images is {arguments.num_images}; expected at least 2")
     Protocol(layer=arguments.layer, sigmas=arguments.sigma, seed=arguments.seed)

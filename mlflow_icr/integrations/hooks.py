@@ -208,6 +208,7 @@ class ScriptHooks:
             schedule=o.at if o.every is None else o.every,
             protocol=Protocol(layer=o.layer, sigmas=o.sigma, num_images=count, seed=o.seed),
             generation=generation,
+            generate_every=o.generate_every,
             stop_on=o.stop_on,
             refresh=refresh,
             params={

@@ -12,7 +12,7 @@ from mlflow_icr.extraction.denoisers import Denoiser
 from mlflow_icr.integrations.watch import ICRWatch, check_stop_on
 from mlflow_icr.integrations.weights import Where, bare, find, measured_network
 from mlflow_icr.monitoring import GenerationMonitor, Protocol
-from mlflow_icr.monitoring.schedule import measuring_steps
+from mlflow_icr.monitoring.schedule import SUSPICION, looks_every, measuring_steps
 from mlflow_icr.tracking import Tracker
 
 
@@ -23,8 +23,8 @@ class WatchSettings:
     `denoiser` makes a Denoiser of a network, such as `EDMDenoiser` or `lambda n: SchedulerDenoiser(n, scheduler)`. `network`
     and `ema` say where in the module the network and its average are: a path of attributes, or a function of the module; the
     average may be a module, an AveragedModel or diffusers' EMAModel. `images` are (N, C, H, W), uint8 or floats in [0, 1].
-    `num_samples` samples are judged at each measurement, against `heldout` images too. The rest is as of ICRWatch. Raises
-    ValueError for a schedule, `stop_on` or `num_samples` that cannot be.
+    `num_samples` samples are judged `generate_every` so often, against `heldout` images too. The rest is as of ICRWatch. Raises
+    ValueError for a schedule, `stop_on`, `num_samples` or `generate_every` that cannot be.
     """
 
     denoiser: Callable[[nn.Module], Denoiser]
@@ -35,6 +35,7 @@ class WatchSettings:
     schedule: int | Iterable[int] | None = None
     protocol: Protocol | None = None
     num_samples: int = 0
+    generate_every: int | str = SUSPICION
     heldout: Tensor | None = None
     labels: Tensor | None = None
     stop_on: str = ""
@@ -49,6 +50,7 @@ class WatchSettings:
         if self.schedule is not None and not isinstance(self.schedule, int):
             object.__setattr__(self, "schedule", tuple(self.schedule))  # an iterator would be used up by the check
         measuring_steps(self.schedule)
+        looks_every(self.generate_every)
 
     def watch(
         self,
@@ -74,6 +76,7 @@ class WatchSettings:
             schedule=self.schedule,
             protocol=self.protocol,
             generation=generation,
+            generate_every=self.generate_every,
             stop_on=self.stop_on,
             refresh=refresh,
             labels=self.labels,

@@ -20,8 +20,8 @@ from mlflow_icr.extraction.images import content_hash
 from mlflow_icr.integrations.ending import end_at_exit, status_of
 from mlflow_icr.monitoring import GenerationMonitor, ICRMonitor, Protocol, Report, Verdict
 from mlflow_icr.monitoring.ranks import sum_over_ranks, world
-from mlflow_icr.monitoring.schedule import measuring_steps
-from mlflow_icr.monitoring.verdict import MEMORIZING, TURNING, may_be_kept
+from mlflow_icr.monitoring.schedule import SUSPICION, looks_every, measuring_steps
+from mlflow_icr.monitoring.verdict import MEMORIZING, TURNING, VerdictTracker, folded
 from mlflow_icr.tracking import Logged, Tracker, check_folder, folder_tracker
 from mlflow_icr.tracking.checkpoints.folder import ALL, mark_turning, remove_old, write_checkpoint
 
@@ -69,7 +69,10 @@ class ICRWatch:
     `watch(images_seen)` after each step measures when the schedule's next point is reached (every so many images, given ones,
     or None: three for each doubling), and says whether to stop: with `stop_on`, from the verdict turning or memorizing on. All
     ranks call it, and get the same answer; the main one writes. `refresh` is called before a measurement, on all ranks.
-    `generation` measures samples too. Without a `tracker` of the caller's, which the caller closes, the watch has its own: use
+    `generation` measures samples too: on suspicion (where the verdict is not that the model generalizes) and at the end, or
+    with every so many measurements, by `generate_every`.
+
+    Without a `tracker` of the caller's, which the caller closes, the watch has its own: use
     it as a context, or `close` it, which writes the report. With `resume` it goes on in the folder, and in its MLflow run, from
     `images_seen`. Raises ValueError for images, protocol, schedule, `stop_on` or a folder that do not fit, before any work.
 
@@ -86,6 +89,7 @@ class ICRWatch:
         schedule: int | Iterable[int] | None = None,
         protocol: Protocol | None = None,
         generation: GenerationMonitor | None = None,
+        generate_every: int | str = SUSPICION,
         stop_on: str = "",
         refresh: Callable[[], object] | None = None,
         labels: Tensor | None = None,
@@ -114,6 +118,8 @@ class ICRWatch:
             refresh()
         self.monitor = ICRMonitor(denoiser, images, protocol, labels=labels, pictures=pictures, batch_size=batch_size)
         self.generation, self.denoiser = generation, denoiser
+        self._looks_every, self._measured = looks_every(generate_every), 0
+        self._verdicts: VerdictTracker | None = None  # of the folder's rows and the present one, on the main rank
         self.images_seen, self.stops = images_seen, False
         self.measured_at: int | None = None  # images seen of the newest measurement of this process
         self.pending, self._batches = 0, 0
@@ -157,16 +163,14 @@ class ICRWatch:
         self.pending = 0
         return total
 
-    def measure(self) -> Report | None:
-        """Measure now, whatever the schedule says; on all ranks. None where that was done already."""
+    def measure(self, judged: bool = False) -> Report | None:
+        """Measure now, whatever the schedule says, and `judged` samples too; on all ranks. None where that was done already."""
         step = self.images_seen
         if self.measured_at == step:
             return None
         if self._refresh is not None:
             self._refresh()
-        report = self.monitor.measure(step)
-        if self.generation is not None:
-            report = report.joined(self.generation.measure(step))
+        report = self._report(step, judged)
         self.measured_at = step
         wants = False
         if self.tracker is not None and self.is_main:
@@ -179,6 +183,26 @@ class ICRWatch:
         self.stops = sum_over_ranks(int(wants), device_of(self.denoiser)) > 0
         return report
 
+    def _report(self, step: int, judged: bool) -> Report:
+        """What is measured at a step, with samples where they are wanted, and the forecast; on all ranks."""
+        report, wanted = self.monitor.measure(step), judged
+        if self.tracker is not None and self.is_main:
+            rows = self.tracker.journal.rows
+            newest = None if self._verdicts is None else self._verdicts.newest
+            if self._verdicts is None or (newest is not None and step <= newest):  # began anew in the folder of another
+                self._verdicts = folded([*rows, report.flat()])
+            else:
+                self._verdicts.add(report.flat())
+            wanted |= self._looks_every is None and self._verdicts.verdict.wants_samples
+        wanted |= self._looks_every is not None and self._measured % self._looks_every == 0
+        self._measured += 1
+        if self.generation is not None and sum_over_ranks(int(wanted), device_of(self.denoiser)) > 0:
+            samples = self.generation.measure(step)
+            report = report.joined(samples)
+            if self._verdicts is not None and step == self._verdicts.newest:
+                self._verdicts.add_samples(samples.flat())
+        return report if self._verdicts is None else report.joined(Report(step, self._verdicts.verdict.forecast.values()))
+
     def _checkpoint(self, tracker: Tracker, step: int, found: Verdict) -> None:
         if self._save is None:
             return
@@ -186,7 +210,8 @@ class ICRWatch:
         write_checkpoint(folder, step, self._save)
         mark_turning(folder, found)
         tracker.checkpoint(step)
-        remove_old(folder, self._limit, may_be_kept(tracker.journal.rows))
+        assert self._verdicts is not None
+        remove_old(folder, self._limit, self._verdicts.may_be_kept)
 
     @property
     def verdict(self) -> Verdict:
@@ -197,7 +222,7 @@ class ICRWatch:
     def finish(self) -> None:
         """Measure where training ended, unless that was done already, and close; on all ranks."""
         self.images_seen += self._gather_count()
-        self.measure()
+        self.measure(judged=True)
         self.close()
 
     def close(self, status: str = "FINISHED") -> None:

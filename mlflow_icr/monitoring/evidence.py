@@ -1,7 +1,8 @@
 """Evidence of copying, row by row: what the errors, ICR and samples of a history say, each in constant time for one more row.
 
-`RatioEvidence` reads the *view error ratio* R, how much better the network denoises its training images than views of them:
-about 1 for a denoiser that cannot memorise. It speaks of memorizing by its *growth*, the elasticity
+`RatioEvidence` reads an *error ratio* R, how much better the network denoises its training images than views of them that are
+moved far (by 1/16 of the side): about 1 for a denoiser that cannot memorise photographs, and in slow growth where images have
+an upright place, such as digits, and a network learns it. R speaks of memorizing by its *growth*, the elasticity
 e = d log R / d log(images seen) over the last doubling, or by its *level* over the run's own baseline, the lowest R since the
 origin. `RiseEvidence` reads ICR over its lowest value, `SampleEvidence` the detectors of copies.
 
@@ -19,7 +20,10 @@ from enum import Enum
 
 import numpy as np
 
-RATIO = "repr/view_error_ratio"
+# Of what there is the first: near views, which move by 1/128 of the side, move the ratio by a few per cent only. In histories
+# from before there were far views, the second one was of crops, on about the scale of far views.
+RATIOS = ("repr/far_error_ratio", "repr/view_error_ratio")
+NAMES = dict(zip(RATIOS, ("far error ratio", "view error ratio"), strict=True))
 TRAIN_KEYS = ("train/optimizer_steps", "train/batch_size", "train/origin_images_seen")
 Row = Mapping[str, float]
 
@@ -158,11 +162,12 @@ class SlopeWindow:
 
 
 class RatioEvidence:
-    """What the view error ratio says: by its growth, or by its level over its lowest since the origin."""
+    """What the error ratio says: by its growth, or by its level over its lowest since the origin."""
 
     def __init__(self, t: Thresholds) -> None:
         self._t = t
         self.clock = Clock()
+        self.key = RATIOS[-1]  # which ratio is read
         self.baseline = math.inf  # the lowest ratio since the origin
         self.relative: float | None = None  # the newest ratio over the baseline
         self.below = False  # whether it is surely so low that a turn clears
@@ -173,13 +178,14 @@ class RatioEvidence:
     def add(self, row: Row) -> tuple[Finding, bool]:
         """What the ratio says with one more row, and whether everything began anew there."""
         begins = self.clock.advance(row)
-        if begins:
-            self.baseline, self._window = math.inf, SlopeWindow(self._t)
+        key = next((key for key in RATIOS if key in row), self.key)
+        if begins or RATIOS.index(key) < RATIOS.index(self.key):
+            self.key, self.baseline, self._window = key, math.inf, SlopeWindow(self._t)
         self.below, at = False, int(row["images_seen"])
-        ratio = row.get(RATIO, math.nan)
+        ratio = row.get(self.key, math.nan)
         if not 0 < ratio < math.inf:
-            return Finding(Says.NOTHING, f"{RATIO} is missing at {at:,} images seen"), begins
-        low, high = (row.get(f"{RATIO}_{end}", ratio) for end in ("low", "high"))
+            return Finding(Says.NOTHING, f"{self.key} is missing at {at:,} images seen"), begins
+        low, high = (row.get(f"{self.key}_{end}", ratio) for end in ("low", "high"))
         self.baseline = min(self.baseline, ratio)
         self.relative = ratio / self.baseline
         self.slope = self._window.add(at, self.clock.value, math.log(ratio), max(0.0, math.log(high / ratio)))
@@ -190,7 +196,7 @@ class RatioEvidence:
 
     def _finding(self, at: int, ratio: float, low: float) -> Finding:
         t, slope, since = self._t, self.slope, at if self._before is None else self._before
-        text = f"view error ratio {ratio:.2f}, {ratio / self.baseline:.2f} times its lowest"
+        text = f"{NAMES[self.key]} {ratio:.2f}, {ratio / self.baseline:.2f} times its lowest"
         if slope is None:
             text += "; too few measurements for its rate"
         else:

@@ -1,4 +1,4 @@
-"""When copying is to be expected: from where the view error ratio passed a multiple of its baseline, and what came elsewhere.
+"""When copying is to be expected: from where the error ratio passed a multiple of its baseline, and what came elsewhere.
 
 `forecast.json` is a small table, written by `python -m studies.validation.calibration` from runs that copied: for each multiple
 of the baseline, how much later than its passing the samples held copies, with a conformal interval (Vovk et al. 2005) whose
@@ -19,7 +19,7 @@ from mlflow_icr.monitoring.evidence import RatioEvidence
 TABLE = Path(__file__).with_name("forecast.json")
 # At a baseline above this the network knew its images before the clock began, which then says nothing about when copies come.
 HIGHEST_BASELINE = 1.5
-NO_EVIDENCE = "the view error ratio has not passed {level:g} times its lowest"
+NO_EVIDENCE = "the error ratio has not passed {level:g} times its lowest"
 
 
 @dataclass(frozen=True)
@@ -117,15 +117,13 @@ class Forecaster:
         if not self._levels:
             return Forecast(absent="there is no calibration table")
         if self._first is not None and self._first > HIGHEST_BASELINE:
-            return Forecast(
-                absent=f"the view error ratio was {self._first:.2f} at the first measurement: training began before it"
-            )
+            return Forecast(absent=f"training began before the first measurement, with an error ratio of {self._first:.2f}")
         if self._passed is None:
             return Forecast(absent=NO_EVIDENCE.format(level=self._levels[0].level))
         (level, passed), (clock, images, unit) = self._passed, self._now
         near, low, high = (images + (passed * factor - clock) * unit for factor in (level.factor, level.low, level.high))
         at = images + (passed - clock) * unit
-        because = f"the view error ratio passed {level.level:g} times its lowest at {_round(at)}"
+        because = f"the error ratio passed {level.level:g} times its lowest at {_round(at)}"
         if high < images:
             because += "; that has passed, and no two detectors have found copies"
         return Forecast(near, low, high, self._share, because, "")

@@ -7,6 +7,7 @@ from itertools import count, pairwise
 
 # The verdict reads slopes over doublings of images seen, of three measurements at least: this gives it four.
 PER_DOUBLING = 3
+SUSPICION = "suspicion"  # when to look at samples: where the verdict is not that the model generalizes
 FIRST_IMAGES = 2000  # before that a network has learned little that could be measured
 
 
@@ -35,6 +36,18 @@ def every_nth(points: Sequence[int], n: int) -> tuple[int, ...]:
     if n < 1:
         raise ValueError(f"n is {n}; expected at least 1")
     return tuple(points[::-1][::n][::-1])
+
+
+def looks_every(text: str | int) -> int | None:
+    """How many measurements there are from one look at samples to the next; None for a look on suspicion.
+
+    Raises ValueError unless it is a whole number >= 1, or "suspicion".
+    """
+    if text == SUSPICION:
+        return None
+    if not str(text).isdecimal() or int(text) < 1:
+        raise ValueError(f"generate_every is {text!r}; expected a whole number >= 1, or {SUSPICION}")
+    return int(text)
 
 
 def measuring_steps(schedule: int | Iterable[int] | None = None) -> Iterator[int]:

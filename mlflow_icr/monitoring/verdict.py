@@ -4,7 +4,7 @@ Row by row, each in constant time: `VerdictTracker().add(row)`; `verdict` folds 
 
 | state | when |
 |---|---|
-| undecided | the view error ratio is missing or was measured too seldom, or what speaks of a turn is not beyond doubt |
+| undecided | the error ratio is missing or was measured too seldom, or what speaks of a turn is not beyond doubt |
 | generalizing | the ratio neither grows faster than while learning nor stands above its baseline, and samples do not object |
 | turning | it surely did one of the two, and has not come back |
 | memorizing | samples were looked at and two detectors of copies agree; turned, or one of the two is a direct one |
@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mlflow_icr.monitoring.evidence import RATIO, Finding, RatioEvidence, RiseEvidence, Row, SampleEvidence, Says, Thresholds
+from mlflow_icr.monitoring.evidence import RATIOS, Finding, RatioEvidence, RiseEvidence, Row, SampleEvidence, Says, Thresholds
 from mlflow_icr.monitoring.forecast import Forecast, Forecaster
 from mlflow_icr.monitoring.series import rows_of
 
@@ -102,14 +102,14 @@ class VerdictTracker:
         self._errors, self._copies = Finding(Says.NOTHING, "nothing was measured"), Finding(Says.NOTHING, "")
         self._said = ""  # what ICR says, beside the ratio
         self._first: int | None = None
-        self._newest: int | None = None
+        self.newest: int | None = None  # images seen of the last row
         self.verdict = Verdict(UNDECIDED)
 
     def add(self, row: Row) -> Verdict:
         """The verdict with one more row. Raises ValueError unless its images seen are more than the last row's."""
         at = int(row["images_seen"])
-        if self._newest is not None and at <= self._newest:
-            raise ValueError(f"images_seen is {at}; expected more than {self._newest}, the last row's")
+        if self.newest is not None and at <= self.newest:
+            raise ValueError(f"images_seen is {at}; expected more than {self.newest}, the last row's")
         if any(key.startswith("repr/") for key in row):
             self._read_errors(row, at)
         return self._conclude(row, at)
@@ -117,14 +117,14 @@ class VerdictTracker:
     def add_samples(self, row: Row) -> Verdict:
         """The verdict with what samples say at the newest row, which was added without. Raises ValueError for another one."""
         at = int(row["images_seen"])
-        if at != self._newest:
-            raise ValueError(f"images_seen is {at}; expected {self._newest}, the last row's")
+        if at != self.newest:
+            raise ValueError(f"images_seen is {at}; expected {self.newest}, the last row's")
         return self._conclude(row, at)
 
     def _read_errors(self, row: Row, at: int) -> None:
         """Take the ratio and ICR of a row, date a turn, and clear one."""
         self._first = at if self._first is None else self._first
-        self._has_ratio |= RATIO in row
+        self._has_ratio |= any(key in row for key in RATIOS)
         rise, (ratio, begins) = self._rise.add(row), self._ratio.add(row)
         if begins:  # of other data: what was found on the old ones is theirs
             self._turn, self._suspicion, self._below = None, None, 0
@@ -147,7 +147,7 @@ class VerdictTracker:
             self._turn = _Turn(self._turn.at, self._turn.low, self._turn.high, at)
 
     def _conclude(self, row: Row, at: int) -> Verdict:
-        self._newest, last = at, self.verdict
+        self.newest, last = at, self.verdict
         self._copies = self._samples.add(row)
         turned = self._turn is not None and self._turn.holds
         copies = self._copies.says is Says.CERTAIN and (turned or self._samples.is_direct)
@@ -169,7 +169,7 @@ class VerdictTracker:
             None if turn is None else turn.high,
             None if turn is None else turn.cleared,
             evidence=tuple(evidence),
-            checkpoint_images_seen=turn.at if turn is not None and turned else self._newest,
+            checkpoint_images_seen=turn.at if turn is not None and turned else self.newest,
             origin=self._ratio.clock.origin,
             wants_samples=turned or (state != GENERALIZING and self._errors.says is not Says.TOO_FEW),
             forecast=self._forecaster.forecast(copies),

@@ -15,7 +15,7 @@ from mlflow_icr.reporting.markup import Child, Markup, element, images_text, int
 from mlflow_icr.reporting.material import RunMaterial
 from mlflow_icr.reporting.pictures import picture
 
-INTERVAL_LEVEL = "95 % interval by bootstrap over the samples"
+INTERVAL_LEVEL = "exact 95 % interval of such a share of samples (Clopper & Pearson)"
 
 
 @dataclass(frozen=True)
@@ -141,10 +141,11 @@ def _reach(run: RunMaterial) -> Child:
     counted, ratio = run.last("gen/num_samples"), run.last("mem/ratio_l2")
     if counted is None or ratio is None or counted[1] <= 0:
         return None
-    if ratio[1] > 0:
+    bounds = run.bounds("mem/ratio_l2", ratio[0])
+    if ratio[1] > 0 or bounds is None:
         return None
-    bound = joined(number(100 * 3 / counted[1], digits=2), " %")
-    return element("p", f"No copy among {counted[1]:.0f} samples leaves room for a share of up to about ", bound, " (3 / N).")
+    most = joined(number(100 * bounds[1], digits=2), " %")
+    return element("p", f"No copy among {counted[1]:.0f} samples leaves room for a share of up to ", most, " (95 %, exact).")
 
 
 LIMITS = (

@@ -64,7 +64,13 @@ def read_plan(path: Path = PLAN) -> Plan:
 
 def config_of(options: Mapping[str, Any], plan: Plan, **others: Any) -> TrainConfig:
     """The trainer's configuration. Raises ValueError for an option that the trainer does not have."""
-    values = {**plan.monitor, "companions": COMPANIONS, "generate_every": 1, "checkpoints_total_limit": 0, "log_models": "none"}
+    values = {
+        **plan.monitor,
+        "companions": COMPANIONS,
+        "generate_every": "1",
+        "checkpoints_total_limit": 0,
+        "log_models": "none",
+    }
     values |= {**options, **others}
     if values["data"] == "cifar10":
         values["data"] = os.environ.get(CIFAR10_VARIABLE, CIFAR10)

@@ -110,14 +110,21 @@ class Forecaster:
             self._passed = level, passed
         self._before = clock, log_now
 
-    def forecast(self, copies: bool) -> Forecast:
-        """What is to be expected after the rows so far; `copies`: samples hold them already."""
+    @property
+    def passed_at(self) -> float | None:
+        """The clock where the highest level so far was passed."""
+        return None if self._passed is None else self._passed[1]
+
+    def forecast(self, turned: bool, copies: bool) -> Forecast:
+        """What is to be expected after the rows so far, once a run has `turned`; `copies`: samples hold them already."""
         if copies:
             return Forecast(absent="samples hold copies already")
         if not self._levels:
             return Forecast(absent="there is no calibration table")
         if self._first is not None and self._first > HIGHEST_BASELINE:
             return Forecast(absent=f"training began before the first measurement, with an error ratio of {self._first:.2f}")
+        if not turned:  # the ratio of images that have an upright place also creeps up in runs that copy nothing
+            return Forecast(absent="nothing speaks of a turn for certain")
         if self._passed is None:
             return Forecast(absent=NO_EVIDENCE.format(level=self._levels[0].level))
         (level, passed), (clock, images, unit) = self._passed, self._now
@@ -142,6 +149,7 @@ def scaled_onset(onset_images: float, *, num_images: tuple[float, float], batch_
     return onset_images * (num_images[1] / num_images[0]) * (batch_size[1] / batch_size[0])
 
 
-def table_text(share: float, levels: Sequence[Level], notes: Mapping[str, object]) -> str:
-    """A calibration table as the package keeps it."""
-    return json.dumps({"share": share, **notes, "levels": [vars(level) for level in levels]}, indent=1) + "\n"
+def table_text(share: float, levels: Sequence[Level], runs: Sequence[Mapping[str, object]]) -> str:
+    """A calibration table as the package keeps it, with the runs that it is from, a line each."""
+    rows, lines = (",\n".join(f"  {json.dumps(row)}" for row in part) for part in ([vars(level) for level in levels], runs))
+    return f'{{"share": {share},\n "levels": [\n{rows}\n ],\n "runs": [\n{lines}\n ]}}\n'

@@ -172,7 +172,7 @@ class VerdictTracker:
             checkpoint_images_seen=turn.at if turn is not None and turned else self.newest,
             origin=self._ratio.clock.origin,
             wants_samples=turned or (state != GENERALIZING and self._errors.says is not Says.TOO_FEW),
-            forecast=self._forecaster.forecast(copies),
+            forecast=self._forecaster.forecast(turned, copies),
         )
         return self.verdict
 

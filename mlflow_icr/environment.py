@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 
@@ -82,3 +84,21 @@ def environment_tags() -> dict[str, str]:
     tags["world_size"] = size if size.isdecimal() else None
     tags["gpus"] = _gpus()
     return {f"icr.{key}": value[:MOST_TEXT] for key, value in tags.items() if value}
+
+
+_OURS: ContextVar[bool] = ContextVar("ours", default=False)
+
+
+@contextmanager
+def ours() -> Iterator[None]:
+    """While this lasts, a run that is made in this thread is one of this package's, and gets `environment_tags`."""
+    before = _OURS.set(True)
+    try:
+        yield
+    finally:
+        _OURS.reset(before)
+
+
+def is_ours() -> bool:
+    """Whether a run that is made now is one of this package's."""
+    return _OURS.get()

@@ -161,10 +161,10 @@ def test_a_logged_pipeline_samples_what_an_evaluation_samples(checkpoint: Path, 
     info = log_pipeline(checkpoint)
     assert not list(Path(mlflow.artifacts.download_artifacts(info.model_uri)).rglob("state.safetensors"))
     model = mlflow.pyfunc.load_model(info.model_uri)
-    sampled = model.predict([4, 0])
-    assert np.array_equal(model.predict(pd.DataFrame({"seed": [4, 0]})), sampled)
-    with pytest.raises(MlflowException, match="Failed to validate data against type hint `list\\[int\\]`"):
-        model.predict(["four"])
+    sampled = model.predict({"num_images": 5, "seed": 0})[[4, 0]]
+    assert np.array_equal(model.predict(pd.DataFrame({"num_images": [5]}))[[4, 0]], sampled)
+    with pytest.raises(MlflowException, match="Failed to enforce schema of data"):
+        model.predict({"seed": ["four"]})
     monitor = GenerationMonitor(load_denoiser(checkpoint)[0], images, num_samples=5)
     assert sampled.dtype == np.uint8
     difference = sampled.astype(int) - monitor.sample()[[4, 0]].permute(0, 2, 3, 1).numpy()

@@ -187,12 +187,12 @@ def test_a_checkpoint_that_is_gone_before_its_upload_is_a_model_that_says_so(
     folder = tmp_path / "run"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nobody there
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr("mlflow_icr.tracking.mlflow.courier.PAUSES", (0.01,))
+    monkeypatch.setattr("mlflow_icr.tracking.worker.PAUSES", (0.01,))
     trained(folder, pipeline)
     assert remove_old(folder, 1, {100}) == [0, 200]
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/late.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/late.db")  # where the assertions look
     monkeypatch.chdir(tmp_path)
-    assert main(["sync", str(folder)]) == 0
+    assert main(["sync", "--tracking-uri", f"sqlite:///{tmp_path}/late.db", str(folder)]) == 0
     models = assert_one_model_for_each_checkpoint(folder)
     assert {step: (model.tags["weights"], "mlflow.model.isExternal" in model.tags) for step, model in models.items()} == {
         100: ("uploaded", False), 300: ("uploaded", False),
@@ -237,7 +237,7 @@ def test_an_answer_that_is_lost_makes_no_model_twice(pipeline: Path, tmp_path: P
     for name in ("create_logged_model", "log_outputs", "log_batch", "log_model_artifact", "set_logged_model_tags",
                  "finalize_logged_model"):  # fmt: skip
         lossy(name)
-    monkeypatch.setattr("mlflow_icr.tracking.mlflow.courier.PAUSES", (0.01,))
+    monkeypatch.setattr("mlflow_icr.tracking.worker.PAUSES", (0.01,))
     sink = MLflowSink(log_models="all")
     tracker = Tracker(tmp_path / "run", [sink])
     tracker.open({}, {})
@@ -264,7 +264,7 @@ def train_until_killed(folder: Path, pipeline: Path) -> None:
     """In a child process, which never comes back."""
     try:
         shutil.rmtree(folder / "part", ignore_errors=True)
-        tracker = Tracker(folder, [MLflowSink(log_models="all")])
+        tracker = Tracker(folder, [MLflowSink(log_models="all")], resume="allow")
         tracker.open({"seed": 1}, {})
         step = max(tracker.journal.steps, default=-100) + 100
         while True:
@@ -356,5 +356,5 @@ def test_a_server_without_models_gets_the_rest_and_one_warning(
     run = MlflowClient().get_run(sink.run_id)
     assert (run.info.status, run.data.metrics["repr/icr"]) == ("FINISHED", ICR[300])
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)  # it has been brought up to date
-    assert main(["sync", str(tmp_path / "run")]) == 0
+    assert main(["sync", "--tracking-uri", server.uri, str(tmp_path / "run")]) == 0
     assert_one_model_for_each_checkpoint(tmp_path / "run")

@@ -19,7 +19,8 @@ from mlflow_icr import Report
 from mlflow_icr.integrations.accelerate import ICRTracker
 from mlflow_icr.integrations.pictures import as_pictures
 from mlflow_icr.tracking import MLflowSink, TensorBoardSink, Tracker, read_history, read_logged
-from mlflow_icr.tracking.logged import Logged, clean_key
+from mlflow_icr.tracking.keys import clean_key
+from mlflow_icr.tracking.logged import Logged
 from tests.test_tracking import mlflow_scalars, tensorboard_scalars
 
 ROOT = Path(__file__).parents[1]
@@ -150,19 +151,19 @@ def test_values_that_a_dead_server_missed_arrive_when_it_is_back(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:hunter2@127.0.0.1:9")
     sink = MLflowSink()
     asked: list[int] = []
-    log = sink.log
-    monkeypatch.setattr(sink, "log", lambda rows: (asked.append(len(rows)), log(rows)))
+    probe = sink.reachable
+    monkeypatch.setattr(sink, "reachable", lambda: (asked.append(1), probe())[1])
     tracker = Tracker(tmp_path, [sink, TensorBoardSink(tmp_path / "tensorboard")])
     with caplog.at_level(logging.WARNING, "mlflow_icr"):
         tracker.open({}, {})
         for step in range(500):
             tracker.log(Logged(step, 1e9 + step, {"loss": step / 7}))
     tracker.settle()
-    assert len(asked) == 1
+    assert 1 <= len(asked) <= 6  # each lane asks, and then waits
     assert "hunter2" not in caplog.text
+    sink.redirect(store)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     tracker.close("FINISHED")
-    assert sum(asked) == 500  # the outbox takes them at once, and each once
     assert sink.run_id is not None
     assert mlflow_scalars(sink.run_id)["loss"] == [(step, step / 7) for step in range(500)]
     assert [step for step, _ in tensorboard_scalars(tmp_path / "tensorboard")["loss"]] == list(range(500))
@@ -171,10 +172,11 @@ def test_values_that_a_dead_server_missed_arrive_when_it_is_back(
 def test_a_torn_line_of_values_is_cut_off(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path, [])
     tracker.log(Logged(1, 0.0, {"a": 1.0}))
-    with (tmp_path / "logged" / "values.jsonl").open("a") as file:
-        file.write('{"step": 2, "ti')
+    tracker.abandon()
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write('{"kind": "metrics", "step": 2, "ti')
     assert [row.step for row in read_logged(tmp_path)] == [1]
-    again = Tracker(tmp_path, [])
+    again = Tracker(tmp_path, [], resume="allow")
     again.log(Logged(3, 0.0, {"a": 3.0}))
     assert [row.step for row in read_logged(tmp_path)] == [1, 3]
 

@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
 from mlflow_icr import Report
 from mlflow_icr.cli import main
 from mlflow_icr.tracking import MLflowSink, TensorBoardSink, Tracker, read_history
-from mlflow_icr.tracking.mlflow.outbox import OPERATIONS
+from mlflow_icr.tracking.event_log import EVENTS
 from tests.servers import Postgres, Server
 from tests.test_tracking import ODD, as_float32, journal_scalars, tensorboard_scalars
 
@@ -42,7 +43,7 @@ def report(step: int) -> Report:
 
 
 def operations(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / OPERATIONS).read_text().splitlines()]
+    return [json.loads(line) for line in (folder / EVENTS).read_text().splitlines()]
 
 
 def assert_the_server_has_exactly_the_journal(folder: Path, status: str) -> None:
@@ -133,7 +134,7 @@ def test_a_postgresql_store_gets_the_same(tmp_path: Path, monkeypatch: pytest.Mo
 def train_until_killed(folder: Path) -> None:
     """What a trainer does, without the training: in a child process, which never comes back."""
     try:
-        tracker = Tracker(folder, [MLflowSink(), TensorBoardSink(folder / "tensorboard")])
+        tracker = Tracker(folder, [MLflowSink(), TensorBoardSink(folder / "tensorboard")], resume="allow")
         tracker.open({"seed": 1}, {})
         step = max(tracker.journal.steps, default=-10) + 10
         while True:
@@ -171,7 +172,7 @@ def test_kills_at_random_moments(server: Server, tmp_path: Path, capfd: pytest.C
         assert main(["sync", str(folder)]) == 0
         assert_the_server_has_exactly_the_journal(folder, "KILLED")
     sink = MLflowSink()
-    tracker = Tracker(folder, [sink, TensorBoardSink(folder / "tensorboard")])
+    tracker = Tracker(folder, [sink, TensorBoardSink(folder / "tensorboard")], resume="allow")
     tracker.open({"seed": 1}, {})
     tracker.close("FINISHED")
     from mlflow import MlflowClient
@@ -204,16 +205,16 @@ def test_an_answer_that_is_lost_makes_nothing_twice(tmp_path: Path, monkeypatch:
 
     for name in ("create_run", "log_batch", "log_image"):
         lossy(name)
-    monkeypatch.setattr("mlflow_icr.tracking.mlflow.courier.PAUSES", (0.01,))
+    monkeypatch.setattr("mlflow_icr.tracking.worker.PAUSES", (0.01,))
     sink = MLflowSink()
     tracker = Tracker(folder, [sink])
     tracker.open({"seed": 1}, {})
     for step in (0, 10, 20):
         tracker.record(report(step))
-    tracker.settle()
-    for _ in range(100):
-        if sink.flush():
-            break
+        tracker.settle()
+        for _ in range(100):
+            if sink.flush():
+                break
     assert len(failed) > 8
     tracker.close("FINISHED")
     assert len(MlflowClient().search_runs(["0"])) == 1
@@ -234,7 +235,7 @@ def test_half_a_picture_is_made_whole(tmp_path: Path, monkeypatch: pytest.Monkey
         return real(self, run_id, path)
 
     monkeypatch.setattr(MlflowClient, "_log_artifact_helper", half)
-    monkeypatch.setattr("mlflow_icr.tracking.mlflow.courier.PAUSES", (0.01,))
+    monkeypatch.setattr("mlflow_icr.tracking.worker.PAUSES", (0.01,))
     sink = MLflowSink()
     tracker = Tracker(folder, [sink])
     tracker.open({}, {})
@@ -246,14 +247,30 @@ def test_half_a_picture_is_made_whole(tmp_path: Path, monkeypatch: pytest.Monkey
     assert_the_server_has_exactly_the_journal(folder, "FINISHED")
 
 
+def refuse_metric(refused: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a store that does not want a metric of some name, as one of another version may."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    real = MlflowClient.log_batch
+
+    def log_batch(self: MlflowClient, run_id: str, metrics: Any = (), **others: Any) -> Any:
+        if any(metric.key == refused for metric in metrics):
+            raise MlflowException(f"Invalid value for metric {refused}", error_code=INVALID_PARAMETER_VALUE)
+        return real(self, run_id, metrics=metrics, **others)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", log_batch)
+
+
 def test_what_the_server_refuses_does_not_hold_up_the_rest(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
     sink = MLflowSink()
     tracker = Tracker(folder, [sink])
     tracker.open({}, {})
-    sink.summary({"a=b": 1.0}, 0)
+    refuse_metric("a", monkeypatch)
+    tracker.metrics({"a": 1.0, "b": 2.0}, 0)
     tracker.record(report(0))
     tracker.close("FINISHED")
     assert "MLflow does not want metrics (Invalid value" in caplog.text
@@ -261,9 +278,9 @@ def test_what_the_server_refuses_does_not_hold_up_the_rest(
 
     assert sink.run_id is not None
     run = MlflowClient().get_run(sink.run_id)
-    assert (run.info.status, run.data.metrics["repr/icr"]) == ("FINISHED", ODD[0])
+    assert (run.info.status, run.data.metrics["repr/icr"], run.data.metrics["b"]) == ("FINISHED", ODD[0], 2.0)
     assert main(["sync", str(folder)]) == 1  # offered again, refused again
-    assert "refused: operation 1 (" in capsys.readouterr().out
+    assert "refused: operation 1, metrics 'a' at step 0 (Invalid value" in capsys.readouterr().out
 
 
 def test_a_server_that_hangs_does_not_hold_up_the_training(
@@ -281,8 +298,9 @@ def test_a_server_that_hangs_does_not_hold_up_the_training(
         for step in range(0, 200, 10):
             tracker.record(report(step))
         tracker.settle()
-        assert sink.outbox is not None
-        assert len(sink.outbox.waiting) == sink.outbox.count  # all of it done before the first call gave up
+        assert (
+            sum(worker.waiting for worker in sink.workers) == tracker.log_file.end.number
+        )  # all of it done before the first call gave up
         assert sink.failure is None
         tracker.close("FINISHED")
     warnings = [r.getMessage() for r in caplog.records if "MLflow" in r.getMessage()]
@@ -326,7 +344,7 @@ def test_other_peoples_pictures_and_earlier_tables_are_not_mixed_up(tmp_path: Pa
     theirs = np.full((12, 16, 3), 77, dtype=np.uint8)
     for name in ("first", "second"):
         sink = MLflowSink()
-        tracker = Tracker(folder, [sink])
+        tracker = Tracker(folder, [sink], resume="allow")
         tracker.open({}, {})
         tracker.record(report(0))
         tracker.table(name, [{"a": 1}], 0)
@@ -347,24 +365,23 @@ def test_other_peoples_pictures_and_earlier_tables_are_not_mixed_up(tmp_path: Pa
 
 def test_what_is_to_be_sent_is_on_the_disk_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that fails once is asked again: nothing is sent that a power cut would have said a second time."""
-    from mlflow_icr.tracking.mlflow import outbox
+    from mlflow_icr.tracking import event_log
+    from mlflow_icr.tracking.operations import Tags
 
-    box = outbox.Outbox(tmp_path)
+    box = event_log.EventLog(tmp_path)
     synced: list[Path] = []
-    monkeypatch.setattr(outbox, "sync_folder", synced.append)
-    box.append([{"kind": "tags", "tags": {}}])
+    monkeypatch.setattr(event_log, "fsync_path", synced.append)
     box.sync()
-    assert not synced  # it was on the disk already
-    box.append([{"kind": "tags", "tags": {}}], sync=False)
+    assert not synced  # there was nothing to bring
+    box.append([Tags({})])
 
     def fail(path: Path) -> None:
         raise OSError("input/output error")
 
     with monkeypatch.context() as once:
-        once.setattr(outbox, "sync_folder", fail)
+        once.setattr(event_log, "fsync_path", fail)
         with pytest.raises(OSError, match="input/output"):
             box.sync()
     box.sync()
     box.sync()
-    assert synced == [tmp_path / OPERATIONS]
-    box.close()
+    assert synced == [tmp_path / EVENTS]

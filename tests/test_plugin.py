@@ -75,7 +75,11 @@ from importlib.metadata import version
 assert mlflow_icr.__file__.startswith(sys.prefix)
 from mlflow.models.evaluation.evaluator_registry import _model_evaluation_registry as registry
 assert registry.is_registered("icr") and mlflow.data.from_tensor and mlflow.data.from_image_folder
-with mlflow.start_run() as started:
+from mlflow_icr.environment import ours
+with mlflow.start_run() as theirs:
+    pass
+assert not [key for key in mlflow.MlflowClient().get_run(theirs.info.run_id).data.tags if key.startswith("icr.")]
+with ours(), mlflow.start_run() as started:
     pass
 tags = mlflow.MlflowClient().get_run(started.info.run_id).data.tags
 assert tags["icr.version"] == mlflow_icr.__version__

@@ -299,7 +299,7 @@ def test_the_end_of_a_run_delivers_the_page_through_the_outbox(
     store = mlflow.get_tracking_uri()
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")  # nobody listens
-    monkeypatch.setattr("mlflow_icr.tracking.mlflow.courier.PAUSES", (0.05,))
+    monkeypatch.setattr("mlflow_icr.tracking.worker.PAUSES", (0.05,))
     folder = tmp_path / "run"
     tracker = Tracker(folder, [MLflowSink(run_name="ends alone"), TensorBoardSink(folder / "tensorboard")])
     tracker.open({"seed": 1}, {})
@@ -309,7 +309,7 @@ def test_the_end_of_a_run_delivers_the_page_through_the_outbox(
     assert "ends alone" in path.read_text()
     tracker.close("FINISHED")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
-    [done] = sync(folder)
+    [done] = sync(folder, tracking_uri=store)
     assert done.complete
     client = mlflow.MlflowClient()
     found = Path(client.download_artifacts(done.run_id, "report/index.html", str(tmp_path)))

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from mlflow_icr.tracking import read_history
-from mlflow_icr.tracking.mlflow.outbox import ended_as
+from mlflow_icr.tracking.event_log import ended_as
 from tests.slurm import Slurm
 from trainers.experiments.sweep.plan import Sweep, plan
 from trainers.launchers.job import FAILED, FINISHED, KILLED, RUNNING, Ended, Job

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,10 @@ import pytest
 
 from mlflow_icr import Report
 from mlflow_icr.monitoring.series import read_distributions
-from mlflow_icr.monitoring.verdict import Verdict, verdict
-from mlflow_icr.tracking import MLflowSink, TensorBoardSink, Tracker, read_history
+from mlflow_icr.monitoring.verdict import verdict
+from mlflow_icr.tracking import MLflowSink, Sink, TensorBoardSink, Tracker, read_history
 from mlflow_icr.tracking.logged import Logged
+from mlflow_icr.tracking.operations import File
 from mlflow_icr.tracking.tensorboard.custom_scalars import LAYOUT, OVERLAY
 
 # Values that lose bits in float32, or in a decimal of few digits.
@@ -130,7 +132,8 @@ def test_distributions_and_figures_are_kept_and_shown(tmp_path: Path) -> None:
     tracker.open({}, {})
     tracker.record(Report(10, {"repr/icr": 0.1}, distributions={"mem/distance_pixels": numbers[10]}))
     sink = MLflowSink()
-    tracker = Tracker(tmp_path, [sink, TensorBoardSink(tmp_path / "tensorboard")])
+    tracker.abandon()
+    tracker = Tracker(tmp_path, [sink, TensorBoardSink(tmp_path / "tensorboard")], resume="allow")
     tracker.open({}, {})
     tracker.record(Report(20, {"repr/icr": 0.1}, distributions={"mem/distance_pixels": numbers[20]}))
     for _ in range(2):
@@ -155,9 +158,10 @@ def test_the_run_of_the_project_is_adopted_with_its_parameters(tmp_path: Path, m
     client.log_param(run.info.run_id, "learning_rate", "1e-4")  # as `mlflow run -P learning_rate=1e-4` does, as text
     monkeypatch.setenv("MLFLOW_RUN_ID", run.info.run_id)
     sink = MLflowSink(run_name="not used")
-    sink.open({"learning_rate": 0.0001, "seed": 1}, {})
-    sink.write(report(1))
-    sink.close("KILLED")
+    tracker = Tracker(tmp_path, [sink])
+    tracker.open({"learning_rate": 0.0001, "seed": 1}, {})
+    tracker.record(report(1))
+    tracker.close("KILLED")
     there = client.get_run(run.info.run_id)
     assert sink.run_id == run.info.run_id
     assert there.data.params == {"learning_rate": "1e-4", "seed": "1"}
@@ -171,9 +175,10 @@ def test_an_active_run_is_used_and_left_open(tmp_path: Path) -> None:
 
     with mlflow.start_run() as run:
         sink = MLflowSink()
-        sink.open({"a": 1}, {})
-        sink.write(report(2))
-        sink.close("FINISHED")
+        tracker = Tracker(tmp_path, [sink])
+        tracker.open({"a": 1}, {})
+        tracker.record(report(2))
+        tracker.close("FINISHED")
         active = mlflow.active_run()
         assert active is not None
         assert active.info.run_id == run.info.run_id == sink.run_id
@@ -186,15 +191,11 @@ def test_resuming_brings_every_sink_up_to_the_journal(tmp_path: Path) -> None:
     tracker.open({}, {})
     for step in (0, 1, 2):
         tracker.record(report(step))
-    tracker.settle()
-    tracker.sinks = []  # a kill after the journal's row, before the sinks heard of it
-    tracker.record(report(3))
-    tracker.settle()
-    assert sink.flush()
-    assert sink.outbox is not None
-    sink.outbox.close()  # as the end of a process does
+    assert tracker.flush()
+    tracker.journal.append(report(3))  # a kill after the journal's row, before the log has it
+    tracker.abandon()  # as the end of a process does
     again = MLflowSink()
-    resumed = Tracker(tmp_path, [again, TensorBoardSink(tmp_path / "tensorboard")])
+    resumed = Tracker(tmp_path, [again, TensorBoardSink(tmp_path / "tensorboard")], resume="allow")
     resumed.open({}, {})
     resumed.record(report(3, seed=9))  # measured again on the way: the journal has it already
     resumed.record(report(4))
@@ -222,7 +223,7 @@ def test_datasets_are_shown_once_and_stop_nothing(tmp_path: Path, caplog: pytest
 
     for _ in range(2):  # the second time is a resumption
         sink = MLflowSink(run_id=None if not (tmp_path / "run").exists() else (tmp_path / "run").read_text())
-        tracker = Tracker(tmp_path, [sink, TensorBoardSink(tmp_path / "tensorboard")])
+        tracker = Tracker(tmp_path, [sink, TensorBoardSink(tmp_path / "tensorboard")], resume="allow")
         tracker.open({}, {})
         tracker.dataset(described, "training")
         tracker.dataset(broken, "validation")
@@ -266,6 +267,7 @@ def test_a_dead_server_costs_nothing_but_a_warning(
     assert tensorboard_scalars(tmp_path / "tensorboard") == as_float32(journal_scalars(tmp_path))
 
     # The server comes back: what it missed arrives first, in order and once.
+    sink.redirect(store)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     tracker.record(report(3))
     tracker.settle()
@@ -308,26 +310,19 @@ def test_a_server_that_fails_between_start_and_parameters_gets_them_later(
     assert {key: stored[key] for key in journal_scalars(tmp_path)} == journal_scalars(tmp_path)
 
 
-def test_the_journal_is_on_the_disk_before_the_trackers_are_called(tmp_path: Path) -> None:
+def test_the_journal_is_on_the_disk_before_the_trackers_are_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    class Late:
+    class Late(Sink):
         name = "late"
 
-        def bind(self, folder: Path) -> None: ...
-        def open(self, params: object, tags: object) -> None: ...
-        def recorded(self) -> dict[int, set[str]]:
-            return {}
+        def metrics(self, values: Mapping[str, float], step: int, time: int) -> None:
+            seen.append(step in [row["images_seen"] for row in read_history(tmp_path)])
 
-        def write(self, r: Report) -> None:
-            seen.append(r.step in [row["images_seen"] for row in read_history(tmp_path)])
+        def tags(self, values: Mapping[str, str], step: int | None) -> None:
+            raise RuntimeError  # one kind of result that a sink does not take costs none of the others
 
-        def verdict(self, verdict: object, step: int) -> None:
-            raise ConnectionError  # one kind of result that a sink does not take costs none of the others
-
-        def summary(self, values: object, step: int) -> None: ...
-        def close(self, status: str) -> None: ...
-
+    monkeypatch.setattr("mlflow_icr.tracking.worker.PAUSES", (0.01,))
     tracker = Tracker(tmp_path, [Late()])
     for step in (0, 5):
         tracker.record(report(step))
@@ -340,20 +335,20 @@ def test_a_sink_that_takes_its_time_holds_nobody_up(tmp_path: Path) -> None:
     free = threading.Event()
     told: list[tuple[object, ...]] = []
 
-    class Slow:
+    class Slow(Sink):
         name = "slow"
 
-        def write(self, r: Report) -> None:
+        def metrics(self, values: Mapping[str, float], step: int, time: int) -> None:
             assert free.wait(60)
+            if "loss" in values:
+                told.append(("log", [step]))
 
-        def log(self, rows: list[Logged]) -> None:
-            told.append(("log", [row.step for row in rows]))
+        def tags(self, values: Mapping[str, str], step: int | None) -> None:
+            if "verdict.text" in values:
+                told.append((values["verdict.text"], step))
 
-        def verdict(self, found: Verdict, step: int) -> None:
-            told.append((found, step))
-
-        def figure(self, name: str, picture: np.ndarray, step: int) -> None:
-            told.append((name, step))
+        def file(self, path: Path, file: File) -> None:
+            told.append((file.name, file.step))
 
     tracker = Tracker(tmp_path, [Slow()])
     for step in range(3):
@@ -364,6 +359,7 @@ def test_a_sink_that_takes_its_time_holds_nobody_up(tmp_path: Path) -> None:
     assert told == []
     free.set()
     tracker.figure("curves", np.zeros((4, 4, 3), np.uint8), 2)  # comes after all that
+    tracker.settle()
     rows = read_history(tmp_path)
-    assert told == [*((verdict(rows[: i + 1]), i) for i in range(3)), ("log", [7]), ("curves", 2)]
+    assert told == [*((verdict(rows[: i + 1]).text, i) for i in range(3)), ("log", [7]), ("curves", 2)]
     assert last == verdict(rows)

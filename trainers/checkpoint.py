@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mlflow_icr.extraction.averages import SNAPSHOTS
-from mlflow_icr.extraction.files import file_sha256, sync_folder
+from mlflow_icr.extraction.files import file_sha256, fsync_path
 from mlflow_icr.extraction.latents import Autoencoder
 from mlflow_icr.tracking.checkpoints.folder import checkpoint_path, checkpoints, write_checkpoint
 from trainers.engine import bare, gathered, load_whole, local, share_of, shared_like
@@ -96,7 +96,7 @@ def place_autoencoder(folder: Path, autoencoder: Autoencoder, output_dir: Path) 
         shutil.rmtree(part, ignore_errors=True)
         autoencoder.network.save_pretrained(part)
         for path in [*part.rglob("*"), part]:
-            sync_folder(path)
+            fsync_path(path)
         part.rename(kept)
     try:
         shutil.copytree(kept, folder / "vae", copy_function=os.link)

@@ -66,11 +66,11 @@ def launch(count: int, arguments: Sequence[str], output_dir: Path) -> int:
 
 def _end_run(output_dir: Path, status: str) -> None:
     """End the run in MLflow, where the rank that logs has not come to it."""
-    from mlflow_icr.tracking.mlflow.outbox import OPERATIONS
-    from mlflow_icr.tracking.mlflow.sync import sync_folder
+    from mlflow_icr.tracking.folder import holds_run
+    from mlflow_icr.tracking.mlflow.sync import deliver_folder
 
-    if (output_dir / OPERATIONS).exists():
+    if holds_run(output_dir):
         try:
-            sync_folder(output_dir, status=status)
+            deliver_folder(output_dir, status=status)
         except (ValueError, OSError) as error:  # a damaged journal, a full disk, a rank that is still there
             print(f"trainers.train: error: the run is not ended in MLflow: {error}", file=sys.stderr)

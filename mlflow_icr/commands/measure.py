@@ -126,9 +126,10 @@ def _one(arguments: argparse.Namespace, place: str | Path) -> int:
     digest = monitor.protocol.digest
     sink = None
     if arguments.run_id is not None:  # before any work: there may be no such run
-        from mlflow_icr.tracking.backfill import BackfillMLflowSink
+        from mlflow_icr.integrations.backfill import measured_in
+        from mlflow_icr.tracking import MLflowSink
 
-        sink = BackfillMLflowSink(arguments.run_id, {}, digest)
+        sink = MLflowSink(run_id=arguments.run_id, joins=True, known=measured_in(arguments.run_id, digest))
     report = monitor.measure(arguments.images_seen)
     _show(report, report.flat() | {"protocol_digest": digest}, sink, {"protocol_digest": digest})
     return 0
@@ -167,7 +168,7 @@ def _show(report: Report, values: Mapping[str, object], sink: MLflowSink | None,
     for key, text in report.warnings.items():
         say(f"{key} is {text}")
     if sink is not None:
-        from mlflow_icr.tracking.backfill import add_to_run
+        from mlflow_icr.integrations.backfill import add_to_run
 
         add_to_run(sink, report, params)
 

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
-from mlflow_icr.extraction.files import file_sha256, sync_folder
+from mlflow_icr.extraction.files import file_sha256, fsync_path
 
 BLOCK = 2**20  # bytes read at a time
 TIMEOUT = 30.0  # seconds without a byte, after which a connection counts as lost
@@ -65,7 +65,7 @@ def download(
             raise ValueError(f"{url} gives a file with SHA-256 {found}; expected {sha256}: it was deleted")
         part.replace(path)
         _tag_path(part).unlink(missing_ok=True)
-        sync_folder(path.parent)
+        fsync_path(path.parent)
         return found
     finally:
         lock.release()

@@ -29,9 +29,15 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         raise
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a new name in a folder, or the content of a file, survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def fsync_path(path: Path) -> None:
+    """Make a new name in a folder, or the content of a file, survive a power cut.
+
+    Windows cannot open a folder for that, and takes a file only where it may be written.
+    """
+    windows = os.name == "nt"
+    if windows and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

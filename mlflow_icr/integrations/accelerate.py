@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 from accelerate.tracking import GeneralTracker, on_main_process
 from PIL import Image
 
-from mlflow_icr.integrations.ending import end_at_exit
 from mlflow_icr.integrations.pictures import as_pictures
-from mlflow_icr.monitoring import Report
 from mlflow_icr.tracking import Logged, Tracker, check_folder, folder_tracker
-from mlflow_icr.tracking.logged import FOLDER, clean_key, plain_values
+from mlflow_icr.tracking.ending import end_at_exit
+from mlflow_icr.tracking.keys import clean_key, plain_values
+from mlflow_icr.tracking.logged import FOLDER
 
 logger = logging.getLogger(__name__)
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -112,7 +112,7 @@ class ICRTracker(GeneralTracker):  # type: ignore[misc]
                 path = self.tracker.journal.folder / FOLDER / "images" / shown / f"{at:012d}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(picture).save(path)
-                self.tracker.show(Report(at, {}, {shown: picture}))
+                self.tracker.picture(shown, path, at)
 
     @_main
     def log_table(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from typing import Any
 from mlflow_icr.extraction.images import ImageFiles
 from mlflow_icr.integrations.checkpoint_measurement import SETTINGS, CheckpointMeasurement, check_output, line_of
 from mlflow_icr.integrations.saved import SavedCheckpoint, SavedTraining, Units, find_checkpoints, place_of
-from mlflow_icr.monitoring import Protocol, Verdict, verdict
-from mlflow_icr.tracking import Tracker
-from mlflow_icr.tracking.backfill import BackfillMLflowSink, BackfillTensorBoardSink, is_delivered
-from mlflow_icr.tracking.mlflow.store import connect, get_run
+from mlflow_icr.monitoring import Protocol, Report, Verdict, verdict
+from mlflow_icr.tracking import MLflowSink, TensorBoardSink, Tracker
+from mlflow_icr.tracking.mlflow.store import answers, connect, get_run
+from mlflow_icr.tracking.mlflow.sync import waiting_of
 
+SECTIONS = ("repr", "perf/measure")  # beginnings of the keys that a measurement has
 Say = Callable[[str], None]
 
 
@@ -75,18 +77,19 @@ def measure_checkpoints(
         batch_size=batch_size,
         options=options,
     )
-    tracker = Tracker(out, _sinks(out, run_id, checkpoints, measurement.monitor.protocol.digest))
+    delivered = run_id is None or _is_delivered(out, run_id)
+    tracker = Tracker(out, _sinks(out, run_id, measurement.monitor.protocol.digest), resume="allow")
     tracker.journal.write_file(SETTINGS, json.dumps(measurement.settings).encode())
     found = Backfill(out, tracker.verdict)
     due = _due(checkpoints, tracker, found)
-    delivered = run_id is None or is_delivered(out, run_id, tracker.journal.rows)
     if delivered and not due:
+        tracker.abandon()
         return found
     tracker.open(measurement.params, {"icr.backfilled": "true"})
     try:
         for checkpoint in due:
             try:
-                report = measurement.measure(checkpoint, tracker)
+                report = measurement.measure(checkpoint, tracker, time=checkpoint.time)
             except ValueError as error:
                 found.left_out[checkpoint.name] = str(error)
                 continue
@@ -94,15 +97,63 @@ def measure_checkpoints(
             say(line_of(checkpoint.name, report))
     finally:
         tracker.close("FINISHED")
-        found.complete = all(_has_everything(sink) for sink in tracker.sinks)
+        found.complete = run_id is None or waiting_of(out).complete
     found.verdict = verdict(tracker.journal.rows)
     return found
 
 
-def _sinks(out: Path, run_id: str | None, checkpoints: Sequence[SavedCheckpoint], digest: str) -> list[Any]:
-    times = {checkpoint.step: checkpoint.time for checkpoint in checkpoints}
-    sinks: list[Any] = [BackfillTensorBoardSink(out / "tensorboard", times)]
-    return sinks if run_id is None else [BackfillMLflowSink(run_id, times, digest), *sinks]
+def _sinks(out: Path, run_id: str | None, digest: str) -> list[Any]:
+    sinks: list[Any] = [TensorBoardSink(out / "tensorboard")]
+    return sinks if run_id is None else [MLflowSink(run_id=run_id, joins=True, known=measured_in(run_id, digest)), *sinks]
+
+
+def measured_in(run_id: str, protocol_digest: str) -> dict[int, set[str]]:
+    """Keys of measurements by step that a run in MLflow has.
+
+    Raises ValueError for a run that is not there, or that was measured by another protocol, OSError where the store does not
+    answer.
+    """
+    client = connect()
+    run = get_run(client, run_id)
+    digest = run.data.params.get("protocol_digest", protocol_digest)
+    if digest != protocol_digest:
+        raise ValueError(
+            f"run_id is {run_id!r}, a run that was measured by the protocol {digest}, and this is {protocol_digest}: values "
+            "of two cannot be compared; expected another run, or none"
+        )
+    found: dict[int, set[str]] = {}
+    with answers():
+        for key in run.data.metrics:
+            if key.startswith(SECTIONS):
+                for point in client.get_metric_history(run_id, key):
+                    found.setdefault(point.step, set()).add(key)
+    return found
+
+
+def add_to_run(sink: MLflowSink, report: Report, params: Mapping[str, object]) -> None:
+    """Log one report to the run that a sink joins, and wait until the store has it.
+
+    Raises ValueError for a run that does not take it, OSError where the store does not answer.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        tracker = Tracker(folder, [sink], mode="online")
+        tracker.quiet = True
+        tracker.open(params, {})
+        tracker.show(report)
+        complete = tracker.flush()
+        failure, refused = sink.failure, list(sink.state.refused.values())
+        tracker.abandon()
+    if not complete:
+        why = refused[0]["why"] if refused else "" if failure is None else sink.reason_of(failure)
+        raise OSError(f"the run {sink.run_id} does not take the results: {why}")
+
+
+def _is_delivered(out: Path, run_id: str) -> bool:
+    """Whether a run has everything of a folder. Raises ValueError for a folder whose results go to another run."""
+    there = waiting_of(out)
+    if there.run_id not in (None, run_id):
+        raise ValueError(f"run_id is {run_id!r}, and the results in {str(out)!r} go to {there.run_id}; expected that one")
+    return there.run_id is not None and there.complete
 
 
 def _due(checkpoints: Sequence[SavedCheckpoint], tracker: Tracker, found: Backfill) -> list[SavedCheckpoint]:
@@ -120,9 +171,3 @@ def _due(checkpoints: Sequence[SavedCheckpoint], tracker: Tracker, found: Backfi
         else:
             due.append(checkpoint)
     return due
-
-
-def _has_everything(sink: Any) -> bool:
-    return not isinstance(sink, BackfillMLflowSink) or (
-        sink.outbox is not None and not sink.outbox.waiting and not sink.outbox.refused
-    )

@@ -78,15 +78,17 @@ class CheckpointMeasurement:
         """What trackers show of the measurement."""
         return {**described(self.monitor, self.training.denoiser), "images_per_step": self.units.images_per_step}
 
-    def measure(self, checkpoint: SavedCheckpoint, tracker: Tracker, waiting: int = 0) -> Report:
+    def measure(self, checkpoint: SavedCheckpoint, tracker: Tracker, waiting: int = 0, *, time: float | None = None) -> Report:
         """Load a checkpoint, measure it, and record that; `waiting` is how many earlier ones are still to be measured.
+
+        `time`, in Unix seconds, is when that counts as measured, where it is not now.
 
         Raises ValueError for weights that do not fit.
         """
         self.training.load(checkpoint.files)
-        return self.record(checkpoint.step, tracker, waiting)
+        return self.record(checkpoint.step, tracker, waiting, time=time)
 
-    def record(self, step: int, tracker: Tracker, waiting: int = 0) -> Report:
+    def record(self, step: int, tracker: Tracker, waiting: int = 0, *, time: float | None = None) -> Report:
         """Measure the weights that are loaded, and record that at `step`."""
         steps = [int(row["images_seen"]) for row in tracker.journal.rows]
         ordered = steps == sorted(steps)
@@ -97,7 +99,7 @@ class CheckpointMeasurement:
             report = _without_rises(report, self.monitor.sections.values(), waiting)
         # Before the row: measured again after a kill between the two, this step finds itself, and gives the same values.
         tracker.journal.write_file(MONITOR_STATE, state_of(self.monitor))
-        tracker.record(report)
+        tracker.record(report, time=time)
         return report
 
     def _relate_to_earlier(self, step: int, rows: Sequence[Mapping[str, float]]) -> None:

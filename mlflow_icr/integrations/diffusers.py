@@ -18,11 +18,12 @@ from pathlib import Path
 from types import FrameType
 
 from mlflow_icr.extraction.images import RASTER_SUFFIXES, image_paths
-from mlflow_icr.integrations.ending import end_as_rank, status_of
+from mlflow_icr.integrations.ending import end_as_rank
 from mlflow_icr.integrations.watch import STOPPING
 from mlflow_icr.monitoring.protocol import Protocol
 from mlflow_icr.monitoring.schedule import SUSPICION, looks_every, measuring_steps
 from mlflow_icr.tracking import check_folder
+from mlflow_icr.tracking.ending import status_of
 
 
 def _numbers(text: str) -> tuple[float, ...]:

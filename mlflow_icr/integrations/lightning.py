@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from mlflow_icr.integrations.ending import status_of
 from mlflow_icr.integrations.settings import WatchSettings
 from mlflow_icr.integrations.watch import ICRWatch
+from mlflow_icr.tracking.ending import status_of
 
 
 def _lightning() -> Any:

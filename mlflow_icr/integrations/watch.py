@@ -17,13 +17,13 @@ from torch import Tensor
 
 from mlflow_icr.extraction.denoisers import Denoiser, device_of
 from mlflow_icr.extraction.images import content_hash
-from mlflow_icr.integrations.ending import end_at_exit, status_of
 from mlflow_icr.monitoring import GenerationMonitor, ICRMonitor, Protocol, Report, Verdict
 from mlflow_icr.monitoring.ranks import sum_over_ranks, world
 from mlflow_icr.monitoring.schedule import SUSPICION, looks_every, measuring_steps
 from mlflow_icr.monitoring.verdict import MEMORIZING, TURNING, VerdictTracker, folded
 from mlflow_icr.tracking import Logged, Tracker, check_folder, folder_tracker
 from mlflow_icr.tracking.checkpoints.folder import ALL, mark_turning, remove_old, write_checkpoint
+from mlflow_icr.tracking.ending import end_at_exit, status_of
 
 STOPPING = (TURNING, MEMORIZING)  # the later one is past the earlier
 MONITOR_STATE = "monitor.safetensors"

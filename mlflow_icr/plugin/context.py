@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from mlflow.tracking.context.abstract_context import RunContextProvider
 
-from mlflow_icr.environment import environment_tags
+from mlflow_icr.environment import environment_tags, is_ours
 
 
 class ICRContext(RunContextProvider):  # type: ignore[misc]
-    """Sets `environment_tags` on every run that `mlflow.start_run` makes.
+    """Sets `environment_tags` on runs that this package makes; nobody else's run gets them.
 
     Runs that `mlflow run` makes never ask a context: a program that may be one sets the tags itself, as the trainers do.
     """
 
     def in_context(self) -> bool:
-        """Always: versions are known everywhere."""
-        return True
+        """Whether the run that is made is one of this package's."""
+        return is_ours()
 
     def tags(self) -> dict[str, str]:
         """The tags `icr.*`."""

@@ -1,4 +1,4 @@
-"""Diffusers folders as MLflow models: logging one, finding it again, and sampling from it."""
+"""Diffusers folders as MLflow models: logging one, and finding it again."""
 
 from __future__ import annotations
 
@@ -8,38 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlflow
-import numpy as np
-from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from mlflow_icr.tracking.checkpoints.folder import INDEX, copy_pipeline, is_pipeline
+from mlflow_icr.tracking.checkpoints.model_folder import ARTIFACT, CODE, signature
 from mlflow_icr.version import __version__
 
 if TYPE_CHECKING:
     from mlflow.models.model import ModelInfo
 
-ARTIFACT = "pipeline"
-
-
-class PipelineModel(PythonModel):  # type: ignore[misc]
-    """A pipeline as an MLflow model: seeds in, images out. Weights are read at the first prediction."""
-
-    def load_context(self, context: PythonModelContext) -> None:
-        """Note where the pipeline lies."""
-        self.folder = Path(context.artifacts[ARTIFACT])
-        self._loaded: Any = None
-
-    # MLflow makes the model's signature of this hint: a list, or a frame of one column, of whole numbers.
-    def predict(self, model_input: list[int]) -> np.ndarray:
-        """Images (N, H, W, C) uint8, one for each seed; seed i gives sample i of an evaluation with seed 0."""
-        from mlflow_icr.extraction.pipelines import load_denoiser
-        from mlflow_icr.tracking.checkpoints.sampling_model import sample_images
-
-        self._loaded = self._loaded or load_denoiser(self.folder)
-        return sample_images(self._loaded, model_input)
-
 
 def log_pipeline(folder: Path | str, name: str = ARTIFACT, **arguments: Any) -> ModelInfo:
     """Log a diffusers folder, such as a run's checkpoint, as an MLflow model that can be evaluated; returns its info.
+
+    It samples as a run's checkpoints do: see `SamplingModel`.
 
     `arguments` are those of `mlflow.pyfunc.log_model`. Only the pipeline is copied, not what training needs to go on. Raises
     ValueError for a folder that holds no pipeline.
@@ -50,10 +31,9 @@ def log_pipeline(folder: Path | str, name: str = ARTIFACT, **arguments: Any) -> 
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / ARTIFACT
         copy_pipeline(folder, copy)
-        defaults = {"pip_requirements": [f"mlflow-icr=={__version__}"], "model_type": "diffusion"}
-        code = Path(__file__).with_name("pipeline_code.py")
+        defaults = {"pip_requirements": [f"mlflow-icr=={__version__}"], "model_type": "diffusion", "signature": signature()}
         return mlflow.pyfunc.log_model(
-            name=name, python_model=str(code), artifacts={ARTIFACT: str(copy)}, **(defaults | arguments)
+            name=name, python_model=str(CODE), artifacts={ARTIFACT: str(copy)}, **(defaults | arguments)
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,8 +16,9 @@ import yaml
 from mlflow_icr.bridge.run_export import STEPPED
 from mlflow_icr.monitoring.series import HISTORY, read_distributions, read_history
 from mlflow_icr.reporting.material import MEASURED, TELLING, RunMaterial, finite_rows
+from mlflow_icr.tracking.event_log import read_operations
 from mlflow_icr.tracking.mlflow import store
-from mlflow_icr.tracking.mlflow.outbox import OPERATIONS, STATE
+from mlflow_icr.tracking.operations import End, Params, Tags
 
 MOST_RUNS = 50  # of a folder or an experiment, where each costs a request for every metric
 EIGENVALUES = "repr/eigenvalues"
@@ -35,18 +36,6 @@ class Gathered:
     notes: tuple[str, ...] = ()
 
 
-def _operations(folder: Path) -> Iterator[Mapping[str, Any]]:
-    """What the folder's outbox says; a torn or foreign line says nothing here."""
-    path = folder / OPERATIONS
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
-        try:
-            operation = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(operation, dict):
-            yield operation
-
-
 def _texts(found: object) -> dict[str, str]:
     return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
 
@@ -61,17 +50,18 @@ def _flat_texts(found: object) -> dict[str, str]:
 
 def _described(folder: Path) -> tuple[str, dict[str, str], dict[str, str], str]:
     """Name, parameters, tags and status of a folder's run."""
-    name, status = folder.resolve().name, ""
+    name, status = str(_state(folder).get("target", {}).get("run_name") or folder.resolve().name), ""
     params: dict[str, str] = {}
     tags: dict[str, str] = {}
-    for operation in _operations(folder):
-        if operation.get("kind") == "start":
-            name = operation.get("name") or name
-            params = _texts(operation.get("params")) | params  # a run's parameter stays what it was first
-            status = ""
-        elif operation.get("kind") == "end":
-            status = str(operation.get("status", ""))
-        tags |= _texts(operation.get("tags"))
+    for operation in read_operations(folder):
+        match operation:
+            case Params(values=values):
+                params = _texts(values) | params  # a run's parameter stays what it was first
+                status = ""
+            case Tags(values=values):
+                tags |= _texts(values)
+            case End():
+                status = operation.status
     if not params and (folder / "config.yaml").exists():
         try:
             params = _flat_texts(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
@@ -102,10 +92,16 @@ def gather_folder(folder: Path | str, name: str = "") -> RunMaterial:
 
 def run_of_folder(folder: Path) -> str | None:
     """The MLflow run of an output folder, once the server has said which it is."""
+    return str(_state(folder).get("run_id") or "") or None
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    """What the folder knows of its run in MLflow; nothing where that is torn or not there."""
     try:
-        return str(json.loads((folder / STATE).read_text())["run_id"] or "") or None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        found = json.loads((folder / "mlflow.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _download(client: Any, run_id: str, path: str) -> bytes:
@@ -157,7 +153,7 @@ def _picture_paths(client: Any, run_id: str) -> list[str]:
 
 
 def _of_folder(folder: Path) -> Gathered:
-    unlogged = f"{str(folder)!r} belongs to no MLflow run that is known ({STATE})"
+    unlogged = f"{str(folder)!r} belongs to no MLflow run that is known (mlflow.json)"
     run_id = run_of_folder(folder)
     if (folder / HISTORY).exists():
         run = gather_folder(folder)

@@ -1,4 +1,4 @@
-"""Where results go: the journal, and from it MLflow and TensorBoard."""
+"""Where results go: the journal and the event log of a run folder, and from there MLflow and TensorBoard."""
 
 from mlflow_icr.monitoring.series import read_arrays, read_history
 from mlflow_icr.tracking.checkpoints.best import best_checkpoint
@@ -7,8 +7,9 @@ from mlflow_icr.tracking.journal import Journal
 from mlflow_icr.tracking.logged import Logged, read_logged
 from mlflow_icr.tracking.mlflow.sink import MLflowSink
 from mlflow_icr.tracking.mlflow.sync import sync
+from mlflow_icr.tracking.sink import Sink
 from mlflow_icr.tracking.tensorboard.sink import TensorBoardSink
-from mlflow_icr.tracking.tracker import Sink, Tracker
+from mlflow_icr.tracking.tracker import Tracker
 
 __all__ = [
     "Journal",

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlflow_icr.monitoring.series import HISTORY, read_history
-from mlflow_icr.tracking.logged import FOLDER, VALUES
-from mlflow_icr.tracking.mlflow.outbox import OPERATIONS
-from mlflow_icr.tracking.mlflow.sink import MLflowSink
-from mlflow_icr.tracking.tensorboard.sink import TensorBoardSink
-from mlflow_icr.tracking.tracker import Tracker
+from mlflow_icr.tracking.earlier import OPERATIONS, VALUES
+from mlflow_icr.tracking.event_log import EVENTS
+
+if TYPE_CHECKING:
+    from mlflow_icr.tracking.tracker import Tracker
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a folder holds measurements, or anything else that trackers were told."""
+    return any((folder / name).exists() and (folder / name).stat().st_size for name in (HISTORY, EVENTS, OPERATIONS, VALUES))
 
 
 def check_folder(output_dir: Path | str, resume: bool) -> None:
@@ -18,7 +24,7 @@ def check_folder(output_dir: Path | str, resume: bool) -> None:
     if resume:
         if (folder / HISTORY).exists():
             read_history(folder)
-    elif any((folder / name).exists() for name in (HISTORY, OPERATIONS, f"{FOLDER}/{VALUES}")):
+    elif holds_run(folder):
         raise ValueError(f"output_dir is {str(output_dir)!r}, which holds a run; expected a new folder, or resume")
 
 
@@ -28,8 +34,12 @@ def folder_tracker(
     """A tracker of MLflow and of `tensorboard/` in the folder, to be opened on the main process.
 
     With `resume` it goes on in the MLflow run that the folder belongs to. `log_models` is `MLflowSink`'s. Raises ValueError as
-    `check_folder` and `MLflowSink` do.
+    `Tracker` and `MLflowSink` do.
     """
-    check_folder(output_dir, resume)
+    from mlflow_icr.tracking.mlflow.sink import MLflowSink
+    from mlflow_icr.tracking.tensorboard.sink import TensorBoardSink
+    from mlflow_icr.tracking.tracker import ALLOW, NEVER, Tracker
+
     folder = Path(output_dir)
-    return Tracker(folder, [MLflowSink(run_name=run_name, log_models=log_models), TensorBoardSink(folder / "tensorboard")])
+    sinks = [MLflowSink(run_name=run_name, log_models=log_models), TensorBoardSink(folder / "tensorboard")]
+    return Tracker(folder, sinks, resume=ALLOW if resume else NEVER)

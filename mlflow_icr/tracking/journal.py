@@ -6,13 +6,13 @@ import csv
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from mlflow_icr.extraction.files import append_line, sync_folder, write_whole
+from mlflow_icr.extraction.files import append_line, fsync_path, write_whole
 from mlflow_icr.monitoring.report import Report
 from mlflow_icr.monitoring.series import HISTORY, arrays_path, distributions_path, read_distributions, read_history
 
@@ -28,8 +28,13 @@ class Journal:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / HISTORY
         self.rows: list[dict[str, float]] = read_history(self.path) if self.path.exists() else []
-        self.steps = {int(row["images_seen"]) for row in self.rows}  # images seen of every recorded measurement
+        self.by_step = {int(row["images_seen"]): row for row in self.rows}
         self._drop_torn_line()
+
+    @property
+    def steps(self) -> Collection[int]:
+        """Images seen of every recorded measurement."""
+        return self.by_step.keys()
 
     def _drop_torn_line(self) -> None:
         """Cut an unfinished last line off, so that the next row starts on a line of its own."""
@@ -52,9 +57,9 @@ class Journal:
         row = report.flat()
         append_line(self.path, json.dumps(row) + "\n")
         if not self.rows:  # the file is new
-            sync_folder(self.folder)
+            fsync_path(self.folder)
         self.rows.append(row)
-        self.steps.add(report.step)
+        self.by_step[report.step] = row
         for key, picture in report.figures.items():
             path = self.picture(key, report.step)
             write_whole(path, partial(Image.fromarray(picture).save, format="png"))
@@ -79,9 +84,17 @@ class Journal:
         write_whole(path, lambda file: file.write(content))
         return path
 
+    def write_arrays(self, name: str, **arrays: np.ndarray) -> Path:
+        """Write arrays as a file of the folder, whole or not at all; returns its path."""
+        path = self.folder / name
+        write_whole(path, partial(np.savez_compressed, **arrays))  # type: ignore[arg-type]
+        return path
+
     def picture(self, key: str, step: int) -> Path:
         """Where the picture of a key at a step is kept."""
-        return self.folder / "images" / key / f"{step:012d}.png"
+        # Parts of dots alone would lead out of the folder.
+        parts = [part if part.strip(".") else "_" * len(part) for part in key.split("/") if part]
+        return self.folder.joinpath("images", *parts, f"{step:012d}.png")
 
     def report(self, row: dict[str, float]) -> Report:
         """A recorded row as a report again, with the pictures and distributions that were kept for it."""
@@ -89,9 +102,9 @@ class Journal:
 
         step = int(row["images_seen"])
         figures = {}
-        for path in sorted((self.folder / "images").glob(f"*/{step:012d}.png")):
+        for path in sorted((self.folder / "images").rglob(f"{step:012d}.png")):  # keys may have slashes
             with Image.open(path) as image:
-                figures[path.parent.name] = np.asarray(image.convert("RGB"))
+                figures[path.parent.relative_to(self.folder / "images").as_posix()] = np.asarray(image.convert("RGB"))
         values = {key: value for key, value in row.items() if key != "images_seen"}
         there = distributions_path(self.folder, step).exists()
         return Report(step, values, figures, distributions=read_distributions(self.folder, step) if there else {})

@@ -1,264 +1,450 @@
-"""One report, written once, to the journal and from there to every sink."""
+"""One report, written once: to the journal, then to the event log, from which threads bring it to every sink."""
 
 from __future__ import annotations
 
+import json
 import logging
-import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
+import os
+import sys
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from types import TracebackType
+from typing import Any
 
 import numpy as np
 
 from mlflow_icr.monitoring.report import Report
+from mlflow_icr.monitoring.series import distributions_path
 from mlflow_icr.monitoring.summary import summarise
-from mlflow_icr.monitoring.verdict import Verdict, verdict
-from mlflow_icr.tracking.background import Background
+from mlflow_icr.monitoring.verdict import Verdict, folded
+from mlflow_icr.tracking import operations as told
 from mlflow_icr.tracking.checkpoints.folder import checkpoints
+from mlflow_icr.tracking.ending import end_at_exit, exit_on_sigterm, status_of
+from mlflow_icr.tracking.event_log import EventLog
+from mlflow_icr.tracking.folder import holds_run
 from mlflow_icr.tracking.journal import Journal
-from mlflow_icr.tracking.logged import FOLDER, VALUES, Logged, LoggedValues
+from mlflow_icr.tracking.lock import Lock
+from mlflow_icr.tracking.logged import Logged
+from mlflow_icr.tracking.sink import Sink, SinkState
+from mlflow_icr.tracking.worker import LAST_ATTEMPTS, Worker, drain
 
 logger = logging.getLogger(__name__)
 
+LOCK = ".tracker.lock"
+NEVER, ALLOW, MUST = "never", "allow", "must"
+ONLINE, OFFLINE, DISABLED = "online", "offline", "disabled"
+RESUMES, MODES, MODE_VARIABLE = (NEVER, ALLOW, MUST), (ONLINE, OFFLINE, DISABLED), "MLFLOW_ICR_MODE"
 
-class Sink(Protocol):
-    """A place that results go to: it shows what it is given, and never changes a value."""
 
-    name: str
+def now_ms() -> int:
+    """Unix milliseconds."""
+    return time.time_ns() // 1_000_000
 
-    def bind(self, folder: Path) -> None:
-        """Hear, before all else, of the output folder whose results these are."""
 
-    def open(self, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
-        """Get ready, with the run's parameters and tags."""
-
-    def dataset(self, description: Mapping[str, str], context: str) -> None:
-        """Show what a set of images is: MLflow's name, digest, source, source_type, schema and profile, as text."""
-
-    def recorded(self) -> Mapping[int, Collection[str]]:
-        """Keys of values, pictures and distributions that are there already, by images seen."""
-
-    def write(self, report: Report) -> None:
-        """Add a measurement."""
-
-    def log(self, rows: Sequence[Logged]) -> None:
-        """Add values that a training logs of its own; what fails is handed over again."""
-
-    def summary(self, values: Mapping[str, float], step: int) -> None:
-        """Set the summary metrics of the run."""
-
-    def verdict(self, verdict: Verdict, step: int) -> None:
-        """Show what the history says so far."""
-
-    def table(self, name: str, rows: Sequence[Mapping[str, object]], step: int) -> None:
-        """Show a table; all rows have the same keys."""
-
-    def figure(self, name: str, picture: np.ndarray, step: int) -> None:
-        """Show a figure (H, W, 3) uint8 of the whole run up to a step."""
-
-    def embedding(self, name: str, vectors: np.ndarray, images: np.ndarray, labels: Sequence[str], step: int) -> None:
-        """Show vectors (N, D) with their images (N, H, W, 3) uint8 and texts, where the place can."""
-
-    def artifact(self, path: str, folder: str | None = None) -> None:
-        """Keep a file of the output folder as it is, in a folder of its own, where the place keeps files."""
-
-    def checkpoint(self, folder: Path, row: Mapping[str, float], found: Verdict, *, kept: bool = False) -> None:
-        """Take a checkpoint with its measurement's row, where the place can, once; `kept`: the run ends, and keeps it."""
-
-    def close(self, status: str) -> None:
-        """Finish: FINISHED, FAILED or KILLED."""
+def say_on_stderr(text: str) -> None:
+    """Show a line to whoever watches the program."""
+    print(text, file=sys.stderr, flush=True)
 
 
 class Tracker:
-    """Journal first, then the sinks, none of which can stop a training: each failure is told once and the rest goes on.
+    """Journal first, then the event log, and from there the sinks, none of which can stop a training or make it wait.
 
-    Opening brings every sink up to the journal, so that a resumed run shows what an interrupted one had measured. What can be
-    told again from the folder, a measurement above all, is told in a thread, and the training goes on. Everything else comes
-    after it, in the caller's time. Use a tracker from one thread. Where the disk does not take a note of what was told there,
-    the next call that hands something to the thread (`record`, `log`, `checkpoint`), or `settle`, raises OSError.
+    Use it as a context: the run ends as FINISHED, as FAILED by an exception, as KILLED by a signal or an exit. Without one it
+    ends with `close`, or as FAILED or KILLED with the program. `resume` says what is done with a folder that holds a run:
+    "never" refuses it, "allow" goes on in it, "must" refuses one that does not. `mode` (or MLFLOW_ICR_MODE, or "online"):
+    "offline" tells remote sinks nothing, `mlflow-icr sync` does that later; "disabled" tells no sink anything.
+    One process uses a folder at a time, and one thread a tracker; a forked or spawned worker's calls do nothing.
+    Raises ValueError for a folder that is refused, in use or damaged.
     """
 
-    def __init__(self, output_dir: Path | str, sinks: Sequence[Sink]) -> None:
-        self.journal = Journal(output_dir)
+    def __init__(self, output_dir: Path | str, sinks: Sequence[Sink], *, resume: str = NEVER, mode: str | None = None) -> None:
+        self.mode = mode or os.environ.get(MODE_VARIABLE) or ONLINE
+        for name, value, allowed in (("resume", resume, RESUMES), ("mode", self.mode, MODES)):
+            if value not in allowed:
+                raise ValueError(f"{name} is {value!r}; expected one of {', '.join(allowed)}")
+        folder = Path(output_dir)
+        if resume == NEVER and holds_run(folder):
+            raise ValueError(f"output_dir is {str(output_dir)!r}, which holds a run; expected a new folder, or resume")
+        if resume == MUST and not holds_run(folder):
+            raise ValueError(f"output_dir is {str(output_dir)!r}, which holds no run; expected one to resume")
+        folder.mkdir(parents=True, exist_ok=True)
+        self._process = os.getpid()
+        self._lock = Lock(folder / LOCK, f"{str(folder)!r} is of a run that another process is writing just now")
+        try:
+            self.journal = Journal(folder)
+            self.log_file = EventLog(folder)
+        except BaseException:
+            self._lock.release()
+            raise
         self.sinks = list(sinks)
-        self._told: set[str] = set()
-        self._logged: LoggedValues | None = None  # most runs have none
-        self._found: tuple[int, Verdict] | None = None  # of so many rows
-        self._finding = threading.Lock()  # whoever comes second has what the first one finds
-        self._background = Background("mlflow-icr tracker")
+        self.workers: list[Worker] = []
+        self.say: Callable[[str], None] = say_on_stderr
+        self.quiet = False  # whether the caller tells of failures
+        self._verdicts = folded(self.journal.rows)
+        self._shown_verdict: dict[str, str] = {}
+        self._warned: set[str] = set()
+        self._given_times: dict[int, int] = {}  # of measurements that were made before they were recorded
+        self._resumes_log = self.log_file.logged  # until the first value of a training's own
+        self._begun = self._closed = False
+        self._stay: Callable[[], None] = lambda: None
+        self._undo_signal: Callable[[], None] = lambda: None
+
+    # Opening and closing
 
     def open(self, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
-        """Open every sink and write to it what the journal has and it has not."""
-        for sink in self.sinks:
-            self._guard(sink, partial(self._open, sink, params, tags))
-        if (self.journal.folder / FOLDER / VALUES).exists():
-            self._values().flush()
-
-    def dataset(self, describe: Callable[[], Mapping[str, str]], context: str) -> None:
-        """Show in every sink what a set of images is; `context` is what it is for, "training" or "validation".
-
-        `describe` gives the set's `ImageDataset.to_dict()`; it is called where its failure, too, costs no more than a warning.
-        """
-        self._tell(lambda sink: sink.dataset(describe(), context))
-
-    def _open(self, sink: Sink, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
-        sink.bind(self.journal.folder)
-        sink.open(params, tags)
-        self.replay(sink)
-
-    def replay(self, sink: Sink) -> None:
-        """Write to a sink what the folder has and it has not, also of a measurement that was cut off in the middle."""
-        if not self.journal.rows:
+        """Begin the run, or go on with it; every sink is brought up to what the folder has."""
+        if not self._mine():
             return
-        there = sink.recorded()
-        for row in self.journal.rows:
-            step = int(row["images_seen"])
-            missing = self.journal.report(row).without(there.get(step, ()))
-            if missing.values or missing.figures or missing.distributions:
-                sink.write(missing)
-        self._offer(sink, checkpoints(self.journal.folder))
+        plain = {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in params.items()}
+        now = now_ms()
+        self.log_file.append([told.Params(plain, now), *([told.Tags(dict(tags), time=now)] if tags else [])])
+        self.begin(opening=True)
+        self._undo_signal = exit_on_sigterm()
+        self._stay = end_at_exit(self._end_by_exit, otherwise="KILLED")
 
-    def _offer(self, sink: Sink, folders: Mapping[int, Path], *, kept: bool = False) -> None:
-        rows = {int(row["images_seen"]): row for row in self.journal.rows}
-        measured = {step: folder for step, folder in folders.items() if step in rows}
-        found = self.verdict if measured else None
-        for step, folder in measured.items():
-            assert found is not None
-            sink.checkpoint(folder, rows[step], found, kept=kept)
+    def begin(self, *, opening: bool = False) -> None:
+        """Have the log complete and every sink at work, once; `opening`: because the run begins, or goes on."""
+        if self._begun:
+            return
+        self._begun = True
+        self._complete()
+        if self.mode == DISABLED:
+            self.sinks = []
+        paths: list[Path] = []
+        for sink in list(self.sinks):
+            if sink.remote and self.mode == OFFLINE:
+                self.say(f"{sink.name} is told nothing now; mlflow-icr sync {self.journal.folder} does that")
+            try:
+                path = sink.state_path(self.journal.folder)
+                while path in paths:  # a second sink of a kind
+                    path = path.with_name(f"{path.stem}_{path.suffix}")
+                paths.append(path)
+                sink.attach(self.journal.folder, self.log_file, SinkState(path), self.say)
+                sink.open(opening, offline=sink.remote and self.mode == OFFLINE)
+            except Exception as error:  # a tracker of any kind, failing in any way, must not cost a training run
+                self._warn_of(sink, error)
+                continue
+            if not (sink.remote and self.mode == OFFLINE):
+                sink.workers = [Worker(sink, lane, self.log_file, quiet=self.quiet) for lane in sink.lanes]
+                self.workers += sink.workers
+        for worker in self.workers:
+            worker.start()
+        if opening:
+            for sink in self.sinks:
+                if sink.workers:
+                    sink.opened()
 
-    def keep(self, sink: Sink) -> None:
-        """Show in a sink the checkpoints that a run keeps at its end, the newest and that of its verdict."""
-        kept = {max(self.journal.steps, default=0), self.verdict.checkpoint_images_seen}
-        folders = {step: folder for step, folder in checkpoints(self.journal.folder).items() if step in kept}
-        self._offer(sink, folders, kept=True)
+    def _complete(self) -> None:
+        """Bring the log up to the journal: a kill, or a power cut, may have come between them."""
+        there: set[tuple[str, int]] = set()
+        newest = next(reversed(self.log_file.measured), None)
+        if newest is not None:  # its pictures may be what the kill came before
+            for entry in self.log_file.entries(self.log_file.measured[newest]):
+                match entry.operation:
+                    case told.Picture(key=key, step=step) | told.File(name=key, step=step):
+                        there.add((key, step))
+        missing = [row for row in self.journal.rows if int(row["images_seen"]) not in self.log_file.measured]
+        cut_off = [] if newest is None else [row for row in self.journal.rows[-1:] if int(row["images_seen"]) == newest]
+        there |= {("", int(row["images_seen"])) for row in cut_off}
+        for row in [*cut_off, *missing]:
+            parts = self._operations(self.journal.report(row), now_ms())
+            self.log_file.append([part for part in parts if _name(part) not in there])
+        if missing:  # whose verdict nobody told of
+            self.log_file.append(self._verdict_tags(int(self.journal.rows[-1]["images_seen"])))
+        self._offer(checkpoints(self.journal.folder))
 
-    def checkpoint(self, images_seen: int) -> None:
-        """Show in every sink the checkpoint at a measurement; nothing where there is none, or nothing was measured."""
-        folders = {step: folder for step, folder in checkpoints(self.journal.folder).items() if step == images_seen}
-        self._background.later(lambda: self._each(lambda sink: self._offer(sink, folders)))
+    def close(self, status: str) -> dict[str, float]:
+        """End the run with a status, FINISHED, FAILED or KILLED; returns the summary of the history. A second time, nothing.
 
-    def record(self, report: Report) -> None:
+        Waits for every place that takes things. Raises OSError where the disk does not take what is to be told.
+        """
+        if self._closed or not self._mine():
+            return {}
+        self._closed = True  # before: an interruption here must not have the end begin again
+        self._stay()
+        values: dict[str, float] = {}
+        try:
+            self.begin()
+            values = summarise(self.journal.rows) | self.verdict.summary()
+            step = max(self.journal.steps, default=0)
+            last = self.log_file.summary  # a run that is opened and closed again comes to the same
+            if values and (last is None or (last.step, last.values) != (step, values)):
+                self.log_file.append([told.Metrics(step, self._given_times.get(step, now_ms()), values, told.SUMMARY)])
+            kept = {step, self.verdict.checkpoint_images_seen}
+            self._offer({at: path for at, path in checkpoints(self.journal.folder).items() if at in kept}, kept=True)
+            self.log_file.append([told.End(status, now_ms())])
+        finally:
+            drain(self.workers, patience=LAST_ATTEMPTS, closing=True)
+            self._tell_of_the_rest()
+            self.abandon()
+        return values
+
+    def _end_by_exit(self, status: str) -> None:
+        if not self._closed:
+            self.close(status)
+
+    def _tell_of_the_rest(self) -> None:
+        folder = self.journal.folder
+        for sink in self.sinks:
+            waiting = sum(worker.waiting for worker in sink.workers)
+            if waiting and not self.quiet:
+                logger.warning(
+                    "%s has not taken everything: %d operations wait in %s; mlflow-icr sync %s delivers them",
+                    sink.name, waiting, folder, folder,
+                )  # fmt: skip
+            refused = sink.state.refused if sink.workers else {}
+            if refused and not self.quiet:
+                first = next(iter(refused.values()))
+                self.say(
+                    f"{sink.name} did not want {len(refused)} operations, the first of them {first['what']} ({first['why']}); "
+                    f"mlflow-icr sync {folder} offers them again"
+                )
+
+    def abandon(self) -> None:
+        """Let the folder go as a killed process does: nothing more is told, and others may use it."""
+        self._closed = True
+        self._stay()
+        self._undo_signal()
+        with self.log_file.changed:
+            self.log_file.closed = True
+        for worker in self.workers:
+            worker.abandon()
+        for sink in self.sinks:
+            try:
+                sink.close()
+            except Exception as error:
+                self._warn_of(sink, error)
+        self._lock.release()
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close(status_of(error))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy in another process, which does nothing."""
+        return {"_process": -1, "_warned": set(), "_closed": False}
+
+    def _mine(self) -> bool:
+        """Whether this is the process that made it, before the end; others are told once that their calls do nothing."""
+        if os.getpid() == self._process:
+            if self._closed:
+                self._warn("closed", f"the tracker of {self.journal.folder} is closed; what it is told now is not recorded")
+            return not self._closed
+        if "process" not in self._warned:
+            self._warned.add("process")
+            logger.warning("this tracker is another process's; what process %d tells it is not recorded", os.getpid())
+        return False
+
+    # What is recorded
+
+    def record(self, report: Report, *, time: float | None = None) -> None:
         """Write a measurement to the journal, then everywhere; one that the journal has is not written again.
 
-        Raises OSError when the journal cannot be written: only there would a value be lost.
+        `time` is when it was made, in Unix seconds, where that is not now. Raises OSError when the disk does not take it.
         """
-        if report.step in self.journal.steps:
+        if not self._mine() or report.step in self.journal.steps:
             return
+        self.begin()
+        for sink in self.sinks:
+            sink.in_caller()
         for key, why in report.absent.items():
-            if key not in self._told:
-                self._told.add(key)
-                logger.warning("%s is not measured: %s", key, why)
+            self._warn(f"{key} is not measured", f"{key} is not measured: {why}")
         for key, text in report.warnings.items():
-            if f"warning {key}" not in self._told:
-                self._told.add(f"warning {key}")
-                logger.warning("%s is %s", key, text)
+            self._warn(f"warning {key}", f"{key} is {text}")
         self.journal.append(report)
-        self._background.later(partial(self._show, report, len(self.journal.rows)))
+        now = now_ms()
+        if time is not None:
+            now = self._given_times[report.step] = round(1000 * time)
+        try:
+            self._verdicts.add(self.journal.by_step[report.step])
+        except ValueError:  # it comes after measurements at more images seen
+            self._verdicts = folded(self.journal.rows)
+        self.log_file.append([*self._operations(report, now), *self._verdict_tags(report.step)])
 
-    def _show(self, report: Report, count: int) -> None:
-        self._each(lambda sink: sink.write(report))
-        found = self._verdict_of(count)
-        self._each(lambda sink: sink.verdict(found, report.step))
+    def _operations(self, report: Report, now: int) -> list[told.Operation]:
+        """What a report tells; its pictures and distributions are in the folder."""
+        step, folder = report.step, self.journal.folder
+        found: list[told.Operation] = [told.Metrics(step, now, dict(report.values))]  # also without values: it was measured
+        for key in report.figures:
+            found.append(told.Picture(key, step, now, self._relative(self.journal.picture(key, step))))
+        if report.distributions:
+            path = self._relative(distributions_path(folder, step))
+            found.append(told.File(path, None, told.DISTRIBUTIONS, told.DISTRIBUTIONS, step, now))
+        texts = {f"absent.{key}": why for key, why in report.absent.items()}
+        texts |= {f"warning.{key}": text for key, text in report.warnings.items()}
+        return [*found, told.Tags(texts, step, now)] if texts else found
+
+    def _relative(self, path: Path) -> str:
+        return Path(os.path.relpath(path, self.journal.folder)).as_posix()
+
+    def _verdict_tags(self, step: int) -> list[told.Operation]:
+        """What the verdict says at a step, unless that was told already."""
+        found = self.verdict
+        texts = {"verdict": found.state, "verdict.text": found.text}
+        texts |= {f"verdict.{key}": f"{value:.0f}" for key, value in found.summary().items()}
+        if texts == self._shown_verdict:
+            return []
+        self._shown_verdict = texts
+        return [told.Tags(texts, step, now_ms())]
 
     def log(self, row: Logged) -> None:
-        """Write a training's own values to `logged/values.jsonl`, and within seconds everywhere; OSError when the disk is full.
+        """Write a training's own values to the log, and within seconds everywhere. Raises OSError when the disk is full.
 
         They are apart from the journal: its rows are measurements, one for each number of images seen.
         """
-        values = self._values()
-        if values.add(row):
-            self._background.later(values.flush)
+        if not self._mine():
+            return
+        self.begin()
+        resumes, self._resumes_log = self._resumes_log, False
+        values = {key: float(value) for key, value in row.values.items()}
+        operation = told.Metrics(row.step, round(row.time * 1000), values, told.LOGGED, dict(row.texts), resumes)
+        self.log_file.append([operation], urgent=False)
 
-    def _values(self) -> LoggedValues:
-        if self._logged is None:
-            self._logged = LoggedValues(self.journal.folder, [sink.name for sink in self.sinks], self._send_logged)
-        return self._logged
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Show values that are neither a measurement nor a training's own, such as what a study comes to."""
+        self._tell(told.Metrics(step, now_ms(), dict(values), told.SUMMARY))
 
-    def _send_logged(self, name: str, rows: list[Logged]) -> bool:
-        return all(self._guard(sink, partial(sink.log, rows)) for sink in self.sinks if sink.name == name)
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Set texts by key, of which the last stays."""
+        self._tell(told.Tags(dict(values), time=now_ms()))
+
+    def note(self, markdown: str) -> None:
+        """Set the description that the run's page in MLflow shows."""
+        self.tags({"mlflow.note.content": markdown})
 
     def show(self, report: Report) -> None:
-        """Write a report to every sink, but not to the journal: it is no measurement, and the caller keeps what is in it."""
-        self._tell(lambda sink: sink.write(report))
+        """Show a report's values and pictures, but not in the journal: it is no measurement."""
+        from PIL import Image
+
+        parts: list[told.Operation] = []
+        if report.values:
+            parts.append(told.Metrics(report.step, now_ms(), dict(report.values), told.SUMMARY))
+        for key, picture in report.figures.items():
+            path = self.journal.folder / "shown" / f"{uuid.uuid4().hex}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(picture).save(path)
+            parts.append(told.Picture(key, report.step, now_ms(), self._relative(path)))
+        self._tell(*parts)
+
+    def picture(self, key: str, path: Path, step: int) -> None:
+        """Show a picture of a step, a PNG in the folder that stays as it is."""
+        self._tell(told.Picture(key, step, now_ms(), self._relative(path)))
+
+    def dataset(self, describe: Callable[[], Mapping[str, str]], context: str) -> None:
+        """Show what a set of images is; `context` is what it is for, "training" or "validation".
+
+        `describe` gives the set's `ImageDataset.to_dict()`; its failure, too, costs no more than a warning.
+        """
+        try:
+            description = dict(describe())
+        except Exception as error:  # of whatever kind
+            for sink in self.sinks:
+                self._warn_of(sink, error)
+            return
+        self._tell(told.Dataset(description, context))
 
     def table(self, name: str, rows: Sequence[Mapping[str, object]], step: int) -> None:
-        """Write a table to `tables/<name>.csv` in the folder and to every sink; nothing for no rows."""
-        if not rows:
+        """Write a table to `tables/<name>.csv` in the folder and show it; rows have the same keys. Nothing for no rows."""
+        if not rows or not self._mine():
             return
         self.journal.write_table(name, rows)
-        self._tell(lambda sink: sink.table(name, rows, step))
+        content = {"columns": list(rows[0]), "data": [[row[key] for key in rows[0]] for row in rows]}
+        path = self.journal.write_file(f"tables/{name}.json", json.dumps(content, default=str).encode())
+        folder = f"tables/{name}".rpartition("/")[0]
+        self._tell(told.File(self._relative(path), folder, told.TABLE, name, step, now_ms()))
 
     def figure(self, name: str, picture: np.ndarray, step: int) -> None:
-        """Write a figure (H, W, 3) uint8 of the whole run to `figures/<name>.png` in the folder and to every sink."""
-        self.journal.write_figure(name, picture)
-        self._tell(lambda sink: sink.figure(name, picture, step))
+        """Write a figure (H, W, 3) uint8 of the whole run to `figures/<name>.png` in the folder, and show it."""
+        if self._mine():
+            path = self.journal.write_figure(name, picture)
+            self._tell(told.File(self._relative(path), "figures", told.FIGURE, name, step, now_ms()))
 
     def embedding(self, name: str, vectors: np.ndarray, images: np.ndarray, labels: Sequence[str], step: int) -> None:
-        """Show vectors (N, D) with thumbnails (N, H, W, 3) uint8 in every sink that can."""
-        self._tell(lambda sink: sink.embedding(name, vectors, images, labels, step))
+        """Show vectors (N, D) with thumbnails (N, H, W, 3) uint8 and texts where there is a projector."""
+        if self._mine():
+            path = self.journal.write_arrays(f"embeddings/{name}.npz", vectors=vectors, images=images, labels=np.array(labels))
+            self._tell(told.File(self._relative(path), None, told.EMBEDDING, name, step, now_ms()))
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
-        """Hand a file of the output folder to every sink that keeps files, for its folder of that name."""
-        self._tell(lambda sink: sink.artifact(str(path), folder))
+        """Keep a file of the output folder where files are kept, in a folder of that name."""
+        self._tell(told.File(self._relative(path), folder or "", time=now_ms()))
+
+    def checkpoint(self, images_seen: int) -> None:
+        """Show the checkpoint at a measurement; nothing where there is none, or nothing was measured."""
+        if self._mine():
+            self.begin()
+            self._offer({step: path for step, path in checkpoints(self.journal.folder).items() if step == images_seen})
+
+    def _offer(self, folders: Mapping[int, Path], *, kept: bool = False) -> None:
+        # What was told is not told again, unless it is now kept.
+        known = self.log_file.models
+        new = {step: path for step, path in folders.items() if step not in known or (kept and not known[step])}
+        new = {step: path for step, path in new.items() if step in self.journal.steps}
+        if not new:
+            return
+        found = self.verdict
+        turning = None if found.turned_at is None else found.checkpoint_images_seen
+        for step, path in sorted(new.items()):
+            row, at = self.journal.by_step[step], self.log_file.time_of(step)
+            if at is not None:
+                values = {key: value for key, value in row.items() if key != "images_seen"}
+                self.log_file.append([told.Model(step, at, self._relative(path), values, kept, turning)])
+
+    def _tell(self, *operations: told.Operation) -> None:
+        if self._mine():
+            self.begin()
+            self.log_file.append(operations)
+
+    # What is known
 
     @property
     def verdict(self) -> Verdict:
-        """What the history says so far; computed once for each row, of which there are only ever more."""
-        return self._verdict_of(len(self.journal.rows))
+        """What the history says so far; each row is read once."""
+        return self._verdicts.verdict
 
-    def _verdict_of(self, count: int) -> Verdict:
-        with self._finding:
-            if self._found is None or self._found[0] != count:
-                self._found = (count, verdict(self.journal.rows[:count]))
-            return self._found[1]
+    @property
+    def run_id(self) -> str | None:
+        """The MLflow run, once the server has said which it is."""
+        return next((sink.run_id for sink in self.sinks if sink.run_id is not None), None)
+
+    @property
+    def experiment_id(self) -> str | None:
+        """The run's experiment, once the server has said so."""
+        return next((sink.experiment_id for sink in self.sinks if sink.experiment_id is not None), None)
 
     def settle(self) -> None:
-        """Wait until every sink has been told everything. Raises what writing a training's own values has raised."""
-        self._background.settle()
+        """Wait until every sink on this machine has everything."""
+        drain([worker for worker in self.workers if not worker.sink.remote], patience=LAST_ATTEMPTS)
 
-    def close(self, status: str) -> dict[str, float]:
-        """Write the summary of the history, which is returned, and close every sink with the run's status.
+    def flush(self) -> bool:
+        """Wait until every sink has everything, or cannot have it now; whether it has."""
+        return drain(self.workers)
 
-        Raises OSError when a training's own values cannot be written.
-        """
-        self._background.now(lambda: None)  # a flush that failed is repeated here
-        self._background.stop()
-        try:
-            if self._logged is not None:
-                self._logged.close()
-                self._logged = None
-        finally:  # a full disk must not keep the sinks from hearing of the end
-            values = summarise(self.journal.rows) | self.verdict.summary()
-            step = max(self.journal.steps, default=0)
-            if values:
-                self._each(lambda sink: sink.summary(values, step))
-            self._each(self.keep)
-            self._each(lambda sink: sink.close(status))
-        return values
+    def _warn(self, key: str, text: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
+            logger.warning("%s", text)
 
-    def _tell(self, call: Callable[[Sink], None]) -> None:
-        """Make a call for every sink, when all earlier ones have been made."""
-        self._background.now(lambda: self._each(call))
+    def _warn_of(self, sink: Sink, error: Exception) -> None:
+        # The type only: a tracking URI, which may hold a password, can be part of the message.
+        self._warn(
+            f"failure {sink.name}",
+            f"{sink.name} does not take results ({type(error).__name__}); training goes on, and everything measured is in "
+            f"{self.journal.path}",
+        )
+        logger.debug("%s failed", sink.name, exc_info=error)
 
-    def _each(self, call: Callable[[Sink], None]) -> None:
-        for sink in self.sinks:
-            self._guard(sink, partial(call, sink))
 
-    def _guard(self, sink: Sink, call: Callable[[], None]) -> bool:
-        """Whether the call went through."""
-        try:
-            call()
-        except Exception as error:  # a tracker of any kind, failing in any way, must not cost a training run
-            if sink.name not in self._told:
-                self._told.add(sink.name)
-                # The type only: a tracking URI, which may hold a password, can be part of the message.
-                logger.warning(
-                    "%s does not take results (%s); training goes on, and everything measured is in %s",
-                    sink.name,
-                    type(error).__name__,
-                    self.journal.path,
-                )
-            logger.debug("%s failed", sink.name, exc_info=error)
-            return False
-        return True
+def _name(part: told.Operation) -> tuple[str, int]:
+    """What is there once at a step."""
+    match part:
+        case told.Picture(key=key, step=step) | told.File(name=key, step=step):
+            return key, step
+        case told.Metrics(step=step):
+            return "", step
+        case _:
+            return "", -1

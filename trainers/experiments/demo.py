@@ -181,15 +181,13 @@ def run_study(study: Study, stop: Stop) -> int:
     """Train both runs and conclude, in an MLflow run of the study's own; returns the exit status."""
     import mlflow
 
-    from mlflow_icr.tracking import MLflowSink
+    from mlflow_icr.tracking import MLflowSink, Tracker
 
-    study.folder.mkdir(parents=True, exist_ok=True)
-    sink = MLflowSink(run_name=study.name)
+    tracker = Tracker(study.folder, [MLflowSink(run_name=study.name)], resume="allow")
     first = study.configs["limited"]
     params = {name: first.get(name) for name in ("preset", "num_images", "total_kimg", "seed")}
-    sink.bind(study.folder)
-    sink.open(params, {"role": "study", "study_name": study.name})
-    sink.flush()  # which also makes the tables of a fresh local store: two runs at once would both try
+    tracker.open(params, {"role": "study", "study_name": study.name})
+    tracker.flush()  # which also makes the tables of a fresh local store: two runs at once would both try
     siblings = [Sibling(role, study.folder / role, _flags(study, role, config)) for role, config in study.configs.items()]
     status = "FAILED"
     try:
@@ -200,20 +198,20 @@ def run_study(study: Study, stop: Stop) -> int:
             status = "KILLED"
         table, files = conclude(study)
         metrics = {f"{role}/{key}": value for role, row in table.items() for key, value in row.items() if key != "verdict"}
-        sink.summary(metrics, first.total_images)
+        tracker.metrics(metrics, first.total_images)
         for path in files:
-            sink.artifact(str(path))
+            tracker.artifact(path)
         page = write_page(study)
         if page is not None:
-            sink.artifact(str(page), "report")
-        address = chart_address(mlflow.get_tracking_uri(), sink.experiment_id or "0", study.name)
+            tracker.artifact(page, "report")
+        address = chart_address(mlflow.get_tracking_uri(), tracker.experiment_id or "0", study.name)
         note = f"{_text(table)}\n\n[Both curves]({address})\n\nRuns: `tags.study = '{study.name}'`"
-        sink.note(note)
+        tracker.note(note)
     except KeyboardInterrupt:
         status = "KILLED"
         raise
     finally:  # whatever happens: MLflow would call a run FINISHED that its process left open
-        sink.close(status)
+        tracker.close(status)
     _say(study, status, table, address, mlflow.get_tracking_uri())
     if status == "FINISHED":
         return 0

@@ -114,16 +114,15 @@ def text(sweeps: Mapping[str, NoiseSweep], layer: str) -> str:
 
 def conclude(runs: Runs) -> None:
     """Sweep the runs' models, show what was found, and log it to an MLflow run of its own."""
-    from mlflow_icr.tracking import MLflowSink
+    from mlflow_icr.tracking import MLflowSink, Tracker
 
     sweeps, layer = sweep_all(runs)
     files = write(runs, sweeps, layer)
-    sink = MLflowSink(run_name=f"{runs.name} noise window")
-    sink.bind(runs.folder / "noise_window")
-    sink.open({}, {"role": "noise_window", "study_name": runs.name})
+    tracker = Tracker(runs.folder / "noise_window", [MLflowSink(run_name=f"{runs.name} noise window")], resume="allow")
+    tracker.open({}, {"role": "noise_window", "study_name": runs.name})
     for path in files:
-        sink.artifact(str(path))
-    sink.close("FINISHED")
+        tracker.artifact(path)
+    tracker.close("FINISHED")
     print(f"\n{text(sweeps, layer)}\n\nfigure       {files[0]}")
 
 

@@ -251,23 +251,21 @@ def text(found: Sequence[Compared]) -> str:
 
 def conclude(halves: Halves) -> None:
     """Compare the halves, show what came out, and log it to an MLflow run of its own."""
-    from mlflow_icr.monitoring.report import Report
-    from mlflow_icr.tracking import MLflowSink
+    from mlflow_icr.tracking import MLflowSink, Tracker
 
     found = compare(halves)
     files = write(halves, found)
-    sink = MLflowSink(run_name=f"{halves.name} agreement")
-    sink.bind(halves.folder / "agreement")
+    tracker = Tracker(halves.folder / "agreement", [MLflowSink(run_name=f"{halves.name} agreement")], resume="allow")
     first = halves.configs[ROLES[0]]
     params = {name: first.get(name) for name in ("preset", "num_images", "total_kimg", "seed")}
-    sink.open(params, {"role": "split_halves", "study_name": halves.name})
+    tracker.open(params, {"role": "split_halves", "study_name": halves.name})
     for c in found:
         values = {"halves/agreement": c.agreement, "halves/agreement_low": c.low, "halves/agreement_high": c.high}
         copies = {"halves/copies_first": c.copies_first, "halves/copies_second": c.copies_second}
-        sink.write(Report(c.images_seen, values | {key: value for key, value in copies.items() if math.isfinite(value)}))
+        tracker.metrics(values | {key: value for key, value in copies.items() if math.isfinite(value)}, c.images_seen)
     for path in files:
-        sink.artifact(str(path))
-    sink.close("FINISHED")
+        tracker.artifact(path)
+    tracker.close("FINISHED")
     print(f"\n{text(found)}\n\ntable        {files[0]}\nfigure       {files[1]}")
 
 

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from mlflow_icr.extraction.files import sync_folder, write_whole
+from mlflow_icr.extraction.files import fsync_path, write_whole
 from mlflow_icr.monitoring.verdict import Verdict
 
 FOLDER, TURNING, INDEX = "checkpoints", "turning.json", "model_index.json"
@@ -66,10 +66,10 @@ def write_checkpoint(output_dir: Path, images_seen: int, write: Callable[[Path],
     part.mkdir(parents=True)
     write(part)
     for path in [*part.rglob("*"), part]:
-        sync_folder(path)
+        fsync_path(path)
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
-    sync_folder(folder.parent)
+    fsync_path(folder.parent)
     return folder
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from mlflow_icr.tracking.checkpoints.folder import is_pipeline, pipeline_files
 from mlflow_icr.tracking.checkpoints.model_folder import PIPELINE, write_model_files
-from mlflow_icr.tracking.mlflow.delivery import METRICS, RefusalError
-from mlflow_icr.tracking.mlflow.outbox import Operation, Outbox
+from mlflow_icr.tracking.keys import METRICS_PER_CALL, NOT_MLFLOW, clean_key
+from mlflow_icr.tracking.mlflow.failures import RefusalError
+from mlflow_icr.tracking.operations import Model
 
 MODEL_TYPE = "diffusion"
 EXTERNAL = "mlflow.model.isExternal"  # MLflow's own tag for models whose weights it does not have
@@ -25,47 +26,37 @@ def model_name(images_seen: int) -> str:
 
 
 class ModelDelivery:
-    """Does what the operations of an outbox of checkpoints say, for the run of the `run` outbox.
+    """Brings checkpoints of a folder to its run in MLflow; each model is looked up before it is made, so that there is one."""
 
-    Everything is looked up before it is made: however often an operation is sent, there is one model.
-    """
+    def __init__(self, client: Any, run_id: str, experiment_id: str, folder: Path) -> None:
+        self._client, self.run_id, self.experiment_id, self.folder = client, run_id, experiment_id, folder
 
-    def __init__(self, models: Outbox, run: Outbox) -> None:
-        self.models, self.run = models, run
-        self._client: Any = None
+    def send(self, told: Model, *, weights: bool, newest: int, turning: int | None) -> None:
+        """Have the model, all of its metrics, its weights where they are wanted, and the roles of `newest` and `turning`.
 
-    def send(self, operation: Operation, *, doubtful: bool) -> None:
-        """Bring the run to have the model, all of its metrics, its weights where they are wanted, and the roles.
-
-        Raises RefusalError when the store has no models or finds something invalid, and what MLflow raises when it does not
-        answer.
+        Raises RefusalError when the store has no models, and what MLflow raises.
         """
-        import mlflow
         from mlflow.exceptions import MlflowException
 
-        self._client = mlflow.MlflowClient()
         try:
-            found = self._named(operation["step"])
-            model = self._model(operation, found)
-            self._link_metrics(model, operation)
-            self._finish(model, operation, {} if found is None else self._sizes(model.model_id))
-            self._set_roles()
+            found = self._named(told.step)
+            model = self._model(told.step, found)
+            self._link_metrics(model, told)
+            self._finish(model, told, weights, {} if found is None else self._sizes(model.model_id))
+            self._set_roles(newest, turning)
         except NotImplementedError:
             raise RefusalError("this store has no logged models; checkpoints stay in the output folder") from None
         except MlflowException as error:
             if error.error_code == "ENDPOINT_NOT_FOUND":  # MLflow 2
                 raise RefusalError("this server has no logged models; checkpoints stay in the output folder") from None
-            if error.error_code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
-                raise RefusalError(str(error).splitlines()[0][:300]) from error
             raise
 
     def _search(self, condition: str) -> list[Any]:
         """The run's models that meet a condition, oldest first."""
-        assert self.run.run_id is not None, "a run is started before its checkpoints are models"
         return list(
             self._client.search_logged_models(
-                [self.run.experiment_id],
-                f"source_run_id = '{self.run.run_id}' AND {condition}",
+                [self.experiment_id],
+                f"source_run_id = '{self.run_id}' AND {condition}",
                 order_by=[{"field_name": "creation_timestamp", "ascending": True}],
             )
         )
@@ -73,44 +64,43 @@ class ModelDelivery:
     def _named(self, images_seen: int) -> Any:
         return next(iter(self._search(f"name = '{model_name(images_seen)}'")), None)
 
-    def _model(self, operation: Operation, model: Any) -> Any:
+    def _model(self, step: int, model: Any) -> Any:
         """The checkpoint's model, made where there is none, and an output of the run."""
         from mlflow.entities import LoggedModelOutput
 
-        step = operation["step"]
-        run = self._client.get_run(self.run.run_id)
+        run = self._client.get_run(self.run_id)
         if model is None:
             model = self._client.create_logged_model(
-                self.run.experiment_id,
+                self.experiment_id,
                 model_name(step),
-                source_run_id=self.run.run_id,
+                source_run_id=self.run_id,
                 tags={STEP_TAG: str(step)},
                 params=dict(run.data.params),  # as MLflow's own log_model does it: models are found by what trained them
                 model_type=MODEL_TYPE,
             )
         outputs = run.outputs.model_outputs if run.outputs else []
         if model.model_id not in {output.model_id for output in outputs}:
-            self._client.log_outputs(self.run.run_id, [LoggedModelOutput(model.model_id, step)])
+            self._client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step)])
         return model
 
-    def _link_metrics(self, model: Any, operation: Operation) -> None:
+    def _link_metrics(self, model: Any, told: Model) -> None:
         """Log the measurement's points once more, now as the model's; for the run they are the points that it has."""
         from mlflow.entities import Metric
 
         there = {(metric.key, metric.step, metric.timestamp) for metric in model.metrics or []}
         metrics = [
-            Metric(key, value, time, step, model_id=model.model_id)
-            for key, value, step, time in operation["points"]
-            if (key, step, time) not in there
+            Metric(clean_key(key, NOT_MLFLOW), value, told.time, told.step, model_id=model.model_id)
+            for key, value in told.values.items()
+            if (clean_key(key, NOT_MLFLOW), told.step, told.time) not in there
         ]
-        for start in range(0, len(metrics), METRICS):
-            self._client.log_batch(self.run.run_id, metrics=metrics[start : start + METRICS])
+        for start in range(0, len(metrics), METRICS_PER_CALL):
+            self._client.log_batch(self.run_id, metrics=metrics[start : start + METRICS_PER_CALL])
 
-    def _finish(self, model: Any, operation: Operation, there: dict[str, int]) -> None:
+    def _finish(self, model: Any, told: Model, weights: bool, there: dict[str, int]) -> None:
         """Upload what is wanted and there, and have the model say where its weights are."""
         if model.tags.get(WEIGHTS_TAG) == UPLOADED:
             return
-        state = self._upload(model, operation, there) if operation["weights"] else LOCAL
+        state = self._upload(model, told, there) if weights else LOCAL
         self._client.finalize_logged_model(model.model_id, "READY")
         if state == UPLOADED and EXTERNAL in model.tags:
             self._client.delete_logged_model_tag(model.model_id, EXTERNAL)
@@ -118,8 +108,8 @@ class ModelDelivery:
         tags = {WEIGHTS_TAG: state} | ({} if state == UPLOADED else {EXTERNAL: "true"})
         self._client.set_logged_model_tags(model.model_id, tags)
 
-    def _upload(self, model: Any, operation: Operation, there: dict[str, int]) -> str:
-        folder = self.run.folder / operation["path"]
+    def _upload(self, model: Any, told: Model, there: dict[str, int]) -> str:
+        folder = self.folder / told.path
         if not is_pipeline(folder):
             return REMOVED
         try:
@@ -130,7 +120,7 @@ class ModelDelivery:
                 raise
             return REMOVED  # meanwhile, by the training: its limit is more important than the upload
         with tempfile.TemporaryDirectory() as scratch:
-            for path in write_model_files(Path(scratch), model, operation["step"]):
+            for path in write_model_files(Path(scratch), model, told.step):
                 self._put(model, path, path.name, {})
         return UPLOADED
 
@@ -150,11 +140,11 @@ class ModelDelivery:
                     found[entry.path] = entry.file_size
         return found
 
-    def _set_roles(self) -> None:
+    def _set_roles(self, newest: int, turning: int | None) -> None:
         """Have exactly the newest model and the turning one say so; a model that is both is the turning one."""
-        roles = {max(self.models.models): NEWEST}
-        if self.models.turning is not None:
-            roles[self.models.turning] = TURNING
+        roles = {newest: NEWEST}
+        if turning is not None:
+            roles[turning] = TURNING
         for model in self._search(f"tags.{ROLE_TAG} IN ('{NEWEST}', '{TURNING}')"):
             if int(model.tags[STEP_TAG]) not in roles:
                 self._client.delete_logged_model_tag(model.model_id, ROLE_TAG)

@@ -3,287 +3,443 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
-import shutil
-import tempfile
+import re
 import threading
 import time
 import uuid
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from mlflow_icr.extraction.files import write_whole
-from mlflow_icr.monitoring.report import Report
-from mlflow_icr.monitoring.verdict import Verdict
+from mlflow_icr.environment import ours
 from mlflow_icr.tracking.checkpoints.folder import ALL, KEPT, NONE, check_log_models
 from mlflow_icr.tracking.checkpoints.model_delivery import ModelDelivery
-from mlflow_icr.tracking.logged import Logged
-from mlflow_icr.tracking.mlflow.courier import Courier
-from mlflow_icr.tracking.mlflow.delivery import Delivery
-from mlflow_icr.tracking.mlflow.outbox import MODELS, Operation, Outbox
-from mlflow_icr.tracking.mlflow.store import PATIENCE
+from mlflow_icr.tracking.event_log import EventLog
+from mlflow_icr.tracking.keys import (
+    LONGEST_KEY,
+    LONGEST_PARAM,
+    LONGEST_TAG,
+    METRICS_PER_CALL,
+    NOT_FILE,
+    NOT_MLFLOW,
+    TEXTS_PER_CALL,
+    clean_key,
+)  # fmt: skip
+from mlflow_icr.tracking.mlflow.active import activate, deactivate, users_run
+from mlflow_icr.tracking.mlflow.failures import RefusalError, failure_of, reason_of
+from mlflow_icr.tracking.mlflow.target import Target, absolute_uri, public_uri, resolve, run_address, with_credentials
+from mlflow_icr.tracking.operations import (
+    FILES,
+    MODELS,
+    POINTS,
+    TABLE,
+    Dataset,
+    End,
+    File,
+    Metrics,
+    Model,
+    Operation,
+    Params,
+    Picture,
+    Tags,
+)  # fmt: skip
+from mlflow_icr.tracking.sink import Failure, Sink, SinkState
 
-logger = logging.getLogger(__name__)
-
-# How long the end of a run waits for one checkpoint: a gigabyte at 2 MB/s.
-UPLOAD_SECONDS = 600.0
-
-
-def _now() -> int:
-    return time.time_ns() // 1_000_000
+KEY_TAG = "icr.log"  # of a run: which folder's log it shows
+NAME_TAG = "icr.key."  # and a key that MLflow does not take: what it was
+OPEN_SECONDS = 1.0  # that opening waits for the run of a server
+LOCAL_OPEN_SECONDS = 30.0  # and of a database on this machine, whose tables may have to be made
+PROBE_SECONDS = 3.0
 
 
-class MLflowSink:
+class MLflowSink(Sink):
     """Writes to the run that MLFLOW_RUN_ID or `run_id` names, to the active one, or to a new one.
 
-    Every call is written to the outbox of the output folder, which takes milliseconds; a thread delivers from there in order,
-    and goes on trying while the server is away. What it has not taken when the process ends, `mlflow-icr sync` or a resumed run
-    delivers. Parameters that the run has already (those of `mlflow run -P`) stay as they are. With `joins`, results are added
-    to the run of `run_id` as it is: it is neither set running nor ended. Use it on the main process only.
+    Server, experiment and run are found out when a tracker opens, kept in the folder, and nothing goes anywhere else: arguments
+    come before `mlflow.set_tracking_uri` and `set_experiment`, and those before the environment. The run is the active one of
+    the thread that opened it, where its server is MLflow's own of this process. Parameters that it has already (those of
+    `mlflow run -P`) stay. With `joins`, results are added to the run of `run_id` as it is: it is neither set running nor ended,
+    and what it has already, `known` keys by step, is not told again.
 
     Checkpoints are models of the run: `log_models` says whose weights are uploaded, "all", "kept" (those that are kept at the
     end), or "none", and then there are no models; None for what the folder's earlier process had. Raises ValueError for others.
+
+    A `tracking_uri` is where the server of a resumed folder is now; with `starts_over` the folder's run is forgotten, and a new
+    one gets everything.
     """
 
     name = "MLflow"
+    remote = True
+    lanes = (POINTS, FILES, MODELS)
+    pace = 3.0  # a round of calls costs a server some 25 ms: this often, it is less than a hundredth of the training
 
     def __init__(
-        self, run_id: str | None = None, run_name: str | None = None, *, joins: bool = False, log_models: str | None = None
+        self,
+        *,
+        tracking_uri: str | None = None,
+        experiment: str | None = None,
+        run_name: str | None = None,
+        parent_run_id: str | None = None,
+        run_id: str | None = None,
+        joins: bool = False,
+        known: Mapping[int, set[str]] | None = None,
+        log_models: str | None = None,
+        starts_over: bool = False,
     ) -> None:
         if joins and run_id is None:
             raise ValueError("joins is True and run_id None; expected the run to join")
         if log_models is not None:
             check_log_models(log_models)
-        self.joins, self.run_name = joins, run_name
-        self._given, self._log_models = run_id, log_models
-        self._owned = True
-        self._verdict: dict[str, str] = {}  # what was said last
-        self._private = False  # whether the outbox is in a folder of nobody's, which goes when everything has arrived
-        self._wake = threading.Condition()
-        self._courier: Courier | None = None
-        self._porter: Courier | None = None  # of checkpoints, where there are any
-        for variable, value in PATIENCE.items():
-            os.environ.setdefault(variable, value)
+        self.tracking_uri, self.experiment, self.run_name = tracking_uri, experiment, run_name
+        self.parent_run_id, self.joins, self.known = parent_run_id, joins, known or {}
+        self._given, self._log_models, self._starts_over = run_id, log_models, starts_over
+        self._client: Any = None
+        self._run: Any = None  # as it was when it was found or made
+        self._making = threading.Lock()  # lanes have one run
+        self._found = threading.Event()
+        self._wants_running = False
+        self._activates = False
+        self._reached: tuple[float, bool] = (-60.0, False)  # when somebody looked last, and whether anybody was there
 
-    @property
-    def outbox(self) -> Outbox | None:
-        """What MLflow is to be told, once there is a folder for it."""
-        return None if self._courier is None else self._courier.box
-
-    @property
-    def models(self) -> Outbox | None:
-        """The same, of checkpoints, where they are logged."""
-        return None if self._porter is None else self._porter.box
-
-    @property
-    def failure(self) -> Exception | None:
-        """Why the last attempt failed, if it did."""
-        return next((c.failure for c in (self._courier, self._porter) if c is not None and c.failure is not None), None)
+    # What is known of the run
 
     @property
     def run_id(self) -> str | None:
         """The run, once the server has said which it is."""
-        return self._given if self.outbox is None else self.outbox.run_id or self._given
+        state = getattr(self, "state", None)
+        return self._given if state is None else state.content.get("run_id") or self._given
 
     @property
     def experiment_id(self) -> str | None:
         """The run's experiment, once the server has said so."""
-        return None if self.outbox is None else self.outbox.experiment_id
+        state = getattr(self, "state", None)
+        return None if state is None else state.content.get("experiment_id")
 
-    def bind(self, folder: Path) -> None:
-        """Keep the outbox in an output folder. Raises ValueError when another process delivers from it."""
-        box = Outbox(folder)
-        self._courier = Courier(box, Delivery(box), self._wake)
-        if self._log_models in (None, NONE) and not (folder / MODELS).exists():
-            return
-        try:
-            models = Outbox(folder, MODELS)
-        except ValueError:
-            box.close()
-            raise
-        if self._log_models is not None:
-            models.set_policy(self._log_models)
-        # What the run is told goes first: without the run there are no models, and a number is worth more than an upload.
-        self._porter = Courier(
-            models,
-            ModelDelivery(models, box),
-            self._wake,
-            what="checkpoints",
-            may_go=lambda: not box.waiting,
-            stalled_seconds=UPLOAD_SECONDS,
-        )
+    @property
+    def target(self) -> Target:
+        """Where results go."""
+        return Target.of(self.state.content["target"])
 
-    def _main(self) -> Courier:
-        if self._courier is None:
-            self._private = True
-            self.bind(Path(tempfile.mkdtemp(prefix="mlflow-icr-")))
-        assert self._courier is not None
-        return self._courier
+    @property
+    def address(self) -> str | None:
+        """Where the run is seen, once there is one."""
+        run_id, experiment_id = self.run_id, self.experiment_id
+        return run_address(self.target.uri, experiment_id, run_id) if run_id and experiment_id else None
 
-    def _box(self) -> Outbox:
-        return self._main().box
+    @property
+    def failure(self) -> Exception | None:
+        """Why the last attempt failed, if it did."""
+        return next((worker.failure for worker in self.workers if worker.failure is not None), None)
 
-    def open(self, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
-        """Find or make the run, and log what it does not have yet."""
+    @property
+    def policy(self) -> str:
+        """Whose weights are uploaded."""
+        return str(self.state.content.get("log_models", NONE))
+
+    # Opening and closing
+
+    def state_path(self, folder: Path) -> Path:
+        """`mlflow.json`: target, run, and how far each lane is."""
+        return folder / "mlflow.json"
+
+    def attach(self, folder: Path, log: EventLog, state: SinkState, say: Callable[[str], None]) -> None:
+        """Get the folder; what is told of models from now on is as `log_models` says."""
+        super().attach(folder, log, state, say)
+        self._client = self._run = None
+        if self._log_models is not None and state.content.get("log_models") != self._log_models:
+            state.update(log_models=self._log_models)
+
+    def open(self, opening: bool, *, offline: bool = False) -> None:
+        """Find out where results go, unless the folder knows it."""
         import mlflow  # in this thread: an import in another one may see half of it
 
-        run_id = self._given or os.environ.pop("MLFLOW_RUN_ID", None)  # once: a later run of this process is another one
-        active = None if run_id or self._box().run_id else mlflow.active_run()
-        self._owned = not self.joins and active is None
-        start = {
-            "kind": "start",
-            "run_id": active.info.run_id if active is not None else run_id,
-            "name": self.run_name,
-            "running": self._owned,
-            "params": {key: str(value) for key, value in params.items()},
-            "tags": dict(tags),
-        }
-        self.say([start])
+        self._wants_running = opening and not self.joins
+        content = self.state.content
+        if self._starts_over:
+            name = self.run_name or content.get("target", {}).get("run_name")
+            target = resolve(
+                tracking_uri=self.tracking_uri, experiment=self.experiment, run_name=name, parent_run_id=None, run_id=None
+            )
+            fresh: dict[str, Any] = {"key": uuid.uuid4().hex, "run_id": None, "experiment_id": None}
+            fresh |= {"cursors": {}, "refused": {}, "keys": {}}
+            self.state.update(target=target.as_dict(), **fresh)
+        elif "target" in content and self.tracking_uri is not None:
+            self.redirect(self.tracking_uri)
+        if "target" not in content:
+            active = None if self._given or content.get("run_id") or self.tracking_uri else users_run()
+            given = active.info.run_id if active is not None else self._given
+            target = resolve(
+                tracking_uri=self.tracking_uri, experiment=self.experiment, run_name=self.run_name,
+                parent_run_id=self.parent_run_id, run_id=given, owned=active is None and not self.joins,
+            )  # fmt: skip
+            self.state.update(target=target.as_dict(), **({} if "key" in content else {"key": uuid.uuid4().hex}))
+        self._wants_running = self._wants_running and self.target.owned
+        here = absolute_uri(mlflow.get_tracking_uri())
+        self._activates = self._wants_running and not offline and self.target.uri == public_uri(here)
 
-    def say(self, operations: Sequence[Operation], *, sync: bool = True) -> None:
-        """Put operations into the outbox, on the disk at once or before they are sent. Raises OSError when the disk is full."""
-        self._main().say(operations, sync=sync)
+    def opened(self) -> None:
+        """Wait a moment for the run, and make it the active one of this thread."""
+        local = not self.target.uri.startswith(("http://", "https://"))
+        deadline = time.monotonic() + (LOCAL_OPEN_SECONDS if local else OPEN_SECONDS)
+        while time.monotonic() < deadline and self.failure is None and not self._found.wait(0.01):
+            pass
+        self.in_caller()
 
-    def recorded(self) -> Mapping[int, Collection[str]]:
-        """Keys by step of all that is in the outbox, taken by the server or not."""
-        return self._box().recorded
+    def in_caller(self) -> None:
+        """Make the run the active one, if it is known by now."""
+        if self._activates and self._run is not None:
+            self._activates = False
+            activate(self._run)
 
-    def _moment(self, step: int) -> int:
-        """When what is said of a step was found, in ms: now, unless somebody knows better."""
-        return _now()
+    def redirect(self, tracking_uri: str) -> None:
+        """The server has moved to another address, or what waits is to go to another one. The run stays where it is known."""
+        self.tracking_uri = tracking_uri
+        self.state.update(target=replace(self.target, uri=public_uri(absolute_uri(tracking_uri))).as_dict())
+        self._client, self._reached = None, (-60.0, False)
 
-    def write(self, report: Report) -> None:
-        """Log a report's values in one batch, then its pictures, the reasons for what is absent, and warnings."""
-        now = self._moment(report.step)
-        operations: list[Operation] = []
-        if report.values:
-            operations.append({"kind": "metrics", "step": report.step, "time": now, "values": dict(report.values)})
-        for key, picture in report.figures.items():
-            path = self._kept(f"images/{key}/{report.step:012d}.png", picture)
-            operations.append({"kind": "picture", "key": key, "step": report.step, "time": now, "path": path})
-        said = {f"absent.{key}": why for key, why in report.absent.items()}
-        said |= {f"warning.{key}": text for key, text in report.warnings.items()}
-        if said:
-            operations.append({"kind": "tags", "tags": said})
-        if operations:
-            self.say(operations, sync=False)  # the journal has it on the disk, and is replayed
+    def close(self) -> None:
+        """Let go of the run, in the thread where it was active too."""
+        if self.run_id is not None:
+            deactivate(self.run_id)
 
-    def _kept(self, path: str, picture: np.ndarray) -> str:
-        """The path in the folder of a picture that the journal keeps there; any other is written beside the outbox."""
+    # Delivery, in the workers' threads
+
+    def batch_of(self, lane: str) -> int:
+        """Points by the thousand; files one by one."""
+        return METRICS_PER_CALL if lane == POINTS else 1
+
+    def patience_of(self, lane: str) -> float:
+        """Long enough for a gigabyte at 2 MB/s."""
+        return 90.0 if lane == POINTS else 600.0
+
+    def reachable(self) -> bool:
+        """Whether a server answers within 3 s, with whatever status; a database or folder is taken to be there."""
+        import requests
+
+        uri = self.target.uri
+        if not uri.startswith(("http://", "https://")):
+            return True
+        looked, answered = self._reached
+        if time.monotonic() - looked > 1.0:
+            try:
+                requests.get(uri, timeout=PROBE_SECONDS, allow_redirects=False, stream=True).close()
+                answered = True
+            except requests.RequestException:
+                answered = False
+            self._reached = (time.monotonic(), answered)
+        return answered
+
+    def failure_of(self, error: Exception) -> Failure:
+        """What an exception says."""
+        return failure_of(error)
+
+    def reason_of(self, error: Exception) -> str:
+        """An exception in a line, without credentials."""
+        return reason_of(error)
+
+    def send(self, lane: str, operations: Sequence[Operation], may_be_repeated: bool) -> None:
+        """Tell the run some operations; values and texts in a row in as few calls as MLflow allows."""
+        self._ensure_run(may_be_repeated)
+        metrics: list[Metrics] = []
+        tags: dict[str, str] = {}
+        for operation in operations:
+            match operation:
+                case Metrics():
+                    metrics.append(operation)
+                    tags |= {f"logged.{key}": text for key, text in operation.texts.items()}
+                case Tags(values=values):
+                    tags |= values
+                case Params(values=values):
+                    self._log_params(values)
+                case Dataset():
+                    self._log_dataset(operation)
+                case Picture():
+                    self._log_picture(operation, may_be_repeated)
+                case File(folder=folder) if folder is not None:
+                    self._log_file(operation, folder)
+                case Model() if self.policy != NONE:
+                    self._log_model(operation)
+                case _:
+                    pass
+        self._log_metrics(metrics, may_be_repeated)
+        self._log_tags(tags)
+        for operation in operations:  # after all that came before it, and MLflow takes values of ended runs too
+            if isinstance(operation, End) and self.target.owned and self.log.status is not None:  # else it goes on again
+                self._end(operation)
+
+    def _connect(self) -> Any:
+        import mlflow
+
+        if self._client is None:
+            uri = with_credentials(self.target.uri, self.tracking_uri, mlflow.get_tracking_uri())
+            self._client = mlflow.MlflowClient(tracking_uri=uri)
+        return self._client
+
+    @property
+    def _id(self) -> str:
+        assert self.run_id is not None, "a run is found before anything is said of it"
+        return self.run_id
+
+    def _ensure_run(self, may_be_repeated: bool) -> None:
+        with self._making:
+            client = self._connect()
+            if self._run is not None:
+                return
+            run_id = self.state.content.get("run_id")
+            run = client.get_run(run_id) if run_id else self._find_or_make(client, may_be_repeated)
+            if self._wants_running and run.info.status != "RUNNING":
+                client.update_run(run.info.run_id, status="RUNNING")
+            self.state.update(run_id=run.info.run_id, experiment_id=run.info.experiment_id)
+            self._run = run
+            if self._wants_running:
+                self.say(f"MLflow: {self.address}")
+            self._found.set()
+
+    def _find_or_make(self, client: Any, may_be_repeated: bool) -> Any:
+        from mlflow.exceptions import MlflowException
+        from mlflow.tracking.context.registry import resolve_tags
+
+        target = self.target
+        if target.given:
+            try:
+                return client.get_run(target.given)
+            except MlflowException as error:
+                if not target.inherited or error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                    raise
+            self.say(f"MLflow: MLFLOW_RUN_ID is {target.given!r}, which the server does not have; a new run is made")
+        key = self.state.content["key"]
+        if may_be_repeated:  # an attempt without an answer may have left one
+            experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+            found = client.search_runs(experiments, f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
+            if found:
+                return found[0]
+        tags = {KEY_TAG: key}
+        if target.parent_run_id:
+            tags["mlflow.parentRunId"] = target.parent_run_id
+        with ours():
+            tags = resolve_tags(tags)
+        return client.create_run(self._experiment(client), tags=tags, run_name=target.run_name or None)
+
+    def _experiment(self, client: Any) -> str:
+        target = self.target
+        if target.experiment:
+            found = client.get_experiment_by_name(target.experiment)
+            return str(client.create_experiment(target.experiment) if found is None else found.experiment_id)
+        return target.experiment_id or "0"
+
+    def _key(self, key: str, wrong: re.Pattern[str] = NOT_MLFLOW) -> str:
+        """The key that MLflow takes for this one; what it was is kept, here and in a tag of the run."""
+        clean = clean_key(key, wrong)
+        names: dict[str, str] = self.state.content.get("keys", {})
+        if clean == key and clean not in names:
+            return clean
+        count, free = 1, clean
+        while names.get(free, key) != key:  # another key has become this one
+            count += 1
+            free = f"{clean}_{count}"
+        if free not in names:
+            self.state.update(keys={**names, free: key})
+            self._log_tags({(NAME_TAG + free)[:LONGEST_KEY]: key})
+        return free
+
+    def _log_params(self, values: Mapping[str, Any]) -> None:
+        """Parameters that the run does not have, since one cannot be changed."""
+        from mlflow.entities import Param
+
+        there = self._client.get_run(self._id).data.params if values else {}
+        texts = {self._key(key): str(value)[:LONGEST_PARAM] for key, value in values.items()}
+        new = [Param(key, text) for key, text in texts.items() if key not in there]
+        for start in range(0, len(new), TEXTS_PER_CALL):
+            self._client.log_batch(self._id, params=new[start : start + TEXTS_PER_CALL])
+
+    def _log_tags(self, values: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        tags = [RunTag(key if key.startswith(NAME_TAG) else self._key(key), text[:LONGEST_TAG]) for key, text in values.items()]
+        for start in range(0, len(tags), TEXTS_PER_CALL):
+            self._client.log_batch(self._id, tags=tags[start : start + TEXTS_PER_CALL])
+
+    def _log_metrics(self, told: Sequence[Metrics], may_be_repeated: bool) -> None:
+        from mlflow.entities import Metric
+
+        points = [
+            Metric(self._key(key), value, part.time, part.step)
+            for part in told
+            for key, value in part.values.items()
+            if key not in self.known.get(part.step, ())
+        ]
+        if may_be_repeated and points:
+            there: set[tuple[str, int, int]] = set()
+            for key in {point.key for point in points}:
+                there |= {(key, at.step, at.timestamp) for at in self._client.get_metric_history(self._id, key)}
+            points = [point for point in points if (point.key, point.step, point.timestamp) not in there]
+        for start in range(0, len(points), METRICS_PER_CALL):
+            self._client.log_batch(self._id, metrics=points[start : start + METRICS_PER_CALL])
+
+    def _log_dataset(self, operation: Dataset) -> None:
+        from mlflow.entities import Dataset as Described
+        from mlflow.entities import DatasetInput, InputTag
+        from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
+
+        # The store knows a data set by its digest, and a second one as the first.
+        tags = [InputTag(MLFLOW_DATASET_CONTEXT, operation.context)]
+        self._client.log_inputs(self._id, [DatasetInput(Described(**operation.description), tags)])
+
+    def _log_picture(self, operation: Picture, may_be_repeated: bool) -> None:
         from PIL import Image
 
-        folder = self._box().folder
-        if (folder / path).exists():
-            with Image.open(folder / path) as kept:
-                if np.array_equal(np.asarray(kept.convert("RGB")), picture):
-                    return path
-        # A picture of somebody else's may have the key and step of one of ours.
-        path = f"mlflow/{uuid.uuid4().hex}/{Path(path).name}"
-        write_whole(folder / path, lambda file: Image.fromarray(picture).save(file, format="png"))
-        return path
-
-    def dataset(self, description: Mapping[str, str], context: str) -> None:
-        """Log a set of images as an input of the run; one that the run has already is not logged again."""
-        self.say([{"kind": "dataset", "description": dict(description), "context": context}])
-
-    def log(self, rows: Sequence[Logged]) -> None:
-        """Log values of somebody else's training at their own steps and times; texts become tags, of which the last stays."""
-        points = [[key, value, row.step, round(row.time * 1000)] for row in rows for key, value in row.values.items()]
-        texts = {f"logged.{key}": text for row in rows for key, text in row.texts.items()}
-        parts: list[Operation] = [{"kind": "points", "points": points}] if points else []
-        self.say(parts + ([{"kind": "tags", "tags": texts}] if texts else []))
-
-    def summary(self, values: Mapping[str, float], step: int) -> None:
-        """Log the summary metrics at the last step."""
-        self.say([{"kind": "metrics", "step": step, "time": self._moment(step), "values": dict(values)}])
-
-    def verdict(self, verdict: Verdict, step: int) -> None:
-        """Set the verdict's tags, which a run table can be filtered by."""
-        tags = {"verdict": verdict.state, "verdict.text": verdict.text}
-        tags |= {f"verdict.{key}": f"{value:.0f}" for key, value in verdict.summary().items()}
-        if tags != self._verdict:
-            self.say([{"kind": "tags", "tags": tags}], sync=False)  # it follows from the journal
-            self._verdict = tags
-
-    def table(self, name: str, rows: Sequence[Mapping[str, object]], step: int) -> None:
-        """Log `tables/<name>.json`, which the run's page shows as a table."""
-        columns = {key: [row[key] for row in rows] for key in rows[0]}
-        content = {"columns": list(columns), "data": [list(row) for row in zip(*columns.values(), strict=True)]}
-        path = f"tables/{name}.json"
-        tables = sorted({*self._box().tables, path})  # those of earlier processes too: the tag names them all
-        marks = json.dumps([{"path": table, "type": "table"} for table in tables])
-        self.say([{"kind": "table", "to": path, "content": content, "marks": marks}])
-
-    def figure(self, name: str, picture: np.ndarray, step: int) -> None:
-        """Log `figures/<name>.png`, in place of an older one."""
-        self.artifact(str(self._box().folder / self._kept(f"figures/{name}.png", picture)), "figures")
-
-    def embedding(self, name: str, vectors: np.ndarray, images: np.ndarray, labels: Sequence[str], step: int) -> None:
-        """Nothing: MLflow has no projector."""
-
-    def artifact(self, path: str, folder: str | None = None) -> None:
-        """Upload a file into the run's artifacts."""
-        self.say([{"kind": "artifact", "path": os.path.relpath(path, self._box().folder), "to": folder}])
-
-    def note(self, markdown: str) -> None:
-        """Set the description that the run's page shows."""
-        self.say([{"kind": "tags", "tags": {"mlflow.note.content": markdown}}])
-
-    def checkpoint(self, folder: Path, row: Mapping[str, float], found: Verdict, *, kept: bool = False) -> None:
-        """Make a checkpoint a model of the run, with the values of its measurement, and upload it where that is wanted.
-
-        What was said already is not said again.
-        """
-        models, step = self.models, int(row["images_seen"])
-        if models is None or self._porter is None or models.policy == NONE:
+        if self.known.get(operation.step):
             return
-        weights = models.policy == ALL or (models.policy == KEPT and kept)
-        if step in models.models and (models.models[step] or not weights):
+        # Fewer characters than in a metric's key are allowed here, and MLflow refuses before it asks.
+        key = clean_key(operation.key, NOT_FILE)
+        if may_be_repeated and self._picture_is_there(key, operation):
             return
-        # The points that the run has: the same value, step and time is one point, which then is the model's, too.
-        times = self._box().recorded.get(step, {})
-        said = {
-            "kind": "model",
-            "step": step,
-            "path": os.path.relpath(folder, self._box().folder),
-            "points": [[key, value, step, times[key]] for key, value in row.items() if key in times],
-            "weights": weights,
-            "turning": None if found.turned_at is None else found.checkpoint_images_seen,
-        }
-        self._porter.say([said])
+        with Image.open(self._path(operation.path)) as image:
+            image.load()
+        self._client.log_image(self._id, image, key=key, step=operation.step, timestamp=operation.time, synchronous=True)
 
-    def close(self, status: str) -> None:
-        """End the run with a status, unless it was somebody else's, and wait for the server as long as it takes things."""
-        if self._owned and self._box().running:
-            self.say([{"kind": "end", "status": status, "time": _now()}])
-        self.finish()
+    def _picture_is_there(self, key: str, operation: Picture) -> bool:
+        """Whether a picture is whole, as the file and its thumbnail; what is there of half a one is taken away."""
+        sanitised = re.escape(key.replace("/", "~"))
+        pattern = re.compile(rf"images/{sanitised}\Wstep\W{operation.step}\Wtimestamp\W{operation.time}\W")
+        parts = [file.path for file in self._client.list_artifacts(self._id, "images") if pattern.match(file.path)]
+        if len(parts) >= 2:
+            self._client.set_tag(self._id, "mlflow.loggedImages", True)
+            return True
+        if parts:
+            from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-    def finish(self) -> bool:
-        """Deliver what waits, as far as that can be done now, and stop; returns whether everything has arrived."""
-        couriers = [courier for courier in (self._main(), self._porter) if courier is not None]
-        complete = all([courier.finish() for courier in couriers])
-        waiting, folder = sum(len(courier.box.waiting) for courier in couriers), self._box().folder
-        if waiting:
-            logger.warning(
-                "MLflow has not taken everything: %d operations wait in %s; mlflow-icr sync %s delivers them",
-                waiting, folder, folder,
-            )  # fmt: skip
-        for courier in couriers:
-            courier.box.close()
-        if complete and self._private:
-            shutil.rmtree(folder, ignore_errors=True)
-        return complete
+            uri = self._client.get_run(self._id).info.artifact_uri
+            repository = get_artifact_repository(uri, tracking_uri=self._client.tracking_uri)
+            for path in parts:
+                repository.delete_artifacts(path)
+        return False
 
-    def flush(self, patience: int = 1) -> bool:
-        """Wait until everything is delivered (True), or `patience` attempts that began after this call have failed (False)."""
-        complete = self._main().flush(patience)
-        return complete if self._porter is None else self._porter.flush(patience) and complete
+    def _log_file(self, operation: File, folder: str) -> None:
+        self._client.log_artifact(self._id, str(self._path(operation.path)), folder or None)
+        if operation.role == TABLE:  # the run's page shows those that a tag names
+            tag = self._client.get_run(self._id).data.tags.get("mlflow.loggedArtifacts", "[]")
+            paths = {mark["path"] for mark in json.loads(tag)} | {f"{folder}/{Path(operation.path).name}"}
+            marks = json.dumps([{"path": path, "type": "table"} for path in sorted(paths)])
+            self._client.set_tag(self._id, "mlflow.loggedArtifacts", marks)
 
-    def start_over(self) -> None:
-        """Forget the run and what it has: everything waits again, for a new run."""
-        self._box().start_over()
-        if self.models is not None:
-            self.models.start_over()
+    def _log_model(self, operation: Model) -> None:
+        assert self.experiment_id is not None, "it is known with the run"
+        weights = self.policy == ALL or (self.policy == KEPT and operation.kept)
+        delivery = ModelDelivery(self._client, self._id, self.experiment_id, self.folder)
+        newest, turning = max(self.log.models, default=operation.step), self.log.turning
+        delivery.send(operation, weights=weights, newest=newest, turning=turning)
+
+    def _end(self, operation: End) -> None:
+        from mlflow.entities import RunStatus
+
+        # Not by `set_terminated`, which prints the run's address, with the password where the tracking URI has one.
+        store = self._client._tracking_client.store
+        store.update_run_info(self._id, RunStatus.from_string(operation.status), operation.time, None)
+
+    def _path(self, path: str) -> Path:
+        found = self.folder / path
+        if not found.is_file():
+            raise RefusalError(f"{found} is not there any more")
+        return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,8 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-# MLflow's defaults make one call to a dead server block for minutes (7 retries, 120 s each).
-PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+PROBE_SECONDS = 5.0
 # The largest page that MLflow's own client asks for; each page costs the store a sort, so fewer are faster.
 PAGE = 25_000
 # MLflow 3 has no public iterator over runs larger than this a page.
@@ -26,15 +24,18 @@ class StoreError(OSError):
 
 
 def connect(uri: str | None = None) -> Any:
-    """A client of a tracking URI, or of MLFLOW_TRACKING_URI, that gives a dead server up within a minute."""
-    for variable, value in PATIENCE.items():
-        os.environ.setdefault(variable, value)
-    # A bar for each downloaded image would bury the lines that matter.
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    with answers(uri):
-        from mlflow import MlflowClient
+    """A client of a tracking URI, or of MLflow's own of this process. Raises StoreError for a server that does not answer now.
 
-        return MlflowClient(tracking_uri=uri)
+    It is asked first because one call to a dead one takes MLflow four minutes, and its time-outs are settings of the process.
+    """
+    with answers(uri):
+        import mlflow
+        import requests
+
+        address = uri or mlflow.get_tracking_uri()
+        if address.startswith(("http://", "https://")):
+            requests.get(address, timeout=PROBE_SECONDS, allow_redirects=False, stream=True).close()
+        return mlflow.MlflowClient(tracking_uri=uri)
 
 
 def without_credentials(text: str, uri: str = "") -> str:
@@ -62,7 +63,8 @@ def answers(uri: str | None = None) -> Iterator[None]:
         uri = uri or mlflow.get_tracking_uri()
         lines = str(error).strip().splitlines() or [""]
         why = without_credentials(lines[0], uri)[:300]
-        if why.startswith("API request to"):  # a refused or unanswered connection; the rest is urllib3's inner life
+        # A refused or unanswered connection; the rest is urllib3's inner life.
+        if why.startswith("API request to") or isinstance(error, (requests.ConnectionError, requests.Timeout)):
             why = "it does not answer"
         raise StoreError(f"MLFLOW_TRACKING_URI is {without_credentials(uri, uri)!r}: {type(error).__name__}: {why}") from error
 

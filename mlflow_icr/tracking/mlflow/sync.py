@@ -1,92 +1,130 @@
-"""Bringing an MLflow server up to the journals of output folders, after an outage or a kill."""
+"""Bringing an MLflow server up to the logs of run folders, after an outage or a kill."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mlflow_icr.monitoring.series import HISTORY
-from mlflow_icr.tracking.mlflow.outbox import MODELS, OPERATIONS
+from mlflow_icr.tracking.earlier import OPERATIONS
+from mlflow_icr.tracking.event_log import EVENTS, EventLog
+from mlflow_icr.tracking.folder import holds_run
 from mlflow_icr.tracking.mlflow.sink import MLflowSink
-from mlflow_icr.tracking.tracker import Tracker
+from mlflow_icr.tracking.operations import End
+from mlflow_icr.tracking.sink import SinkState
+from mlflow_icr.tracking.tracker import ALLOW, ONLINE, Tracker, now_ms
+from mlflow_icr.tracking.worker import LAST_ATTEMPTS, drain
 
 
 @dataclass(frozen=True)
 class Synced:
-    """What was delivered of one folder to a run: operations taken now, those that wait still, and refusals by place."""
+    """What was delivered of one folder to a run: operations taken now, those that wait by lane, and refusals with reasons."""
 
     folder: Path
     run_id: str | None
-    delivered: int
-    waiting: int
-    refused: dict[str, str]
-    failure: Exception | None
+    target: str
+    delivered: int = 0
+    waiting: Mapping[str, int] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+    reason: str = ""
 
     @property
     def complete(self) -> bool:
         """Whether the server has everything."""
-        return not self.waiting and not self.refused
+        return not any(self.waiting.values()) and not self.refused
+
+    @property
+    def text(self) -> str:
+        """All that in a line."""
+        waiting = {lane: count for lane, count in self.waiting.items() if count}
+        where = f"run {self.run_id}" if self.run_id else "a new run"
+        parts = []
+        if self.delivered:
+            parts.append(f"{self.delivered} operations delivered to {where}")
+        elif self.complete and self.run_id:
+            parts.append(f"everything was delivered to {where}")
+        if waiting:
+            lanes = ", ".join(f"{count} of {lane}" for lane, count in waiting.items())
+            why = f": {self.reason}" if self.reason else ""
+            parts.append(f"{sum(waiting.values())} operations wait for {where} of {self.target} ({lanes}){why}")
+        parts += [f"refused: {what} ({why})" for what, why in self.refused.items()]
+        return f"{self.folder}: {'; '.join(parts) or 'there is nothing to deliver'}"
 
 
 def folders_of(folder: Path) -> list[Path]:
-    """The folders at and below a path that hold a journal or an outbox. Raises ValueError when there are none."""
-    found = {path.parent for name in (HISTORY, OPERATIONS) for path in folder.rglob(name)}
+    """The folders at and below a path that hold a journal or a log. Raises ValueError when there are none."""
+    found = {path.parent for name in (HISTORY, EVENTS, OPERATIONS) for path in folder.rglob(name)}
+    found = {path for path in found if holds_run(path)}
     if not found:
         raise ValueError(f"folder is {str(folder)!r}, which holds no {HISTORY}; expected the output folder of a run or study")
     return sorted(found)
 
 
-def sync_folder(folder: Path, *, new_run: bool = False, status: str = "KILLED") -> Synced:
+def _refusals(state: SinkState) -> dict[str, str]:
+    return {f"operation {entry['number']}, {entry['what']}": entry["why"] for entry in state.refused.values()}
+
+
+def deliver_folder(folder: Path, *, new_run: bool = False, tracking_uri: str | None = None, status: str = "KILLED") -> Synced:
     """Deliver what the server does not have of one folder; a run whose process was killed is ended with a status.
 
-    As often as it is repeated, everything is there once. With `new_run` everything goes to a new run, on another server for
-    instance. Raises ValueError for a folder that a process is writing just now, or a damaged journal.
+    Idempotent. What was refused is offered again. It goes where the folder's results go, or to `tracking_uri`, where that
+    server is now; with `new_run` to a new run there, or on the server of this process. Raises ValueError for a folder that a
+    process is writing just now, or a damaged journal.
     """
-    sink = MLflowSink()
-    sink.bind(folder)
-    assert sink.outbox is not None
-    if new_run:
-        sink.start_over()
-    if not sink.outbox.count:  # measured without MLflow, or by a process that came no further
-        sink.open({}, {})
-    tracker = Tracker(folder, [])
-    tracker.replay(sink)
-    tracker.keep(sink)
-    boxes = [box for box in (sink.outbox, sink.models) if box is not None]
-    before = sum(len(box.waiting) for box in boxes) if sink.outbox.run_id else sum(box.count for box in boxes)
-    told = [logging.getLogger(f"mlflow_icr.tracking.mlflow.{name}") for name in ("sink", "courier")]
-    disabled = [logger.disabled for logger in told]
-    for logger in told:
-        logger.disabled = True  # the caller tells of failures
+    sink = MLflowSink(tracking_uri=tracking_uri, starts_over=new_run)
+    tracker = Tracker(folder, [sink], resume=ALLOW, mode=ONLINE)
+    tracker.quiet = True
     try:
-        sink.close(status)  # which a run that has ended ignores
+        tracker.begin()
+        if tracker.log_file.status is None and tracker.log_file.end.number:
+            tracker.log_file.append([End(status, now_ms())])
+        if sink.reachable() and sink.state.content.get("run_id"):
+            for worker in tracker.workers:
+                worker.retry_refused()
+        drain(tracker.workers, patience=LAST_ATTEMPTS, closing=True)
+        failure = sink.failure
+        return Synced(
+            folder,
+            sink.run_id,
+            sink.target.uri,
+            sum(worker.delivered for worker in tracker.workers),
+            {worker.lane: worker.waiting for worker in tracker.workers},
+            _refusals(sink.state),
+            "" if failure is None else sink.reason_of(failure),
+        )
     finally:
-        for logger, was in zip(told, disabled, strict=True):
-            logger.disabled = was
-    waiting = sum(len(box.waiting) for box in boxes)
-    refused = dict(sink.outbox.refused)
-    if sink.models is not None:
-        refused |= {f"{place} of {MODELS}": why for place, why in sink.models.refused.items()}
-    return Synced(folder, sink.run_id, max(0, before - waiting), waiting, refused, sink.failure if waiting else None)
+        tracker.abandon()
 
 
-def sync(folder: Path, *, new_run: bool = False, say: Callable[[str], None] = lambda text: None) -> list[Synced]:
-    """Deliver what the server does not have of a run's or a study's folder; `say` hears a line for each."""
+def waiting_of(folder: Path) -> Synced:
+    """What waits in one folder, without delivering it, or taking the folder."""
+    sink = MLflowSink()
+    state = SinkState(sink.state_path(folder))
+    log = EventLog(folder, read_only=True)
+    counts = {lane: log.count(state.cursor(lane), lane) for lane in sink.lanes}
+    target: Mapping[str, Any] = state.content.get("target", {})
+    return Synced(
+        folder, state.content.get("run_id"), str(target.get("uri", "this process's server")), 0, counts, _refusals(state)
+    )
+
+
+def sync(
+    folder: Path,
+    *,
+    new_run: bool = False,
+    tracking_uri: str | None = None,
+    dry_run: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[Synced]:
+    """Deliver what the server does not have of a run's or a study's folder; `say` hears a line for each.
+
+    With `dry_run` it is only said what waits for what.
+    """
     found = []
     for part in folders_of(folder):
-        done = sync_folder(part, new_run=new_run)
+        done = waiting_of(part) if dry_run else deliver_folder(part, new_run=new_run, tracking_uri=tracking_uri)
         found.append(done)
-        state = (
-            f"{done.delivered} operations delivered to run {done.run_id}"
-            if done.delivered
-            else f"everything was delivered to run {done.run_id}"
-        )
-        if done.waiting:
-            state = f"{done.delivered} operations delivered" if done.delivered else "everything was delivered"
-        state += f" to run {done.run_id}"
-        for place, why in done.refused.items():
-            state += f"; refused: operation {place} ({why})"
-        say(f"{part}: {state}")
+        say(done.text)
     return found

@@ -57,11 +57,6 @@ def layout_summary() -> Any:
     return Summary(value=[Summary.Value(tag=metadata.CONFIG_SUMMARY_TAG, tensor=tensor, metadata=plugin)])
 
 
-def shown_part(row: Mapping[str, float]) -> dict[str, float]:
-    """What `overlay` reads of a row."""
-    return {key: row[key] for key in ("images_seen", ICR, *COPIES) if key in row}
-
-
 def overlay(rows: Rows) -> dict[str, float]:
     """The copies of the last row, with their interval, on the axis of ICR: lowest + ratio (first - lowest).
 
@@ -73,8 +68,32 @@ def overlay(rows: Rows) -> dict[str, float]:
     past = [value for at, value in series(rows, ICR) if at <= row["images_seen"]]
     if COPIES[0] not in row or not past:
         return {}
-    first, lowest = past[0], min(past)
+    return _on_axis(row, past[0], min(past))
+
+
+def _on_axis(row: Mapping[str, float], first: float, lowest: float) -> dict[str, float]:
     # All three or none: a chart leaves a series out whose bounds have other steps.
     ratios = [row.get(key, row[COPIES[0]]) for key in COPIES]
     found = {tag: lowest + ratio * (first - lowest) for tag, ratio in zip(OVERLAY, ratios, strict=True)}
     return found if all(map(math.isfinite, found.values())) else {}
+
+
+class Overlay:
+    """`overlay` of rows that come one by one, each at the cost of one; `state` is what it knows, as plain data."""
+
+    def __init__(self, state: Mapping[str, float] | None = None) -> None:
+        self.state: dict[str, float] = dict(state or {})
+
+    def add(self, row: Mapping[str, float]) -> dict[str, float] | None:
+        """The overlay of the next row; None for one that comes late, after a row of more images seen."""
+        at = row["images_seen"]
+        if at < self.state.get("at", at):
+            return None
+        self.state["at"] = at
+        if ICR in row and math.isfinite(row[ICR]):
+            self.state.setdefault("first", row[ICR])
+            self.state["lowest"] = min(row[ICR], self.state.get("lowest", row[ICR]))
+        if COPIES[0] not in row or "first" not in self.state:
+            return {}
+        first, lowest = self.state["first"], self.state["lowest"]
+        return _on_axis(row, first, lowest)

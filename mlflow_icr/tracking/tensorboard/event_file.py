@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +9,8 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+
+from mlflow_icr.tracking.lock import Lock
 
 # Without it, readers take a file for one of 2015 and drop steps that go down.
 FILE_VERSION = "brain.Event:2"
@@ -27,15 +28,14 @@ class EventFile:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self.path = path
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        self._file: Any = os.fdopen(descriptor, "r+b", buffering=1 << 20)
+        why = f"logdir has {str(path.parent)!r}, which another export is writing just now; expected one at a time"
+        self._lock = Lock(path.with_name(f".{path.name}.lock"), why)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.close()
-            raise ValueError(
-                f"logdir has {str(path.parent)!r}, which another export is writing just now; expected one at a time"
-            ) from None
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
+        except BaseException:
+            self._lock.release()
+            raise
+        self._file: Any = os.fdopen(descriptor, "r+b", buffering=1 << 20)
         self.committed = os.fstat(descriptor).st_size  # nothing is cut off before `start`
         self._records = RecordWriter(self._file)
         self._scalar, self._image = Event(), Event()
@@ -72,12 +72,20 @@ class EventFile:
         self._picture.image.encoded_image_string = encoded
         self._records.write(self._image.SerializeToString())
 
+    def add(self, event: Any) -> None:
+        """Add an event as it is."""
+        self._records.write(event.SerializeToString())
+
     def commit(self) -> int:
         """Bring everything onto the disk; returns the size to hand over the next time."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self.committed = int(self._file.tell())
         return self.committed
+
+    def close(self) -> None:
+        """Close the file without what was not committed, also when the disk is full."""
+        self.__exit__(None, None, None)
 
     def __enter__(self) -> EventFile:
         return self
@@ -92,6 +100,7 @@ class EventFile:
         finally:
             os.ftruncate(self._file.fileno(), self.committed)
             self._file.raw.close()
+            self._lock.release()
 
 
 def is_event_file(name: str) -> bool:

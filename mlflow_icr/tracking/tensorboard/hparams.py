@@ -37,7 +37,8 @@ def parameter_text(value: bool | float | str) -> str:
     return str(value)
 
 
-def _plugin_value(summary: Any, tag: str, **data: Any) -> None:
+def plugin_value(summary: Any, tag: str, **data: Any) -> None:
+    """Add data of the hparams plugin to a summary."""
     from tensorboard.plugins.hparams import metadata
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
@@ -45,7 +46,8 @@ def _plugin_value(summary: Any, tag: str, **data: Any) -> None:
     value.tensor.CopyFrom(metadata.NULL_TENSOR)
 
 
-def _text_value(summary: Any, tag: str, text: str) -> None:
+def text_value(summary: Any, tag: str, text: str) -> None:
+    """Add a text, Markdown, to a summary."""
     from tensorboard.compat.proto.tensor_pb2 import TensorProto
     from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
     from tensorboard.compat.proto.types_pb2 import DT_STRING
@@ -54,6 +56,30 @@ def _text_value(summary: Any, tag: str, text: str) -> None:
     value = summary.value.add(tag=tag, metadata=metadata.create_summary_metadata("", ""))
     shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)])
     value.tensor.CopyFrom(TensorProto(dtype=DT_STRING, string_val=[text.encode()], tensor_shape=shape))
+
+
+def set_parameters(start: Any, values: Mapping[str, bool | float | str]) -> None:
+    """Put parameters into a SessionStartInfo, in the order of their names."""
+    for key, value in sorted(values.items()):
+        if isinstance(value, bool):
+            start.hparams[key].bool_value = value
+        elif isinstance(value, (int, float)):
+            start.hparams[key].number_value = value
+        else:
+            start.hparams[key].string_value = value
+
+
+def session_start(params: Mapping[str, Any], seconds: float) -> Any:
+    """The summary of a run's parameters; without a list of metrics, as in `description`."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.plugins.hparams import metadata
+    from tensorboard.plugins.hparams.plugin_data_pb2 import SessionStartInfo
+
+    start = SessionStartInfo(start_time_secs=seconds)
+    set_parameters(start, {key: v if isinstance(v, (bool, int, float)) else str(v) for key, v in params.items()})
+    summary = Summary()
+    plugin_value(summary, metadata.SESSION_START_INFO_TAG, session_start_info=start)
+    return summary
 
 
 def description(info: Any, params: Mapping[str, str], tags: Mapping[str, str], group: str) -> bytes:
@@ -71,21 +97,15 @@ def description(info: Any, params: Mapping[str, str], tags: Mapping[str, str], g
     start = SessionStartInfo(group_name=group, start_time_secs=started)
     own = {key: value for key, value in tags.items() if not key.startswith(SYSTEM)}
     hparams = {key: parameter_value(text) for key, text in params.items()}
-    for key, value in sorted({**hparams, **{TAG_PREFIX + key: text for key, text in own.items()}}.items()):
-        if isinstance(value, bool):
-            start.hparams[key].bool_value = value
-        elif isinstance(value, float):
-            start.hparams[key].number_value = value
-        else:
-            start.hparams[key].string_value = value
+    set_parameters(start, {**hparams, **{TAG_PREFIX + key: text for key, text in own.items()}})
     event = Event(wall_time=started, step=0)
-    _plugin_value(event.summary, metadata.SESSION_START_INFO_TAG, session_start_info=start)
+    plugin_value(event.summary, metadata.SESSION_START_INFO_TAG, session_start_info=start)
     if info.status in STATUSES:
         status = api_pb2.Status.Value(STATUSES[info.status])
         end = SessionEndInfo(status=status, end_time_secs=(info.end_time or 0) / 1000)
-        _plugin_value(event.summary, metadata.SESSION_END_INFO_TAG, session_end_info=end)
+        plugin_value(event.summary, metadata.SESSION_END_INFO_TAG, session_end_info=end)
     lines = [f"**run_id**: {info.run_id}", f"**status**: {info.status}"]
     lines += [f"**{key}**: {value}" for key, value in sorted(tags.items()) if not key.startswith(RENAMED)]
-    _text_value(event.summary, "run", "\n\n".join(lines))
+    text_value(event.summary, "run", "\n\n".join(lines))
     # Maps are written in any order otherwise.
     return bytes(event.SerializeToString(deterministic=True))

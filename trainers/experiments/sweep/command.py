@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from mlflow_icr.extraction.files import write_whole
-from mlflow_icr.tracking.mlflow.outbox import OPERATIONS, ended_as
-from mlflow_icr.tracking.mlflow.sync import sync_folder
+from mlflow_icr.tracking.event_log import ended_as
+from mlflow_icr.tracking.folder import holds_run
+from mlflow_icr.tracking.mlflow.sync import deliver_folder
 from trainers.experiments.address import without_secrets
 from trainers.experiments.sweep.grid import text_of, varied_fields
 from trainers.experiments.sweep.plan import LOCK, STUDY, Sweep, plan
@@ -92,9 +93,9 @@ def _tell(study: Study, ended: Ended) -> None:
 def _deliver(sweep: Sweep, names: Sequence[str]) -> None:
     """Bring MLflow what runs that have ended could not bring it, as when many wrote to one SQLite file at once."""
     for run in sweep.runs:
-        if run.name in names and (sweep.folder_of(run) / OPERATIONS).exists():
-            with contextlib.suppress(ValueError):  # another process writes there, or its outbox is damaged: it says so itself
-                if not sync_folder(sweep.folder_of(run)).complete:
+        if run.name in names and holds_run(sweep.folder_of(run)):
+            with contextlib.suppress(ValueError):  # another process writes there, or its log is damaged: it says so itself
+                if not deliver_folder(sweep.folder_of(run)).complete:
                     print(f"MLflow has not taken everything; mlflow-icr sync {sweep.folder} delivers the rest", file=sys.stderr)
                     return
 

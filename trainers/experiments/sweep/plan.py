@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlflow_icr.arguments import OneLineParser
-from mlflow_icr.tracking.mlflow.outbox import ended_as
+from mlflow_icr.tracking.event_log import ended_as
 from trainers.checkpoint import latest_checkpoint
 from trainers.command_line import config_flags
 from trainers.config import TrainConfig, config_from, preset_names, read_values

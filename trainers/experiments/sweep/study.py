@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from trainers.experiments.sweep.results import Row, result_row, table_text, writ
 from trainers.launchers.job import FAILED, FINISHED, Ended
 
 if TYPE_CHECKING:
-    from mlflow_icr.tracking import MLflowSink
+    from mlflow_icr.tracking import Tracker
 
 WAITING = "WAITING"
 
@@ -28,22 +29,22 @@ class Study:
         self.rows: dict[str, Row] = {}
         for run in sweep.runs:
             self.set(Ended(run.name, FINISHED if run.name in sweep.finished else WAITING))
-        self.sink = self._open()
+        self.tracker = self._open()
 
-    def _open(self) -> MLflowSink:
-        from mlflow_icr.tracking import MLflowSink
+    def _open(self) -> Tracker:
+        from mlflow_icr.tracking import MLflowSink, Tracker
 
         given = os.environ.get("MLFLOW_RUN_ID")
-        sink = MLflowSink(run_name=self.sweep.name)
-        sink.bind(self.sweep.folder)
-        sink.open(self.sweep.params, {"role": "study", "study_name": self.sweep.name})
-        sink.flush()  # which also makes the tables of a fresh local store: several runs at once would all try
-        if given is not None and sink.run_id not in (None, given):  # `mlflow run` makes a new run each time
-            other = MLflowSink(run_id=given, joins=True)
-            other.open({}, {"study_name": self.sweep.name})
-            other.note(f"Goes on with the study `{self.sweep.name}`, whose results are in run {sink.run_id}.")
-            other.close(FINISHED)
-        return sink
+        tracker = Tracker(self.sweep.folder, [MLflowSink(run_name=self.sweep.name)], resume="allow")
+        tracker.open(self.sweep.params, {"role": "study", "study_name": self.sweep.name})
+        tracker.flush()  # which also makes the tables of a fresh local store: several runs at once would all try
+        if given is not None and tracker.run_id not in (None, given):  # `mlflow run` makes a new run each time
+            with tempfile.TemporaryDirectory() as folder:
+                other = Tracker(folder, [MLflowSink(run_id=given, joins=True)])
+                other.open({}, {"study_name": self.sweep.name})
+                other.note(f"Goes on with the study `{self.sweep.name}`, whose results are in run {tracker.run_id}.")
+                other.close(FINISHED)
+        return tracker
 
     def set(self, ended: Ended) -> None:
         """Take in what became of a run."""
@@ -69,20 +70,21 @@ class Study:
         try:
             files = write_results(self.sweep.runs, self.rows, self.sweep.folder, f"{first.data}: {self.sweep.name}")
             counts = {f"runs_{status.lower()}": float(len(self.of(status))) for status in (FINISHED, FAILED, WAITING)}
-            self.sink.summary(counts, len(self.of(FINISHED)))
+            self.tracker.metrics(counts, len(self.of(FINISHED)))
             for path in files:
-                self.sink.artifact(str(path))
+                self.tracker.artifact(path)
             failed = "".join(f"\n\n{line}" for line in self.failures)
-            self.sink.note(f"[All curves]({self.address})\n\nRuns: `tags.study = '{self.sweep.name}'`{failed}\n\n{self.text}")
+            runs = f"Runs: `tags.study = '{self.sweep.name}'`"
+            self.tracker.note(f"[All curves]({self.address})\n\n{runs}{failed}\n\n{self.text}")
         except OSError as error:
             print(f"sweep: table and figure are not written: {error}", file=sys.stderr)
 
     def close(self, status: str) -> None:
         """End the study's MLflow run, with its table: in there it is content, and one after every run would add up."""
         try:
-            self.sink.table("sweep", list(self.rows.values()), len(self.of(FINISHED)))
+            self.tracker.table("sweep", list(self.rows.values()), len(self.of(FINISHED)))
         finally:
-            self.sink.close(status)
+            self.tracker.close(status)
 
     @property
     def text(self) -> str:
@@ -94,4 +96,4 @@ class Study:
         """The page with all curves."""
         import mlflow
 
-        return chart_address(mlflow.get_tracking_uri(), self.sink.experiment_id or "0", self.sweep.name)
+        return chart_address(mlflow.get_tracking_uri(), self.tracker.experiment_id or "0", self.sweep.name)

@@ -1,0 +1,160 @@
+"""Run folders as they were before there was one event log: their operations, and how much of them MLflow has.
+
+`mlflow.jsonl` and `models.jsonl` were what MLflow was to be told, `mlflow.json` and `models.json` how much it had, and
+`logged/values.jsonl` a training's own values, with `logged/sent.json`. They are read once, and left as they are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from mlflow_icr.extraction.files import write_whole
+from mlflow_icr.tracking.operations import (
+    LOGGED,
+    MEASURED,
+    SUMMARY,
+    TABLE,
+    Dataset,
+    End,
+    File,
+    Metrics,
+    Model,
+    Operation,
+    Params,
+    Picture,
+    Tags,
+    to_line,
+)  # fmt: skip
+
+OPERATIONS, MODELS, VALUES, SENT = "mlflow.jsonl", "models.jsonl", "logged/values.jsonl", "logged/sent.json"
+Rows = dict[int, dict[str, float]]
+Write = Callable[[str, bytes], object]
+
+
+def _contents(path: Path) -> Iterator[dict[str, Any]]:
+    """The finished lines of a file, which may not be there; damaged ones are empty."""
+    for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else []:
+        try:
+            content = json.loads(line)
+        except ValueError:
+            content = {}
+        yield content if isinstance(content, dict) else {}
+
+
+def _state(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _operations(content: dict[str, Any], rows: Rows, write: Write) -> list[Operation]:
+    """The operations that stand for one of the earlier format; none for what is damaged."""
+    try:
+        match content.get("kind"):
+            case "start":
+                tags = [Tags(content["tags"])] if content["tags"] else []
+                return [Params(content["params"]), *tags]
+            case "tags":
+                return [Tags(content["tags"])]
+            case "metrics":
+                measured = content["values"].items() <= rows.get(content["step"], {}).items()
+                return [Metrics(content["step"], content["time"], content["values"], MEASURED if measured else SUMMARY)]
+            case "points":
+                return [Metrics(step, time, {key: value}, LOGGED) for key, value, step, time in content["points"]]
+            case "picture":
+                return [Picture(content["key"], content["step"], content["time"], content["path"])]
+            case "table":
+                write(content["to"], json.dumps(content["content"]).encode())
+                folder, _, name = content["to"].rpartition("/")
+                return [File(content["to"], folder, TABLE, name.removesuffix(".json"))]
+            case "artifact":
+                return [File(content["path"], content["to"] or "")]
+            case "dataset":
+                return [Dataset(content["description"], content["context"])]
+            case "model":
+                times = [time for *_, time in content["points"]]
+                values = {key: value for key, value, *_ in content["points"]}
+                return [
+                    Model(
+                        content["step"], max(times, default=0), content["path"], values, content["weights"], content["turning"]
+                    )
+                ]
+            case "end":
+                return [End(content["status"], content["time"])]
+    except (KeyError, TypeError, ValueError):
+        pass
+    return []
+
+
+def _logged(content: dict[str, Any]) -> list[Operation]:
+    try:
+        values = {key: float(value) for key, value in content["values"].items()}
+        time, texts = round(content["time"] * 1000), content.get("texts", {})
+        return [Metrics(content["step"], time, values, LOGGED, texts, content.get("resumes", False))]
+    except (KeyError, TypeError, ValueError):
+        return []
+
+
+def _parts(
+    folder: Path, write: Callable[[str, bytes], object]
+) -> tuple[list[list[Operation]], list[list[Operation]], list[Operation]]:
+    """What each line of both outboxes stands for, and the training's own values, which take the place of their copies."""
+    from mlflow_icr.monitoring.series import HISTORY
+
+    rows: Rows = {int(row["images_seen"]): row for row in _contents(folder / HISTORY) if "images_seen" in row}
+    told = [_operations(content, rows, write) for content in _contents(folder / OPERATIONS)]
+    models = [_operations(content, rows, write) for content in _contents(folder / MODELS)]
+    logged = [operation for content in _contents(folder / VALUES) for operation in _logged(content)]
+    return told, models, logged
+
+
+def earlier_operations(folder: Path) -> Iterator[Operation]:
+    """What an earlier folder told, in order; nothing where there is no such folder."""
+    told, models, _ = _parts(folder, lambda name, content: None)
+    for part in (*told, *models):
+        yield from part
+
+
+def write_events(folder: Path, path: Path) -> None:
+    """Make the event log of a folder, from an earlier format where it has one, with MLflow's cursors. Raises OSError."""
+
+    def keep(name: str, content: bytes) -> None:
+        write_whole(folder / name, lambda file: file.write(content))
+
+    told, models, logged = _parts(folder, keep)
+    operations: list[Operation] = []
+    places: list[int] = []  # for each line of both outboxes, how many operations end it
+    for part in (*told, *models):
+        # Its copies in MLflow's outbox have no texts, and not what the training took back.
+        operations += [o for o in part if not (logged and isinstance(o, Metrics) and o.source == LOGGED)]
+        places.append(len(operations))
+    before = len(operations)
+    operations += logged
+    lines = [to_line(operation) for operation in operations]
+    offsets = [0]
+    for line in lines:
+        offsets.append(offsets[-1] + len(line.encode()))
+    state = _state(folder / "mlflow.json")
+    if "acknowledged" in state:
+        # Values of its own that MLflow was not told are told again where others follow them: it has each once.
+        acknowledged, taken = state["acknowledged"], _state(folder / "models.json").get("acknowledged", 0)
+        points = places[acknowledged - 1] if acknowledged else 0
+        kept = places[len(told) + taken - 1] if taken else 0
+        if points == (places[len(told) - 1] if told else 0) and _has_sent_all(folder):
+            points = before + len(logged)
+        cursors = {lane: [offsets[n], n] for lane, n in (("points", points), ("files", points), ("models", kept))}
+        models_state = _state(folder / "models.json")
+        state = {key: state[key] for key in ("run_id", "experiment_id", "key") if key in state}
+        state |= {"cursors": cursors, "refused": {}, "log_models": models_state.get("log_models", "none")}
+        keep("mlflow.json", json.dumps(state).encode())
+    write_whole(path, lambda file: file.write("".join(lines).encode()))
+
+
+def _has_sent_all(folder: Path) -> bool:
+    sent = _state(folder / SENT).get("MLflow", 0)
+    return not (folder / VALUES).exists() or sent >= (folder / VALUES).stat().st_size

@@ -1,0 +1,237 @@
+"""The event log of a run folder, `events.jsonl`: one operation a line, in the order in which they were told; it only grows."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlflow_icr.extraction.files import append_line, fsync_path
+from mlflow_icr.tracking.earlier import write_events
+from mlflow_icr.tracking.operations import (
+    ALL,
+    MEASURED,
+    End,
+    Metrics,
+    Model,
+    Operation,
+    Params,
+    from_line,
+    lane_of,
+    to_line,
+)  # fmt: skip
+
+EVENTS = "events.jsonl"
+BATCH_BYTES = 4 * 2**20  # of the log at a time, so that a sink that was away for days costs no memory
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An operation, its number in the log, and where in the file the next one begins."""
+
+    number: int
+    end: int
+    operation: Operation
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """A place in the log: bytes, and operations, before it."""
+
+    offset: int = 0
+    number: int = 0
+
+
+def _kind(line: bytes) -> str:
+    """The kind of a line, which is its first value, without reading the rest."""
+    return line[10 : line.find(b'"', 10)].decode("utf-8", "replace") if line.startswith(b'{"kind": "') else ""
+
+
+class EventLog:
+    """The log of a folder, for one process; several threads may append and read.
+
+    `changed` is notified of everything that is appended. A folder of an earlier format gets its log from what is there.
+    """
+
+    def __init__(self, folder: Path, *, read_only: bool = False) -> None:
+        self.folder, self.path = folder, folder / EVENTS
+        self.changed = threading.Condition(threading.RLock())
+        self.status: str | None = None  # as the run ended; None where it was not begun, or goes on
+        self.begun = False  # whether it was ever opened
+        self.models: dict[int, bool] = {}  # checkpoints by step, and whether one was told of as kept
+        self.turning: int | None = None  # the checkpoint to keep
+        self.measured: dict[int, Cursor] = {}  # where the line of each step's measurement begins, in their order
+        self.logged = False  # whether it has values of a training's own
+        self.summary: Metrics | None = None  # what the run came to, when it ended last
+        self.end = Cursor()
+        self.urgent = 0  # up to here in bytes nobody waits for more to come
+        self.closed = False  # the folder may be another process's by now: nothing is added any more
+        self._unsynced = False
+        if not self.path.exists() and not read_only:
+            write_events(folder, self.path)
+        if self.path.exists():
+            self._scan(read_only)
+
+    def _scan(self, read_only: bool) -> None:
+        """Note what the log says of the run as a whole; cut off an unfinished last line, which nobody was promised."""
+        offset = number = 0
+        summary = b""
+        with self.path.open("rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    if not read_only:
+                        os.truncate(self.path, offset)
+                    break
+                kind = _kind(line)
+                if kind in ("params", "end", "model"):
+                    try:
+                        self._note(from_line(line), Cursor(offset, number))
+                    except ValueError as error:
+                        raise ValueError(f"{self.path}, line {number + 1}: {error}") from None
+                elif kind == "metrics":
+                    if b'"source": "logged"' in line:
+                        self.logged = True
+                    elif b'"source": "summary"' in line:
+                        summary = line
+                    elif b'"source": ' not in line:
+                        self.measured[int(line[line.find(b'"step": ') + 8 : line.find(b",", 20)])] = Cursor(offset, number)
+                offset, number = offset + len(line), number + 1
+        self.end = Cursor(offset, number)
+        found = from_line(summary) if summary else None
+        self.summary = found if isinstance(found, Metrics) else None
+
+    def _note(self, operation: Operation, at: Cursor) -> None:
+        match operation:
+            case Params():
+                self.status, self.begun = None, True
+            case End(status=status):
+                self.status = status
+            case Model(step=step, kept=kept, turning=turning):
+                self.models[step] = self.models.get(step, False) or kept
+                self.turning = turning
+            case Metrics(step=step, source=source):
+                if source == MEASURED:
+                    self.measured[step] = at
+                self.logged = self.logged or source == "logged"
+
+    def append(self, operations: Sequence[Operation], *, urgent: bool = True) -> None:
+        """Add operations, all or none; they survive the process, and a power cut with the next `sync`. Raises OSError.
+
+        Those that are not `urgent` may wait some seconds for others.
+        """
+        with self.changed:
+            if not operations or self.closed:
+                return
+            lines = [to_line(operation) for operation in operations]
+            append_line(self.path, "".join(lines), sync=False)
+            self._unsynced = True
+            for operation, line in zip(operations, lines, strict=True):
+                self._note(operation, self.end)
+                self.end = Cursor(self.end.offset + len(line.encode()), self.end.number + 1)
+            if urgent:
+                self.urgent = self.end.offset
+            self.changed.notify_all()
+
+    def sync(self) -> None:
+        """Put on the disk what was added, before it is sent: a power cut would have it told a second time. Raises OSError."""
+        if self._unsynced:
+            self._unsynced = False  # before: what is added meanwhile may not be on the disk
+            try:
+                fsync_path(self.path)
+            except OSError:
+                self._unsynced = True
+                raise
+
+    def read(self, since: Cursor, lane: str = ALL, limit: int = 2000) -> tuple[list[Entry], Cursor]:
+        """Operations of a lane from a place on, at most so many values and 4 MiB; and the place after what was looked at.
+
+        Raises ValueError for a line that is no operation.
+        """
+        found: list[Entry] = []
+        offset, number, values = since.offset, since.number, 0
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            while values < limit and offset < self.end.offset and offset - since.offset < BATCH_BYTES:
+                line = file.readline()
+                if lane in (ALL, lane_of(_kind(line))):
+                    try:
+                        operation = from_line(line)
+                    except ValueError as error:
+                        raise ValueError(f"{self.path}, line {number + 1}: {error}") from None
+                    held = len(operation.values) if isinstance(operation, Metrics) else 1
+                    if found and values + held > limit:
+                        break
+                    values += max(1, held)
+                    found.append(Entry(number, offset + len(line), operation))
+                offset, number = offset + len(line), number + 1
+        return found, Cursor(offset, number)
+
+    def entries(self, since: Cursor = Cursor()) -> Iterator[Entry]:
+        """All operations from a place on. Raises ValueError for a line that is none."""
+        while since.offset < self.end.offset:
+            found, since = self.read(since)
+            yield from found
+
+    def time_of(self, step: int) -> int | None:
+        """When a step was measured, in ms."""
+        for line in _lines(self.path, b'{"kind": "metrics", "step": %d,' % step):
+            if b'"source": ' not in line:
+                return int(json.loads(line)["time"])
+        return None
+
+    def count(self, since: Cursor, lane: str) -> int:
+        """How many operations of a lane there are from a place on."""
+        if lane == ALL or since.offset >= self.end.offset:
+            return self.end.number - since.number
+        with self.path.open("rb") as file:
+            file.seek(since.offset)
+            return sum(lane_of(_kind(line)) == lane for line in file if line.endswith(b"\n"))
+
+
+def _lines(path: Path, start: bytes) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        yield from (line for line in file if line.startswith(start) and line.endswith(b"\n"))
+
+
+def read_operations(folder: Path | str) -> Iterator[Operation]:
+    """What a folder's log says, of today's format or an earlier one, without taking it; damaged lines are passed over."""
+    folder = Path(folder)
+    if not (folder / EVENTS).exists():
+        from mlflow_icr.tracking.earlier import earlier_operations
+
+        yield from earlier_operations(folder)
+        return
+    with (folder / EVENTS).open("rb") as file:
+        for line in file:
+            try:
+                yield from_line(line)
+            except ValueError:
+                continue
+
+
+def ended_as(folder: Path | str) -> str | None:
+    """FINISHED, FAILED or KILLED, as the run of an output folder ended; None where none was started, or one goes on.
+
+    It takes no lock, and so also answers while the run is being written. Raises ValueError naming a line that is damaged.
+    """
+    path, status = Path(folder) / EVENTS, None
+    if not path.exists():
+        ends = [o for o in read_operations(folder) if isinstance(o, (Params, End))]
+        return ends[-1].status if ends and isinstance(ends[-1], End) else None
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                break
+            kind = _kind(line)
+            try:
+                if kind in ("params", "end"):
+                    operation = from_line(line)
+                    status = operation.status if isinstance(operation, End) else None
+                elif not kind:
+                    from_line(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from None
+    return status

@@ -1,0 +1,60 @@
+"""Keys and values as trackers take them: MLflow's limits, and what a key becomes that is not allowed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+# MLflow's limits: metrics of one call, parameters or tags of one call, and characters of keys and values.
+METRICS_PER_CALL, TEXTS_PER_CALL = 1000, 100
+LONGEST_KEY, LONGEST_PARAM, LONGEST_TAG = 250, 6000, 8000
+LONGEST_LIST = 64  # numbers of one list or vector that become values of their own
+# Characters that are not allowed: in any key of MLflow's; in one that is a file's name too, or a picture's in MLflow.
+NOT_MLFLOW = re.compile(r"[^\w.\-/ :]")
+NOT_FILE = re.compile(r"[^A-Za-z0-9_./-]")
+
+
+def clean_key(key: object, wrong: re.Pattern[str] = NOT_FILE) -> str:
+    """The key that stands for any text: allowed characters, no empty or dotted parts, 250 of them; an allowed one is itself."""
+    parts = wrong.sub("_", str(key)).split("/")
+    return "/".join(part if part.strip(".") else "_" * len(part) for part in parts if part)[:LONGEST_KEY].rstrip("/") or "_"
+
+
+def plain_values(values: Mapping[Any, Any]) -> tuple[dict[str, float], dict[str, str]]:
+    """Numbers and texts by clean key, from what people log: numbers, 0-d tensors and arrays on any device, text, nested dicts.
+
+    A dict's keys are joined with `/`; short lists and vectors have their places as keys. Anything else becomes text.
+    """
+    numbers: dict[str, float] = {}
+    texts: dict[str, str] = {}
+    for key, value in _leaves(values):
+        if isinstance(value, (bool, int, float, np.number, np.bool_)):
+            numbers[clean_key(key)] = float(value)
+        else:
+            texts[clean_key(key)] = str(value)
+    return numbers, texts
+
+
+def _leaves(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if hasattr(value, "detach"):  # a tensor, perhaps in bfloat16, which numpy does not have
+            value = value.detach().cpu()
+            value = (value.float() if value.is_floating_point() else value).numpy()
+        if isinstance(value, np.ndarray) and value.size == 1:
+            value = value.reshape(()).item()
+        if isinstance(value, np.ndarray) and value.ndim == 1:
+            value = value.tolist()
+        if isinstance(value, (list, tuple)) and 0 < len(value) <= LONGEST_LIST and all(_number(v) for v in value):
+            value = dict(enumerate(value))
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{name}/")
+        else:
+            yield name, value
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (bool, int, float, np.number)) or (hasattr(value, "detach") and getattr(value, "ndim", 1) == 0)

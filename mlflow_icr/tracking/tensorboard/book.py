@@ -1,0 +1,118 @@
+"""What a log shows in TensorBoard, operation by operation: new values, and earlier ones that they take back.
+
+A training that goes on from a checkpoint comes by steps again that it had logged before it was killed. What it had logged of a
+key from there on is taken back, as soon as it logs the key again; what is the same stays.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlflow_icr.monitoring.series import read_history
+from mlflow_icr.tracking.operations import LOGGED, MEASURED, File, Metrics, Operation, Params, Picture
+from mlflow_icr.tracking.tensorboard.custom_scalars import Overlay, overlay
+from mlflow_icr.tracking.tensorboard.shown import Shown, scalar, shown
+
+Last = dict[str, tuple[int, float]]  # the last step of a tag, and the value there
+
+
+@dataclass
+class Told:
+    """What one operation adds; each tag's values from its step in `cuts` on that were there before do not count.
+
+    `late` is the earliest step that comes after a later one of its tag.
+    """
+
+    values: list[Shown] = field(default_factory=list)
+    cuts: dict[str, int] = field(default_factory=dict)
+    late: int | None = None
+
+
+class Book:
+    """What is known of the operations so far, as plain data in `state`."""
+
+    def __init__(self, folder: Path, state: Mapping[str, Any] | None = None) -> None:
+        self.folder, state = folder, state or {}
+        self._last: Last = {tag: (step, value) for tag, (step, value) in state.get("last", {}).items()}
+        self._before: Last = {tag: (step, value) for tag, (step, value) in state.get("before", {}).items()}
+        self._begun: set[str] = set(state.get("begun", ()))  # keys that were logged since a training went on
+        self._overlay = Overlay(state.get("overlay"))
+        self._described: bool = state.get("described", False)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """Plain data to make the same book of."""
+        return {
+            "last": dict(self._last), "before": dict(self._before), "begun": sorted(self._begun),
+            "overlay": dict(self._overlay.state), "described": self._described,
+        }  # fmt: skip
+
+    def add(self, operation: Operation) -> Told:
+        """Take in the next operation."""
+        told = Told()
+        match operation:
+            case Params():
+                if not self._described:  # those of a process that goes on would be one more run on the page
+                    told.values = list(shown(self.folder, operation))
+                self._described = True
+            case Metrics(source=source) if source == LOGGED:
+                self._add_logged(operation, told)
+            case Metrics(step=step, time=time, values=values):
+                told.values = list(shown(self.folder, operation))
+                if operation.source == MEASURED:
+                    copies = self._overlay.add({"images_seen": step, **values})
+                    copies = self._late_overlay(step) if copies is None else copies
+                    told.values += [scalar(key, step, time / 1000, value) for key, value in copies.items()]
+                self._note(told)
+            case Picture() | File(role="distributions"):
+                told.values = list(shown(self.folder, operation))
+                self._note(told)
+            case _:
+                told.values = list(shown(self.folder, operation))
+        return told
+
+    def _add_logged(self, operation: Metrics, told: Told) -> None:
+        if operation.resumes:
+            self._before, self._begun = dict(self._last), set()
+        for value in shown(self.folder, operation):
+            number, tag, step = value.number, value.tag, value.step
+            if number is not None:
+                if tag not in self._begun:
+                    self._begun.add(tag)
+                    last, there = self._before.get(tag, (-1, math.nan))
+                    if last == step and np.float32(there) == np.float32(number):
+                        continue
+                    if last >= step:
+                        told.cuts[tag] = step
+                if step >= self._last.get(tag, (step, 0.0))[0]:
+                    self._last[tag] = (step, number)
+            told.values.append(value)
+
+    def _note(self, told: Told) -> None:
+        for value in told.values:
+            if self._last.get(value.tag, (value.step, 0.0))[0] > value.step:
+                told.late = value.step
+            else:
+                self._last[value.tag] = (value.step, math.nan if value.number is None else value.number)
+
+    def _late_overlay(self, step: int) -> dict[str, float]:
+        rows = read_history(self.folder)
+        place = next((i for i, row in enumerate(rows) if row["images_seen"] == step), None)
+        return {} if place is None else overlay(rows[: place + 1])
+
+
+def all_shown(folder: Path, operations: Iterable[Operation], since: int) -> list[Shown]:
+    """What operations show from a step on, in the order of their steps."""
+    book, found = Book(folder), list[Shown]()
+    for operation in operations:
+        told = book.add(operation)
+        if told.cuts:
+            found = [value for value in found if value.step < told.cuts.get(value.tag, value.step + 1)]
+        found += [value for value in told.values if value.step >= since]
+    return sorted(found, key=lambda value: value.step)

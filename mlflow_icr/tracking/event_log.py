@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mlflow_icr.extraction.files import append_line, fsync_path
 from mlflow_icr.tracking.earlier import write_events
@@ -60,7 +61,7 @@ class EventLog:
         self.folder, self.path = folder, folder / EVENTS
         self.changed = threading.Condition(threading.RLock())
         self.status: str | None = None  # as the run ended; None where it was not begun, or goes on
-        self.begun = False  # whether it was ever opened
+        self.params: dict[str, Any] = {}  # a run's parameter stays what it was first
         self.models: dict[int, bool] = {}  # checkpoints by step, and whether one was told of as kept
         self.turning: int | None = None  # the checkpoint to keep
         self.measured: dict[int, Cursor] = {}  # where the line of each step's measurement begins, in their order
@@ -105,8 +106,9 @@ class EventLog:
 
     def _note(self, operation: Operation, at: Cursor) -> None:
         match operation:
-            case Params():
-                self.status, self.begun = None, True
+            case Params(values=values):
+                self.status = None
+                self.params = {**values, **self.params}
             case End(status=status):
                 self.status = status
             case Model(step=step, kept=kept, turning=turning):

@@ -274,9 +274,7 @@ class Tracker:
         if report.distributions:
             path = self._relative(distributions_path(folder, step))
             found.append(told.File(path, None, told.DISTRIBUTIONS, told.DISTRIBUTIONS, step, now))
-        texts = {f"absent.{key}": why for key, why in report.absent.items()}
-        texts |= {f"warning.{key}": text for key, text in report.warnings.items()}
-        return [*found, told.Tags(texts, step, now)] if texts else found
+        return [*found, *_texts(report, now)]
 
     def _relative(self, path: Path) -> str:
         return Path(os.path.relpath(path, self.journal.folder)).as_posix()
@@ -320,7 +318,7 @@ class Tracker:
         """Show a report's values and pictures, but not in the journal: it is no measurement."""
         from PIL import Image
 
-        parts: list[told.Operation] = []
+        parts = _texts(report, now_ms())
         if report.values:
             parts.append(told.Metrics(report.step, now_ms(), dict(report.values), told.SUMMARY))
         for key, picture in report.figures.items():
@@ -437,6 +435,13 @@ class Tracker:
             f"{self.journal.path}",
         )
         logger.debug("%s failed", sink.name, exc_info=error)
+
+
+def _texts(report: Report, now: int) -> list[told.Operation]:
+    """Why something is absent or doubtful."""
+    texts = {f"absent.{key}": why for key, why in report.absent.items()}
+    texts |= {f"warning.{key}": text for key, text in report.warnings.items()}
+    return [told.Tags(texts, report.step, now)] if texts else []
 
 
 def _name(part: told.Operation) -> tuple[str, int]:

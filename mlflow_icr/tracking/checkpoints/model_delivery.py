@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,10 @@ class ModelDelivery:
     def __init__(self, client: Any, run_id: str, experiment_id: str, folder: Path) -> None:
         self._client, self.run_id, self.experiment_id, self.folder = client, run_id, experiment_id, folder
 
-    def send(self, told: Model, *, weights: bool, newest: int, turning: int | None) -> None:
-        """Have the model, all of its metrics, its weights where they are wanted, and the roles of `newest` and `turning`.
+    def send(self, told: Model, params: Mapping[str, str], *, weights: bool, newest: int, turning: int | None) -> None:
+        """Have the model, its metrics, its weights where they are wanted, and the roles of `newest` and `turning`.
+
+        `params` are the run's, which may not have them yet.
 
         Raises RefusalError when the store has no models, and what MLflow raises.
         """
@@ -40,7 +43,7 @@ class ModelDelivery:
 
         try:
             found = self._named(told.step)
-            model = self._model(told.step, found)
+            model = self._model(told.step, params, found)
             self._link_metrics(model, told)
             self._finish(model, told, weights, {} if found is None else self._sizes(model.model_id))
             self._set_roles(newest, turning)
@@ -64,7 +67,7 @@ class ModelDelivery:
     def _named(self, images_seen: int) -> Any:
         return next(iter(self._search(f"name = '{model_name(images_seen)}'")), None)
 
-    def _model(self, step: int, model: Any) -> Any:
+    def _model(self, step: int, params: Mapping[str, str], model: Any) -> Any:
         """The checkpoint's model, made where there is none, and an output of the run."""
         from mlflow.entities import LoggedModelOutput
 
@@ -75,7 +78,10 @@ class ModelDelivery:
                 model_name(step),
                 source_run_id=self.run_id,
                 tags={STEP_TAG: str(step)},
-                params=dict(run.data.params),  # as MLflow's own log_model does it: models are found by what trained them
+                params={
+                    **params,
+                    **run.data.params,
+                },  # as MLflow's own log_model does it: models are found by what trained them
                 model_type=MODEL_TYPE,
             )
         outputs = run.outputs.model_outputs if run.outputs else []

@@ -429,7 +429,8 @@ class MLflowSink(Sink):
         weights = self.policy == ALL or (self.policy == KEPT and operation.kept)
         delivery = ModelDelivery(self._client, self._id, self.experiment_id, self.folder)
         newest, turning = max(self.log.models, default=operation.step), self.log.turning
-        delivery.send(operation, weights=weights, newest=newest, turning=turning)
+        params = {self._key(key): str(value)[:LONGEST_PARAM] for key, value in self.log.params.items()}
+        delivery.send(operation, params, weights=weights, newest=newest, turning=turning)
 
     def _end(self, operation: End) -> None:
         from mlflow.entities import RunStatus

@@ -90,6 +90,10 @@ class Journal:
         write_whole(path, partial(np.savez_compressed, **arrays))  # type: ignore[arg-type]
         return path
 
+    def relative(self, path: Path) -> str:
+        """A path as the folder's own, with slashes."""
+        return Path(os.path.relpath(path, self.folder)).as_posix()
+
     def picture(self, key: str, step: int) -> Path:
         """Where the picture of a key at a step is kept."""
         # Parts of dots alone would lead out of the folder.

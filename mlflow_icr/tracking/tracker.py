@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import sys
-import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from mlflow_icr.monitoring.report import Report
-from mlflow_icr.monitoring.series import distributions_path
 from mlflow_icr.monitoring.summary import summarise
 from mlflow_icr.monitoring.verdict import Verdict, folded
 from mlflow_icr.tracking import operations as told
@@ -27,6 +25,7 @@ from mlflow_icr.tracking.folder import holds_run
 from mlflow_icr.tracking.journal import Journal
 from mlflow_icr.tracking.lock import Lock
 from mlflow_icr.tracking.logged import Logged
+from mlflow_icr.tracking.report_operations import missing_operations, now_ms, report_operations, text_operations
 from mlflow_icr.tracking.sink import Sink, SinkState
 from mlflow_icr.tracking.worker import LAST_ATTEMPTS, Worker, drain
 
@@ -36,11 +35,6 @@ LOCK = ".tracker.lock"
 NEVER, ALLOW, MUST = "never", "allow", "must"
 ONLINE, OFFLINE, DISABLED = "online", "offline", "disabled"
 RESUMES, MODES, MODE_VARIABLE = (NEVER, ALLOW, MUST), (ONLINE, OFFLINE, DISABLED), "MLFLOW_ICR_MODE"
-
-
-def now_ms() -> int:
-    """Unix milliseconds."""
-    return time.time_ns() // 1_000_000
 
 
 def say_on_stderr(text: str) -> None:
@@ -91,8 +85,6 @@ class Tracker:
         self._stay: Callable[[], None] = lambda: None
         self._undo_signal: Callable[[], None] = lambda: None
 
-    # Opening and closing
-
     def open(self, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
         """Begin the run, or go on with it; every sink is brought up to what the folder has."""
         if not self._mine():
@@ -102,7 +94,7 @@ class Tracker:
         self.log_file.append([told.Params(plain, now), *([told.Tags(dict(tags), time=now)] if tags else [])])
         self.begin(opening=True)
         self._undo_signal = exit_on_sigterm()
-        self._stay = end_at_exit(self._end_by_exit, otherwise="KILLED")
+        self._stay = end_at_exit(self.close, otherwise="KILLED")
 
     def begin(self, *, opening: bool = False) -> None:
         """Have the log complete and every sink at work, once; `opening`: because the run begins, or goes on."""
@@ -138,20 +130,9 @@ class Tracker:
 
     def _complete(self) -> None:
         """Bring the log up to the journal: a kill, or a power cut, may have come between them."""
-        there: set[tuple[str, int]] = set()
-        newest = next(reversed(self.log_file.measured), None)
-        if newest is not None:  # its pictures may be what the kill came before
-            for entry in self.log_file.entries(self.log_file.measured[newest]):
-                match entry.operation:
-                    case told.Picture(key=key, step=step) | told.File(name=key, step=step):
-                        there.add((key, step))
-        missing = [row for row in self.journal.rows if int(row["images_seen"]) not in self.log_file.measured]
-        cut_off = [] if newest is None else [row for row in self.journal.rows[-1:] if int(row["images_seen"]) == newest]
-        there |= {("", int(row["images_seen"])) for row in cut_off}
-        for row in [*cut_off, *missing]:
-            parts = self._operations(self.journal.report(row), now_ms())
-            self.log_file.append([part for part in parts if _name(part) not in there])
-        if missing:  # whose verdict nobody told of
+        missing = missing_operations(self.journal, self.log_file)
+        self.log_file.append(missing)
+        if any(isinstance(one, told.Metrics) for one in missing):  # whose verdict nobody told of
             self.log_file.append(self._verdict_tags(int(self.journal.rows[-1]["images_seen"])))
         self._offer(checkpoints(self.journal.folder))
 
@@ -180,10 +161,6 @@ class Tracker:
             self._tell_of_the_rest()
             self.abandon()
         return values
-
-    def _end_by_exit(self, status: str) -> None:
-        if not self._closed:
-            self.close(status)
 
     def _tell_of_the_rest(self) -> None:
         folder = self.journal.folder
@@ -239,8 +216,6 @@ class Tracker:
             logger.warning("this tracker is another process's; what process %d tells it is not recorded", os.getpid())
         return False
 
-    # What is recorded
-
     def record(self, report: Report, *, time: float | None = None) -> None:
         """Write a measurement to the journal, then everywhere; one that the journal has is not written again.
 
@@ -263,21 +238,7 @@ class Tracker:
             self._verdicts.add(self.journal.by_step[report.step])
         except ValueError:  # it comes after measurements at more images seen
             self._verdicts = folded(self.journal.rows)
-        self.log_file.append([*self._operations(report, now), *self._verdict_tags(report.step)])
-
-    def _operations(self, report: Report, now: int) -> list[told.Operation]:
-        """What a report tells; its pictures and distributions are in the folder."""
-        step, folder = report.step, self.journal.folder
-        found: list[told.Operation] = [told.Metrics(step, now, dict(report.values))]  # also without values: it was measured
-        for key in report.figures:
-            found.append(told.Picture(key, step, now, self._relative(self.journal.picture(key, step))))
-        if report.distributions:
-            path = self._relative(distributions_path(folder, step))
-            found.append(told.File(path, None, told.DISTRIBUTIONS, told.DISTRIBUTIONS, step, now))
-        return [*found, *_texts(report, now)]
-
-    def _relative(self, path: Path) -> str:
-        return Path(os.path.relpath(path, self.journal.folder)).as_posix()
+        self.log_file.append([*report_operations(report, self.journal, now), *self._verdict_tags(report.step)])
 
     def _verdict_tags(self, step: int) -> list[told.Operation]:
         """What the verdict says at a step, unless that was told already."""
@@ -318,19 +279,19 @@ class Tracker:
         """Show a report's values and pictures, but not in the journal: it is no measurement."""
         from PIL import Image
 
-        parts = _texts(report, now_ms())
+        parts = text_operations(report, now_ms())
         if report.values:
             parts.append(told.Metrics(report.step, now_ms(), dict(report.values), told.SUMMARY))
         for key, picture in report.figures.items():
             path = self.journal.folder / "shown" / f"{uuid.uuid4().hex}.png"
             path.parent.mkdir(exist_ok=True)
             Image.fromarray(picture).save(path)
-            parts.append(told.Picture(key, report.step, now_ms(), self._relative(path)))
+            parts.append(told.Picture(key, report.step, now_ms(), self.journal.relative(path)))
         self._tell(*parts)
 
     def picture(self, key: str, path: Path, step: int) -> None:
         """Show a picture of a step, a PNG in the folder that stays as it is."""
-        self._tell(told.Picture(key, step, now_ms(), self._relative(path)))
+        self._tell(told.Picture(key, step, now_ms(), self.journal.relative(path)))
 
     def dataset(self, describe: Callable[[], Mapping[str, str]], context: str) -> None:
         """Show what a set of images is; `context` is what it is for, "training" or "validation".
@@ -353,23 +314,23 @@ class Tracker:
         content = {"columns": list(rows[0]), "data": [[row[key] for key in rows[0]] for row in rows]}
         path = self.journal.write_file(f"tables/{name}.json", json.dumps(content, default=str).encode())
         folder = f"tables/{name}".rpartition("/")[0]
-        self._tell(told.File(self._relative(path), folder, told.TABLE, name, step, now_ms()))
+        self._tell(told.File(self.journal.relative(path), folder, told.TABLE, name, step, now_ms()))
 
     def figure(self, name: str, picture: np.ndarray, step: int) -> None:
         """Write a figure (H, W, 3) uint8 of the whole run to `figures/<name>.png` in the folder, and show it."""
         if self._mine():
             path = self.journal.write_figure(name, picture)
-            self._tell(told.File(self._relative(path), "figures", told.FIGURE, name, step, now_ms()))
+            self._tell(told.File(self.journal.relative(path), "figures", told.FIGURE, name, step, now_ms()))
 
     def embedding(self, name: str, vectors: np.ndarray, images: np.ndarray, labels: Sequence[str], step: int) -> None:
         """Show vectors (N, D) with thumbnails (N, H, W, 3) uint8 and texts where there is a projector."""
         if self._mine():
             path = self.journal.write_arrays(f"embeddings/{name}.npz", vectors=vectors, images=images, labels=np.array(labels))
-            self._tell(told.File(self._relative(path), None, told.EMBEDDING, name, step, now_ms()))
+            self._tell(told.File(self.journal.relative(path), None, told.EMBEDDING, name, step, now_ms()))
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Keep a file of the output folder where files are kept, in a folder of that name."""
-        self._tell(told.File(self._relative(path), folder or "", time=now_ms()))
+        self._tell(told.File(self.journal.relative(path), folder or "", time=now_ms()))
 
     def checkpoint(self, images_seen: int) -> None:
         """Show the checkpoint at a measurement; nothing where there is none, or nothing was measured."""
@@ -390,14 +351,12 @@ class Tracker:
             row, at = self.journal.by_step[step], self.log_file.time_of(step)
             if at is not None:
                 values = {key: value for key, value in row.items() if key != "images_seen"}
-                self.log_file.append([told.Model(step, at, self._relative(path), values, kept, turning)])
+                self.log_file.append([told.Model(step, at, self.journal.relative(path), values, kept, turning)])
 
     def _tell(self, *operations: told.Operation) -> None:
         if self._mine():
             self.begin()
             self.log_file.append(operations)
-
-    # What is known
 
     @property
     def verdict(self) -> Verdict:
@@ -435,21 +394,3 @@ class Tracker:
             f"{self.journal.path}",
         )
         logger.debug("%s failed", sink.name, exc_info=error)
-
-
-def _texts(report: Report, now: int) -> list[told.Operation]:
-    """Why something is absent or doubtful."""
-    texts = {f"absent.{key}": why for key, why in report.absent.items()}
-    texts |= {f"warning.{key}": text for key, text in report.warnings.items()}
-    return [told.Tags(texts, report.step, now)] if texts else []
-
-
-def _name(part: told.Operation) -> tuple[str, int]:
-    """What is there once at a step."""
-    match part:
-        case told.Picture(key=key, step=step) | told.File(name=key, step=step):
-            return key, step
-        case told.Metrics(step=step):
-            return "", step
-        case _:
-            return "", -1

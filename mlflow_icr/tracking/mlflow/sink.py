@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import threading
 import time
@@ -21,19 +20,18 @@ from mlflow_icr.tracking.keys import (
     LONGEST_PARAM,
     LONGEST_TAG,
     METRICS_PER_CALL,
-    NOT_FILE,
     NOT_MLFLOW,
     TEXTS_PER_CALL,
     clean_key,
 )  # fmt: skip
 from mlflow_icr.tracking.mlflow.active import activate, deactivate, users_run
-from mlflow_icr.tracking.mlflow.failures import RefusalError, failure_of, reason_of
+from mlflow_icr.tracking.mlflow.artifacts import log_dataset, log_file, log_picture
+from mlflow_icr.tracking.mlflow.failures import failure_of, reason_of
 from mlflow_icr.tracking.mlflow.target import Target, absolute_uri, public_uri, resolve, run_address, with_credentials
 from mlflow_icr.tracking.operations import (
     FILES,
     MODELS,
     POINTS,
-    TABLE,
     Dataset,
     End,
     File,
@@ -253,11 +251,11 @@ class MLflowSink(Sink):
                 case Params(values=values):
                     self._log_params(values)
                 case Dataset():
-                    self._log_dataset(operation)
-                case Picture():
-                    self._log_picture(operation, may_be_repeated)
+                    log_dataset(self._client, self._id, operation)
+                case Picture(step=step) if not self.known.get(step):
+                    log_picture(self._client, self._id, self.folder, operation, may_be_repeated)
                 case File(folder=folder) if folder is not None:
-                    self._log_file(operation, folder)
+                    log_file(self._client, self._id, self.folder, operation, folder)
                 case Model() if self.policy != NONE:
                     self._log_model(operation)
                 case _:
@@ -377,53 +375,6 @@ class MLflowSink(Sink):
         for start in range(0, len(points), METRICS_PER_CALL):
             self._client.log_batch(self._id, metrics=points[start : start + METRICS_PER_CALL])
 
-    def _log_dataset(self, operation: Dataset) -> None:
-        from mlflow.entities import Dataset as Described
-        from mlflow.entities import DatasetInput, InputTag
-        from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
-
-        # The store knows a data set by its digest, and a second one as the first.
-        tags = [InputTag(MLFLOW_DATASET_CONTEXT, operation.context)]
-        self._client.log_inputs(self._id, [DatasetInput(Described(**operation.description), tags)])
-
-    def _log_picture(self, operation: Picture, may_be_repeated: bool) -> None:
-        from PIL import Image
-
-        if self.known.get(operation.step):
-            return
-        # Fewer characters than in a metric's key are allowed here, and MLflow refuses before it asks.
-        key = clean_key(operation.key, NOT_FILE)
-        if may_be_repeated and self._picture_is_there(key, operation):
-            return
-        with Image.open(self._path(operation.path)) as image:
-            image.load()
-        self._client.log_image(self._id, image, key=key, step=operation.step, timestamp=operation.time, synchronous=True)
-
-    def _picture_is_there(self, key: str, operation: Picture) -> bool:
-        """Whether a picture is whole, as the file and its thumbnail; what is there of half a one is taken away."""
-        sanitised = re.escape(key.replace("/", "~"))
-        pattern = re.compile(rf"images/{sanitised}\Wstep\W{operation.step}\Wtimestamp\W{operation.time}\W")
-        parts = [file.path for file in self._client.list_artifacts(self._id, "images") if pattern.match(file.path)]
-        if len(parts) >= 2:
-            self._client.set_tag(self._id, "mlflow.loggedImages", True)
-            return True
-        if parts:
-            from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-
-            uri = self._client.get_run(self._id).info.artifact_uri
-            repository = get_artifact_repository(uri, tracking_uri=self._client.tracking_uri)
-            for path in parts:
-                repository.delete_artifacts(path)
-        return False
-
-    def _log_file(self, operation: File, folder: str) -> None:
-        self._client.log_artifact(self._id, str(self._path(operation.path)), folder or None)
-        if operation.role == TABLE:  # the run's page shows those that a tag names
-            tag = self._client.get_run(self._id).data.tags.get("mlflow.loggedArtifacts", "[]")
-            paths = {mark["path"] for mark in json.loads(tag)} | {f"{folder}/{Path(operation.path).name}"}
-            marks = json.dumps([{"path": path, "type": "table"} for path in sorted(paths)])
-            self._client.set_tag(self._id, "mlflow.loggedArtifacts", marks)
-
     def _log_model(self, operation: Model) -> None:
         assert self.experiment_id is not None, "it is known with the run"
         weights = self.policy == ALL or (self.policy == KEPT and operation.kept)
@@ -438,9 +389,3 @@ class MLflowSink(Sink):
         # Not by `set_terminated`, which prints the run's address, with the password where the tracking URI has one.
         store = self._client._tracking_client.store
         store.update_run_info(self._id, RunStatus.from_string(operation.status), operation.time, None)
-
-    def _path(self, path: str) -> Path:
-        found = self.folder / path
-        if not found.is_file():
-            raise RefusalError(f"{found} is not there any more")
-        return found

@@ -13,8 +13,9 @@ from mlflow_icr.tracking.event_log import EVENTS, EventLog
 from mlflow_icr.tracking.folder import holds_run
 from mlflow_icr.tracking.mlflow.sink import MLflowSink
 from mlflow_icr.tracking.operations import End
+from mlflow_icr.tracking.report_operations import now_ms
 from mlflow_icr.tracking.sink import SinkState
-from mlflow_icr.tracking.tracker import ALLOW, ONLINE, Tracker, now_ms
+from mlflow_icr.tracking.tracker import ALLOW, ONLINE, Tracker
 from mlflow_icr.tracking.worker import LAST_ATTEMPTS, drain
 
 

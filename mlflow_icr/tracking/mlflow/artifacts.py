@@ -1,0 +1,68 @@
+"""Pictures, files and data sets of a run folder, brought to a run in MLflow."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from mlflow_icr.tracking.keys import NOT_FILE, clean_key
+from mlflow_icr.tracking.mlflow.failures import RefusalError
+from mlflow_icr.tracking.operations import TABLE, Dataset, File, Picture
+
+
+def log_dataset(client: Any, run_id: str, operation: Dataset) -> None:
+    """Log a set of images as an input of the run: the store knows one by its digest, and a second one as the first."""
+    from mlflow.entities import Dataset as Described
+    from mlflow.entities import DatasetInput, InputTag
+    from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
+
+    tags = [InputTag(MLFLOW_DATASET_CONTEXT, operation.context)]
+    client.log_inputs(run_id, [DatasetInput(Described(**operation.description), tags)])
+
+
+def log_picture(client: Any, run_id: str, folder: Path, operation: Picture, may_be_repeated: bool) -> None:
+    """Log a picture with its step, unchanged, once. Raises RefusalError where the file is gone."""
+    from PIL import Image
+
+    # Fewer characters than in a metric's key are allowed here, and MLflow refuses before it asks.
+    key = clean_key(operation.key, NOT_FILE)
+    if may_be_repeated and _is_there(client, run_id, key, operation):
+        return
+    with Image.open(_existing(folder / operation.path)) as image:
+        image.load()
+    client.log_image(run_id, image, key=key, step=operation.step, timestamp=operation.time, synchronous=True)
+
+
+def _is_there(client: Any, run_id: str, key: str, operation: Picture) -> bool:
+    """Whether a picture is whole, as the file and its thumbnail; what is there of half a one is taken away."""
+    sanitised = re.escape(key.replace("/", "~"))
+    pattern = re.compile(rf"images/{sanitised}\Wstep\W{operation.step}\Wtimestamp\W{operation.time}\W")
+    parts = [file.path for file in client.list_artifacts(run_id, "images") if pattern.match(file.path)]
+    if len(parts) >= 2:
+        client.set_tag(run_id, "mlflow.loggedImages", True)
+        return True
+    if parts:
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        repository = get_artifact_repository(client.get_run(run_id).info.artifact_uri, tracking_uri=client.tracking_uri)
+        for path in parts:
+            repository.delete_artifacts(path)
+    return False
+
+
+def log_file(client: Any, run_id: str, folder: Path, operation: File, to: str) -> None:
+    """Upload a file as it is now; a table is shown on the run's page. Raises RefusalError where it is gone."""
+    client.log_artifact(run_id, str(_existing(folder / operation.path)), to or None)
+    if operation.role == TABLE:  # the page shows those that a tag names, those of earlier processes too
+        tag = client.get_run(run_id).data.tags.get("mlflow.loggedArtifacts", "[]")
+        paths = {mark["path"] for mark in json.loads(tag)} | {f"{to}/{Path(operation.path).name}"}
+        marks = json.dumps([{"path": path, "type": "table"} for path in sorted(paths)])
+        client.set_tag(run_id, "mlflow.loggedArtifacts", marks)
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise RefusalError(f"{path} is not there any more")
+    return path

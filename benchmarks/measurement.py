@@ -1,9 +1,9 @@
 """What a measurement costs over the forward passes that it cannot do without.
 
-Baseline: the same batches of views through the same network, left at the same layer, and nothing else. The two are timed in
-turn, several times; the ratio is the median of the pairs' ratios. The first measurement, which also makes the views, is
-printed beside it. A measurement has the interval and the view error ratio, whose 256 whole passes weigh most where images are
-few; companions and pictures are off.
+Baseline: the same batches of views through the same network, left at the same layer, and the whole passes whose errors are
+compared, of images and their views at four noise levels; nothing else. The two are timed in turn, several times; the ratio is
+the median of the pairs' ratios. The first measurement, which also makes the views, is printed beside it. A measurement has the
+interval and all that is made of errors; companions and pictures are off.
 """
 
 from __future__ import annotations
@@ -17,17 +17,44 @@ import torch
 
 from mlflow_icr import EDMDenoiser, ICRMonitor, Protocol
 from mlflow_icr.extraction import Tap
+from mlflow_icr.monitoring.errors import LEVELS
 from trainers.config import load_config
 from trainers.families import family_of
 
 
-def bare(monitor: ICRMonitor, denoiser: EDMDenoiser, batches: list[torch.Tensor]) -> float:
-    """Seconds of the truncated forward passes alone."""
+class Recorder:
+    """A denoiser that keeps what it is asked."""
+
+    def __init__(self, denoiser: EDMDenoiser) -> None:
+        self.denoiser, self.network = denoiser, denoiser.network
+        self.asked: list[tuple[torch.Tensor, float]] = []
+
+    def __call__(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
+        """The denoised images (B, C, H, W)."""
+        self.asked.append((x, sigma))
+        return self.denoiser(x, sigma)
+
+
+def whole_passes(monitor: ICRMonitor, denoiser: EDMDenoiser) -> list[tuple[torch.Tensor, float]]:
+    """Noised images (B, C, H, W) and noise levels of a measurement's whole passes."""
+    recorder, sigma = Recorder(denoiser), monitor.protocol.sigmas[0]
+    for level in (1.0, *LEVELS):
+        monitor.errors.read(recorder, level * sigma, monitored=level == 1)
+    return recorder.asked
+
+
+def bare(
+    monitor: ICRMonitor, denoiser: EDMDenoiser, batches: list[torch.Tensor], whole: list[tuple[torch.Tensor, float]]
+) -> float:
+    """Seconds of the forward passes alone, truncated and whole."""
     sigma = monitor.protocol.sigmas[0]
     started = time.perf_counter()
     with Tap(denoiser.network, monitor.protocol.layer) as tap:
         for views in batches:
             tap(partial(denoiser, views.flatten(0, 1), sigma))
+    with torch.no_grad():
+        for x, level in whole:
+            denoiser(x, level)
     return time.perf_counter() - started
 
 
@@ -41,9 +68,11 @@ def compare(name: str, channels: list[int], resolution: int, images: int, views:
     monitor = ICRMonitor(denoiser, data, Protocol(num_images=images, num_views=views))
     first = monitor.measure(0).values["perf/measure_seconds"]
     batches = list(monitor.reader.views(monitor.protocol.sigmas[0], torch.device("cpu")))
-    bare(monitor, denoiser, batches)
+    whole = whole_passes(monitor, denoiser)
+    bare(monitor, denoiser, batches, whole)
     pairs = [
-        (monitor.measure(i).values["perf/measure_seconds"], bare(monitor, denoiser, batches)) for i in range(1, repeats + 1)
+        (monitor.measure(i).values["perf/measure_seconds"], bare(monitor, denoiser, batches, whole))
+        for i in range(1, repeats + 1)
     ]
     ours, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))
     ratio = statistics.median(a / b for a, b in pairs)

@@ -123,7 +123,9 @@ def test_the_number_of_views_follows_the_width(small_unet: nn.Module, digits: to
         resolved = Protocol().resolve(images=n, dim=d)
         assert resolved.degrees_per_dimension(d) >= 4
         assert resolved.num_views is not None
-        assert resolved.num_views == 2 or (n - 1) * (resolved.num_views - 2) < 4 * d  # one view fewer would not do
+        assert resolved.num_images == min(n, 1024)
+        most = resolved.num_images - 1
+        assert resolved.num_views == 2 or most * (resolved.num_views - 2) < 4 * d  # one view fewer would not do
     assert Protocol().resolve(images=8, dim=512).num_views == 64  # the most that is chosen unasked
     assert Protocol(projection=14).resolve(images=8, dim=512).num_views == 9  # 7 (K - 1) >= 4 x 14
 
@@ -272,7 +274,7 @@ def test_denoising_errors_are_those_of_images_and_views(small_unet: nn.Module, d
     assert found.heldout.tolist() == pytest.approx([1e-4] * 20, rel=1e-3)  # the denoiser knows all 64
     whole = ErrorReader(digits[:40], protocol, batch_size=512).read(EDMDenoiser(small_unet), 0.3)
     parts = ErrorReader(digits[:40], protocol, batch_size=20).read(EDMDenoiser(small_unet), 0.3)
-    for name in ("image", "near", "far", "near_way", "far_way"):
+    for name in ("image", "near", "far", "near_way", "far_way", "other"):
         torch.testing.assert_close(getattr(whole, name), getattr(parts, name), rtol=1e-4, atol=1e-7)
 
 
@@ -280,7 +282,8 @@ def test_errors_are_reported_at_levels_and_as_training_allows(small_unet: nn.Mod
     few = {"num_images": 48, "num_views": 4}
     report = ICRMonitor(EDMDenoiser(small_unet), digits[:48], Protocol(**few), heldout=digits[48:]).measure(1)  # type: ignore[arg-type]
     for end in ("", "_x0.5", "_x2", "_x4"):
-        for key in ("view_error_ratio", "view_auc", "view_excess", "far_error_ratio", "far_auc", "heldout_error_ratio"):
+        ratios = [f"{kind}_error_ratio" for kind in ("view", "near", "far", "heldout")]
+        for key in (*ratios, "view_auc", "view_excess", "heldout_auc"):
             low, value, high = (report.values[f"repr/{key}{part}{end}"] for part in ("_low", "", "_high"))
             assert low < value < high, (key, end)
         assert report.arrays[f"repr/view_log_ratio{end}"].shape == (48,)
@@ -289,9 +292,13 @@ def test_errors_are_reported_at_levels_and_as_training_allows(small_unet: nn.Mod
     values = flips.measure(1).values
     assert values["repr/view_error_ratio"] == report.values["repr/view_error_ratio"]  # never flipped
     assert values["repr/far_error_ratio"] != report.values["repr/far_error_ratio"]
+    assert report.values["repr/view_error_ratio"] == report.values["repr/near_error_ratio"]
+    assert report.values["repr/far_bias"] > 1.5  # of digits, which are aligned
     shifts = ICRMonitor(EDMDenoiser(small_unet), digits, Protocol(**few, training_augmentations=("shift",))).measure(1)  # type: ignore[arg-type]
-    assert "training_augmentations is shift" in shifts.absent["repr/view_error_ratio"]
-    assert "repr/far_error_ratio" in shifts.values
+    assert "training_augmentations is shift" in shifts.absent["repr/near_error_ratio"]
+    assert shifts.values["repr/view_error_ratio"] == shifts.values["repr/far_error_ratio"]
+    photographs = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0)).mul(0.1).add(0.5).clamp(0, 1)
+    assert ErrorReader(photographs, Protocol().resolve(images=64, dim=4), 64).chosen == "far"  # nothing in them has a place
     with pytest.raises(ValueError, match=r"training_augmentations is \('crop',\); expected some of flip, shift"):
         Protocol(training_augmentations=("crop",))
 

@@ -58,12 +58,16 @@ def test_a_run_leaves_what_the_readme_says(whole: tuple[Path, str], monkeypatch:
         "mem/ratio_l2_low", "mem/ratio_l2_high", "mem/authpct", "mem/authpct_low", "mem/authpct_high", "mem/ct",
         "gen/num_samples", "gen/vendi", "gen/fd_train_pixels", "gen/fd_gap_pixels", "gen/kid_pixels", "gen/kid_pixels_std",
         "gen/kid_train_pixels", "gen/kid_train_pixels_std", "gen/precision", "gen/recall", "gen/density", "gen/coverage",
-        "gen/fld",
+        "gen/fld", "train/optimizer_steps", "train/batch_size",
     }  # fmt: skip
-    errors = [f"{kind}_{what}" for kind in ("view", "far") for what in ("error_ratio", "auc", "excess")]
+    errors = [f"{kind}_error_ratio" for kind in ("view", "near", "far", "heldout")]
+    errors += ["view_auc", "view_excess", "heldout_auc"]
     for level in ("", "_x0.5", "_x2", "_x4"):
-        names = [f"{key}{part}" for key in (*errors, "heldout_error_ratio") for part in ("", "_low", "_high")]
+        names = [f"{key}{part}" for key in errors for part in ("", "_low", "_high")]
         keys |= {f"repr/{name}{level}" for name in (*names, "image_error")}
+    keys |= {"repr/far_bias", "mem/path_distance", "mem/path_distance_q10"}
+    keys |= {f"mem/ratio_l2_q{share}" for share in ("05", "25", "50")}
+    rows[-1] = {key: value for key, value in rows[-1].items() if not key.startswith("mem/path_distance_sigma")}
     # C_T needs samples in the cells of held-out images, and is absent where there are none.
     assert set(rows[-1]) - {"mem/ct"} == (keys | {"images_seen"}) - {"mem/ct"}
     assert rows[-1]["loss/train"] < rows[1]["loss/train"]

@@ -42,6 +42,12 @@ def decoder_of(denoiser: Denoiser) -> Encode | None:
     return getattr(denoiser, "decode", None)
 
 
+def null_class_of(denoiser: Denoiser) -> int | None:
+    """The class of a network of classes that stands for none of them; None for a network without classes."""
+    found: int | None = getattr(denoiser, "null_class", None)
+    return found
+
+
 def device_of(denoiser: Denoiser) -> torch.device:
     """Where a denoiser's network lives; the CPU when it has no parameters."""
     return next((p.device for p in denoiser.network.parameters()), torch.device("cpu"))
@@ -164,8 +170,10 @@ class SchedulerDenoiser:
 
     def timestep(self, sigma: Tensor) -> Tensor:
         """The timesteps (B,) of noise levels (B,): float32, or int64 with `nearest`."""
-        known = self.log_sigmas.to(sigma.device, torch.float64)
-        wanted = sigma.double().log().clamp(known[0], known[-1])
+        # MPS has no float64, in which neighbouring timesteps of long schedules are told apart best.
+        kind = torch.float32 if sigma.device.type == "mps" else torch.float64
+        known = self.log_sigmas.to(kind).to(sigma.device)
+        wanted = sigma.to(kind).log().clamp(known[0], known[-1])
         right = torch.searchsorted(known, wanted).clamp(1, len(known) - 1)
         left = right - 1
         t = left + (wanted - known[left]) / (known[right] - known[left])

@@ -3,8 +3,8 @@
 A view must be neither easier nor harder to denoise for a network that knows no image by heart. Bilinear crops are blurred,
 and so easier; here a shift keeps the spectrum. Images that are aligned (digits, centred clothes) are harder to denoise once
 they are moved or mirrored, whatever the network knows: the bias grows with the square of the way. So *near* views move by 1/128
-of the side, where it is below 0.05 on every set and denoiser that was tried (`python -m studies.views`), and *far* ones, by
-1/16 of the side or mirrored, are for images without an upright place, such as photographs.
+of the side, where it is below 0.05 on every set and denoiser that was tried (`python -m studies.views`), and *far* ones, moved
+by 1/16 of the side and mirrored, are for images without a place of their own, such as photographs.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 NEAR, FAR = 1 / 128, 1 / 16  # shares of the side
+ERROR_VIEWS = {"near": NEAR, "far": FAR}
 # What training may itself do to its images; a network is not to be asked about views that it was trained on.
 AUGMENTATIONS = ("flip", "shift")
 DIRECTIONS = ((0, 1), (1, 0), (0, -1), (-1, 0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -39,18 +39,22 @@ def heun_sample(
     sigma_max: float = 80.0,
     rho: float = 7.0,
     labels: Tensor | None = None,
+    watch: Callable[[float, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """Images (B, C, H, W), about in [-1, 1], by EDM's deterministic second-order sampler from unit noise of that shape.
 
-    Costs 2 num_steps - 1 calls of the denoiser, with `labels` (B,) where they are given. Raises ValueError for an impossible
-    schedule.
+    Costs 2 num_steps - 1 calls of the denoiser, with `labels` (B,) where they are given. `watch(sigma, x, D(x))` is called
+    at every noise level. Raises ValueError for an impossible schedule.
     Source: Karras et al. 2022, algorithm 1; the defaults are its CIFAR-10 settings.
     """
     sigmas = karras_sigmas(num_steps, sigma_min, sigma_max, rho)
     known = {} if labels is None else {"labels": labels}
     x = noise.to(torch.float32) * sigmas[0]
     for sigma, sigma_next in pairwise(sigmas):
-        slope = (x - denoiser(x, sigma, **known)) / sigma
+        denoised = denoiser(x, sigma, **known)
+        if watch is not None:
+            watch(sigma, x, denoised)
+        slope = (x - denoised) / sigma
         x_next = x + (sigma_next - sigma) * slope
         if sigma_next > 0:
             slope_next = (x_next - denoiser(x_next, sigma_next, **known)) / sigma_next

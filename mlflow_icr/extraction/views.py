@@ -35,6 +35,14 @@ HUE = 0.1  # as a share of a full turn, either way
 ROTATION_DEGREES = 15.0
 CENTRE_CROP = 0.875  # side of the centre crop over the image's side: 224 of 256 pixels, the usual test-time crop
 
+AUGMENTATION_CONSTANTS = {
+    "crop_area": CROP_AREA,
+    "crop_log_ratio": CROP_LOG_RATIO,
+    "jitter": (BRIGHTNESS, CONTRAST, SATURATION, HUE),
+    "rotation_degrees": ROTATION_DEGREES,
+    "centre_crop": CENTRE_CROP,
+}
+
 NUM_PARAMETERS = 10  # uniform draws per view; fixed, so that levels share their crops
 
 
@@ -50,23 +58,32 @@ class _Draws:
         return torch.from_numpy(np.stack([s.standard_normal(shape, dtype=np.float32) for s in self._streams]))
 
 
+CHECKED = 2**22  # values that are looked at at a time
+
+
+def check_images(images: Tensor) -> None:
+    """Raise ValueError unless images are (N, C, H, W), uint8, uint16 or floats in [0, 1]; makes no copy of them."""
+    if images.ndim != 4 or images.shape[1] < 1:
+        raise ValueError(f"images have shape {tuple(images.shape)}; expected (N, C, H, W) with C >= 1")
+    if images.dtype in (torch.uint8, torch.uint16):
+        return
+    if not images.is_floating_point():
+        raise ValueError(f"images have dtype {images.dtype}; expected uint8 in [0, 255], uint16 or floats in [0, 1]")
+    if images.numel():
+        limits = [part.aminmax() for part in images.split(max(1, CHECKED // images[0].numel()))]
+        low, high = float(torch.stack([x.min for x in limits]).min()), float(torch.stack([x.max for x in limits]).max())
+        if not (low >= 0 and high <= 1):  # also true for NaN
+            raise ValueError(f"images range from {low:g} to {high:g}; expected floats in [0, 1] or uint8 in [0, 255]")
+
+
 def as_unit_interval(images: Tensor) -> Tensor:
     """Images (N, C, H, W) as float32 in [0, 1], from uint8, from uint16, or from floats that already are.
 
     Raises ValueError for other shapes, dtypes or ranges.
     """
-    if images.ndim != 4 or images.shape[1] < 1:
-        raise ValueError(f"images have shape {tuple(images.shape)}; expected (N, C, H, W) with C >= 1")
-    if images.dtype == torch.uint8:
-        return images.float() / 255
-    if images.dtype == torch.uint16:
-        return images.to(torch.float32) / 65535
-    if not images.is_floating_point():
-        raise ValueError(f"images have dtype {images.dtype}; expected uint8 in [0, 255], uint16 or floats in [0, 1]")
-    if images.numel():
-        low, high = float(images.min()), float(images.max())
-        if not (low >= 0 and high <= 1):  # also true for NaN
-            raise ValueError(f"images range from {low:g} to {high:g}; expected floats in [0, 1] or uint8 in [0, 255]")
+    check_images(images)
+    if images.dtype in (torch.uint8, torch.uint16):
+        return images.to(torch.float32) / (255 if images.dtype == torch.uint8 else 65535)
     return images.float()
 
 
@@ -100,7 +117,7 @@ def _resample(images: Tensor, matrices: Tensor) -> Tensor:
     x = (torch.arange(width, dtype=torch.float64) * 2 + 1) / width - 1
     m = matrices[:, :, :, None, None]  # (B, 2, 3, 1, 1)
     grid = m[:, :, 0] * x + m[:, :, 1] * y[:, None] + m[:, :, 2]  # (B, 2, H, W)
-    grid = grid.movedim(1, -1).to(images.device, torch.float32)
+    grid = grid.movedim(1, -1).float().to(images.device)
     return grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
@@ -108,7 +125,7 @@ def _jitter(images: Tensor, uniform: Tensor) -> Tensor:
     """Colour jitter of images (B, C, H, W) in [0, 1]: brightness, contrast, and for three channels saturation, hue."""
     from kornia import enhance  # half a second of import time that only augmentation needs
 
-    factor = (2 * uniform[:, 5:9] - 1).to(images)  # (B, 4) in [-1, 1)
+    factor = (2 * uniform[:, 5:9] - 1).float().to(images)  # (B, 4) in [-1, 1)
     images = enhance.adjust_brightness_accumulative(images, 1 + BRIGHTNESS * factor[:, 0])
     if images.shape[1] == 3:
         images = enhance.adjust_contrast_with_mean_subtraction(images, 1 + CONTRAST * factor[:, 1])

@@ -2,6 +2,7 @@
 
 from mlflow_icr.generation.diversity import inception_score, vendi_score
 from mlflow_icr.generation.duplicates import NearDuplicates, near_duplicates
+from mlflow_icr.generation.empirical import distances_from_optimal, optimal_denoiser
 from mlflow_icr.generation.frechet import (
     GaussianStatistics,
     frechet_distance,
@@ -42,6 +43,7 @@ __all__ = [
     "copy_similarity",
     "ct_score",
     "density_coverage",
+    "distances_from_optimal",
     "fld",
     "fld_gap",
     "frechet_distance",
@@ -54,6 +56,7 @@ __all__ = [
     "memorization_ratio",
     "mifid",
     "near_duplicates",
+    "optimal_denoiser",
     "precision_recall",
     "vendi_score",
 ]

@@ -16,6 +16,9 @@ from mlflow_icr.generation.neighbours import k_nearest
 # component at the training mean, and bounds for log sigma^2 that identical embeddings would leave.
 RATE, STEPS, PATIENCE, STILL = 0.5, 50, 5, 5e-4
 ORIGIN_SHARE = 0.1
+# Pairs of training and generated embeddings whose distances are held at a time, 256 MiB in float64. The fit holds them all,
+# with a few times as much for its gradient: of more training embeddings it takes a part.
+PAIRS = 2**25
 LOG_VARIANCE_BOUND = 40.0
 
 MIFID_THRESHOLD = 0.1  # of mean minimal cosine distance, beyond which MiFID is FD
@@ -35,9 +38,13 @@ def _log_likelihood(squared: Tensor, log_variance: Tensor, dim: int) -> Tensor:
 def _fit(centres: Tensor, x: Tensor) -> Tensor:
     """Log variances (M,) of equally weighted Gaussians at `centres` (M, D) that make x (N, D) most likely.
 
-    A further component at the mean of x keeps outliers from deciding; it is used in fitting only.
+    A further component at the mean of x keeps outliers from deciding; it is used in fitting only. Of more x than 2^25 / M, as
+    many are taken by chance, always the same.
     """
     dim = x.shape[1]
+    most = max(2, PAIRS // len(centres))
+    if len(x) > most:
+        x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:most].to(x.device)]
     squared = _squared(x, centres)
     origin = (1 - ORIGIN_SHARE) ** 2 * _squared(x, x.mean(0, keepdim=True))
     log_variance = ((squared.min(0).values + 1e-3) / dim).log().requires_grad_()
@@ -60,8 +67,11 @@ def _fit(centres: Tensor, x: Tensor) -> Tensor:
 
 def _nll(x: Tensor, centres: Tensor, log_variance: Tensor) -> float:
     """Mean negative log-likelihood per dimension of x (N, D)."""
-    pairs = _log_likelihood(_squared(x, centres), log_variance, x.shape[1]) - math.log(len(centres))
-    return float(-torch.logsumexp(pairs, 1).mean()) / x.shape[1]
+    total = 0.0
+    for part in x.split(max(1, PAIRS // len(centres))):
+        pairs = _log_likelihood(_squared(part, centres), log_variance, x.shape[1]) - math.log(len(centres))
+        total -= float(torch.logsumexp(pairs, 1).sum())
+    return total / len(x) / x.shape[1]
 
 
 def _standardised(train: Tensor, test: Tensor, fake: Tensor) -> tuple[Tensor, Tensor, Tensor]:

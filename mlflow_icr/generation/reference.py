@@ -8,17 +8,19 @@ from functools import cached_property
 from torch import Tensor
 
 from mlflow_icr.generation.frechet import GaussianStatistics, gaussian_statistics
-from mlflow_icr.generation.neighbours import k_nearest
+from mlflow_icr.generation.neighbours import Search, k_nearest
 
 
 @dataclass(eq=False)
 class Reference:
     """Real embeddings (N, D), their Gaussian statistics, and each one's distance to its own nearest other, (N,) float64.
 
-    The last two are computed when they are asked for first, and need two rows (ValueError).
+    The last two are computed when they are asked for first, and need two rows (ValueError). `search` finds neighbours: exactly
+    unless another is given (`index_nearest`, for millions of rows).
     """
 
     embeddings: Tensor
+    search: Search = k_nearest
 
     def __len__(self) -> int:
         return len(self.embeddings)
@@ -31,4 +33,4 @@ class Reference:
     @cached_property
     def own_distances(self) -> Tensor:
         """Euclidean distance of each row to the nearest other one."""
-        return k_nearest(self.embeddings, self.embeddings, 1, exclude_self=True).distances[:, 0]
+        return self.search(self.embeddings, self.embeddings, 1, exclude_self=True).distances[:, 0]

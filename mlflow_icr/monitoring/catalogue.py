@@ -36,10 +36,10 @@ class Metric:
 
 def _pattern(key: str) -> str:
     """A key as a regular expression: of any encoder, at any noise level, of averaged or raw weights."""
-    text = re.escape(key).replace("<encoder>", r"[a-z0-9_.-]+")
+    text = re.escape(key).replace("<encoder>", r"[a-z0-9_.-]+").replace("<value>", r"[0-9.e+-]+")
     if not key.startswith("repr/"):
         return text
-    return text.replace("repr/", r"repr(_raw)?(_sigma[0-9.e+-]+)?/", 1) + r"(_x[0-9.e+-]+)?"
+    return text.replace("repr/", r"repr(_raw|_class)?(_sigma[0-9.e+-]+)?/", 1) + r"(_x[0-9.e+-]+)?"
 
 
 @cache
@@ -68,7 +68,8 @@ def catalogue_page() -> str:
         "The step of every metric is images seen. An absent value is left out, and its reason is logged once.",
         "",
         "A key with `_low` and `_high` has the bounds of a 95 % interval. `repr_sigma<value>/` are further noise levels.",
-        "`repr_raw/` is the network without averaging. An end such as `_x0.5` is a multiple of the monitored noise level.",
+        "`repr_raw/` is the network without averaging, `repr_class/` the network told each image's own class.",
+        "An end such as `_x0.5` is a multiple of the monitored noise level.",
         "",
     ]
     group = ""

@@ -11,7 +11,6 @@ from mlflow_icr.monitoring.section import Found
 from mlflow_icr.representation import Estimate, heldout_error_ratio, view_auc, view_error_ratio, view_excess
 
 ENDS = ("", "_low", "_high")
-VIEWS = {"view": "near", "far": "far"}  # what a key begins with, by the views that it is of
 WHY_ABSENT = "training makes such views itself: training_augmentations is {}"
 
 
@@ -30,23 +29,30 @@ def _log_ratios(image: Tensor, view: Tensor) -> Tensor:
     return (view.clamp(min=1e-30) / image.clamp(min=1e-30)).log()
 
 
-def read_errors(name: str, errors: Errors, level: float, trained: tuple[str, ...], found: Found) -> None:
-    """Enter what the errors of a network say, under its prefix; `level` is the noise as a multiple of the monitored one."""
+def read_errors(name: str, errors: Errors, level: float, chosen: str, trained: tuple[str, ...], found: Found) -> None:
+    """Enter what the errors of a network say, under its prefix; `level` is the noise as a multiple of the monitored one.
+
+    `chosen` says which views are meant by `view_*`: near or far ones.
+    """
     end = "" if level == 1 else f"_x{level:g}"
-    image = errors.image
-    for kind, which in VIEWS.items():
-        view, way = (errors.near, errors.near_way) if which == "near" else (errors.far, errors.far_way)
-        if view is None or way is None:
-            keys = [f"{name}/{kind}_{what}{end}" for what in ("error_ratio", "auc", "excess")]
-            found.absent |= dict.fromkeys(keys, WHY_ABSENT.format(", ".join(trained)))
-            continue
-        _enter(found, f"{name}/{kind}_error_ratio", end, lambda view=view: view_error_ratio(image, view))  # type: ignore[misc]
-        _enter(found, f"{name}/{kind}_auc", end, lambda view=view: view_auc(image, view))  # type: ignore[misc]
-        _enter(found, f"{name}/{kind}_excess", end, lambda view=view, way=way: view_excess(image, view, way))  # type: ignore[misc]
-        if f"{name}/{kind}_error_ratio{end}" in found.values:
-            found.arrays[f"{name}/{kind}_log_ratio{end}"] = _log_ratios(image, view).float().numpy()
-    if f"{name}/view_error_ratio{end}" in found.values or f"{name}/far_error_ratio{end}" in found.values:
+    image, why = errors.image, WHY_ABSENT.format(", ".join(trained))
+    for kind, view in (("near", errors.near), ("far", errors.far)):
+        if view is None:
+            found.absent[f"{name}/{kind}_error_ratio{end}"] = why
+        else:
+            _enter(found, f"{name}/{kind}_error_ratio", end, lambda view=view: view_error_ratio(image, view))  # type: ignore[misc]
+    view, way = (errors.near, errors.near_way) if chosen == "near" else (errors.far, errors.far_way)
+    if view is None or way is None:
+        found.absent |= {f"{name}/view_{what}{end}": why for what in ("error_ratio", "auc", "excess")}
+    else:
+        _enter(found, f"{name}/view_error_ratio", end, lambda: view_error_ratio(image, view))
+        _enter(found, f"{name}/view_auc", end, lambda: view_auc(errors.other, errors.single[chosen]))
+        _enter(found, f"{name}/view_excess", end, lambda: view_excess(image, view, way))
+        if f"{name}/view_error_ratio{end}" in found.values:
+            found.arrays[f"{name}/view_log_ratio{end}"] = _log_ratios(image, view).float().numpy()
+    if bool(image.isfinite().all()):
         found.values[f"{name}/image_error{end}"] = float(image.mean())
     if errors.heldout is not None:
-        heldout = errors.heldout
+        heldout, pairs = errors.heldout, min(len(errors.heldout), len(image))
         _enter(found, f"{name}/heldout_error_ratio", end, lambda: heldout_error_ratio(image, heldout))
+        _enter(found, f"{name}/heldout_auc", end, lambda: view_auc(errors.single["image"][:pairs], heldout[:pairs]))

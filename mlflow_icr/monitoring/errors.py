@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from mlflow_icr.extraction.denoisers import Denoiser, device_of, encoder_of, evaluating
 from mlflow_icr.extraction.error_views import AUGMENTATIONS, DIRECTIONS, far_views, near_views
 from mlflow_icr.extraction.fitting import FittingBatches
 from mlflow_icr.extraction.keyed import keyed_generator
 from mlflow_icr.extraction.views import as_unit_interval
+from mlflow_icr.generation import optimal_denoiser
 from mlflow_icr.monitoring.protocol import Protocol
 from mlflow_icr.monitoring.ranks import gather_rows, world
+from mlflow_icr.representation import Estimate, view_error_ratio
 
 # Whole forward passes are dearer than those that end at the layer. So many errors at a measurement make the ratio's standard
 # error a few per cent, where a turn multiplies it.
 ERROR_IMAGES = 256
 LEVEL_IMAGES = 128  # at the noise levels around the monitored one
 LEVELS = (0.5, 2.0, 4.0)  # noise levels around the monitored one, as factors: copies may begin at another level
+JUDGED_SIDE = 32
+ALLOWED_BIAS = 0.05
 CACHE_BYTES = 64 * 2**20  # views that are kept; latents always are, for encoding is dear
 
 
@@ -29,8 +35,9 @@ CACHE_BYTES = 64 * 2**20  # views that are kept; latents always are, for encodin
 class Errors:
     """Mean squared errors at one noise level, (N,) float64 on the CPU each, of all ranks.
 
-    `image` of each image; `near` and `far` of its views (None where training makes such views itself), and their mean squared
-    ways from it; `heldout` (M,) of held-out images, None where there are none.
+    `image` of each image; `near` and `far` of its views (None where training makes such views itself), on the same noise, and
+    their mean squared ways from it; `heldout` (M,) of held-out images, None where there are none. `single` has one error each
+    of image, near and far view, and `other` one of each image on another noise, to be compared as single draws.
     """
 
     image: Tensor
@@ -38,6 +45,8 @@ class Errors:
     far: Tensor | None
     near_way: Tensor | None
     far_way: Tensor | None
+    single: Mapping[str, Tensor]
+    other: Tensor
     heldout: Tensor | None = None
 
 
@@ -54,16 +63,52 @@ class ErrorReader:
     """
 
     def __init__(self, images: Tensor, protocol: Protocol, batch_size: int, heldout: Tensor | None = None) -> None:
-        self.images, self.protocol, self.batches = images[:ERROR_IMAGES], protocol, FittingBatches(batch_size)
+        self.known, self.images = images, images[:ERROR_IMAGES]
+        self.protocol, self.batches = protocol, FittingBatches(batch_size)
         self.heldout = None if heldout is None or len(heldout) < 2 else heldout[:ERROR_IMAGES]
         self._kept: dict[tuple[str, int, int], Tensor] = {}  # by set, first image and number of images of a batch
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What is denoised of each image: itself, two near views and a far one, as far as training does not make them."""
+        """What is denoised of each image: itself, two near views and a far one, as far as training does not make them.
+
+        And itself again, on another noise.
+        """
         trained = self.protocol.training_augmentations
         near = () if "shift" in trained else ("near", "near")
-        return ("image", *near, *(() if set(trained) >= set(AUGMENTATIONS) else ("far",)))
+        return ("image", *near, *(() if set(trained) >= set(AUGMENTATIONS) else ("far",)), "other")
+
+    @cached_property
+    def far_bias(self) -> Estimate | None:
+        """The ratio of far views by a denoiser that does not know an image: the optimal one of all others. None without views.
+
+        It is computed of images of at most 32 pixels a side, averaged from larger ones.
+        """
+        if "far" not in self.columns:
+            return None
+        factor = max(1, -(-max(self.known.shape[-2:]) // JUDGED_SIDE))
+        known = torch.cat([avg_pool2d(as_unit_interval(part), factor) for part in self.known.split(64)]) * 2 - 1
+        own = known[: len(self.images)]
+        ways = torch.arange(len(own))
+        sigma, places = self.protocol.sigmas[0], ways.tolist()
+        noise = sigma * self._noise("far-bias", places, own.shape[1:], torch.device("cpu"))
+
+        def errors(clean: Tensor) -> Tensor:
+            found = optimal_denoiser((clean + noise).flatten(1), sigma, known.flatten(1), leave_out=ways)
+            return (found - clean.flatten(1).double()).square().mean(1)
+
+        return view_error_ratio(errors(own), errors(far_views(own, ways, self.protocol.training_augmentations)))
+
+    @cached_property
+    def chosen(self) -> str:
+        """Which views show best what a network knows by heart: far ones where they are no harder by themselves, else near ones.
+
+        Far views of photographs are no harder; those of images that are aligned, such as digits, are several times harder.
+        """
+        if "near" not in self.columns:
+            return "far"
+        bias = self.far_bias
+        return "far" if bias is not None and bias.low <= 1 + ALLOWED_BIAS and bias.high >= 1 - ALLOWED_BIAS else "near"
 
     def _pixels(self, images: Tensor, indices: list[int], draws: int) -> Tensor:
         """Images and views in [-1, 1], (B, J, columns, C, H, W), whose draws are keyed by the images' places."""
@@ -78,6 +123,7 @@ class ErrorReader:
             parts.append(near_views(flat, ways % 2))
         if "far" in self.columns:
             parts.append(far_views(flat, ways, self.protocol.training_augmentations)[:, None])
+        parts.append(flat[:, None])
         return torch.cat(parts, 1).unflatten(0, clean.shape[:2])
 
     def _clean(self, name: str, indices: list[int], draws: int, denoiser: Denoiser) -> Tensor:
@@ -107,43 +153,67 @@ class ErrorReader:
         return torch.from_numpy(np.stack([s.standard_normal(tuple(shape), dtype=np.float32) for s in streams])).to(device)
 
     @torch.no_grad()
-    def _errors(self, name: str, denoiser: Denoiser, sigma: float, count: int) -> tuple[Tensor, Tensor]:
-        """Errors (N, columns) of a set's first images, and squared ways of views from images, both of all ranks."""
+    def _errors(
+        self, name: str, denoiser: Denoiser, sigma: float, count: int, labels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Errors (N, columns) of a set's first images, squared ways of views from images, and one error each, of all ranks."""
         device, mine = device_of(denoiser), _share(count)
         draws = -(-ERROR_IMAGES // len(self.images)) if name == "error" else 1
 
         def rows_of(rows: slice) -> Tensor:
-            """Errors and ways (B, 2, columns) of some of this rank's images."""
+            """Errors, ways and single errors (B, 3, columns) of some of this rank's images."""
             batch_indices = mine[rows]
             x = self._clean(name, batch_indices, draws, denoiser)
-            noisy = (x + sigma * self._noise(name, batch_indices, (draws, 1, *x.shape[3:]), device)).flatten(0, 2)
+            noise = self._noise(name, batch_indices, (draws, 2, *x.shape[3:]), device)
+            # All columns have the first noise, the last of several has the second.
+            noise = torch.cat([noise[:, :, :1].expand(-1, -1, x.shape[2] - 1, *[-1] * (x.ndim - 3)), noise[:, :, -1:]], 2)
+            noisy = (x + sigma * noise).flatten(0, 2)
+            told = None if labels is None else labels[batch_indices].to(device).repeat_interleave(draws * x.shape[2])
+
+            def denoise(part: slice) -> Tensor:
+                known = {} if told is None else {"labels": told[part]}
+                return denoiser(noisy[part], sigma, **known)
+
             # One image may have more views than a batch is to have.
-            denoised = torch.cat(list(self.batches.over(len(noisy), lambda part: denoiser(noisy[part], sigma)))).view_as(x)
-            errors, ways = ((denoised - x).square(), (x - x[:, :, :1]).square())
-            return torch.stack([y.flatten(3).mean(3).mean(1) for y in (errors, ways)], 1)
+            denoised = torch.cat(list(self.batches.over(len(noisy), denoise))).view_as(x)
+            errors, ways = ((y - z).square().flatten(3).mean(3) for y, z in ((denoised, x), (x, x[:, :, :1])))
+            return torch.stack([errors.mean(1), ways.mean(1), errors[:, 0]], 1)
 
         parts = list(self.batches.over(len(mine), rows_of, each=draws * len(self.columns)))
         columns = len(self.columns) if name == "error" else 1
-        rows = torch.cat(parts) if parts else torch.empty(0, 2, columns, device=device)
-        errors, ways = gather_rows(rows, count).cpu().double().unbind(1)
-        return errors, ways
+        rows = torch.cat(parts) if parts else torch.empty(0, 3, columns, device=device)
+        errors, ways, single = gather_rows(rows, count).cpu().double().unbind(1)
+        return errors, ways, single
 
     def _count(self, images: Tensor, monitored: bool) -> int:
         return len(images) if monitored else min(len(images), LEVEL_IMAGES)
 
-    def read(self, denoiser: Denoiser, sigma: float, *, monitored: bool = True) -> Errors:
-        """The errors at noise sigma; of at most 128 images where it is not the `monitored` level."""
+    def read(self, denoiser: Denoiser, sigma: float, *, monitored: bool = True, labels: Tensor | None = None) -> Errors:
+        """The errors at noise sigma; of at most 128 images where it is not the `monitored` level.
+
+        With `labels` (N,) a network of classes is told each image's own; nothing is held out then.
+        """
         with evaluating(denoiser.network):
-            errors, ways = self._errors("error", denoiser, sigma, self._count(self.images, monitored))
+            errors, ways, single = self._errors("error", denoiser, sigma, self._count(self.images, monitored), labels)
             heldout = None
-            if self.heldout is not None:
+            if self.heldout is not None and labels is None:
                 heldout = self._errors("heldout", denoiser, sigma, self._count(self.heldout, monitored))[0][:, 0]
 
         def of(what: str, table: Tensor) -> Tensor | None:
             places = [place for place, column in enumerate(self.columns) if column == what]
             return table[:, places].mean(1) if places else None
 
-        return Errors(errors[:, 0], of("near", errors), of("far", errors), of("near", ways), of("far", ways), heldout)
+        first = {column: single[:, self.columns.index(column)] for column in self.columns}
+        return Errors(
+            errors[:, 0],
+            of("near", errors),
+            of("far", errors),
+            of("near", ways),
+            of("far", ways),
+            first,
+            first["other"],
+            heldout,
+        )
 
     @torch.no_grad()
     def sima(self, denoiser: Denoiser, sigma: float) -> float:

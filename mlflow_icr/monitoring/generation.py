@@ -15,12 +15,15 @@ from mlflow_icr.extraction.fitting import FittingBatches, host_batch
 from mlflow_icr.extraction.samplers import sample, starting_noise
 from mlflow_icr.extraction.views import as_unit_interval
 from mlflow_icr.generation import Reference, memorization_ratio
+from mlflow_icr.generation.neighbours import Search, k_nearest
 from mlflow_icr.monitoring.generation_plots import distance_histogram
 from mlflow_icr.monitoring.grid import image_grid
-from mlflow_icr.monitoring.judgement import copy_wall, judge
+from mlflow_icr.monitoring.judgement import Judgement, copy_wall, judge
+from mlflow_icr.monitoring.paths import POOLED_SIGMA, PathReader
 from mlflow_icr.monitoring.ranks import gather_rows, sum_over_ranks, world
 from mlflow_icr.monitoring.report import Report
 
+RATIO_QUANTILES = (0.05, 0.25, 0.5)  # of distance ratios; a copy's is below 1/3
 GRID_COLUMNS, GRID_ROWS = 16, 4
 
 
@@ -36,8 +39,8 @@ class GenerationMonitor:
     step (keyed by seed and i), so that pictures can be compared. Samples are judged as uint8: copies by their pixels, and
     everything by the embeddings of `encoder`, which are pixels too unless one is given. Under torch.distributed the ranks
     share sampling and encoding and get the same report; `batch_size` samples are made at a time, or as many as fit the memory.
-    With `labels` (N,), sample i is of class labels[i modulo N], else of none.
-    Embeddings of real images are read from `cache` where they are there.
+    With `labels` (N,), sample i is of class labels[i modulo N], else of none. `search` finds neighbours, exactly unless
+    another is given. Embeddings of real images are read from `cache` where they are there.
     Raises ValueError for sets that do not fit.
     """
 
@@ -54,6 +57,7 @@ class GenerationMonitor:
         batch_size: int = 256,
         cache: ReferenceCache | None = None,
         labels: Tensor | None = None,
+        search: Search = k_nearest,
     ) -> None:
         if num_samples < 1:
             raise ValueError(f"num_samples is {num_samples}; expected at least 1")
@@ -71,6 +75,8 @@ class GenerationMonitor:
         self.heldout_images = None if heldout is None or len(heldout) < 2 else heldout
         self._references: tuple[Reference, Reference | None] | None = None
         self.cache = ReferenceCache(cache_folder()) if cache is None else cache
+        self.search = search
+        self.paths = PathReader(train, self.heldout_images, seed, num_steps)
         self.num_samples, self.num_steps, self.seed = num_samples, num_steps, seed
         x = torch.zeros(1, *self.noise_shape)
         self.batches = FittingBatches(host_batch(denoiser, x, batch_size))
@@ -117,7 +123,7 @@ class GenerationMonitor:
         rank, ranks = world()
         if sum_over_ranks(int(found is not None), device_of(self.denoiser)) == ranks and found is not None:
             return found
-        made = Reference(self._encode(images))
+        made = Reference(self._encode(images), self.search)
         if rank == 0:
             self.cache.keep(self.encoder, images, made)
         return made
@@ -129,6 +135,24 @@ class GenerationMonitor:
             self._references = self._reference(self.images), heldout
         return self._references
 
+    def _read_paths(self, found: Judgement, scores: Tensor) -> None:
+        """Enter how far the network is from the optimal denoiser along its paths, and quantiles of the end points' ratios."""
+        finite = scores[scores.isfinite()]
+        for share in RATIO_QUANTILES:
+            if len(finite):
+                found.values[f"mem/ratio_l2_q{100 * share:02.0f}"] = float(finite.quantile(share))
+        try:
+            sigmas, distances = self.paths.read(self.denoiser, self.labels)
+        except ValueError as error:
+            found.absent["mem/path_distance"] = str(error)
+            return
+        each = distances[[sigma <= POOLED_SIGMA for sigma in sigmas]].mean(0)  # of a trajectory, (T,)
+        found.values["mem/path_distance"] = float(each.median())
+        found.values["mem/path_distance_q10"] = float(each.quantile(0.1))
+        for sigma, row in zip(sigmas, distances, strict=True):
+            found.values[f"mem/path_distance_sigma{sigma:.2g}"] = float(row.median())
+        found.distributions["mem/path_distances"] = each.numpy()
+
     def measure(self, step: int) -> Report:
         """The report at `step` images seen: `mem/*`, `gen/*`, pictures of the first samples and of the likeliest copies."""
         started = time.perf_counter()
@@ -138,10 +162,11 @@ class GenerationMonitor:
         except ValueError as error:  # training has diverged, and goes on if it wants to
             return Report(step, {}, absent=dict.fromkeys(keys, str(error)))
         train, heldout = self._real()
-        found = judge(self._encode(images), train, heldout, self.encoder.name)
+        found = judge(self._encode(images), train, heldout, self.encoder.name, search=self.search)
         judged = images if self.pixels.dtype == torch.uint8 else as_unit_interval(images)
-        copies = memorization_ratio(judged.flatten(1), self.pixels)
+        copies = memorization_ratio(judged.flatten(1), self.pixels, search=self.search)
         found.detection("mem/ratio_l2", copies)
+        self._read_paths(found, copies.scores)
         if self.encoder.name == "pixels":  # it would be the same number again
             for end in ("", "_low", "_high"):
                 found.values.pop(f"mem/ratio_pixels{end}")

@@ -25,6 +25,7 @@ from mlflow_icr.generation import (
     precision_recall,
     vendi_score,
 )
+from mlflow_icr.generation.neighbours import Search, k_nearest
 from mlflow_icr.monitoring.grid import captioned, image_tiles, tile_grid
 
 KERNEL_SUBSET = 1000  # images in a subset of the kernel distance, where there are so many
@@ -56,25 +57,26 @@ class Judgement:
         self.values |= {key: scale * found.value, f"{key}_low": scale * found.low, f"{key}_high": scale * found.high}
 
 
-def judge(fake: Tensor, train: Reference, heldout: Reference | None, encoder: str) -> Judgement:
+def judge(fake: Tensor, train: Reference, heldout: Reference | None, encoder: str, *, search: Search = k_nearest) -> Judgement:
     """Judge embeddings of generated images (N, D) against training (M, D) and held-out ones (L, D), by an encoder's name.
 
     Copies are sought among training images; distances are taken to held-out ones, to training ones, and their difference
-    (far above 0: the samples are nearer to the images that were trained on). Every rank computes the same.
+    (far above 0: the samples are nearer to the images that were trained on). `search` finds neighbours: exactly unless another
+    is given. Every rank computes the same.
     """
     found = Judgement({"gen/num_samples": float(len(fake))})
-    copies = memorization_ratio(fake, train.embeddings)
+    copies = memorization_ratio(fake, train.embeddings, search=search)
     found.detection(f"mem/ratio_{encoder}", copies)
     nearest = torch.linalg.vector_norm(fake.double() - train.embeddings[copies.nearest].double(), dim=1)
     for end, distances in (("", nearest), ("_train", train.own_distances)):
         found.distributions[f"mem/distance_{encoder}{end}"] = distances.cpu().numpy()
-    found.detection("mem/authpct", authenticity(train.embeddings, fake, own_distances=train.own_distances), 100)
+    found.detection("mem/authpct", authenticity(train.embeddings, fake, own_distances=train.own_distances, search=search), 100)
     if len(train) >= CARLINI_NEIGHBOURS:
-        found.detection("mem/carlini", carlini_ratio(fake, train.embeddings, CARLINI_NEIGHBOURS))
+        found.detection("mem/carlini", carlini_ratio(fake, train.embeddings, CARLINI_NEIGHBOURS, search=search))
     else:
         found.absent["mem/carlini"] = f"needs {CARLINI_NEIGHBOURS} training images; there are {len(train)}"
     if encoder in COPY_ENCODERS:
-        similar = copy_similarity(fake, train.embeddings)
+        similar = copy_similarity(fake, train.embeddings, search=search)
         found.detection(f"mem/copies_{encoder}", similar)
         found.values[f"mem/copies_{encoder}_train"] = similar.train_value
     try:

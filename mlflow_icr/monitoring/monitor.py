@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlflow_icr.extraction.denoisers import Denoiser
+from mlflow_icr.extraction.denoisers import Denoiser, null_class_of
 from mlflow_icr.monitoring.companions import check_companions, network_companions
 from mlflow_icr.monitoring.compare import Comparison, difference_of
 from mlflow_icr.monitoring.error_values import read_errors
@@ -26,7 +26,8 @@ class ICRMonitor:
     """Measures the Invariant Contamination Ratio, its interval and its energies of a denoiser on its own training images.
 
     `denoiser` is read (give the EMA weights: they are what one samples from), and `raw` too where given, under
-    `repr_raw/`. `images` are (N, C, H, W), uint8 or floats in [0, 1]; the protocol's first num_images of them are used.
+    `repr_raw/`; a network of classes is read as of none, and where there are `labels` as of each image's own class too,
+    under `repr_class/`. `images` are (N, C, H, W), uint8 or floats in [0, 1]; the protocol's first num_images are used.
     `companions` names further measures to log; some need `labels`, (N,) integers. With `pictures` every report shows nearest
     images by invariant and residual part, and the images with the largest shares of the residual energy. Views are made once
     and kept while they take no more than `cache_bytes`; `batch_size` views at a time, or as many as fit the memory. `heldout`
@@ -56,6 +57,8 @@ class ICRMonitor:
         self._networks = {"repr": denoiser} | ({} if raw is None else {"repr_raw": raw})
         self.pictures, self.labels = pictures, None if labels is None else labels[: self.protocol.num_images]
         self.features: Tensor | None = None  # (N, K, D) of the last measurement of `repr`, where pictures need them
+        if self.labels is not None and null_class_of(denoiser) is not None:
+            self._networks["repr_class"] = denoiser
         self._measured: dict[int, tuple[float, Tensor]] = {}  # debiased ICR and influences (N,) by step
         self.sections: dict[tuple[str, float], Section] = {}
         for place, sigma in enumerate(self.protocol.sigmas):
@@ -83,12 +86,12 @@ class ICRMonitor:
         distributions: dict[str, np.ndarray] = {}
         for (prefix, sigma), section in self.sections.items():
             try:
-                features = self.reader.read(self._networks[prefix], sigma)
+                features = self.reader.read(self._networks[prefix], sigma, self._told(prefix))
             except ValueError as error:  # not finite: training has diverged, and goes on if it wants to
                 absent.update({f"{section.name}/{key}": str(error) for key in (*ALL, *section.companions)})
                 continue
             found = section.read(features, step)
-            self._read_denoising(section.name, self._networks[prefix], sigma, found)
+            self._read_denoising(section.name, prefix, sigma, found)
             values.update(found.values)
             absent.update(found.absent)
             arrays.update(found.arrays)
@@ -100,11 +103,18 @@ class ICRMonitor:
         values["perf/measure_seconds"] = time.perf_counter() - started
         return Report(step, values, figures, absent, self.protocol.digest, arrays, distributions=distributions)
 
-    def _read_denoising(self, name: str, denoiser: Denoiser, sigma: float, found: Found) -> None:
-        """Enter what the network denoises, at sigma and, of the network that is read first, at levels around it."""
-        trained = self.protocol.training_augmentations
+    def _told(self, prefix: str) -> Tensor | None:
+        """The classes (N,) that the network of a section is told; None for none."""
+        return self.labels if prefix == "repr_class" else None
+
+    def _read_denoising(self, name: str, prefix: str, sigma: float, found: Found) -> None:
+        """Enter what a network denoises, at sigma and, of the network that is read first, at levels around it."""
+        denoiser, trained = self._networks[prefix], self.protocol.training_augmentations
         for level in (1.0, *(LEVELS if name == "repr" else ())):
-            read_errors(name, self.errors.read(denoiser, level * sigma, monitored=level == 1), level, trained, found)
+            errors = self.errors.read(denoiser, level * sigma, monitored=level == 1, labels=self._told(prefix))
+            read_errors(name, errors, level, self.errors.chosen, trained, found)
+        if name == "repr" and self.errors.far_bias is not None:
+            found.values["repr/far_bias"] = self.errors.far_bias.value
         values, absent = network_companions(self.companions, denoiser, sigma, self.errors)
         found.values |= {f"{name}/{key}": value for key, value in values.items()}
         found.absent |= {f"{name}/{key}": reason for key, reason in absent.items()}

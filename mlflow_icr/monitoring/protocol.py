@@ -7,8 +7,8 @@ import json
 import math
 from dataclasses import asdict, dataclass, replace
 
-from mlflow_icr.extraction.error_views import AUGMENTATIONS
-from mlflow_icr.extraction.views import AUGMENTATION_LEVELS
+from mlflow_icr.extraction.error_views import AUGMENTATIONS, ERROR_VIEWS
+from mlflow_icr.extraction.views import AUGMENTATION_CONSTANTS, AUGMENTATION_LEVELS
 
 NORMALISATIONS = ("l2", "none")
 SHRINKAGES = ("none", "ledoit-wolf", "oas")
@@ -16,6 +16,8 @@ SHRINKAGES = ("none", "ledoit-wolf", "oas")
 # Views are added until nu = (N-1)(K-1) reaches this many times D: there the plug-in's inverse covariance is a third too
 # large, nu / (nu - D - 1) (`docs/structure.md`, "Formulas"); with fewer that factor, and the scatter with it, grows fast.
 DEGREES_PER_DIMENSION = 4
+# More images than this are never chosen unasked: an interval narrows with the square root of their number.
+MOST_AUTOMATIC_IMAGES = 1024
 # More views than this are never chosen unasked: a measurement costs one forward pass a view.
 MOST_AUTOMATIC_VIEWS = 64
 
@@ -34,11 +36,12 @@ class Protocol:
     """Which layer is read, in how many views of how many images, at which noise; refuses impossible values.
 
     `sigmas` are noise standard deviations (a single number is taken too): the first is logged under `repr/`, others under
-    `repr_sigma<value>/`. `num_images` None means all images given; `num_views` None means as many as the layer's width needs.
-    `normalisation` is that of the features in traces and energies. Where views cannot be had, `projection` reads that many
-    principal directions of the features (fitted once), or `shrinkage` (ledoit-wolf, oas) conditions Sigma_xi.
-    `training_augmentations` says what training does to its images (flip, shift): no error view does the same. Raises
-    ValueError naming field, value and what is allowed.
+    `repr_sigma<value>/`. `num_images` None means all images given, up to 1024; `num_views` None means as many as the layer's
+    width needs. `normalisation` is that of the features in traces and energies. Where views cannot be had, `projection` reads
+    that many principal directions of the features (fitted once), or `shrinkage` (ledoit-wolf, oas) conditions Sigma_xi.
+    `training_augmentations` says what training does to its images (flip, shift): no error view does the same. `dtype` and
+    `condition` are what the network is read in and told; a monitor fills them in. Raises ValueError naming field, value and
+    what is allowed.
     """
 
     layer: str = "decoder"
@@ -52,6 +55,8 @@ class Protocol:
     projection: int | None = None
     shrinkage: str = "none"
     training_augmentations: tuple[str, ...] = ()
+    dtype: str = ""
+    condition: str = ""
 
     def __post_init__(self) -> None:
         sigmas = self.sigmas
@@ -101,7 +106,7 @@ class Protocol:
 
         Raises ValueError when fewer images are there than the protocol names.
         """
-        n = images if self.num_images is None else self.num_images
+        n = min(images, MOST_AUTOMATIC_IMAGES) if self.num_images is None else self.num_images
         _require(2 <= n <= images, "num_images", n, f"2 to {images}, the number of images given")
         _require(self.projection is None or self.projection <= dim, "projection", self.projection, f"at most {dim}, the width")
         width = self.projection or dim
@@ -116,5 +121,6 @@ class Protocol:
 
     @property
     def digest(self) -> str:
-        """Twelve hexadecimal digits that are the same exactly for equal protocols."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+        """Twelve hexadecimal digits that are the same exactly for equal protocols, and for equal strengths of augmentation."""
+        known = asdict(self) | {"augmentation": AUGMENTATION_CONSTANTS, "error_views": ERROR_VIEWS}
+        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from mlflow_icr.extraction.denoisers import Denoiser, device_of, encoder_of
+from mlflow_icr.extraction.denoisers import Denoiser, device_of, encoder_of, null_class_of
 from mlflow_icr.extraction.fitting import FittingBatches, host_batch
 from mlflow_icr.extraction.taps import Tap
-from mlflow_icr.extraction.views import as_unit_interval, make_views
+from mlflow_icr.extraction.views import check_images, make_views
 from mlflow_icr.monitoring.protocol import Protocol
 from mlflow_icr.monitoring.ranks import sum_over_ranks, world
 
@@ -47,6 +48,16 @@ def view_batches(
     yield from batches.over(len(indices), views, each=num_views)
 
 
+def dtype_of(denoiser: Denoiser) -> str:
+    """The name of the network's floating-point type, such as float32."""
+    return str(next((p.dtype for p in denoiser.network.parameters()), torch.float32)).removeprefix("torch.")
+
+
+def condition_of(denoiser: Denoiser) -> str:
+    """What a network is told beside noise: `null class` of one of classes, else nothing that is known here."""
+    return "" if null_class_of(denoiser) is None else "null class"
+
+
 class FeatureReader:
     """Reads (N, K, D) features of a fixed set of views; views are made once and kept while they fit into `cache_bytes`.
 
@@ -56,11 +67,12 @@ class FeatureReader:
 
     def __init__(self, denoiser: Denoiser, images: Tensor, protocol: Protocol, batch_size: int, cache_bytes: int) -> None:
         self.batches = FittingBatches(batch_size)
-        as_unit_interval(images)  # refuses what cannot be viewed now, not at the first measurement
+        check_images(images)  # refuses what cannot be viewed now, not at the first measurement
         self.cache_bytes = cache_bytes
         self._encode = encoder_of(denoiser)
         self.dim, self._view_bytes = self._width(denoiser, images[:1], protocol)
-        self.protocol = protocol.resolve(images=len(images), dim=self.dim)
+        resolved = protocol.resolve(images=len(images), dim=self.dim)
+        self.protocol = replace(resolved, dtype=dtype_of(denoiser), condition=condition_of(denoiser))
         self.images = images[: self.protocol.num_images]
         self._cache: dict[float, list[Tensor]] = {}
 
@@ -97,20 +109,26 @@ class FeatureReader:
         if kept is not None:
             self._cache[sigma] = kept
 
-    def read(self, denoiser: Denoiser, sigma: float) -> Tensor:
+    def read(self, denoiser: Denoiser, sigma: float, labels: Tensor | None = None) -> Tensor:
         """Features of this rank's images, (N of this rank, K, D), in the network's dtype, on its device.
 
-        Raises ValueError, on all ranks, when some features of some rank are not finite.
+        With `labels` (N,), those of all images, a network of classes is told each image's own. Raises ValueError, on
+        all ranks, when some features of some rank are not finite.
         """
-        parts = []
-        device = device_of(denoiser)
+        parts: list[Tensor] = []
+        device, (rank, ranks) = device_of(denoiser), world()
+        told = None if labels is None else labels[rank::ranks].to(device)
+        done = 0
         with Tap(denoiser.network, self.protocol.layer) as tap:
             for views in self.views(sigma, device):
                 # One image may have more views than a batch is to have.
                 flat = views.flatten(0, 1)
+                classes = None if told is None else told[done : done + len(views)].repeat_interleave(self.num_views)
+                done += len(views)
 
-                def pooled(rows: slice, flat: Tensor = flat) -> Tensor:
-                    return tap(partial(denoiser, flat[rows], sigma))
+                def pooled(rows: slice, flat: Tensor = flat, classes: Tensor | None = classes) -> Tensor:
+                    known = {} if classes is None else {"labels": classes[rows]}
+                    return tap(partial(denoiser, flat[rows], sigma, **known))
 
                 read = list(self.batches.over(len(flat), pooled))
                 parts.append(torch.cat(read).view(len(views), self.num_views, -1))

@@ -12,17 +12,19 @@ from torch.nn.functional import normalize
 
 from mlflow_icr.monitoring.companions import companion_values
 from mlflow_icr.monitoring.protocol import Protocol
-from mlflow_icr.monitoring.ranks import gather_rows
+from mlflow_icr.monitoring.ranks import gather_rows, world
 from mlflow_icr.monitoring.shrinkage import shrunk
 from mlflow_icr.representation import (
     InvariantSpectrum,
     ViewMoments,
+    as_double,
     interval_from_terms,
     leave_one_out_terms,
     paired_difference,
     principal_directions,
 )
 
+ROWS = 256  # images whose features are made float64 at a time
 RATIOS = ("icr", "icr_debiased", "indefinite_fraction")
 INTERVAL = ("icr_low", "icr_high", "icr_rise", "icr_rise_low", "icr_rise_high")
 ENERGIES = ("trace_invariant", "trace_residual", "fisher_residual_energy", "fisher_invariant_energy")
@@ -40,6 +42,22 @@ class Found:
     distributions: dict[str, np.ndarray] = field(default_factory=dict)
 
 
+def growth_across(reference: Tensor, now: Tensor, ridge: float = 0.0) -> float:
+    """How much residual energy has grown in the reference's Fisher basis, from Sigma_xi (2, D, D) of two halves of the images.
+
+    The mean over both ways of tr((Sigma_xi(half, reference) + ridge I)^-1 Sigma_xi(other half, now)) / D, over the same at the
+    reference. Raises ValueError for a half that is singular, or halves of another dimension.
+    """
+    if reference.shape != now.shape:
+        raise ValueError(f"the reference has shape {tuple(reference.shape)}, this measurement {tuple(now.shape)}")
+    eye = ridge * torch.eye(now.shape[1], dtype=torch.float64)
+    factors, info = torch.linalg.cholesky_ex(reference + eye)
+    if bool(info.any()):
+        raise ValueError("Sigma_xi is singular")
+    then, later = (torch.cholesky_solve(other.flip(0), factors).diagonal(dim1=1, dim2=2).sum() for other in (reference, now))
+    return float(later / then)
+
+
 class Section:
     """The values under one prefix, such as `repr`, and the earlier measurements that growth and rise are relative to."""
 
@@ -47,7 +65,7 @@ class Section:
         self.name, self.protocol, self.companions, self.labels = name, protocol, companions, labels
         # All three come from measurements after step 0: what an untrained network's features say is nothing that was learned.
         self._basis: Tensor | None = None  # (D, projection), fitted at the first of them
-        self._reference: InvariantSpectrum | None = None  # the first of them
+        self._reference: Tensor | None = None  # Sigma_xi of its images with even and with odd places, (2, D, D)
         self._lowest: tuple[float, Tensor] | None = None  # the lowest debiased ICR and its influences (N,)
 
     def read(self, features: Tensor, step: int) -> Found:
@@ -60,7 +78,8 @@ class Section:
                 found.absent.update(self._keyed(dict.fromkeys((*RATIOS, *INTERVAL, *ENERGIES, GROWTH), why)))
                 self._read_companions(whole, found)
                 return found
-            features = features.double() @ self._projection(features)
+            basis = self._projection(features)
+            features = torch.cat([as_double(part).to(basis) @ basis for part in features.split(ROWS)])
         scaled = normalize(features, dim=-1) if self.protocol.normalisation == "l2" else features
         self._read_ratios(features, step, found)
         self._read_energies(scaled, step, found)
@@ -78,7 +97,7 @@ class Section:
         if self._basis is None:
             assert self.protocol.projection is not None
             self._basis = principal_directions(self._moments(features), self.protocol.projection)
-        return self._basis.to(features.device)
+        return as_double(self._basis).to("cpu" if features.device.type == "mps" else features.device)
 
     @staticmethod
     def _moments(features: Tensor) -> ViewMoments:
@@ -123,7 +142,8 @@ class Section:
 
     def _read_energies(self, scaled: Tensor, step: int, found: Found) -> None:
         moments = self._moments(scaled)
-        residuals = self._gather(moments.centred(scaled)[1].square().sum((1, 2)))
+        squares = [moments.centred(part)[1].square().sum((1, 2)) for part in scaled.split(ROWS)]
+        residuals = self._gather(torch.cat(squares))
         if float(residuals.sum()) > 0:
             found.arrays[f"{self.name}/residual_share"] = (residuals / residuals.sum()).float().cpu().numpy()
         try:
@@ -133,8 +153,24 @@ class Section:
             return
         found.values.update({f"{self.name}/{key}": getattr(energies, key) for key in ENERGIES})
         if step > 0:
-            self._reference = self._reference or energies
-            found.values[f"{self.name}/{GROWTH}"] = energies.fisher_residual_growth(self._reference)
+            self._read_growth(scaled, found)
+
+    def _read_growth(self, scaled: Tensor, found: Found) -> None:
+        """Growth since the first measurement, each half of the images by the other half's inverse.
+
+        What an image does to the inverse it also does to its own residuals; across halves it does not, and growth is 1 on
+        average while nothing changes, and exactly 1 at the reference.
+        """
+        rank, ranks = world()
+        odd = (rank + ranks * torch.arange(len(scaled), device=scaled.device)) % 2 == 1
+        try:
+            halves = [self._moments(scaled[mine]) for mine in (~odd, odd)]
+            spectra = [self._spectrum(moments, scaled[mine]) for moments, mine in zip(halves, (~odd, odd), strict=True)]
+            now = torch.stack([spectrum.sigma_residual for spectrum in spectra]).cpu()
+            self._reference = now if self._reference is None else self._reference
+            found.values[f"{self.name}/{GROWTH}"] = growth_across(self._reference, now, self.protocol.ridge)
+        except ValueError as error:
+            found.absent.update(self._keyed({GROWTH: f"of half of the images, {error}"}))
 
     def _read_companions(self, features: Tensor, found: Found) -> None:
         if not self.companions:
@@ -151,21 +187,13 @@ class Section:
                 self._basis.cpu().contiguous()
             )  # columns of an eigenbasis, which safetensors does not take as they are
         if self._reference is not None:
-            state["reference"] = self._reference.sigma_residual.cpu()
+            state["reference"] = self._reference
         if self._lowest is not None:
             state["lowest"] = torch.cat([torch.tensor([self._lowest[0]], dtype=torch.float64), self._lowest[1]])
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state_dict`."""
-        p = self.protocol
-        assert p.num_images is not None
-        assert p.num_views is not None
-        self._basis = state.get("basis")
-        sigma = state.get("reference")
-        self._reference = None
-        if sigma is not None:
-            ridge = 0.0 if p.shrinkage != "none" else p.ridge  # a shrunk covariance was saved as it is
-            self._reference = InvariantSpectrum(torch.zeros_like(sigma), sigma, p.num_images, p.num_views, ridge)
+        self._basis, self._reference = state.get("basis"), state.get("reference")
         lowest = state.get("lowest")
         self._lowest = None if lowest is None else (float(lowest[0]), lowest[1:])

@@ -18,7 +18,7 @@ from mlflow_icr.representation.interval import (
     leave_one_out_terms,
     paired_difference,
 )
-from mlflow_icr.representation.moments import ViewMoments, icr, principal_directions
+from mlflow_icr.representation.moments import ViewMoments, as_double, icr, principal_directions
 from mlflow_icr.representation.probes import knn_accuracy, linear_probe_accuracy, silhouette
 from mlflow_icr.representation.spectrum import InvariantSpectrum
 from mlflow_icr.representation.view_error import Estimate, heldout_error_ratio, view_auc, view_error_ratio, view_excess
@@ -29,6 +29,7 @@ __all__ = [
     "InvariantSpectrum",
     "ViewMoments",
     "alignment",
+    "as_double",
     "class_separation",
     "effective_rank",
     "feature_deviation",

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from mlflow_icr.representation.moments import as_double
+
 RANKME_EPSILON = 1e-7  # of Garrido et al. 2023, equation 2
 LIDAR_DELTA = 1e-4  # of Thilak et al. 2024, section 4: added to the diagonal of the within-image covariance
 CHUNK = 2**24  # float64 numbers held at a time, 128 MiB
@@ -22,7 +24,7 @@ def check_views(features: Tensor) -> Tensor:
         raise ValueError(f"features have shape {tuple(features.shape)}; expected (N, K, D) with N >= 2 images, K >= 2 views")
     if not bool(torch.isfinite(features).all()):
         raise ValueError("features hold NaN or Inf; expected finite values")
-    return features.detach().double()
+    return as_double(features)
 
 
 def _entropy_rank(shares: Tensor) -> float:

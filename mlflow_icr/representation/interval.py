@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mlflow_icr.representation.moments import ViewMoments
 from mlflow_icr.representation.quantile import student_t
-from mlflow_icr.representation.spectrum import InvariantSpectrum
+from mlflow_icr.representation.spectrum import SMALLEST_PIVOT, InvariantSpectrum
 
 CHUNK = 2**24  # float64 numbers held at a time, 128 MiB
 
@@ -49,8 +49,8 @@ class ICRInterval:
 def leave_one_out_terms(moments: ViewMoments, features: Tensor) -> Tensor:
     """between, within and spread of some images, (B, 3) float64, for features (B, K, D) that `moments` were updated with.
 
-    Any part of the images will do, so that ranks and batches can share the work. Raises ValueError when the residual
-    covariance is singular, also without one of the images.
+    Any part of the images will do, so that ranks and batches can share the work. An image without which the residual
+    covariance is singular (a channel that fires in it alone) has NaN. Raises ValueError when it is singular with all of them.
     """
     spectrum = moments.spectrum()
     n, k, d = moments.num_images, moments.num_views, moments.dim
@@ -66,25 +66,37 @@ def leave_one_out_terms(moments: ViewMoments, features: Tensor) -> Tensor:
         t, r = moments.centred(h)  # (B, D), (B, K, D)
         ra = r @ inverse  # (B, K, D)
         gram = ra @ r.mT  # (B, K, K)
-        keep = torch.linalg.inv(eye - gram * (grow / nu))  # (I - leverage)^-1, (B, K, K)
+        left = eye - gram * (grow / nu)  # I - leverage, (B, K, K)
+        alone = torch.linalg.eigvalsh((left + left.mT) / 2)[:, 0] < SMALLEST_PIVOT**0.5
+        left[alone] = eye
+        keep = torch.linalg.inv(left)
         cross = ra @ t[:, :, None]  # (B, K, 1)
         between = ((t @ inverse) * t).sum(1) + (cross.mT @ keep @ cross)[:, 0, 0] * (grow / nu)
         within = (gram @ keep).diagonal(dim1=1, dim2=2).sum(1) / (k - 1)
         spread = (keep @ (ra @ sigma_t @ ra.mT) @ keep).diagonal(dim1=1, dim2=2).sum(1) / (k - 1)
-        parts.append(torch.stack([between, within, spread], 1) * (grow * nu_without / nu / d))
+        terms = torch.stack([between, within, spread], 1) * (grow * nu_without / nu / d)
+        terms[alone] = torch.nan
+        parts.append(terms)
     return torch.cat(parts) if parts else torch.empty(0, 3, dtype=torch.float64, device=inverse.device)
 
 
 def interval_from_terms(spectrum: InvariantSpectrum, terms: Tensor, level: float = 0.95) -> ICRInterval:
     """The interval of a spectrum from the `leave_one_out_terms` of all its N images, (N, 3), in their order.
 
-    Raises ValueError when the spectrum has no debiased ICR, saying why, or for a level outside (0, 1).
+    Raises ValueError when the spectrum has no debiased ICR, saying why, when an image cannot be left out, or for a level
+    outside (0, 1).
     """
     if not 0 < level < 1:
         raise ValueError(f"level is {level}; expected a number between 0 and 1, such as 0.95")
     value = spectrum.icr_debiased
     if value is None:
         raise ValueError(spectrum.unavailable["icr_debiased"])
+    alone = (~terms.isfinite().all(1)).nonzero()[:, 0].tolist()
+    if alone:
+        raise ValueError(
+            f"Sigma_xi is singular without image {alone[0]}, which alone moves one of its dimensions"
+            + (f" (and so do {len(alone) - 1} more)" if len(alone) > 1 else "")
+        )
     n, k = spectrum.num_images, spectrum.num_views
     between, within, spread = terms.unbind(1)
     inflation = within.mean()

@@ -17,6 +17,13 @@ from torch import Tensor
 
 from mlflow_icr.representation.spectrum import InvariantSpectrum
 
+CHUNK = 2**22  # float64 numbers made at a time, 32 MiB
+
+
+def as_double(x: Tensor) -> Tensor:
+    """A tensor as float64, without its gradient, where it is; on the CPU where its device (MPS) has no float64."""
+    return (x.detach().cpu() if x.device.type == "mps" else x.detach()).double()
+
 
 class ViewMoments:
     """Sufficient statistics of (N, K, D) features in float64 and O(D^2) memory, whatever N.
@@ -52,12 +59,16 @@ class ViewMoments:
             raise ValueError(f"features have dtype {features.dtype}; expected a floating-point dtype")
         if features.shape[0] == 0:
             return self
-        # MPS has no float64; every other device keeps its features where they are.
-        h = features.detach().to(torch.float64) if features.device.type != "mps" else features.detach().cpu().double()
-        if not bool(torch.isfinite(h).all()):
-            bad = int((~torch.isfinite(h)).flatten(1).any(1).sum())
-            raise ValueError(f"features hold NaN or Inf in {bad} of {h.shape[0]} images; expected finite values")
+        finite = torch.isfinite(features).flatten(1).all(1)
+        if not bool(finite.all()):
+            bad = int((~finite).sum())
+            raise ValueError(f"features hold NaN or Inf in {bad} of {len(features)} images; expected finite values")
+        for part in features.split(max(1, CHUNK // (self.num_views * self.dim))):
+            self._add(as_double(part))
+        return self
 
+    def _add(self, h: Tensor) -> None:
+        """Add finite features (B, K, D) float64."""
         t = h.mean(1)  # (B, D)
         e = h - t[:, None]  # (B, K, D)
         batch = ViewMoments.__new__(ViewMoments)
@@ -68,7 +79,7 @@ class ViewMoments:
         e_centred = (e - batch._mean_offset).flatten(0, 1)  # (B K, D)
         batch._scatter_image = t_centred.T @ t_centred
         batch._scatter_residual = e_centred.T @ e_centred
-        return self.merge(batch)
+        self.merge(batch)
 
     def merge(self, other: ViewMoments) -> ViewMoments:
         """Add another set of moments, as if its images had been given to this one; returns self.
@@ -103,7 +114,7 @@ class ViewMoments:
 
     def centred(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Image means (B, D) and two-way centred residuals (B, K, D), float64, of some of the images seen, (B, K, D)."""
-        h = features.detach().to(self._mean_image.device, torch.float64)
+        h = as_double(features).to(self._mean_image.device)
         t = h.mean(1)
         return t - self._mean_image, h - t[:, None] - self._mean_offset
 

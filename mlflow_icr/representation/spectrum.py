@@ -166,14 +166,18 @@ class InvariantSpectrum:
         return self._energy(self.sigma_invariant)
 
     def fisher_residual_growth(self, reference: InvariantSpectrum) -> float:
-        """tr(Sigma_xi(reference)^-1 Sigma_xi) / D: 1 at the reference, above it where residual energy has grown.
+        """tr(Sigma_xi(reference)^-1 Sigma_xi) / D: 1 where two samples have one residual covariance, above it after growth.
 
-        Raises ValueError when the two spectra differ in dimension.
+        The samples are to be of different images: a sampled inverse is too large by nu / (nu - D - 1), which is taken out
+        (without ridge and shrinkage, where nu > D + 1). Raises ValueError when the two spectra differ in dimension.
         """
         if reference.dim != self.dim:
             raise ValueError(f"the reference has {reference.dim} dimensions, this spectrum {self.dim}")
         sigma = self.sigma_residual.to(reference._cholesky.device)
-        return float(torch.cholesky_solve(sigma, reference._cholesky).diagonal().sum()) / self.dim
+        nu, d = reference.degrees_of_freedom, reference.dim
+        sampled = reference.ridge == 0 and reference.shrinkage == 0 and nu > d + 1
+        inflation = nu / (nu - d - 1) if sampled else 1.0
+        return float(torch.cholesky_solve(sigma, reference._cholesky).diagonal().sum()) / d / inflation
 
     @property
     def indefinite_fraction(self) -> float:

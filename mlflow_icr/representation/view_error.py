@@ -69,8 +69,10 @@ def heldout_error_ratio(train_errors: Tensor, heldout_errors: Tensor, level: flo
 
 
 def view_auc(image_errors: Tensor, view_errors: Tensor, level: float = 0.95) -> Estimate:
-    """P(error of a view > error of its image), from paired errors (N,); 0.5 is indifference, 1 is every image known.
+    """P(error of a view > error of its image), from errors (N,) each on a noise of its own; 0.5 is indifference, 1 all known.
 
+    As in tests of membership, single errors are compared: on the same noise a difference too small to matter would decide.
+    Held-out images in place of views are compared with as many training images.
     The interval is exact (Clopper & Pearson 1934); equal errors count half, and as either for the interval.
     Raises ValueError as `view_error_ratio` does.
     """

@@ -1,0 +1,100 @@
+"""A look along the sampler's path: how far a network is from the training set's optimal denoiser where sampling goes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mlflow_icr.extraction.denoisers import Denoiser, device_of, encoder_of, evaluating
+from mlflow_icr.extraction.keyed import keyed_generator
+from mlflow_icr.extraction.samplers import heun_sample, starting_noise
+from mlflow_icr.extraction.views import as_unit_interval
+from mlflow_icr.generation.empirical import distances_from_optimal
+
+TRAJECTORIES = 64
+LEVELS = 8
+POOLED_SIGMA = 2.0  # levels from here down are pooled: above, every denoiser is near the mean of all images
+MOST_VALUES = 2**28  # of the training set: beyond, 64 trajectories would take minutes on a processor
+# Above, D* is the mean of the training set, and below, it is one image whatever the network does: nothing differs.
+SMALLEST_SIGMA, LARGEST_SIGMA = 0.1, 10.0
+
+
+@dataclass(frozen=True, eq=False)
+class Path:
+    """What a network was asked and said along its trajectories: noise levels, and x and D(x) (T, B, C, H, W) at each."""
+
+    sigmas: tuple[float, ...]
+    x: Tensor
+    denoised: Tensor
+
+
+def sampled_path(denoiser: Denoiser, noise: Tensor, num_steps: int, labels: Tensor | None = None) -> Path:
+    """The path of EDM's sampler from unit noise (B, C, H, W), at up to 8 of its noise levels from 10 down to 0.1.
+
+    Of networks that predict noise or velocity too: their probability flow is the same, in other variables.
+    """
+    seen: list[tuple[float, Tensor, Tensor]] = []
+
+    def watch(sigma: float, x: Tensor, denoised: Tensor) -> None:
+        if SMALLEST_SIGMA <= sigma <= LARGEST_SIGMA:
+            seen.append((sigma, x.cpu(), denoised.cpu()))
+
+    heun_sample(denoiser, noise, num_steps=num_steps, labels=labels, watch=watch)
+    places = np.unique(np.linspace(0, len(seen) - 1, min(LEVELS, len(seen))).round().astype(int))
+    kept = [seen[place] for place in places]
+    if not kept:
+        raise ValueError(f"num_steps is {num_steps}; no noise level of the sampler lies between 0.1 and 10")
+    return Path(tuple(s for s, _, _ in kept), torch.stack([x for _, x, _ in kept]), torch.stack([d for _, _, d in kept]))
+
+
+class PathReader:
+    """Distances of D from D* along trajectories, relative to those of fresh images from what D* makes of them with noise.
+
+    `train` (N, C, H, W) is the whole training set, uint8 or floats in [0, 1]. Fresh images are `heldout` ones (M, C, H, W), or
+    training images that D* is not to know, which comes to the same. 0 is a network that knows nothing but its images; one that
+    draws images of its own is about as far from D* as fresh images are. For denoisers of images.
+    """
+
+    def __init__(self, train: Tensor, heldout: Tensor | None, seed: int, num_steps: int) -> None:
+        self.train = (train if train.dtype == torch.uint8 else as_unit_interval(train) * 2 - 1).flatten(1)
+        self.leave_out = heldout is None
+        self.fresh = (train if heldout is None else heldout)[:TRAJECTORIES]
+        self.seed, self.num_steps = seed, num_steps
+        self._far: dict[float, float] = {}  # by noise level, of fresh images
+
+    def _of_fresh(self, sigma: float) -> float:
+        """The root mean square distance of fresh images from D* of them with noise."""
+        if sigma not in self._far:
+            clean = (as_unit_interval(self.fresh) * 2 - 1).flatten(1)
+            streams = [keyed_generator("path-fresh", self.seed, i) for i in range(len(clean))]
+            noise = torch.from_numpy(np.stack([s.standard_normal(clean.shape[1], dtype=np.float32) for s in streams]))
+            own = torch.arange(len(clean)) if self.leave_out else None
+            distances = distances_from_optimal(clean, clean + sigma * noise, sigma, self.train, leave_out=own)
+            self._far[sigma] = float(distances.square().mean().sqrt())
+        return self._far[sigma]
+
+    @torch.no_grad()
+    def read(self, denoiser: Denoiser, labels: Tensor | None = None) -> tuple[tuple[float, ...], Tensor]:
+        """Noise levels, and relative distances (levels, trajectories). Raises ValueError where there is no such distance."""
+        if encoder_of(denoiser) is not None:
+            raise ValueError("the denoiser works on latents; the optimal denoiser is that of images")
+        if self.train.numel() > MOST_VALUES:
+            raise ValueError(
+                f"the training set has {self.train.numel()} values; its optimal denoiser is computed up to {MOST_VALUES}"
+            )
+        device, shape = device_of(denoiser), tuple(self.fresh.shape[1:])
+        noise = starting_noise(range(TRAJECTORIES), shape, self.seed).to(device)
+        chosen = None if labels is None else labels[torch.arange(TRAJECTORIES) % len(labels)].to(device)
+        with evaluating(denoiser.network):
+            path = sampled_path(denoiser, noise, self.num_steps, chosen)
+        rows = [
+            distances_from_optimal(denoised.flatten(1), x.flatten(1), sigma, self.train) / self._of_fresh(sigma)
+            for sigma, x, denoised in zip(path.sigmas, path.x, path.denoised, strict=True)
+        ]
+        found = torch.stack(rows)
+        if not bool(found.isfinite().all()):
+            raise ValueError("distances from the optimal denoiser are not finite")
+        return path.sigmas, found

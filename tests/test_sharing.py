@@ -42,7 +42,8 @@ def _work(rank: int, folder: str) -> None:
         {"train": data.train.clone(), "notes": list(data.notes), "read": len(read), "error": error, "left": left},
         f"{folder}/{rank}.pt",
     )
-    data.train[0] = rank + 1  # last: the memory is shared
+    dist.barrier()  # the memory is shared
+    data.train[0] = rank + 1
     dist.barrier()
     torch.save(data.train[0].clone(), f"{folder}/seen{rank}.pt")
     dist.destroy_process_group()

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from trainers import train
 from trainers.command_line import config_changes, config_flags, train_parser
 from trainers.config import GROUPS, OPTIONS, config_from, load_config, preset_names, read_values
+from trainers.launch import check_launcher
 from trainers.options import options_of
 
 
@@ -62,3 +64,29 @@ def test_what_a_file_cannot_say_is_one_line(text: str, message: str, tmp_path: P
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         config_from(load_config("digits", {}).flat() | read_values(tmp_path / "c.yaml"))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "distributed_type is DEEPSPEED; expected one process, DDP"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "distributed_type is MEGATRON_LM; expected one process, DDP"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "distributed_type is FSDP 1; expected .* FSDP with fsdp_version 2"),
+        (
+            {"ACCELERATE_MIXED_PRECISION": "fp8"},
+            "mixed_precision is 'fp8', from accelerate's launcher; expected one of no, bf16",
+        ),
+    ],
+)
+def test_launchers_that_cannot_work_are_refused_in_one_line(
+    environment: dict[str, str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert train.main(["--preset=digits", f"--output-dir={tmp_path / 'run'}"]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    check_launcher({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "ACCELERATE_MIXED_PRECISION": "bf16"})

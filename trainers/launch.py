@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mlflow_icr.environment import cores
@@ -18,6 +18,17 @@ from trainers.launchers.processes import GRACE_SECONDS
 def is_launched() -> bool:
     """Whether torchrun or accelerate has started this process as one of several ranks."""
     return "RANK" in os.environ
+
+
+def check_launcher(environment: Mapping[str, str]) -> None:
+    """Raise ValueError for what `accelerate launch` has set up and cannot work here, by the variables that it sets."""
+    engine = next((name for name in ("DEEPSPEED", "MEGATRON_LM") if environment.get(f"ACCELERATE_USE_{name}") == "true"), None)
+    if environment.get("ACCELERATE_USE_FSDP") == "true" and environment.get("FSDP_VERSION", "1") != "2":
+        engine = "FSDP 1"
+    if engine is not None:
+        raise ValueError(f"distributed_type is {engine}; expected one process, DDP (MULTI_GPU), or FSDP with fsdp_version 2")
+    if (precision := environment.get("ACCELERATE_MIXED_PRECISION", "no")) not in ("no", "bf16", "fp16"):
+        raise ValueError(f"mixed_precision is {precision!r}, from accelerate's launcher; expected one of no, bf16, fp16")
 
 
 def check_processes(count: int, config: TrainConfig) -> None:

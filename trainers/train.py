@@ -21,8 +21,9 @@ from mlflow_icr.integrations.ending import end_as_rank
 from mlflow_icr.monitoring.series import HISTORY, read_history
 from trainers.command_line import config_changes, parse_tags, train_parser
 from trainers.config import TrainConfig, config_from, preset_names, preset_values, read_values, with_changes
-from trainers.launch import check_processes, is_launched, launch
+from trainers.launch import check_launcher, check_processes, is_launched, launch
 from trainers.launchers.job import STOP_SIGNALS
+from trainers.plan import plan_for
 
 if TYPE_CHECKING:
     from trainers.run import Run
@@ -133,6 +134,7 @@ def run_is_mine() -> bool:
 
 def configure(arguments: Any) -> tuple[TrainConfig, Path, dict[str, str], str | None, bool]:
     """Everything that the command line says, checked. Raises ValueError for what cannot be."""
+    check_launcher(os.environ)
     changes, config = config_changes(arguments), None
     output_dir = Path(arguments.output_dir)
     resume = goes_on(arguments.resume, output_dir)
@@ -144,8 +146,13 @@ def configure(arguments: Any) -> tuple[TrainConfig, Path, dict[str, str], str | 
     elif arguments.preset is not None:
         config = config_from(with_changes(preset_values(arguments.preset), changes))
         changes["preset"] = arguments.preset
+    elif "data" in changes and not resume:
+        values, lines = plan_for(with_changes({}, changes))
+        config = config_from(with_changes(values, {}))
+        if run_is_mine() and (is_launched() or arguments.num_processes == 1):
+            print(*lines, sep="\n", flush=True)
     elif not resume:
-        raise ValueError(f"preset is not given; expected one of {', '.join(preset_names())}")
+        raise ValueError(f"preset is not given; expected one of {', '.join(preset_names())}, or --data alone")
     tags = parse_tags(arguments.tag)
     config = prepare_folder(output_dir, config, changes, resume)
     check_project()

@@ -139,6 +139,8 @@ def started_values(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dic
         latent = values.get("autoencoder") or implied.get("autoencoder")
         made_for = min(height_width(start.network["sample_size"]))
         side = made_for if latent or "resolution" not in values else min(height_width(parse_size(values["resolution"])))
+        if not latent and "resolution" not in values:
+            implied["resolution"] = side
         implied["attention_resolutions"] = tuple(side // 2**i for i in start.attends)
     implied = {key: value for key, value in implied.items() if key != "autoencoder" or "autoencoder" not in changes}
     for key, value in implied.items():

@@ -75,8 +75,11 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         make(Path(folder), arguments.images, arguments.side)
-        command = [sys.executable, __file__, f"--folder={folder}", f"--images={arguments.images}", f"--side={arguments.side}"]
-        found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+        # As a module: of a script's own folder, files such as kernels.py stand before packages of that name.
+        flags = [f"--folder={folder}", f"--images={arguments.images}", f"--side={arguments.side}"]
+        command = [sys.executable, "-m", "benchmarks.host_memory", *flags]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+        found = json.loads(done.stdout.splitlines()[-1])
     print(
         f"{arguments.images} images of {arguments.side}x{arguments.side}: {found['bytes'] / 2**20:.0f} MiB, read in "
         f"{found['seconds']:.1f} s; peak {found['peak'] / found['bytes']:.3f} times that, without the imports' "

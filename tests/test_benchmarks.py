@@ -39,11 +39,11 @@ def test_its_loops_run_in_tiny() -> None:
 
 
 def test_a_set_takes_hardly_more_than_its_bytes() -> None:
-    """200 images of 256x256, 38 MiB: twice that would be one copy too many."""
-    command = [sys.executable, str(DEVICE.with_name("host_memory.py")), "--images=200", "--side=256"]
+    """600 images of 256x256, 112 MiB: a copy of them all would be one too many."""
+    command = [sys.executable, str(DEVICE.with_name("host_memory.py")), "--images=600", "--side=256"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(DEVICE.parents[1])}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    found = re.search(r"38 MiB, .* MiB (\S+) \(goal", done.stdout)
+    found = re.search(r"MiB, .* MiB (\S+) \(goal", done.stdout)
     assert found is not None
-    assert float(found[1]) < 1.8  # a few MiB of threads and files weigh more here than with 5 000 of 512x512
+    assert float(found[1]) < 1.9  # batches and threads weigh more here than with 5 000 of 512x512

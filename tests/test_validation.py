@@ -170,11 +170,10 @@ def test_any_first_part_of_the_plan_is_about_balanced() -> None:
     runs = read_plan().runs
     assert len({run.name for run in runs}) == len(runs) >= 120
     assert all(run.chosen_on is chosen_on(run.name) for run in runs)
-    amended = [run for run in runs if run.options["seed"] % 1000 >= 100]  # the others were trained before
+    amended = [run for run in runs if run.options["seed"] % 1000 >= 200]  # the others were trained before
     decoupled = [run for run in amended if run.factors["panel"] == "decoupled"]
     assert len(decoupled) >= 80
-    plain = [run for run in decoupled if not run.needs]
-    for part in (decoupled[:30], plain[:15], decoupled):
+    for part in (decoupled[:32], decoupled[:64], decoupled):
         for factor in ("family", "dropout", "learning_rate", "batch_size", "width", "images"):
             counted = Counter(run.factors[factor] for run in part)
             levels = len({run.factors[factor] for run in decoupled})
@@ -184,7 +183,7 @@ def test_any_first_part_of_the_plan_is_about_balanced() -> None:
     # All are long enough for copies, counted in optimizer steps, and so end after quite different epochs.
     for run in decoupled:
         steps = 1000 * run.options["total_kimg"] / run.factors["batch_size"]
-        assert steps == pytest.approx(20 * run.factors["num_images"] * (1e-3 / run.factors["learning_rate"]) ** 0.5, rel=0.01)
+        assert steps > 8 * run.factors["num_images"]
     ends = sorted(1000 * run.options["total_kimg"] / run.factors["num_images"] for run in decoupled)
     assert ends[len(ends) * 9 // 10] > 4 * ends[len(ends) // 10]
     plan = read_plan()

@@ -1,9 +1,10 @@
 """The design of the validation study: which runs there are, in which order, and on which half thresholds are chosen.
 
 `python -m studies.validation.design` writes `plan.json`, a function of the seed below. The file was committed before the first
-of its runs was trained, and a test holds it to this code. It was amended once, after the runs of `pilot_runs`, of which none
-copied anything: lengths had been shares of an hour's computing, and are multiples of N in optimizer steps now, which is what
-copies take (Bonnaire et al. 2025). Those runs and their halves stay; detectors, horizons and comparisons are what they were.
+of its runs was trained, and a test holds it to this code. It was amended twice, after six and after ten runs, those of
+`pilot_runs`, of which none copied anything: lengths had been shares of an hour's computing, then one multiple of N in optimizer
+steps, and are multiples by width now, for narrow networks take longer to copy, and `fast_runs` are new. Those runs and their
+halves stay; detectors, horizons and comparisons are what they were.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import json
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 PLAN = Path(__file__).parent / "plan.json"
 SEED = 2026
 DECOUPLED_RUNS = 96
+BLOCK = 32  # runs that are balanced among themselves
 CANDIDATES = 400  # of which each next run is the one that leaves the design most balanced
 
 # Images by name: `--data`, the side in pixels, held-out images, and for EDM the deviation of pixels in [-1, 1].
@@ -42,9 +44,9 @@ DROPOUTS = (0.0, 0.3)
 AUGMENTATIONS = ("none", "flip")
 RATES = (5e-4, 1e-3, 2e-3)
 BATCHES = (16, 32, 64)
-# A run's length in optimizer steps, for each training image, at a learning rate of 1e-3; they go with its inverse root. Digits
-# are copied after some 8 (EDM, width 32, batch 48).
-STEPS_PER_IMAGE = 20
+# A run's length in optimizer steps, for each training image, by width, at a learning rate of 1e-3; they go with its inverse
+# root, and with dropout they are half as many again. Digits are copied after some 8 (EDM, width 32, batch 48).
+STEPS_PER_IMAGE = {8: 60, 16: 35, 32: 20, 64: 12}
 # Images a second at 8x8 with a batch of 48 on one slow core, and what other batches change: what a run is reckoned to cost.
 SPEED = {"unet": {8: 1260, 16: 800, 32: 360, 64: 125}, "flow": {8: 2200, 16: 1270, 32: 760, 64: 590}}
 BATCH_SPEED = {16: 0.6, 32: 0.85, 48: 1.0, 64: 1.1, 128: 1.4}
@@ -111,7 +113,8 @@ def name_of(run: Mapping[str, Any]) -> str:
 
 def kimg_of(run: Mapping[str, Any], share: float = 1.0) -> float:
     """Thousands of images that a run sees: as many steps for each of its images as copies take, and more."""
-    steps = share * STEPS_PER_IMAGE * run["num_images"] * (1e-3 / run["learning_rate"]) ** 0.5
+    steps = share * STEPS_PER_IMAGE[run["width"]] * run["num_images"] * (1e-3 / run["learning_rate"]) ** 0.5
+    steps *= 1.5 if run["dropout"] else 1.0
     return float(f"{steps * run['batch_size'] / 1000:.3g}")
 
 
@@ -169,15 +172,40 @@ def _imbalance(run: Mapping[str, Any], counts: Counter[tuple[Any, ...]]) -> floa
 
 
 def decoupled_runs() -> list[dict[str, Any]]:
-    """Limited runs over all factors, each the best of many draws: any first k of them are about balanced."""
+    """Limited runs over all factors, each the best of many draws: any first blocks of them are about balanced.
+
+    Within a block the cheapest come first, so that there is something to see early.
+    """
     rng, counts = random.Random(SEED), Counter[tuple[Any, ...]]()
     runs: list[dict[str, Any]] = []
     while len(runs) < DECOUPLED_RUNS:
-        drawn = [_draw(rng, 1100 + len(runs)) for _ in range(CANDIDATES)]
+        drawn = [_draw(rng, 1200 + len(runs)) for _ in range(CANDIDATES)]
         drawn = [r for r in drawn if seconds_of(r, kimg_of(r)) <= MOST_SECONDS]
         best = min(drawn, key=lambda r: (_imbalance(r, counts), name_of(r)))
         counts.update(_levels(best))
         runs.append(planned(best, kimg_of(best)))
+    blocks = [runs[i : i + BLOCK] for i in range(0, len(runs), BLOCK)]
+
+    def cost(run: Mapping[str, Any]) -> float:
+        return seconds_of(run["factors"], run["options"]["total_kimg"])
+
+    return [run for block in blocks for run in sorted(block, key=cost)]
+
+
+def fast_runs() -> list[dict[str, Any]]:
+    """Runs that copy soon if any do: every set by every family, 64 images, no dropout, many steps for each image seen."""
+    runs = []
+    for i, (images, family) in enumerate(itertools.product(SETS, FAMILIES)):
+        width = 16 if images == "cifar16" else 32
+        base = {"panel": "fast", "images": images, "family": family, "num_images": 64, "width": width, "dropout": 0.0}
+        run = base | {
+            "augment": "none",
+            "learning_rate": RATES[1 + i % 2],
+            "batch_size": (16, 32)[i // 2 % 2],
+            "seed": 3200 + i,
+        }
+        runs.append(planned(run, kimg_of(run)))
+    random.Random(SEED).shuffle(runs)
     return runs
 
 
@@ -191,7 +219,7 @@ RICH = {"digits8": 1600, "mnist8": 4000, "fashion8": 8000, "cifar8": 8000, "cifa
 
 def long_runs() -> Iterator[list[dict[str, Any]]]:
     """Five kinds of long runs, each balanced over images and families."""
-    seeds = itertools.count(2100)
+    seeds = itertools.count(2200)
 
     def pick(place: int) -> tuple[str, str]:
         return SETS[place % len(SETS)], FAMILIES[(place + place // len(SETS)) % len(FAMILIES)]
@@ -204,7 +232,7 @@ def long_runs() -> Iterator[list[dict[str, Any]]]:
         run = _long(images, family, RICH[images], (16, 32)[i // 5], next(seeds), kind="rich", batch_size=batch)
         rich.append(planned(run, kimg_within(run, 120, 600)))
     for i in range(10):
-        images, family = pick(i + 1)
+        images, family = pick(i + 2)
         num_images = 256 if images == "cifar16" else (512, 1024)[i // 5]
         run = _long(images, family, num_images, 8, next(seeds), kind="narrow", batch_size=64)
         narrow.append(planned(run, kimg_within(run, 1e9, 600 if i < 7 else 1000)))
@@ -240,27 +268,35 @@ def _pilot(kimg: float, images: str, family: str, num_images: int, width: int, *
 def pilot_runs() -> list[dict[str, Any]]:
     """The runs that were trained before the plan was amended."""
     changed = [{"at_kimg": 11.0, "batch_size": 16}]
+    narrow, rich = ({"panel": "long", "kind": kind} for kind in ("narrow", "rich"))
+    midway = {"panel": "long", "kind": "batch changed", "changes": changed}
     return [
         _pilot(35.4, "cifar8", "flow", 128, 64, dropout=0.3, learning_rate=4e-4, batch_size=16, seed=1001),
         _pilot(46.3, "mnist12", "v", 64, 16, learning_rate=2.5e-3, batch_size=128, seed=1003),
-        _pilot(307.0, "mnist12", "v", 512, 8, panel="long", kind="narrow", batch_size=128, seed=2010),
-        _pilot(96.0, "digits8", "edm", 1600, 16, panel="long", kind="rich", seed=2000),
+        _pilot(307.0, "mnist12", "v", 512, 8, batch_size=128, seed=2010, **narrow),
+        _pilot(96.0, "digits8", "edm", 1600, 16, seed=2000, **rich),
         _pilot(152.0, "cifar8", "flow", 512, 32, dropout=0.3, learning_rate=4e-4, seed=1005),
-        _pilot(
-            55.1, "fashion12", "flow", 64, 16, panel="long", kind="batch changed", batch_size=128, seed=2020, changes=changed
-        ),
+        _pilot(55.1, "fashion12", "flow", 64, 16, batch_size=128, seed=2020, **midway),
+        _pilot(57.9, "cifar16", "edm", 128, 16, learning_rate=2e-3, batch_size=32, seed=1100),
+        _pilot(81.9, "mnist8", "v", 64, 8, dropout=0.3, batch_size=64, seed=1103),
+        _pilot(307.0, "mnist8", "v", 512, 8, batch_size=64, seed=2110, **narrow),
+        _pilot(57.6, "digits8", "edm", 1600, 16, batch_size=16, seed=2100, **rich),
     ]
 
 
-def _interleaved(lists: Iterable[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Of several lists one, in which each is spread evenly."""
-    placed = [((i + 0.5) / len(runs), run["name"], run) for runs in lists for i, run in enumerate(runs)]
+def _interleaved(
+    decoupled: Sequence[dict[str, Any]], fast: Sequence[dict[str, Any]], *long: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """One list, in which each is spread evenly: fast runs over the first third, long ones after the first tenth."""
+    placed = [((i + 0.5) / len(decoupled), run["name"], run) for i, run in enumerate(decoupled)]
+    placed += [(i / len(fast) / 3, run["name"], run) for i, run in enumerate(fast)]
+    placed += [((i + 1) / (len(runs) + 1), run["name"], run) for runs in long for i, run in enumerate(runs)]
     return [run for _, _, run in sorted(placed, key=lambda entry: entry[:2])]
 
 
 def design() -> dict[str, Any]:
     """The whole plan: what was fixed before the first run, and the runs in the order in which they are trained."""
-    runs = [*pilot_runs(), *_interleaved([decoupled_runs(), *long_runs()])]
+    runs = [*pilot_runs(), *_interleaved(decoupled_runs(), fast_runs(), *long_runs())]
     return {"seed": SEED, "monitor": MONITOR, "truth": TRUTH, "open_factor": 2.0, "horizons_epochs": HORIZONS, "runs": runs}
 
 

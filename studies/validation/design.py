@@ -197,7 +197,14 @@ def fast_runs() -> list[dict[str, Any]]:
     runs = []
     for i, (images, family) in enumerate(itertools.product(SETS, FAMILIES)):
         width = 16 if images == "cifar16" else 32
-        base = {"panel": "fast", "images": images, "family": family, "num_images": 64, "width": width, "dropout": 0.0}
+        base: dict[str, Any] = {
+            "panel": "fast",
+            "images": images,
+            "family": family,
+            "num_images": 64,
+            "width": width,
+            "dropout": 0.0,
+        }
         run = base | {
             "augment": "none",
             "learning_rate": RATES[1 + i % 2],

@@ -65,6 +65,10 @@ RULES: Sequence[Rule] = (
     Rule("view error ratio, level", level("repr/view_error_ratio")),
     Rule("view error ratio, rate of growth", _growth),
     Rule("view AUC", level("repr/view_auc")),
+    Rule("view excess", level("repr/view_excess")),
+    Rule("view error ratio at half the noise", level("repr/view_error_ratio_x0.5")),
+    Rule("view error ratio at four times the noise", level("repr/view_error_ratio_x4")),
+    Rule("far view error ratio", level("repr/far_error_ratio")),
     Rule("ICR past its minimum (argmin)", over_lowest("repr/icr", relative=False)),
     Rule("ICR, certain rise (lower bound, paired)", level("repr/icr_rise_low")),
     Rule("Fisher residual energy", level("repr/fisher_residual_energy"), either_way=True),
@@ -74,5 +78,6 @@ RULES: Sequence[Rule] = (
     Rule("Alignment", level("repr/alignment"), either_way=True),
     Rule("RankMe", level("repr/rankme"), either_way=True),
     Rule("train/held-out loss gap", log_gap, heldout=True),
+    Rule("train/held-out error ratio", level("repr/heldout_error_ratio"), heldout=True),
     Rule("held-out loss past its minimum", over_lowest("loss/heldout", relative=True), heldout=True),
 )

@@ -23,7 +23,9 @@ BASE = "mnist5k"  # the preset whose values hold where the plan says nothing
 CIFAR10 = "uoft-cs/cifar10"  # where the plan's `cifar10` comes from, unless a folder or an archive of it is given
 CIFAR10_VARIABLE = "VALIDATION_CIFAR10"
 # All label-free companions, for each may be a rival.
-COMPANIONS = ("alignment", "uniformity", "rankme", "effective_rank", "lidar")
+COMPANIONS = (
+    "alignment", "uniformity", "rankme", "effective_rank", "lidar", "feature_deviation", "stable_rank", "sima",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

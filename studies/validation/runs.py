@@ -19,6 +19,7 @@ from studies.validation.design import PLAN
 from studies.validation.results import result_path
 from trainers.config import TrainConfig, load_config
 
+RESULTS = Path(__file__).parents[2] / "docs" / "validation" / "results"
 BASE = "mnist5k"  # the preset whose values hold where the plan says nothing
 CIFAR10 = "uoft-cs/cifar10"  # where the plan's `cifar10` comes from, unless a folder or an archive of it is given
 CIFAR10_VARIABLE = "VALIDATION_CIFAR10"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlflow_icr.monitoring.forecast import calibration
 from mlflow_icr.monitoring.plots import COLOURS
 from mlflow_icr.monitoring.series import series
 from studies.validation import tables
@@ -137,6 +138,8 @@ def write_report(results: Sequence[Result], plan: Plan, docs: Path) -> None:
         "left_out": tables.left_out_table(outcomes, plan),
         "by_group": tables.by_group_table(outcomes, plan),
         "detectors": tables.detectors_table(outcomes, plan),
+        "forecast": tables.forecast_table(outcomes),
+        "levels": tables.levels_table(calibration()[1]),
         "runs": tables.runs_table(outcomes),
         "window": window_table(docs / "validation" / RESULTS),
         "coverage": tables.coverage_table(read_coverages(docs / "validation" / "coverage.csv")),

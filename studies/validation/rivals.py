@@ -8,16 +8,22 @@ from collections.abc import Sequence
 import numpy as np
 
 from mlflow_icr.monitoring.series import Rows, series
-from mlflow_icr.monitoring.verdict import MEMORIZING, TURNING, verdict
+from mlflow_icr.monitoring.verdict import MEMORIZING, TURNING, Verdict, VerdictTracker
 from studies.validation.outcomes import Outcome
 from studies.validation.rules import Rule, Score, epochs, level, log_gap, over_lowest
 
 VERDICT = "**the verdict**"
 
 
+def verdicts(rows: Rows) -> list[tuple[int, Verdict]]:
+    """The verdict at every measurement, from the history up to it."""
+    tracker = VerdictTracker()
+    return [(int(row["images_seen"]), tracker.add(row)) for row in rows]
+
+
 def verdict_states(rows: Rows) -> list[tuple[int, str]]:
     """The verdict's state at every measurement, from the history up to it."""
-    return [(int(rows[end - 1]["images_seen"]), verdict(rows[:end]).state) for end in range(1, len(rows) + 1)]
+    return [(at, found.state) for at, found in verdicts(rows)]
 
 
 def _verdict(outcome: Outcome) -> Score:

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from scipy.stats import binomtest
 
+from mlflow_icr.monitoring.forecast import Level
 from mlflow_icr.monitoring.series import series
+from studies.validation.calibration import coverage_of
 from studies.validation.coverage import Coverage
 from studies.validation.outcomes import LEADING, TWO, Outcome, agreement
 from studies.validation.rivals import RULES, THE_VERDICT, verdict_states
@@ -119,6 +121,25 @@ def memorizing_share(outcomes: Sequence[Outcome]) -> tuple[int, int]:
     """Of runs that were ever called memorizing, in how many two detectors or more found copies by the end."""
     called = [o for o in outcomes if any(state == "memorizing" for _, state in verdict_states(o.rows))]
     return sum(o.onsets[TWO] is not None for o in called), len(called)
+
+
+def forecast_table(outcomes: Sequence[Outcome]) -> str:
+    """How often the forecasts' intervals hold the onset, from tables of the other sets of images."""
+    rows = []
+    for name, last in (("the first", False), ("the last before the onset", True)):
+        found = coverage_of(outcomes, last=last)
+        told, held = share(found.told, found.runs), share(found.held, found.told)
+        rows.append([name, told, held, quartiles(found.ratios, "{:.2f}")])
+    return table(["forecast", "copying runs that had one", "its 80 % interval held the onset", "centre / onset"], rows)
+
+
+def levels_table(levels: Sequence[Level]) -> str:
+    """The package's table, where it has lines."""
+    rows = [[f"{x.level:g}", f"{x.factor:.2f}", f"{x.low:.2f} to {x.high:.2f}", str(x.runs)] for x in levels]
+    head = ["the ratio passes its lowest times", "onset / passing", "80 % interval", "runs"]
+    return (
+        table(head, rows) if rows else "It has no line yet: fewer than nine runs copied after the ratio had passed any level."
+    )
 
 
 def runs_table(outcomes: Sequence[Outcome]) -> str:

@@ -323,12 +323,12 @@ def test_results_are_small_and_the_same_bytes(tmp_path: Path) -> None:
 def test_a_page_says_first_what_came_out(tmp_path: Path) -> None:
     docs = tmp_path / "docs"
     (docs / "images").mkdir(parents=True)
-    (docs / "validation").mkdir()
+    shutil.copytree(ROOT / "docs" / "validation" / "runs", docs / "validation" / "runs")
     shutil.copy(ROOT / "docs" / "validation.template.md", docs)
     write_report(made_up_results(), read_plan(), docs)
     page = (docs / "validation.md").read_text()
     assert "{{" not in page
-    assert page.splitlines()[2].startswith(f"**Partial, 12 of {len(read_plan().runs)} runs: of the copying runs that nothing")
+    assert page.splitlines()[2].startswith(f"**Partial, 12 of {len(read_plan().runs)} runs: of the runs that nothing was")
     assert "not measured" in page  # signals that these histories do not have are told of
     lines = (docs / "validation" / "outcomes.csv").read_text().splitlines()
     assert len(lines) == 13

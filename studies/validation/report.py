@@ -11,6 +11,7 @@ from mlflow_icr.monitoring.plots import COLOURS
 from mlflow_icr.monitoring.series import series
 from studies.validation import tables
 from studies.validation.coverage import read_coverages
+from studies.validation.earlier import counts_text, earlier_table, read_earlier
 from studies.validation.outcomes import LEADING, TWO, Outcome, outcome_of, write_outcomes
 from studies.validation.results import Result
 from studies.validation.rivals import EPOCHS, THE_VERDICT
@@ -27,6 +28,7 @@ CURVES = (
     ("repr/icr_debiased", "ICR, debiased", False),
     ("mem/ratio_l2", "share of copies", False),
 )
+RATIO = ("view error ratio, level", "view error ratio, rate of growth")  # the rules that the headline has the concordance of
 # What the study was to show, on the runs that nothing was chosen on.
 TARGETS = {"caught": 0.95, "false": 0.05, "share": 0.55, "memorizing": 0.9, "concordance": 0.85}
 
@@ -37,27 +39,27 @@ def headline(outcomes: Sequence[Outcome], judged: Sequence[Outcome], rules: Sequ
     clock = next(rule for rule in rules if rule.name == EPOCHS.name)
     epochs = rates(judged, alarms_of(clock, judged), LEADING, plan.open_factor)
     right, called = tables.memorizing_share(judged)
-    best = max(
-        (
-            (concordance(r.score, judged, LEADING, plan.horizons_epochs, draws=0).value, r.name)
-            for r in rules
-            if r.threshold != 0.5
-        ),
-        key=lambda entry: (entry[0] == entry[0], entry[0]),
-    )
-    told = []
     part = "" if len(outcomes) == len(plan.runs) else f"Partial, {len(outcomes)} of {len(plan.runs)} runs: "
-    told.append(
-        f"**{part}of the copying runs that nothing was chosen on, the verdict caught "
-        f"{tables.share(found.caught, found.copying)} ahead, and counting epochs "
-        f"{tables.share(epochs.caught, epochs.copying)}; of the clean ones the verdict accused "
-        f"{tables.share(found.false_alarms, found.clean - found.open)} and counting epochs "
-        f"{tables.share(epochs.false_alarms, epochs.clean - epochs.open)}.**"
-    )
-    told.append(
-        f"Alarm over onset: {tables.quartiles(found.shares, '{:.2f}')}. `memorizing` was right by two detectors in "
-        f"{tables.share(right, called)}. Highest concordance at equal epochs: {best[0]:.2f}, of {best[1]}."
-    )
+    clean = f"{tables.share(found.false_alarms, found.clean - found.open)} clean ones, counting epochs "
+    clean += tables.share(epochs.false_alarms, epochs.clean - epochs.open)
+    if found.copying:
+        caught = f"the verdict caught {tables.share(found.caught, found.copying)} copying runs ahead, counting epochs "
+        caught += f"{tables.share(epochs.caught, epochs.copying)}"
+    else:
+        caught = "none copied yet"
+    told = [f"**{part}of the runs that nothing was chosen on, {caught}; the verdict accused {clean}.**"]
+    if found.shares:
+        told.append(f"Alarm over onset: {tables.quartiles(found.shares, '{:.2f}')}.")
+    told.append(f"`memorizing` was right by two detectors in {tables.share(right, called)}.")
+    two = rates(judged, alarms_of(THE_VERDICT, judged), TWO, plan.open_factor)
+    if two.copying:
+        shares = tables.quartiles(two.shares, "{:.2f}")
+        told.append(
+            f"With an onset where a second detector finds copies: {tables.share(two.caught, two.copying)} ahead, at {shares}."
+        )
+    ranks = [(concordance(r.score, judged, TWO, plan.horizons_epochs, draws=0).value, r.name) for r in rules if r.name in RATIO]
+    if all(value == value for value, _ in ranks):
+        told.append("Concordance at equal epochs: " + ", ".join(f"{value:.2f} of {name}" for value, name in ranks) + ".")
     t = {key: f"{value:.0%}" for key, value in TARGETS.items()}
     targets = (
         f"It was to catch {t['caught']} ahead with at most {t['false']} false alarms, at {TARGETS['share']:g} of the onset or "
@@ -144,6 +146,8 @@ def write_report(results: Sequence[Result], plan: Plan, docs: Path) -> None:
         "window": window_table(docs / "validation" / RESULTS),
         "coverage": tables.coverage_table(read_coverages(docs / "validation" / "coverage.csv")),
     }
+    earlier = read_earlier(docs / "validation" / "runs", plan)
+    values |= {"earlier_counts": counts_text(earlier), "earlier": earlier_table(earlier, plan)}
     text = (docs / "validation.template.md").read_text()
     for key, value in values.items():
         text = text.replace("{{" + key + "}}", value)

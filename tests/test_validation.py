@@ -17,7 +17,6 @@ from scipy.stats import somersd
 
 from mlflow_icr import NoiseSweep
 from mlflow_icr.monitoring.sweep import SweepPoint
-from studies.validation.calibration import conformal_interval, coverage_of, factor_of, level_of
 from studies.validation.coverage import FAMILIES, Coverage, measure_coverage, read_coverages, simulate_missing
 from studies.validation.design import PLAN, chosen_on, design, text_of
 from studies.validation.outcomes import LEADING, TWO, Outcome, lasting_onset, onsets_of
@@ -36,6 +35,7 @@ from studies.validation.rules import (
     with_threshold,
 )
 from studies.validation.runs import PlannedRun, missing_feature, read_plan, select, train_missing
+from studies.validation.tables import forecast_coverage
 from studies.validation.window import read_sweeps, window_rows
 
 ROOT = Path(__file__).parents[1]
@@ -347,30 +347,15 @@ def test_the_page_says_what_the_result_files_hold(tmp_path: Path) -> None:
     assert (docs / "images" / "validation.png").stat().st_size > 10_000
 
 
-def rising(name: str, onset_after: float, *, images: str = "digits8", passed: int = 16) -> Outcome:
-    """A run whose ratio passes 2 at a measurement, and whose onset comes so many times later."""
-    rows = [{"images_seen": 2**j, "repr/view_error_ratio": max(1.0, 2 * 2**j / passed)} for j in range(14)]
-    onset = round(passed * onset_after)
-    return Outcome(name, {"images": images, "num_images": 4}, True, rows, {LEADING: onset, "C_T": onset, TWO: onset})
-
-
-def test_a_forecast_is_calibrated_on_other_sets_and_holds_as_often_as_it_says() -> None:
-    assert factor_of(rising("a", 4), 2.0) == pytest.approx(4)
-    assert factor_of(rising("a", 0.5), 2.0) is None  # copies came first
-    assert conformal_interval(list(range(8)), 0.8) is None
-    assert conformal_interval([5, 1, 4, 2, 3, 0, 6, 7, 8], 0.8) == (0, 8)
-    rng = random.Random(1)
-    sets = ("digits8", "mnist8", "fashion8", "cifar8", "cifar16")
-    runs = [rising(f"r{i}", 2 ** rng.uniform(1.2, 2.4), images=sets[i % 5], passed=2 ** (3 + i % 4)) for i in range(120)]
-    level = level_of(2.0, runs)
-    assert level is not None
-    assert level.runs == 120
-    assert level.factor == pytest.approx(2**1.8, rel=0.1)
-    assert level.low == pytest.approx(2**1.32, rel=0.1)  # a tenth of a uniform distribution on each side
-    assert level.high == pytest.approx(2**2.28, rel=0.1)
+def test_forecasts_are_held_against_onsets() -> None:
+    rows = [{"images_seen": 2**j, "repr/view_error_ratio": max(1.0, 2.0 ** (j - 4))} for j in range(14)]
+    runs = [replace(outcome(f"r{onset}", [], onset), rows=rows) for onset in (128, 1024, 8192)]
     for last in (False, True):
-        found = coverage_of(runs, last=last)
-        assert found.runs == found.told == 120
-        assert 0.7 <= found.held / found.told <= 0.95
-    few = coverage_of(runs[:5], last=False)
-    assert (few.runs, few.told) == (5, 0)
+        found = forecast_coverage(runs, last=last)
+        assert found.runs == 3
+        assert 0 <= found.held <= found.told <= 3
+        assert len(found.ratios) == found.told
+    # A forecast says what it says whenever copies come: the later they do, the smaller its share of the onset.
+    first = forecast_coverage(runs, last=False)
+    assert first.ratios == tuple(sorted(first.ratios, reverse=True))
+    assert forecast_coverage([outcome("clean", [], None)], last=True).runs == 0

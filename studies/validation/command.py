@@ -37,6 +37,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not validation_window.train_missing(DOCS, arguments.work_dir):
             failures.append("noise_window")
         simulate_missing(DOCS / "validation" / "coverage.csv", arguments.repeats)
-    calibrate()
+    calibrate([])
     write_report(read_results(arguments.results_dir), plan, DOCS)
     return 1 if failures else 0

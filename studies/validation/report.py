@@ -28,7 +28,7 @@ CURVES = (
     ("repr/icr_debiased", "ICR, debiased", False),
     ("mem/ratio_l2", "share of copies", False),
 )
-RATIO = ("view error ratio, level", "view error ratio, rate of growth")  # the rules that the headline has the concordance of
+RATIO = ("far error ratio, level", "far error ratio, rate of growth")  # the rules that the headline has the concordance of
 # What the study was to show, on the runs that nothing was chosen on.
 TARGETS = {"caught": 0.95, "false": 0.05, "share": 0.55, "memorizing": 0.9, "concordance": 0.85}
 
@@ -131,6 +131,7 @@ def write_report(results: Sequence[Result], plan: Plan, docs: Path) -> None:
         "runs_done": f"{len(outcomes)} of {len(plan.runs)}",
         "counts": f"{count['copying']} copy by the leading detector, {count['two']} by two or more, {count['clean']} by none",
         "judged": str(len(judged)),
+        "far": str(sum(bool(series(o.rows, "repr/far_error_ratio")) for o in outcomes)),
         "truth": truth_text(plan),
         "open_factor": f"{plan.open_factor:g}",
         "horizons": ", ".join(f"{h:g}" for h in plan.horizons_epochs),
@@ -140,7 +141,7 @@ def write_report(results: Sequence[Result], plan: Plan, docs: Path) -> None:
         "left_out": tables.left_out_table(outcomes, plan),
         "by_group": tables.by_group_table(outcomes, plan),
         "detectors": tables.detectors_table(outcomes, plan),
-        "forecast": tables.forecast_table(outcomes),
+        "forecast": tables.forecast_table(judged),
         "levels": tables.levels_table(calibration()[1]),
         "runs": tables.runs_table(outcomes),
         "window": window_table(docs / "validation" / RESULTS),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -30,10 +30,10 @@ def _verdict(outcome: Outcome) -> Score:
     return [(at, float(state in (TURNING, MEMORIZING))) for at, state in verdict_states(outcome.rows)]
 
 
-def ratio_growth(rows: Rows) -> list[tuple[int, float, float]]:
+def ratio_growth(rows: Rows, key: str = "repr/view_error_ratio") -> list[tuple[int, float, float]]:
     """(images seen, ratio, lower bound of its power of images seen over the last doubling): what the first verdict read."""
-    high = dict(series(rows, "repr/view_error_ratio_high"))
-    points = [(at, r) for at, r in series(rows, "repr/view_error_ratio") if at > 0 and r > 0]
+    high = dict(series(rows, f"{key}_high"))
+    points = [(at, r) for at, r in series(rows, key) if at > 0 and r > 0]
     x, y = (np.log([point[i] for point in points]) for i in (0, 1))
     half = np.array([math.log(high[at] / r) if at in high else 0.0 for at, r in points])
     found = []
@@ -56,8 +56,8 @@ def _first_verdict(outcome: Outcome) -> Score:
     return [(at, float(at in risen | grown)) for at, _ in series(outcome.rows, "repr/view_error_ratio") if at > 0]
 
 
-def _growth(outcome: Outcome) -> Score:
-    return [(at, low) for at, _, low in ratio_growth(outcome.rows)]
+def _growth(key: str) -> Callable[[Outcome], Score]:
+    return lambda outcome: [(at, low) for at, _, low in ratio_growth(outcome.rows, key)]
 
 
 EPOCHS = Rule("epochs", epochs)
@@ -69,12 +69,13 @@ RULES: Sequence[Rule] = (
     EPOCHS,
     STEPS,
     Rule("view error ratio, level", level("repr/view_error_ratio")),
-    Rule("view error ratio, rate of growth", _growth),
+    Rule("view error ratio, rate of growth", _growth("repr/view_error_ratio")),
     Rule("view AUC", level("repr/view_auc")),
     Rule("view excess", level("repr/view_excess")),
     Rule("view error ratio at half the noise", level("repr/view_error_ratio_x0.5")),
     Rule("view error ratio at four times the noise", level("repr/view_error_ratio_x4")),
-    Rule("far view error ratio", level("repr/far_error_ratio")),
+    Rule("far error ratio, level", level("repr/far_error_ratio")),
+    Rule("far error ratio, rate of growth", _growth("repr/far_error_ratio")),
     Rule("ICR past its minimum (argmin)", over_lowest("repr/icr", relative=False)),
     Rule("ICR, certain rise (lower bound, paired)", level("repr/icr_rise_low")),
     Rule("Fisher residual energy", level("repr/fisher_residual_energy"), either_way=True),

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from scipy.stats import binomtest
 
 from mlflow_icr.monitoring.forecast import Level
 from mlflow_icr.monitoring.series import series
-from studies.validation.calibration import coverage_of
 from studies.validation.coverage import Coverage
 from studies.validation.outcomes import LEADING, TWO, Outcome, agreement
-from studies.validation.rivals import RULES, THE_VERDICT, verdict_states
+from studies.validation.rivals import RULES, THE_VERDICT, verdict_states, verdicts
 from studies.validation.rules import Rates, Rule, alarms_of, concordance, rates, with_threshold
 from studies.validation.runs import Plan
 
@@ -123,11 +123,40 @@ def memorizing_share(outcomes: Sequence[Outcome]) -> tuple[int, int]:
     return sum(o.onsets[TWO] is not None for o in called), len(called)
 
 
+@dataclass(frozen=True)
+class ForecastCoverage:
+    """Of copying runs: how many had a forecast before the onset, in how many its interval held it, and centre over onset."""
+
+    runs: int
+    told: int
+    held: int
+    ratios: tuple[float, ...]
+
+
+def forecast_coverage(outcomes: Sequence[Outcome], *, last: bool) -> ForecastCoverage:
+    """What the verdict's forecasts were worth by the leading detector: the first one made, or the last before the onset."""
+    runs, held, ratios = 0, 0, list[float]()
+    for o in outcomes:
+        onset = o.onsets.get(LEADING)
+        if onset is None:
+            continue
+        runs += 1
+        made = [found.forecast for at, found in verdicts(o.rows) if at < onset]
+        told = [(f.images_seen, f.low, f.high) for f in made if f.images_seen is not None]
+        if told:
+            near, low, high = told[-1 if last else 0]
+            assert low is not None
+            assert high is not None
+            held += low <= onset <= high
+            ratios.append(near / onset)
+    return ForecastCoverage(runs, len(ratios), held, tuple(ratios))
+
+
 def forecast_table(outcomes: Sequence[Outcome]) -> str:
-    """How often the forecasts' intervals hold the onset, from tables of the other sets of images."""
+    """How often the forecasts' intervals hold the onset."""
     rows = []
     for name, last in (("the first", False), ("the last before the onset", True)):
-        found = coverage_of(outcomes, last=last)
+        found = forecast_coverage(outcomes, last=last)
         told, held = share(found.told, found.runs), share(found.held, found.told)
         rows.append([name, told, held, quartiles(found.ratios, "{:.2f}")])
     return table(["forecast", "copying runs that had one", "its 80 % interval held the onset", "centre / onset"], rows)

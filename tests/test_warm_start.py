@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mlflow_icr import ICRMonitor, Protocol
 from tests.family_runs import SHORT, configured, finished, started, weights
 from trainers.config import load_config
 from trainers.families import family_of
@@ -158,3 +159,14 @@ def test_the_inputs_deviation_is_measured_unless_it_is_given(digits: Tensor, cap
     assert "sigma_data is 2, but the inputs' standard deviation is 0.7" in caplog.text
     with pytest.raises(ValueError, match="whose images are all of one value"):
         with_measured(config, Inputs(torch.full((8, 1, 8, 8), 255, dtype=torch.uint8)))
+
+
+def test_growth_of_a_network_that_was_trained_before_is_since_step_0(digits: Tensor, tmp_path: Path) -> None:
+    network, family = trained("edm-labels", tmp_path)
+    protocol = Protocol(num_views=8, projection=4)
+    fresh, before = (
+        ICRMonitor(family.denoiser(network), digits, protocol, trained_before=was).measure(0).values for was in (False, True)
+    )
+    assert "repr/icr_rise" not in fresh
+    assert before["repr/icr_rise"] == 0
+    assert before["repr/fisher_residual_growth"] == pytest.approx(1)

@@ -105,6 +105,7 @@ class Run:
             batch_size=config.monitor.measure_batch,
             cache_bytes=(LATENT_CACHE if self.autoencoder else VIEW_CACHE),
             heldout=heldout,
+            trained_before=bool(config.network.init_from),
         )
         self.losses = None
         if heldout is not None:

@@ -31,7 +31,8 @@ class ICRMonitor:
     `companions` names further measures to log; some need `labels`, (N,) integers. With `pictures` every report shows nearest
     images by invariant and residual part, and the images with the largest shares of the residual energy. Views are made once
     and kept while they take no more than `cache_bytes`; `batch_size` views at a time, or as many as fit the memory. `heldout`
-    images, (M, C, H, W), are denoised beside the training images where they are given. Under torch.distributed every rank
+    images, (M, C, H, W), are denoised beside the training images where they are given. Of a network that was `trained_before`,
+    growth and rise are relative to step 0, else to the first measurement after it. Under torch.distributed every rank
     calls `measure`, takes its share of the images, and gets the same report.
     Raises ValueError for images, companions or a protocol that do not fit.
     """
@@ -49,6 +50,7 @@ class ICRMonitor:
         batch_size: int = 512,
         cache_bytes: int = 512 * 2**20,
         heldout: Tensor | None = None,
+        trained_before: bool = False,
     ) -> None:
         check_companions(companions, labels is not None)
         self.reader = FeatureReader(denoiser, images, protocol or Protocol(), batch_size, cache_bytes)
@@ -64,7 +66,7 @@ class ICRMonitor:
         for place, sigma in enumerate(self.protocol.sigmas):
             suffix = "" if place == 0 else f"_sigma{sigma:g}"
             for prefix in self._networks:
-                self.sections[prefix, sigma] = Section(prefix + suffix, self.protocol, companions, self.labels)
+                self.sections[prefix, sigma] = Section(prefix + suffix, self.protocol, companions, self.labels, trained_before)
 
     @property
     def protocol(self) -> Protocol:

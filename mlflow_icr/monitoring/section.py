@@ -61,9 +61,12 @@ def growth_across(reference: Tensor, now: Tensor, ridge: float = 0.0) -> float:
 class Section:
     """The values under one prefix, such as `repr`, and the earlier measurements that growth and rise are relative to."""
 
-    def __init__(self, name: str, protocol: Protocol, companions: Sequence[str], labels: Tensor | None) -> None:
+    def __init__(
+        self, name: str, protocol: Protocol, companions: Sequence[str], labels: Tensor | None, trained_before: bool = False
+    ) -> None:
         self.name, self.protocol, self.companions, self.labels = name, protocol, companions, labels
-        # All three come from measurements after step 0: what an untrained network's features say is nothing that was learned.
+        self.origin = 0 if trained_before else 1  # the first step whose features say what was learned
+        # All three come from measurements from the origin on.
         self._basis: Tensor | None = None  # (D, projection), fitted at the first of them
         self._reference: Tensor | None = None  # Sigma_xi of its images with even and with odd places, (2, D, D)
         self._lowest: tuple[float, Tensor] | None = None  # the lowest debiased ICR and its influences (N,)
@@ -73,7 +76,7 @@ class Section:
         found = Found()
         whole = features
         if self.protocol.projection is not None:
-            if step == 0:
+            if step < self.origin:
                 why = "the projection is fitted at the first measurement after training has begun"
                 found.absent.update(self._keyed(dict.fromkeys((*RATIOS, *INTERVAL, *ENERGIES, GROWTH), why)))
                 self._read_companions(whole, found)
@@ -131,7 +134,7 @@ class Section:
         interval = interval_from_terms(spectrum, terms)
         values = {"icr_low": interval.low, "icr_high": interval.high}
         found.arrays[f"{self.name}/influence"] = interval.influence.float().cpu().numpy()
-        if step > 0:
+        if step >= self.origin:
             influence = interval.influence.cpu()
             if self._lowest is None or spectrum.icr_debiased < self._lowest[0]:
                 self._lowest = spectrum.icr_debiased, influence
@@ -152,7 +155,7 @@ class Section:
             found.absent.update(self._keyed(dict.fromkeys((*ENERGIES, GROWTH), str(error))))
             return
         found.values.update({f"{self.name}/{key}": getattr(energies, key) for key in ENERGIES})
-        if step > 0:
+        if step >= self.origin:
             self._read_growth(scaled, found)
 
     def _read_growth(self, scaled: Tensor, found: Found) -> None:

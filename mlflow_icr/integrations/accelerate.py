@@ -69,6 +69,7 @@ class ICRTracker(GeneralTracker):  # type: ignore[misc]
         """The Tracker of journal, MLflow and TensorBoard; it opens the run, where that has not begun, on the main process."""
         if self._tracker is None:
             self._tracker = folder_tracker(self.output_dir, run_name=self.run_name, resume=self.resume)
+            self._tracker.ends_by_itself = False
             self._tracker.open(self.params, self.tags)
             self.start()
         return self._tracker

@@ -76,6 +76,7 @@ class Tracker:
         self.workers: list[Worker] = []
         self.say: Callable[[str], None] = say_on_stderr
         self.quiet = False  # whether the caller tells of failures
+        self.ends_by_itself = True  # with the program; False where the caller sees to that
         self._verdicts = folded(self.journal.rows)
         self._shown_verdict: dict[str, str] = {}
         self._warned: set[str] = set()
@@ -93,8 +94,9 @@ class Tracker:
         now = now_ms()
         self.log_file.append([told.Params(plain, now), *([told.Tags(dict(tags), time=now)] if tags else [])])
         self.begin(opening=True)
-        self._undo_signal = exit_on_sigterm()
-        self._stay = end_at_exit(self.close, otherwise="KILLED")
+        if self.ends_by_itself:
+            self._undo_signal = exit_on_sigterm()
+            self._stay = end_at_exit(self.close, otherwise="KILLED")
 
     def begin(self, *, opening: bool = False) -> None:
         """Have the log complete and every sink at work, once; `opening`: because the run begins, or goes on."""

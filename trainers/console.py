@@ -50,7 +50,7 @@ class Console:
         names = {
             "repr/icr": "ICR",
             "repr/icr_debiased": "debiased",
-            "repr/view_error_ratio": "view errors",
+            "repr/far_error_ratio": "far views",
             "mem/ratio_l2": "copies",
             "gen/fd_pixels": "FD(pixels)",
         }
@@ -93,4 +93,6 @@ class Console:
             verdict += f", turned at {found.turned_at / 1000:.1f} kimg ({between})"
             verdict += f"; keep checkpoints/{found.checkpoint_images_seen:012d}"
         self._line(verdict)
+        if found.forecast.images_seen is not None:
+            self._line(found.forecast.text)
         self._line(f"{status.lower()}: {', '.join(parts) or 'nothing measured'}; everything is in {output_dir}")

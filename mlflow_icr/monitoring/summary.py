@@ -14,7 +14,7 @@ def summarise(history: Iterable[Mapping[str, float]]) -> dict[str, float]:
     """`icr_min` and `icr_min_images_seen`, `mem_onset_images_seen`, and `lead_images` from the first to the second.
 
     The onset is the first measurement from which `mem/ratio_l2` stays above 0.05 to the end. What a history does not have
-    (no onset yet, no ICR) is absent from the result.
+    (no onset yet, no ICR, a lowest ICR after the onset) is absent from the result.
     """
     rows = list(history)
     result: dict[str, float] = {}
@@ -30,6 +30,6 @@ def summarise(history: Iterable[Mapping[str, float]]) -> dict[str, float]:
         onset = at
     if onset is not None:
         result["mem_onset_images_seen"] = onset
-        if icr:
+        if icr and onset > result["icr_min_images_seen"]:  # an ICR that falls on gives no lead
             result["lead_images"] = onset - result["icr_min_images_seen"]
     return result

@@ -16,7 +16,8 @@ SPECTRA = 4  # measurements whose spectrum is drawn
 SHARE = (0.0, 1.0)
 
 ICR = Frame("Contamination of the features", "ICR (low is clean)")
-RATIO = Frame("View error ratio", "error on views / on images", log_y=True)
+RATIO = Frame("Error ratio of views", "error on views / on images", log_y=True)
+FORECAST = Frame("Forecast: where copies are to be expected", "images seen", log_y=True)
 COPIES = Frame("Copies among the samples", "share of samples", y_bounds=SHARE)
 RESIDUAL = Frame("Residual energy along Fisher directions", "energy", log_y=True)
 
@@ -75,7 +76,8 @@ def run_charts(run: RunMaterial) -> Markup:
     fisher = [("repr/fisher_invariant_energy", "shared by views"), ("repr/fisher_residual_energy", "not shared (residual)")]
     parts = [
         _group(run, ICR, [("repr/icr_debiased", "debiased, with 95 % interval"), ("repr/icr", "plug-in")], marks),
-        _group(run, RATIO, [("repr/view_error_ratio", "view error ratio, with 95 % interval")], marks),
+        _group(run, RATIO, [("repr/far_error_ratio", "far views"), ("repr/view_error_ratio", "near views")], marks),
+        _group(run, FORECAST, [("forecast/images_seen", "expected, with 80 % interval")], marks),
         _group(run, COPIES, copies, marks),
         _group(run, Frame("Energy of the features", "energy", log_y=True), traces, marks),
         _group(run, Frame("Energy along Fisher directions", "energy", log_y=True), fisher, marks),

@@ -24,8 +24,8 @@ MEANINGS = {
     GENERALIZING: "The model still learns what its images share. Go on.",
     TURNING: "The model has begun to learn its images by heart. Samples need not be copies yet; the checkpoint to keep is "
     "named.",
-    MEMORIZING: "The turn is far behind; samples are copies already or are likely to be soon. Look at the audit below.",
-    UNDECIDED: "There are too few measurements, or the signs of a turn are within the noise.",
+    MEMORIZING: "Samples were looked at, and two detectors of copies or more agree. Look at the audit below.",
+    UNDECIDED: "Evidence is missing, or the signs of a turn are within the noise. This is no acquittal.",
 }
 COLUMNS = (
     ("repr/icr_debiased", "ICR, debiased"),
@@ -56,6 +56,8 @@ def verdict_section(run: RunMaterial) -> Markup:
     ]
     if not run.of("mem/ratio_l2"):
         facts[1] = (facts[1][0], "samples were not compared with training images")
+    if said.cleared_at is not None:
+        facts.append(("the turn cleared at, images seen", number(said.cleared_at, key="cleared_at_images_seen")))
     if said.checkpoint_images_seen is not None:
         kept = number(said.checkpoint_images_seen, key="checkpoint_images_seen")
         facts.append(("checkpoint to keep, images seen", kept))
@@ -68,6 +70,7 @@ def verdict_section(run: RunMaterial) -> Markup:
         "div",
         element("p", badge(said.state), " ", MEANINGS.get(said.state, ""), class_="verdict"),
         element("dl", listed, class_="facts"),
+        element("p", said.forecast.text),
         element("ul", [element("li", text) for text in said.evidence]),
         class_="said",
     )
@@ -218,8 +221,8 @@ def method_section() -> Markup:
         "out.",
         "View error ratio: squared error of denoising views of training images over that of the images themselves, at the "
         "protocol's noise; interval of its logarithm, paired by image.",
-        f"Verdict: from these alone, without samples or held-out images. Thresholds: {values}. A turn is dated with the bounds "
-        "between which it may lie; low and high are images seen.",
+        "Verdict: a turn is found in the errors alone, without samples or held-out images; memorizing takes two detectors of "
+        f"copies. Thresholds: {values}. A turn is dated with the bounds between which it may lie; low and high are images seen.",
         "Copies: detectors compare samples with training images (audit). Copies begin at the first measurement from which on "
         f"more than {100 * ONSET_RATIO:g} % of samples are called copies by pixels, to the end.",
         "Energies: traces and Fisher energies are of l2-normalised features; growth is relative to the first measurement after "

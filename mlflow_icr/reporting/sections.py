@@ -222,7 +222,7 @@ def method_section() -> Markup:
         "View error ratio: squared error of denoising views of training images over that of the images themselves, at the "
         "protocol's noise; interval of its logarithm, paired by image.",
         "Verdict: a turn is found in the errors alone, without samples or held-out images; memorizing takes two detectors of "
-        f"copies. Thresholds: {values}. A turn is dated with the bounds between which it may lie; low and high are images seen.",
+        f"copies. Thresholds: {values}. A turn is dated with the bounds between which it may lie; all in images seen.",
         "Copies: detectors compare samples with training images (audit). Copies begin at the first measurement from which on "
         f"more than {100 * ONSET_RATIO:g} % of samples are called copies by pixels, to the end.",
         "Energies: traces and Fisher energies are of l2-normalised features; growth is relative to the first measurement after "

@@ -169,6 +169,7 @@ def test_few_images_are_read_along_the_directions_that_they_span(base: Path, dig
 TRAINER = """
 import sys, time
 from pathlib import Path
+import torch
 from diffusers import UNet2DModel
 
 folder, base, pause = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])

@@ -172,7 +172,7 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DModel
 
-folder, base, pause = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
+folder, base, stops_at = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 unet = UNet2DModel.from_pretrained(base, subfolder="unet")
 torch.manual_seed(0)
 for epoch in range(1, 7):
@@ -188,7 +188,7 @@ for epoch in range(1, 7):
             for part in range(0, len(content), len(content) // 4 + 1):
                 file.write(content[part : part + len(content) // 4 + 1])
                 file.flush()
-                time.sleep(pause)
+                time.sleep(3600 if 10 * epoch == stops_at else 0.05)
         (path / "done").write_text("")
 """
 
@@ -198,7 +198,7 @@ def test_both_sides_are_killed_and_each_checkpoint_is_measured_once(base: Path, 
     folder, script = tmp_path / "model", tmp_path / "train.py"
     folder.mkdir()
     script.write_text(TRAINER)
-    train = [sys.executable, str(script), str(folder), str(base), "0.3"]
+    train = [sys.executable, str(script), str(folder), str(base)]
     command = [sys.executable, "-m", "mlflow_icr.cli", "watch", "--checkpoints", str(folder), "--data", str(data)]
     command += ["--base", str(base), "--num-views", "4", "--follow", "--settle", "0.5", "--poll", "0.1"]
     history = folder / "icr" / "history.jsonl"
@@ -206,20 +206,20 @@ def test_both_sides_are_killed_and_each_checkpoint_is_measured_once(base: Path, 
     def rows() -> int:
         return history.read_text().count("\n") if history.exists() else 0
 
-    trainer, watcher = subprocess.Popen(train), subprocess.Popen(command)
+    trainer, watcher = subprocess.Popen([*train, "40"]), subprocess.Popen(command)
     wait_until(lambda: rows() >= 2)
     watcher.kill()
     watcher.wait()
-    wait_until(lambda: (folder / "checkpoint-40").exists())
+    wait_until(lambda: (folder / "checkpoint-40" / "unet" / "diffusion_pytorch_model.safetensors").exists())
     trainer.kill()  # in the middle of saving
     trainer.wait()
     watcher = subprocess.Popen(command)
     wait_until(lambda: rows() >= 3)
     watcher.kill()
     watcher.wait()
-    trainer = subprocess.Popen([*train[:-1], "0.01"])
+    trainer = subprocess.Popen([*train, "0"])
     done = subprocess.run([*command, "--end-after", "5"], capture_output=True, text=True, timeout=900)
-    assert trainer.wait(60) == 0
+    assert trainer.wait(600) == 0
     assert done.returncode == 0, done.stderr
     steps = [int(json.loads(line)["images_seen"]) for line in history.read_text().splitlines()]
     assert sorted(steps) == [0, 10, 20, 30, 40, 50, 60]

@@ -28,7 +28,7 @@ LEVEL_IMAGES = 128  # at the noise levels around the monitored one
 LEVELS = (0.5, 2.0, 4.0)  # noise levels around the monitored one, as factors: copies may begin at another level
 JUDGED_SIDE = 32
 ALLOWED_BIAS = 0.05
-CACHE_BYTES = 64 * 2**20  # views that are kept; latents always are, for encoding is dear
+CACHE_BYTES = 32 * 2**20  # views that are kept; latents always are, for encoding is dear
 
 
 @dataclass(frozen=True, eq=False)

@@ -48,7 +48,7 @@ class ICRMonitor:
         labels: Tensor | None = None,
         pictures: bool = False,
         batch_size: int = 512,
-        cache_bytes: int = 512 * 2**20,
+        cache_bytes: int = 64 * 2**20,
         heldout: Tensor | None = None,
         trained_before: bool = False,
     ) -> None:

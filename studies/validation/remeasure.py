@@ -58,11 +58,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--work-dir", type=Path, required=True)
     parser.add_argument("--results-dir", type=Path, required=True)
     parser.add_argument("--lacking", metavar="KEY", help="only results none of whose rows has this key")
+    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="measure this run alone; repeatable")
     arguments = parser.parse_args(argv)
     plan, there, failed = read_plan(), by_name(read_results(arguments.results_dir)), 0
     for run in plan.runs:
         result = there.get(run.name)
-        if result is None or (arguments.lacking and any(arguments.lacking in row for row in result.rows)):
+        if result is None or (arguments.only and run.name not in arguments.only):
+            continue
+        if arguments.lacking and any(arguments.lacking in row for row in result.rows):
             continue
         try:
             write_result(arguments.results_dir, measured_anew(run, plan, arguments.work_dir / run.name, result))

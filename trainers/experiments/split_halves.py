@@ -237,8 +237,9 @@ def write(halves: Halves, found: Sequence[Compared]) -> list[Path]:
 
 
 def text(found: Sequence[Compared]) -> str:
-    """What came out, in lines."""
-    best, last = max(found, key=lambda c: c.agreement), found[-1]
+    """What came out, in lines; both networks begin with the same weights, so that step 0 says nothing."""
+    trained = [c for c in found if c.images_seen] or found
+    best, last = max(trained, key=lambda c: c.agreement), found[-1]
     interval = f"({best.low:.2f} to {best.high:.2f})"
     lines = [f"agreement is highest at {best.images_seen:,} images seen, {best.agreement:.2f} {interval}"]
     lines.append(f"at the end, {last.images_seen:,}, it is {last.agreement:.2f} ({last.low:.2f} to {last.high:.2f})")

@@ -31,6 +31,16 @@ def digits_inputs() -> Inputs:
     return Inputs(data.train, data.train_labels)
 
 
+def test_a_transformer_without_classes_is_not_told_those_of_labelled_images(digits_inputs: Inputs) -> None:
+    config = configured("flow")
+    family = family_of(config, 10 if config.network.labels else None)
+    denoiser = family.denoiser(family.build(1, 8).eval())
+    monitor = ICRMonitor(denoiser, digits_inputs.images, config.protocol(), labels=digits_inputs.labels)
+    values = monitor.measure(0).values
+    assert "repr/far_error_ratio" in values
+    assert not any(key.startswith("repr_class/") for key in values)
+
+
 # Closed forms
 
 

@@ -43,9 +43,12 @@ def decoder_of(denoiser: Denoiser) -> Encode | None:
 
 
 def null_class_of(denoiser: Denoiser) -> int | None:
-    """The class of a network of classes that stands for none of them; None for a network without classes."""
+    """The class of a network of classes that stands for none of them; None for a network without classes.
+
+    The null class comes after the others: number 0 is that of a transformer which wants a label, and has no class besides.
+    """
     found: int | None = getattr(denoiser, "null_class", None)
-    return found
+    return found or None
 
 
 def device_of(denoiser: Denoiser) -> torch.device:

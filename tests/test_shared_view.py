@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mlflow_icr.tracking.mlflow.shared_view import CHARTS, knows_views, view_key, view_tag
+from mlflow_icr.tracking.mlflow.shared_view import CHARTS, knows_views, share, view_key, view_tag
 from tests.browser import opened
 from tests.servers import Server
 
@@ -47,7 +47,7 @@ def test_a_browser_shows_four_charts_and_the_title_without_a_click(tmp_path: Pat
             keys = [key for chart in CHARTS for key in chart.keys]
             client.log_batch(run, [Metric(key, step / 1000, 0, step) for step in range(0, 5000, 500) for key in keys])
         search = "tags.study = 's'"
-        client.set_experiment_tag("0", *view_tag(search, "ICR", "limited: memorizing", 0))
+        assert share(client, server.uri, "0", search, "ICR", "limited: memorizing", 0) == view_key(search)
         place = f"{server.uri}/#/experiments/0/runs?viewStateShareKey={view_key(search)}"
         with opened(f"{place}&workflowType=machine_learning&compareRunsMode=CHART", size=(1600, 900)) as visit:
             visit.page.get_by_text("limited: memorizing").wait_for(timeout=90_000)

@@ -108,6 +108,31 @@ def view_tag(search: str, name: str, title: str, now: int) -> tuple[str, str]:
     return TAG + view_key(search), value
 
 
+def share(client: Any, tracking_uri: str, experiment_id: str, search: str, name: str, title: str, now: int) -> str | None:
+    """Keep a view of an experiment's runs on its server; returns its key, or None where the server is too old for views.
+
+    `client` is an MlflowClient of `tracking_uri`. Raises what MLflow raises where the server does not take the tag.
+    """
+    if not knows_views(server_version(tracking_uri)):
+        return None
+    client.set_experiment_tag(experiment_id, *view_tag(search, name, title, now))
+    return view_key(search)
+
+
+def server_version(tracking_uri: str) -> str:
+    """MLflow's version at a tracking server; this process's own for a store without one, empty where none is said."""
+    import mlflow
+    import requests
+
+    if not tracking_uri.startswith(("http://", "https://")):
+        return str(mlflow.__version__)
+    try:
+        answer = requests.get(f"{tracking_uri.rstrip('/')}/version", timeout=5)
+    except requests.RequestException:
+        return ""
+    return answer.text.strip() if answer.ok else ""
+
+
 def knows_views(server_version: str) -> bool:
     """Whether a server's pages open shared views as they are written here."""
     try:

@@ -23,7 +23,7 @@ help:
 
 # The main job: a model that turns from generalizing to memorizing, and a control that does not.
 demo: .venv
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/mlflow run . --env-manager local
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/mlflow run . --env-manager local --experiment-name "generalization to memorization"
 
 # A file of tests at a time on each core, one thread each: more would only wait for each other.
 # The tests.

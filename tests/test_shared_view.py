@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mlflow_icr.tracking.mlflow.shared_view import CHARTS, knows_views, share, view_key, view_tag
+from mlflow_icr.tracking.mlflow.shared_view import CHARTS, knows_views, newest_view, share, view_key, view_tag
 from tests.browser import opened
 from tests.servers import Server
 
@@ -31,6 +31,18 @@ def test_older_servers_do_not_know_views() -> None:
     assert [knows_views(version) for version in ("3.17.2", "3.18.0", "4.0.0", "3.9.0", "2.22.1", "unknown")] == [
         True, True, True, False, False, False,
     ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("own_store")
+def test_the_newest_view_is_found() -> None:
+    import mlflow
+
+    client, uri = mlflow.MlflowClient(), mlflow.get_tracking_uri()
+    assert newest_view(client) is None
+    other = client.create_experiment("other")
+    for experiment, search, now in (("0", "tags.study = 'a'", 5), (other, "tags.study = 'b'", 9), ("0", "tags.study = 'c'", 7)):
+        share(client, uri, experiment, search, "ICR", "title", now)
+    assert newest_view(client) == (other, view_key("tags.study = 'b'"))
 
 
 @pytest.mark.slow

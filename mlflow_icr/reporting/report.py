@@ -67,6 +67,9 @@ def conclude(tracker: Tracker) -> Path | None:
         logger.debug("the report failed", exc_info=error)
         return None
     tracker.artifact(path, FOLDER)
+    if tracker.run_id is not None and tracker.experiment_id is not None:
+        place = f"#/experiments/{tracker.experiment_id}/runs/{tracker.run_id}/artifacts/{FOLDER}/{NAME}"
+        tracker.describe(f"[Report]({place}): curves, samples, audit and protocol on one page")
     return path
 
 

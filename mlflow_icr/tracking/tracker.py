@@ -32,6 +32,7 @@ from mlflow_icr.tracking.worker import LAST_ATTEMPTS, Worker, drain
 logger = logging.getLogger(__name__)
 
 LOCK = ".tracker.lock"
+NOTE = "mlflow.note.content"  # the description that a run's page shows
 NEVER, ALLOW, MUST = "never", "allow", "must"
 ONLINE, OFFLINE, DISABLED = "online", "offline", "disabled"
 RESUMES, MODES, MODE_VARIABLE = (NEVER, ALLOW, MUST), (ONLINE, OFFLINE, DISABLED), "MLFLOW_ICR_MODE"
@@ -79,6 +80,7 @@ class Tracker:
         self.ends_by_itself = True  # with the program; False where the caller sees to that
         self._verdicts = folded(self.journal.rows)
         self._shown_verdict: dict[str, str] = {}
+        self._noted = False  # whether somebody has written a description of the run's page
         self._warned: set[str] = set()
         self._given_times: dict[int, int] = {}  # of measurements that were made before they were recorded
         self._resumes_log = self.log_file.logged  # until the first value of a training's own
@@ -250,7 +252,8 @@ class Tracker:
         if texts == self._shown_verdict:
             return []
         self._shown_verdict = texts
-        return [told.Tags(texts, step, now_ms())]
+        description = {} if self._noted else {NOTE: found.text}  # of the run's page, unless somebody has written one
+        return [told.Tags(texts | description, step, now_ms())]
 
     def log(self, row: Logged) -> None:
         """Write a training's own values to the log, and within seconds everywhere. Raises OSError when the disk is full.
@@ -275,7 +278,13 @@ class Tracker:
 
     def note(self, markdown: str) -> None:
         """Set the description that the run's page in MLflow shows."""
-        self.tags({"mlflow.note.content": markdown})
+        self._noted = True
+        self.tags({NOTE: markdown})
+
+    def describe(self, line: str) -> None:
+        """Add a line below the verdict in the run's description; nothing where somebody has written one."""
+        if not self._noted:
+            self.tags({NOTE: f"{self.verdict.text}\n\n{line}"})
 
     def show(self, report: Report) -> None:
         """Show a report's values and pictures, but not in the journal: it is no measurement."""

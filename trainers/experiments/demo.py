@@ -18,7 +18,7 @@ from mlflow_icr.monitoring.verdict import verdict
 from trainers.command_line import CommandLine, add_config_flags, config_changes, config_flags
 from trainers.config import TrainConfig, load_config, preset_names
 from trainers.data import load_source
-from trainers.experiments.address import chart_address, without_secrets
+from trainers.experiments.address import chart_address, study_search, without_secrets
 from trainers.experiments.siblings import Sibling, run_siblings
 from trainers.launch import check_processes
 from trainers.launchers.job import FINISHED
@@ -177,6 +177,23 @@ def write_page(study: Study) -> Path | None:
         return None
 
 
+def _share(study: Study, table: Mapping[str, Cells], experiment_id: str) -> str:
+    """Keep a view of MLflow's charts under the verdicts, and return its address; without one where the server takes none."""
+    import mlflow
+    from mlflow import MlflowClient
+
+    from mlflow_icr.tracking.mlflow.shared_view import share
+
+    uri = mlflow.get_tracking_uri()
+    title = ", ".join(f"{role}: {row['verdict']}" for role, row in table.items())
+    search, now, view = study_search(study.name), time.time_ns() // 1_000_000, None
+    try:
+        view = share(MlflowClient(uri), uri, experiment_id, search, study.name, title, now)
+    except Exception as error:  # of whatever kind: the runs are what counts, and the plain address shows them too
+        logger.warning("the view of the charts is not kept (%s); the address shows all charts", type(error).__name__)
+    return chart_address(uri, experiment_id, study.name, view)
+
+
 def run_study(study: Study, stop: Stop) -> int:
     """Train both runs and conclude, in an MLflow run of the study's own; returns the exit status."""
     import mlflow
@@ -204,7 +221,7 @@ def run_study(study: Study, stop: Stop) -> int:
         page = write_page(study)
         if page is not None:
             tracker.artifact(page, "report")
-        address = chart_address(mlflow.get_tracking_uri(), tracker.experiment_id or "0", study.name)
+        address = _share(study, table, tracker.experiment_id or "0")
         note = f"{_text(table)}\n\n[Both curves]({address})\n\nRuns: `tags.study = '{study.name}'`"
         tracker.note(note)
     except KeyboardInterrupt:

@@ -68,6 +68,18 @@ def stop(servers: list[subprocess.Popen[bytes]]) -> None:
         server.wait()
 
 
+def _page(server: str) -> str:
+    """The page to begin with: the newest shared view of a study, else the runs of the first experiment."""
+    from mlflow import MlflowClient
+
+    from mlflow_icr.tracking.mlflow.shared_view import newest_view
+
+    found = newest_view(MlflowClient(server))
+    experiment, view = found or ("0", "")
+    shown = f"viewStateShareKey={view}&" if view else ""
+    return f"#/experiments/{experiment}/runs?{shown}workflowType=machine_learning&compareRunsMode=CHART"
+
+
 def main() -> int:
     """Serve until interrupted; returns the exit status."""
     mlflow_port, tensorboard_port = int(os.environ.get("UI_PORT", "5000")), int(os.environ.get("TENSORBOARD_PORT", "6006"))
@@ -81,8 +93,7 @@ def main() -> int:
         return 2
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell starts background jobs with it ignored
         signal.signal(number, signal.default_int_handler)
-    view = "#/experiments/0/runs?workflowType=machine_learning&compareRunsMode=CHART"
-    print(f"MLflow       http://{HOST}:{mlflow_port}/{view}")
+    print(f"MLflow       http://{HOST}:{mlflow_port}/{_page(f'http://{HOST}:{mlflow_port}')}")
     print(f"TensorBoard  http://{HOST}:{tensorboard_port}/", flush=True)
     try:
         signal.pause()

@@ -119,6 +119,16 @@ def share(client: Any, tracking_uri: str, experiment_id: str, search: str, name:
     return view_key(search)
 
 
+def newest_view(client: Any) -> tuple[str, str] | None:
+    """Experiment and key of the view that was kept last, of those that this package made; None where there is none."""
+    found = []
+    for experiment in client.search_experiments():
+        for tag, value in experiment.tags.items():
+            if tag.startswith(f"{TAG}icr-"):
+                found.append((json.loads(value).get("updatedAt", 0), experiment.experiment_id, tag.removeprefix(TAG)))
+    return max(found)[1:] if found else None
+
+
 def server_version(tracking_uri: str) -> str:
     """MLflow's version at a tracking server; this process's own for a store without one, empty where none is said."""
     import mlflow

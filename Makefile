@@ -73,7 +73,7 @@ benchmarks: .venv
 	$(BIN)/python benchmarks/trainer.py
 	$(BIN)/python benchmarks/ranks.py
 	$(BIN)/python benchmarks/draws.py
-	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/kernel_counts.py
 	$(BIN)/python benchmarks/monitoring.py
 	$(BIN)/python benchmarks/distances.py
 	$(BIN)/python benchmarks/trackers.py

@@ -211,7 +211,7 @@ def test_the_figure_shows_each_run_its_turn_and_its_intervals() -> None:
     icr_panel, ratio, copies, energy = figure.axes
     assert icr_panel.get_title() == "a title"
     legend = [text.get_text() for text in icr_panel.get_legend().get_texts()]
-    assert legend == ["limited: 8 images: turning", "control: 64 images: generalizing"]
+    assert legend == ["limited: 8 images: turning", "control: 64 images: undecided"]  # ICR alone acquits nobody
     curves = [line for line in icr_panel.lines if len(line.get_xdata()) > 2]
     assert [list(line.get_ydata()) for line in curves] == [icrs[1:], [0.7] * 8]
     assert list(curves[0].get_xdata()) == [s / 1000 for s in steps[1:]]

@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
 
+from mlflow_icr import Report
 from trainers.config import TrainConfig, load_config
 from trainers.console import Console
 from trainers.families import Family, family_of
@@ -63,8 +64,23 @@ def tiny_autoencoder(channels: int = 1, blocks: int = 2, seed: int = 0) -> Autoe
     )
 
 
-def finished(config: TrainConfig, folder: Path) -> Run:
-    run = Run(config, folder)
+class RecordedRun(Run):
+    """A run that keeps the rows of its measurements, which a tracker would have."""
+
+    rows: list[dict[str, float]]
+
+    def __init__(self, config: TrainConfig, folder: Path, **options: Any) -> None:
+        super().__init__(config, folder, **options)
+        self.rows = []
+
+    def measure(self, judged: bool) -> Report:
+        report = super().measure(judged)
+        self.rows = [row for row in self.rows if row["images_seen"] < report.step] + [report.flat()]
+        return report
+
+
+def finished(config: TrainConfig, folder: Path) -> RecordedRun:
+    run = RecordedRun(config, folder)
     assert run.train_to_end(None, Console(config, shown=False), lambda: False) == "FINISHED"
     return run
 

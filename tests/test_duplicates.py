@@ -42,8 +42,8 @@ def test_what_cannot_be_is_one_line() -> None:
 
 def test_exact_copies_are_counted_in_a_line(rng: np.random.Generator) -> None:
     images = torch.from_numpy(rng.integers(0, 256, (10, 3, 4, 4), dtype=np.uint8))
-    images[[4, 7]] = images[1]
-    images[9] = images[0]
+    images[[4, 7]] = images[1].clone()
+    images[9] = images[0].clone()
     assert exact_duplicates(pixel_hashes(images)) == [[0, 9], [1, 4, 7]]
     notes = duplicate_notes(images, images[4:6])
     assert notes[0].startswith("3 of 10 training images are exact duplicates of others")

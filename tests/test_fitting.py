@@ -82,7 +82,7 @@ def test_monitors_measure_the_same_in_the_memory_there_is(small_unet: nn.Module,
         found.append(({k: v for k, v in values.items() if not k.startswith("perf/")}, samples))
         if isinstance(denoiser, Narrow):
             assert 0 < denoiser.refused <= 20  # a few halvings in all, not one a batch
-    assert found[1][0] == pytest.approx(found[0][0], rel=1e-3, abs=1e-6)
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-3, abs=1e-5)  # an excess is a difference, near 0 here
     assert (found[1][1].int() - found[0][1].int()).abs().max() <= 1
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mlflow_icr import EDMDenoiser, ICRMonitor, Protocol, SchedulerDenoiser
 from mlflow_icr.integrations.watch import ICRWatch
 from mlflow_icr.monitoring.schedule import measuring_steps
+from mlflow_icr.monitoring.verdict import folded
 from mlflow_icr.tracking import read_history
 from tests.loop import my_loop
 from tests.test_tracking import journal_scalars, mlflow_scalars
@@ -199,6 +200,7 @@ def test_lightnings_own_average_is_measured_and_a_verdict_stops_it(
     def with_a_past(*arguments: Any) -> None:
         begin(*arguments)
         callback.watch.tracker.journal.rows[:] = history
+        callback.watch.tracker._verdicts = folded(history)
 
     monkeypatch.setattr(callback, "on_train_start", with_a_past)
     raw, averaged = [], []

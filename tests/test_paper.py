@@ -26,7 +26,7 @@ TINY = Scale(
     name="tiny", few=32, many=200, few_kimg=0.6, many_kimg=0.6, seeds=(0,),
     common={
         "resolution": 8, "num_heldout": 120, "measurements": 6, "first_measurement_kimg": 0.1, "num_samples": 16,
-        "sample_steps": 2, "generate_every": 6, "probe_images": 32, "probe_views": 4, "log_models": "none",
+        "sample_steps": 2, "generate_every": "6", "probe_images": 32, "probe_views": 4, "log_models": "none",
     },
     edm={"family": "edm", "block_channels": (8, 16), "batch_size": 32},
     flow={"family": "flow", "labels": True, "hidden_size": 32, "num_layers": 3, "num_heads": 2, "batch_size": 32},

@@ -340,7 +340,7 @@ def test_charts_zoom_and_say_their_values_by_pointer_and_keyboard(kept: Kept, tm
     path = write_report([kept.limited], tmp_path / "page.html")
     rows = read_history(RUNS / LIMITED)
     with opened(path.as_uri()) as visit:
-        figure = visit.page.locator("figure.chart", has_text="View error ratio").first
+        figure = visit.page.locator("figure.chart", has_text="Error ratio of views").first
         picture, values = figure.locator("svg[role=img]"), figure.locator(".values")
         ticks = figure.locator(".ticks text").all_text_contents
         whole = ticks()

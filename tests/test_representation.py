@@ -192,11 +192,13 @@ def test_without_invariant_signal_the_sample_is_indefinite(rng: np.random.Genera
     assert icr(torch.from_numpy(gaussian_features(rng, 500, 2, 9 * np.eye(10), np.eye(10)))).indefinite_fraction == 0
 
 
-def test_growth_is_one_at_the_reference_and_follows_the_residual(features: np.ndarray) -> None:
+def test_growth_takes_out_what_a_sampled_inverse_adds_and_follows_the_residual(features: np.ndarray) -> None:
     spectrum = icr(torch.from_numpy(features))
-    assert spectrum.fisher_residual_growth(spectrum) == pytest.approx(1, rel=1e-12)
+    nu, d = spectrum.degrees_of_freedom, spectrum.dim
+    # Relative to its own sample the trace is D exactly; the factor is that of an inverse Wishart matrix's mean.
+    assert spectrum.fisher_residual_growth(spectrum) == pytest.approx((nu - d - 1) / nu, rel=1e-12)
     doubled = icr(torch.from_numpy(2 * features))
-    assert doubled.fisher_residual_growth(spectrum) == pytest.approx(4, rel=1e-12)
+    assert doubled.fisher_residual_growth(spectrum) == pytest.approx(4 * (nu - d - 1) / nu, rel=1e-12)
     with pytest.raises(ValueError, match="12 dimensions, this spectrum 5"):
         icr(torch.from_numpy(features[..., :5])).fisher_residual_growth(spectrum)
 

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from mlflow_icr.tracking.checkpoints.folder import checkpoints
-from tests.family_runs import configured, finished
+from tests.family_runs import RecordedRun, configured, finished
 from trainers import checkpoint
 from trainers.agreement import Agreement, DivergedError, TrainingError
 from trainers.checkpoint import latest_checkpoint
@@ -36,7 +36,7 @@ def plain(rows: list[dict[str, float]]) -> list[dict[str, float]]:
 def test_a_kill_while_it_is_measured_costs_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = configured("ddpm")
     whole = finished(config, tmp_path / "whole")
-    run, measure = Run(config, tmp_path / "killed"), Run.measure
+    run, measure = RecordedRun(config, tmp_path / "killed"), Run.measure
 
     def killed(self: Run, judged: bool) -> Any:
         if self.state.images_seen:
@@ -48,7 +48,7 @@ def test_a_kill_while_it_is_measured_costs_no_training(tmp_path: Path, monkeypat
         with pytest.raises(KeyboardInterrupt):
             going(run)
     assert list(checkpoints(tmp_path / "killed")) == [0, 160]
-    again = Run(config, tmp_path / "killed", resume=True)
+    again = RecordedRun(config, tmp_path / "killed", resume=True)
     assert again.state.images_seen == 160
     again.rows = run.rows
     assert going(again) == "FINISHED"

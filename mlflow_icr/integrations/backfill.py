@@ -61,7 +61,8 @@ def measure_checkpoints(
     """
     folder = Path(folder)
     units = Units(images_per_step, len(ImageFiles(data)) if images_per_epoch is None else images_per_epoch)
-    checkpoints = find_checkpoints(folder, units, say)
+    left_out: dict[str, str] = {}
+    checkpoints = find_checkpoints(folder, units, say, left_out)
     if run_id is not None:  # known before anything is loaded
         get_run(connect(), run_id)
     out = folder / "icr" if output_dir is None else Path(output_dir)
@@ -80,7 +81,7 @@ def measure_checkpoints(
     delivered = run_id is None or _is_delivered(out, run_id)
     tracker = Tracker(out, _sinks(out, run_id, measurement.monitor.protocol.digest), resume="allow")
     tracker.journal.write_file(SETTINGS, json.dumps(measurement.settings).encode())
-    found = Backfill(out, tracker.verdict)
+    found = Backfill(out, tracker.verdict, left_out=left_out)
     due = _due(checkpoints, tracker, found)
     if delivered and not due:
         tracker.abandon()

@@ -71,8 +71,12 @@ class SavedCheckpoint:
         return changed_at(self.files)
 
 
-def find_checkpoints(folder: Path, units: Units | None = None, say: Say = _say_nothing) -> list[SavedCheckpoint]:
+def find_checkpoints(
+    folder: Path, units: Units | None = None, say: Say = _say_nothing, left_out: dict[str, str] | None = None
+) -> list[SavedCheckpoint]:
     """The checkpoints in a folder by ascending images seen; `say` hears of names that look like one, and are left out.
+
+    `left_out` takes the reason of each of those, by its name.
 
     Layouts are those of `checkpoint_files`; a folder without any is looked for in its `checkpoints/`. Raises ValueError where
     there are none, or two of one step.
@@ -83,7 +87,10 @@ def find_checkpoints(folder: Path, units: Units | None = None, say: Say = _say_n
     found: dict[int, SavedCheckpoint] = {}
     for entry in entries_of(folder):
         if entry.checkpoint is None:
-            say(f"{entry.path.name} is left out: {entry.reason}")
+            if left_out is None:
+                say(f"{entry.path.name} is left out: {entry.reason}")
+            else:
+                left_out[entry.path.name] = entry.reason
             continue
         step = units.images_seen(entry.checkpoint.position)
         if step in found:
@@ -92,7 +99,7 @@ def find_checkpoints(folder: Path, units: Units | None = None, say: Say = _say_n
     if not found:
         inner = folder / "checkpoints"
         if inner.is_dir():
-            return find_checkpoints(inner, units, say)
+            return find_checkpoints(inner, units, say, left_out)
         raise ValueError(
             f"checkpoints is {str(folder)!r}, which holds no folder or file with a number and weights; expected such as "
             f"000000131072/unet, checkpoint-500/unet, checkpoint-500/{LORA} or name-step00000500.safetensors"

@@ -146,6 +146,9 @@ class GenerationMonitor:
         except ValueError as error:
             found.absent["mem/path_distance"] = str(error)
             return
+        if not bool(distances.isfinite().all()):
+            found.absent["mem/path_distance"] = "a denoised point of a path, or its distance, is not finite"
+            return
         each = distances[[sigma <= POOLED_SIGMA for sigma in sigmas]].mean(0)  # of a trajectory, (T,)
         found.values["mem/path_distance"] = float(each.median())
         found.values["mem/path_distance_q10"] = float(each.quantile(0.1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
@@ -28,6 +29,11 @@ from mlflow_icr.tracking.operations import (
 
 if TYPE_CHECKING:
     from mlflow_icr.tracking.worker import Worker
+
+
+def say_on_stderr(text: str) -> None:
+    """Show a line to whoever watches the program."""
+    print(text, file=sys.stderr, flush=True)
 
 
 class Failure(Enum):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from mlflow_icr.tracking.journal import Journal
 from mlflow_icr.tracking.lock import Lock
 from mlflow_icr.tracking.logged import Logged
 from mlflow_icr.tracking.report_operations import missing_operations, now_ms, report_operations, text_operations
-from mlflow_icr.tracking.sink import Sink, SinkState
+from mlflow_icr.tracking.sink import Sink, SinkState, say_on_stderr
 from mlflow_icr.tracking.worker import LAST_ATTEMPTS, Worker, drain
 
 logger = logging.getLogger(__name__)
@@ -36,11 +35,6 @@ NOTE = "mlflow.note.content"  # the description that a run's page shows
 NEVER, ALLOW, MUST = "never", "allow", "must"
 ONLINE, OFFLINE, DISABLED = "online", "offline", "disabled"
 RESUMES, MODES, MODE_VARIABLE = (NEVER, ALLOW, MUST), (ONLINE, OFFLINE, DISABLED), "MLFLOW_ICR_MODE"
-
-
-def say_on_stderr(text: str) -> None:
-    """Show a line to whoever watches the program."""
-    print(text, file=sys.stderr, flush=True)
 
 
 class Tracker:

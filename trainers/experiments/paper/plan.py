@@ -67,7 +67,7 @@ class Scale:
         return found
 
 
-QUIET = {"num_samples": 64, "generate_every": 10**6, "probe_images": 128, "log_models": "none"}  # figures measure anew
+QUIET = {"num_samples": 64, "generate_every": "1000000", "probe_images": 128, "log_models": "none"}  # figures measure anew
 SMALL = Scale(
     name="small",
     few=256,
@@ -89,7 +89,7 @@ PAPER = Scale(
     seeds=(0, 1, 2),
     common={
         "resolution": 32, "num_heldout": 2000, "measurements": 40, "first_measurement_kimg": 500, "log_models": "none",
-        "num_samples": 64, "generate_every": 10**6, "probe_images": 512,
+        "num_samples": 64, "generate_every": "1000000", "probe_images": 512,
     },
     edm={
         "family": "edm", "block_channels": (128, 256, 256, 256), "layers_per_block": 4, "attention_resolutions": (16,),

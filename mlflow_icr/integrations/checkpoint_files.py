@@ -61,6 +61,8 @@ class CheckpointFiles:
 class Entry:
     """A name in a folder of checkpoints: what it holds, or why it holds none; `unfinished`: this may change.
 
+    `damaged`: there are weights, but not whole.
+
     `state` is every file's name, size and time of change: while it changes, somebody is writing.
     """
 
@@ -69,6 +71,7 @@ class Entry:
     checkpoint: CheckpointFiles | None
     reason: str = ""
     unfinished: bool = False
+    damaged: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ def _entry(path: Path) -> Entry | None:
             return None if position is None else Entry(path, state, None, holds, unfinished=True)
         weights, kind, header = found
     except UnfinishedError as error:
-        return Entry(path, state, None, str(error), unfinished=True)
+        return Entry(path, state, None, str(error), unfinished=True, damaged=True)
     where = _position_in_metadata(header.metadata if header is not None else {}) or position
     if where is None:
         return None

@@ -76,7 +76,7 @@ def find_checkpoints(
 ) -> list[SavedCheckpoint]:
     """The checkpoints in a folder by ascending images seen; `say` hears of names that look like one, and are left out.
 
-    `left_out` takes the reason of each of those, by its name.
+    `left_out` takes the reason of each whose weights are damaged, by its name.
 
     Layouts are those of `checkpoint_files`; a folder without any is looked for in its `checkpoints/`. Raises ValueError where
     there are none, or two of one step.
@@ -87,10 +87,10 @@ def find_checkpoints(
     found: dict[int, SavedCheckpoint] = {}
     for entry in entries_of(folder):
         if entry.checkpoint is None:
-            if left_out is None:
-                say(f"{entry.path.name} is left out: {entry.reason}")
-            else:
+            if entry.damaged and left_out is not None:
                 left_out[entry.path.name] = entry.reason
+            else:
+                say(f"{entry.path.name} is left out: {entry.reason}")
             continue
         step = units.images_seen(entry.checkpoint.position)
         if step in found:

@@ -146,14 +146,17 @@ class GenerationMonitor:
         except ValueError as error:
             found.absent["mem/path_distance"] = str(error)
             return
-        if not bool(distances.isfinite().all()):
-            found.absent["mem/path_distance"] = "a denoised point of a path, or its distance, is not finite"
-            return
-        each = distances[[sigma <= POOLED_SIGMA for sigma in sigmas]].mean(0)  # of a trajectory, (T,)
-        found.values["mem/path_distance"] = float(each.median())
-        found.values["mem/path_distance_q10"] = float(each.quantile(0.1))
         for sigma, row in zip(sigmas, distances, strict=True):
             found.values[f"mem/path_distance_sigma{sigma:.2g}"] = float(row.median())
+        pooled = [sigma <= POOLED_SIGMA for sigma in sigmas]
+        if not any(pooled):
+            found.absent["mem/path_distance"] = (
+                f"no step of the sampler ends at sigma {POOLED_SIGMA:g} or less; expected more steps"
+            )
+            return
+        each = distances[pooled].mean(0)  # of a trajectory, (T,)
+        found.values["mem/path_distance"] = float(each.median())
+        found.values["mem/path_distance_q10"] = float(each.quantile(0.1))
         found.distributions["mem/path_distances"] = each.numpy()
 
     def measure(self, step: int) -> Report:

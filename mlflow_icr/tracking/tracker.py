@@ -246,8 +246,7 @@ class Tracker:
         if texts == self._shown_verdict:
             return []
         self._shown_verdict = texts
-        description = {} if self._noted else {NOTE: found.text}  # of the run's page, unless somebody has written one
-        return [told.Tags(texts | description, step, now_ms())]
+        return [told.Tags(texts | ({} if self._noted else {NOTE: found.text}), step, now_ms())]
 
     def log(self, row: Logged) -> None:
         """Write a training's own values to the log, and within seconds everywhere. Raises OSError when the disk is full.

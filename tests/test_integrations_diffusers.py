@@ -194,7 +194,8 @@ def test_two_ranks_measure_together_and_stop_together(tmp_path: Path, data: Path
     mlflow.search_runs()  # a fresh store is made by one process
     folder = tmp_path / "stopped-icr"
     folder.mkdir()
-    past = [{"images_seen": 2**k, "repr/view_error_ratio": 2.0**k, "repr/view_error_ratio_high": 1.01 * 2**k} for k in range(5)]
+    ratio = "repr/far_error_ratio"
+    past = [{"images_seen": 2**k, ratio: 2.0**k, f"{ratio}_low": 0.99 * 2**k, f"{ratio}_high": 1.01 * 2**k} for k in range(5)]
     (folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in past))
     ours = ("--stop-on", "turning", "--every", "64", "--resume")
     done = run(tmp_path, data, "stopped", "--steps", "1000", ours=ours, ranks=2)

@@ -82,7 +82,13 @@ def test_monitors_measure_the_same_in_the_memory_there_is(small_unet: nn.Module,
         found.append(({k: v for k, v in values.items() if not k.startswith("perf/")}, samples))
         if isinstance(denoiser, Narrow):
             assert 0 < denoiser.refused <= 20  # a few halvings in all, not one a batch
-    assert found[1][0] == pytest.approx(found[0][0], rel=1e-3, abs=1e-5)  # an excess is a difference, near 0 here
+    excesses, others = [], []
+    for values, _ in found:
+        excesses.append({key: value for key, value in values.items() if "_excess" in key})
+        others.append({key: value for key, value in values.items() if "_excess" not in key})
+    assert others[1] == pytest.approx(others[0], rel=1e-3, abs=1e-6)
+    # A difference of two mean errors of about 1e-2, each in float32 to 1e-4 of itself, over the views' way.
+    assert excesses[1] == pytest.approx(excesses[0], rel=1e-3, abs=1e-5)
     assert (found[1][1].int() - found[0][1].int()).abs().max() <= 1
 
 

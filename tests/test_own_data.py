@@ -152,7 +152,7 @@ def test_held_out_images_are_of_other_groups_and_subsets_nest(tmp_path: Path) ->
         assert large.train_labels is None  # the folders are patients, not classes
     with pytest.raises(ValueError, match="num_images is 40; expected at most"):
         load_data(str(tmp_path), resolution=8, num_images=40, num_heldout=4, seed=1, group_by="folder")
-    with pytest.raises(ValueError, match=r"group_by is 'x\(\\+d\)': no match in 44 of 44 files: p0/scan/0.png"):
+    with pytest.raises(ValueError, match=r"group_by is 'x\(\\\\d\)': no match in 44 of 44 files: p0/scan/0.png"):
         load_data(str(tmp_path), resolution=8, num_images=4, num_heldout=4, seed=1, group_by=r"x(\d)")
     with pytest.raises(ValueError, match=r"group_by is '\('; expected folder, file, patient, or a regular expression"):
         load_data(str(tmp_path), resolution=8, num_images=4, num_heldout=4, seed=1, group_by="(")

@@ -240,6 +240,29 @@ def test_datasets_are_shown_once_and_stop_nothing(tmp_path: Path, caplog: pytest
     assert entry.dataset.digest in text
 
 
+def test_the_last_verdict_shown_is_of_all_measurements_also_of_those_that_come_late(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tracker = Tracker(tmp_path, [TensorBoardSink(tmp_path / "tensorboard")])
+    tracker.open({}, {})
+    ratios = [1.0, 1.02, 1.9, 3.6, 7.0, 14.0]
+    late = 3
+    said = []
+    for place in (0, 1, 2, 4, 5, late):
+        ratio = ratios[place]
+        values = {
+            "repr/view_error_ratio": ratio,
+            "repr/view_error_ratio_low": 0.97 * ratio,
+            "repr/view_error_ratio_high": 1.03 * ratio,
+        }
+        tracker.record(Report(2000 * 2**place, values, {}, {}, "abc"))
+        said.append(tracker.verdict.text)
+    assert said[-1] != said[-2]
+    tracker.close("FINISHED")
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert events.Tensors("verdict/text_summary")[-1].tensor_proto.string_val[0].decode() == said[-1]
+
+
 def test_a_dead_server_costs_nothing_but_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -131,7 +131,7 @@ class Tracker:
         missing = missing_operations(self.journal, self.log_file)
         self.log_file.append(missing)
         if any(isinstance(one, told.Metrics) for one in missing):  # whose verdict nobody told of
-            self.log_file.append(self._verdict_tags(int(self.journal.rows[-1]["images_seen"])))
+            self.log_file.append(self._verdict_tags())
         self._offer(checkpoints(self.journal.folder))
 
     def close(self, status: str) -> dict[str, float]:
@@ -236,17 +236,17 @@ class Tracker:
             self._verdicts.add(self.journal.by_step[report.step])
         except ValueError:  # it comes after measurements at more images seen
             self._verdicts = folded(self.journal.rows)
-        self.log_file.append([*report_operations(report, self.journal, now), *self._verdict_tags(report.step)])
+        self.log_file.append([*report_operations(report, self.journal, now), *self._verdict_tags()])
 
-    def _verdict_tags(self, step: int) -> list[told.Operation]:
-        """What the verdict says at a step, unless that was told already."""
+    def _verdict_tags(self) -> list[told.Operation]:
+        """What the verdict says, unless that was told already; at the last step, for it is of all measurements."""
         found = self.verdict
         texts = {"verdict": found.state, "verdict.text": found.text}
         texts |= {f"verdict.{key}": f"{value:.0f}" for key, value in found.summary().items()}
         if texts == self._shown_verdict:
             return []
         self._shown_verdict = texts
-        return [told.Tags(texts | ({} if self._noted else {NOTE: found.text}), step, now_ms())]
+        return [told.Tags(texts | ({} if self._noted else {NOTE: found.text}), self._verdicts.newest, now_ms())]
 
     def log(self, row: Logged) -> None:
         """Write a training's own values to the log, and within seconds everywhere. Raises OSError when the disk is full.

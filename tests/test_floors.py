@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# From the ground up; a module imports from its own floor and from those below it (docs/structure.md).
+# From the ground up; a module imports from its own floor and from those below it (docs/built/overview.md).
 FLOORS = [
     "representation",
     "generation",

@@ -58,9 +58,10 @@ def test_the_ten_lines_of_the_readme_run(
 
 
 def test_links_and_pictures_of_the_documents_exist() -> None:
-    for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md"]:
+    made = {"modules.md"}  # by docs/hooks.py, when the site is built
+    for document in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), ROOT / "CONTRIBUTING.md"]:
         for target in re.findall(r"\]\(([^)#\s]+)\)", document.read_text()):
-            if not target.startswith(("http://", "https://")):
+            if not target.startswith(("http://", "https://")) and target not in made:
                 assert (document.parent / target).exists(), f"{document.name}: {target}"
 
 

@@ -565,7 +565,7 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
 
 def test_the_documented_sink_works(tmp_path: Path, wandb: list[tuple[Any, ...]]) -> None:
-    page = (ROOT / "docs" / "tracking.md").read_text()
+    page = (ROOT / "docs" / "built" / "tracking.md").read_text()
     code = page.split('```python title="wandb_sink.py"\n')[1].split("```")[0]
     names: dict[str, Any] = {}
     exec(code, names)

@@ -14,7 +14,7 @@ NORMALISATIONS = ("l2", "none")
 SHRINKAGES = ("none", "ledoit-wolf", "oas")
 
 # Views are added until nu = (N-1)(K-1) reaches this many times D: there the plug-in's inverse covariance is a third too
-# large, nu / (nu - D - 1) (`docs/structure.md`, "Formulas"); with fewer that factor, and the scatter with it, grows fast.
+# large, nu / (nu - D - 1) (`docs/built/formulas.md`); with fewer that factor, and the scatter with it, grows fast.
 DEGREES_PER_DIMENSION = 4
 # More images than this are never chosen unasked: an interval narrows with the square root of their number.
 MOST_AUTOMATIC_IMAGES = 1024

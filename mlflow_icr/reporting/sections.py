@@ -228,6 +228,6 @@ def method_section() -> Markup:
         "Energies: traces and Fisher energies are of l2-normalised features; growth is relative to the first measurement after "
         "the start. A value that could not be computed is left out with its reason; nothing stands in for it.",
         "ICR: Li, Jia, et al., Evaluating the Representation Space of Diffusion Models via Self-Supervised Principles, ICML "
-        "2026, arXiv 2606.09718. Formulas in full: docs/structure.md of mlflow-icr's sources.",
+        "2026, arXiv 2606.09718. Formulas in full: docs/built/formulas.md of mlflow-icr's sources.",
     ]
     return element("ul", [element("li", item) for item in items])

@@ -34,7 +34,7 @@ class ICRInterval:
     `value` is the closed-form debiased ICR, exact for Gaussian features; `centre` the leave-one-image-out estimate, on which
     the interval from `low` to `high` is built (and which it is widened from to hold `value`); `standard_error` that of
     `centre`; `influence` (N,) float64: how much each image raises the ICR, of mean 0, its deviation over sqrt(N) being the
-    standard error. All are ICR units. Source: `docs/structure.md`, "Formulas".
+    standard error. All are ICR units. Source: `docs/built/formulas.md`.
     """
 
     value: float

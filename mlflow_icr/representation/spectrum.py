@@ -25,7 +25,7 @@ class InvariantSpectrum:
     `sigma_invariant` and `sigma_residual` are (D, D) float64; `num_images` is N, `num_views` is K; `shrinkage` says by which
     share sigma_residual was drawn toward the identity before.
     Raises ValueError for a negative ridge and for a singular residual covariance (after adding the ridge).
-    Source: Li et al. 2026, equations 3 to 5; the debiased value is ours (`docs/structure.md`, "Formulas").
+    Source: Li et al. 2026, equations 3 to 5; the debiased value is ours (`docs/built/formulas.md`).
     """
 
     sigma_invariant: Tensor

@@ -82,12 +82,12 @@ class Tracker:
         self._stay: Callable[[], None] = lambda: None
         self._undo_signal: Callable[[], None] = lambda: None
 
-    def open(self, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
+    def open(self, params: Mapping[str, object] | None = None, tags: Mapping[str, str] | None = None) -> None:
         """Begin the run, or go on with it; every sink is brought up to what the folder has."""
         if not self._mine():
             return
-        plain = {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in params.items()}
-        now = now_ms()
+        named, now = params or {}, now_ms()
+        plain = {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in named.items()}
         self.log_file.append([told.Params(plain, now), *([told.Tags(dict(tags), time=now)] if tags else [])])
         self.begin(opening=True)
         if self.ends_by_itself:

@@ -47,11 +47,22 @@ COMMANDS = (
     import_tensorboard,
 )
 
+EXAMPLE = """\
+`mlflow-icr COMMAND --help` explains a command.
+
+example:
+  mlflow-icr verdict outputs/first"""
+
 
 def _parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog="mlflow-icr", description="Is a diffusion model still learning, or copying?")
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser = OneLineParser(
+        prog="mlflow-icr",
+        description="Is a diffusion model still learning, or has it begun to copy its training images?",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=__version__, help="print the version and exit")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add(commands)
     return parser

@@ -12,17 +12,19 @@ from jsonargparse import ArgumentParser
 
 from mlflow_icr.arguments import dashed, refuse_unknown
 from trainers.config import GROUPS, OPTIONS, TrainConfig, preset_names
-from trainers.options import is_required
+from trainers.options import Option, is_required
 
 EXAMPLE = """example:
   python -m trainers.train --data photos/ --output-dir run --total-kimg 500
 """
+USAGE = "python -m trainers.train --output-dir DIR [--preset NAME] [--data DATA] [flags]"
+METAVARS = {int: "N", float: "X", bool: "true|false", str: "TEXT"}
 
 
 class CommandLine(ArgumentParser):  # type: ignore[misc]
-    """A parser whose errors are one line, and which knows --num_images and --num-images alike.
+    """A parser with one-line errors that takes --num_images and --num-images alike.
 
-    What holds several values takes them with commas between, or one after the other: --block-channels 32,64.
+    An option of several values takes them separated by commas or by spaces: --block-channels 32,64.
     """
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -30,7 +32,7 @@ class CommandLine(ArgumentParser):  # type: ignore[misc]
         self.exit(2, f"{self.prog}: error: {self._line(message)}\n")
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None, **others: Any) -> Any:  # type: ignore[override]
-        """Parse; an unknown flag is told with the nearest that is known."""
+        """Parse; the error for an unknown flag names the nearest known one."""
         flags = dashed(sys.argv[1:] if args is None else args)
         return super().parse_args(list(self._bracketed(flags)), namespace, **others)
 
@@ -53,7 +55,7 @@ class CommandLine(ArgumentParser):  # type: ignore[misc]
         return " ".join(message.split())
 
     def _bracketed(self, flags: Iterable[str]) -> Iterator[str]:
-        """Values with commas between, or one after the other, as the lists that the library reads."""
+        """Values separated by commas or spaces, as the lists that jsonargparse reads."""
         left = list(flags)
         while left:
             argument = left.pop(0)
@@ -68,8 +70,15 @@ class CommandLine(ArgumentParser):  # type: ignore[misc]
             yield f"{flag}=[{','.join(values)}]" if values else flag
 
 
+def metavar_of(entry: Option) -> str:
+    """What `--help` shows in place of an option's value."""
+    if entry.is_tuple:
+        return "X,Y,..."
+    return "|".join(filter(None, entry.rules["one_of"])) or METAVARS[entry.kind]
+
+
 def add_config_flags(parser: ArgumentParser) -> None:
-    """A flag for every option, in groups; one that is not given leaves the preset's or the plan's value."""
+    """Add a flag for every option, in groups; a flag that is not given leaves the value of the preset or of the plan."""
     for name, kind in GROUPS.items():
         group = parser.add_argument_group(name, " ".join((kind.__doc__ or "").split()))
         for entry in (entry for entry in OPTIONS.values() if entry.group == name):
@@ -79,19 +88,19 @@ def add_config_flags(parser: ArgumentParser) -> None:
                 f"--{entry.name.replace('_', '-')}",
                 type=entry.hint,
                 default=argparse.SUPPRESS,
-                metavar="X,Y,..." if entry.is_tuple else "X",
+                metavar=metavar_of(entry),
                 help=(entry.rules["text"] + default).replace("%", "%%"),
                 **options,
             )
 
 
 def config_changes(arguments: Any) -> dict[str, Any]:
-    """The options that were given as flags, by flat name."""
+    """The options that were given as flags, by name."""
     return {key: value for key, value in vars(arguments).items() if key in OPTIONS}
 
 
 def config_flags(config: TrainConfig) -> list[str]:
-    """The flags of a configuration's every option: what `config_changes` takes apart again, preset included."""
+    """A configuration as flags, one for every option, and its preset; `config_changes` reads them again."""
     shown = {name: entry.shown(config.get(name)) for name, entry in OPTIONS.items()}
     flags = [f"--{name.replace('_', '-')}={text}" for name, text in shown.items()]
     return [f"--preset={config.preset}", *flags] if config.preset else flags
@@ -101,25 +110,33 @@ def train_parser() -> CommandLine:
     """The command line of `python -m trainers.train`."""
     parser = CommandLine(
         prog="trainers.train",
-        description="Train a diffusion model on limited data, with ICR.",
+        usage=USAGE,
+        description="Train a diffusion model on images, and measure whether it still learns or has begun to copy them.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--preset", help=f"where other values come from: one of {', '.join(preset_names())}")
-    parser.add_argument("--config", help="a config.yaml where other values come from")
-    parser.add_argument("--output-dir", required=True, help="folder for history.jsonl, checkpoints/, tensorboard/, config.yaml")
-    resume = "go on from the last checkpoint in the output folder; auto: where there is a run, else begin one"
+    parser.add_argument(
+        "--output-dir", required=True, metavar="DIR", help="folder for history.jsonl, checkpoints/, config.yaml and more"
+    )
+    preset = f"take values that no flag gives from this preset: {', '.join(preset_names())}"
+    parser.add_argument("--preset", metavar="NAME", help=preset)
+    parser.add_argument("--config", metavar="FILE", help="take values that no flag gives from this config.yaml")
+    resume = "continue from the last checkpoint in the output folder; auto: begin a run if there is none"
     parser.add_argument("--resume", nargs="?", const="yes", default="no", metavar="auto", help=resume)
-    parser.add_argument("--run-name", help="name of a new MLflow run")
-    parser.add_argument("--num-processes", type=int, default=1, metavar="N", help="ranks to start")
-    parser.add_argument("--tag", action="append", default=[], metavar="KEY=VALUE", help="a tag of the MLflow run; repeatable")
+    parser.add_argument("--run-name", metavar="NAME", help="name of the new MLflow run")
+    parser.add_argument(
+        "--num-processes", type=int, default=1, metavar="N", help="number of processes (ranks) to start; default 1"
+    )
+    parser.add_argument(
+        "--tag", action="append", default=[], metavar="KEY=VALUE", help="tag of the MLflow run; may be repeated"
+    )
     add_config_flags(parser)
     return parser
 
 
 def parse_tags(pairs: Sequence[str]) -> dict[str, str]:
-    """KEY=VALUE texts as a dictionary. Raises ValueError for text without a key and an equals sign."""
+    """A dictionary from KEY=VALUE texts. Raises ValueError for a text without a key or without an equals sign."""
     tags = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")

@@ -33,19 +33,19 @@ TIMES = ("uniform", "logit_normal")
 
 @dataclass(frozen=True)
 class DataConfig(Group):
-    """The images: the first num_images of an order that the seed fixes."""
+    """The images. Training takes the first num_images in an order that the seed fixes."""
 
-    source: str = required("an embedded set, a folder or archive of images, or the name of a `datasets` set", flag="data")
+    source: str = required("training images: a folder or archive, a preset's set, or the name of a `datasets` set", flag="data")
     resolution: int | str = required("side in pixels, or HEIGHTxWIDTH, to which images are cropped and scaled")
-    num_images: int = required("training images; those of a smaller number are among them", least=2)
-    num_heldout: int = required("other images that are never trained on, for losses and distances", least=0)
-    skip_images: int = option(0, "images of the order that are left out before the training images: a disjoint set", least=0)
+    num_images: int = required("number of training images; a smaller subset is part of a larger one", least=2)
+    num_heldout: int = required("number of images that are never trained on, for losses and distances", least=0)
+    skip_images: int = option(0, "images to leave out before the training images, for a disjoint subset", least=0)
     split: str = option("train", "split of a `datasets` set", flag="data_split")
     balanced: bool = option(False, "equally many images of each class, as far as there are")
     augment: str = option("", "flip: mirror images are trained on too", one_of=AUGMENTATIONS)
     group_by: str = option("", "held-out images are of another folder, file, patient (of DICOM), or match of this expression")
-    value_range: tuple[float, ...] = option((), "values that are black and white; empty: the files', or what is measured")
-    background: str = option("white", "colour that transparent parts of images show")
+    value_range: tuple[float, ...] = option((), "values that are black and white; empty: what the files say, else measured")
+    background: str = option("white", "colour behind transparent parts of images")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,64 +61,76 @@ class DataConfig(Group):
 
 @dataclass(frozen=True)
 class NetworkConfig(Group):
-    """What is trained: by which family, of classes or not, of pixels or latents, and how large."""
+    """The network: its family, its size, and whether it has classes and latents."""
 
-    family: str = option("edm", "kind of diffusion model", one_of=FAMILIES)
-    labels: bool = option(False, "a model of the data's classes")
-    label_dropout: float = option(0.1, "share of labels replaced by the null class, which the monitor reads", above=0, below=1)
-    autoencoder: str = option("", "folder of a diffusers AutoencoderKL, whose latents are trained on")
+    family: str = option("edm", "kind of diffusion model: EDM, DDPM, or flow matching on a transformer", one_of=FAMILIES)
+    labels: bool = option(False, "train on the classes of the data")
+    label_dropout: float = option(
+        0.1, "share of labels replaced by the null class; the monitor reads that class", above=0, below=1
+    )
+    autoencoder: str = option("", "folder of a diffusers AutoencoderKL; its latents are trained on")
     block_channels: tuple[int, ...] = option((32, 64), "channels at each resolution of the U-Net", families=UNET)
     layers_per_block: int = option(1, "residual blocks at each resolution", least=1, families=UNET)
-    attention_resolutions: tuple[int, ...] = option((), "levels with attention, by their side", families=UNET)
+    attention_resolutions: tuple[int, ...] = option((), "sides in pixels at which the U-Net has attention", families=UNET)
     hidden_size: int = option(384, "width of the transformer", least=1, families=DIT)
     num_layers: int = option(12, "blocks of the transformer", least=1, families=DIT)
     num_heads: int = option(6, "attention heads of each block", least=1, families=DIT)
     patch_size: int = option(2, "side of the transformer's patches", least=1, families=DIT)
     dropout: float = option(0.0, "share of activations dropped in the network", least=0, below=1)
-    dropout_masks: str = option("keyed", "keyed: the same on any number of ranks; torch: PyTorch's own", one_of=MASKS)
-    init_from: str = option("", "trained network to begin with: a run, a diffusers folder, or a name on the hub")
-    lora_rank: int = option(0, "rank of a LoRA that is trained instead of init_from's own weights; 0 for none", least=0)
+    dropout_masks: str = option(
+        "keyed", "keyed: the same masks on any number of ranks; torch: PyTorch's own dropout", one_of=MASKS
+    )
+    init_from: str = option("", "trained network to start from: a run's folder, a diffusers folder, or a name on the hub")
+    lora_rank: int = option(0, "rank of a LoRA on the network of --init-from; 0 trains the whole network", least=0)
 
 
 @dataclass(frozen=True)
 class OptimizerConfig(Group):
-    """How it is trained. *_kimg are thousands of images seen; batch_size counts all ranks and accumulated parts together."""
+    """How the network is trained. Lengths that end in kimg are thousands of images seen."""
 
-    total_kimg: float = required("length of the training", above=0)
-    batch_size: int = option(64, "images of one optimizer step", least=1)
-    learning_rate: float = option(1e-3, "Adam's step size after the ramp", above=0)
-    rampup_kimg: float = option(2.0, "length of the learning rate's linear ramp", least=0)
-    lr_decay: str = option("constant", "learning rate after the ramp; cosine: to 0 at the end", one_of=DECAYS)
-    lr_decay_kimg: float = option(1000.0, "with inverse_sqrt (EDM2): where the decay begins", above=0)
-    betas: tuple[float, ...] = option((0.9, 0.999), "Adam's two decays of its moments")
-    weight_decay: float = option(0.0, "AdamW's decay of weights, as a share of the learning rate; 0 is Adam", least=0)
-    clip_norm: float = option(0.0, "largest norm of a step's gradients, longer ones are scaled; 0 for any", least=0)
-    ema_halflife_kimg: float = option(500.0, "half-life of the averaged weights, which are measured and saved", above=0)
-    ema_rampup_ratio: float | None = option(0.05, "half-life as a share of the images seen, while that is less", above=0)
+    total_kimg: float = required("length of the training, in thousands of images seen", above=0)
+    batch_size: int = option(64, "images in one optimizer step, of all ranks together", least=1)
+    learning_rate: float = option(1e-3, "learning rate after its ramp", above=0)
+    rampup_kimg: float = option(2.0, "length of the learning rate's linear ramp, in thousands of images seen", least=0)
+    lr_decay: str = option(
+        "constant", "how the learning rate changes after the ramp; cosine reaches 0 at the end", one_of=DECAYS
+    )
+    lr_decay_kimg: float = option(
+        1000.0, "with inverse_sqrt: thousands of images seen at which the decay begins (EDM2)", above=0
+    )
+    betas: tuple[float, ...] = option((0.9, 0.999), "decay rates of Adam's two moments")
+    weight_decay: float = option(0.0, "weight decay of AdamW, times the learning rate; 0 is Adam", least=0)
+    clip_norm: float = option(0.0, "clip the norm of a step's gradients to this; 0 for no clipping", least=0)
+    ema_halflife_kimg: float = option(500.0, "half-life of the averaged weights (EMA); they are measured and saved", above=0)
+    ema_rampup_ratio: float | None = option(
+        0.05, "limit the half-life to this share of the images seen; null for no limit", above=0
+    )
     power_ema_stds: tuple[float, ...] = option(
         (), "relative widths of power-function averages that checkpoints keep besides, as 0.05,0.1, for `mlflow-icr ema`"
     )
-    mixed_precision: str = option("", "empty for the launcher's, no without one", one_of=("", "no", "bf16", "fp16"))
-    gradient_accumulation_steps: int = option(1, "parts that a batch is trained in", least=1)
-    gradient_checkpointing: bool = option(False, "compute activations again instead of keeping them: less memory, more time")
-    compile: bool = option(False, "compile the network, by inductor")
-    cudnn_benchmark: bool = option(False, "have cuDNN try its algorithms for each shape and keep the fastest")
+    mixed_precision: str = option(
+        "", "precision of training; empty: the launcher's, else no", one_of=("", "no", "bf16", "fp16")
+    )
+    gradient_accumulation_steps: int = option(1, "number of parts in which a batch is trained", least=1)
+    gradient_checkpointing: bool = option(False, "recompute activations instead of keeping them: less memory, more time")
+    compile: bool = option(False, "compile the network by inductor")
+    cudnn_benchmark: bool = option(False, "let cuDNN time its algorithms for each shape, and take the fastest")
 
 
 @dataclass(frozen=True)
 class NoiseConfig(Group):
-    """On which noise, and what of it is predicted."""
+    """Noise levels of training, and what the network predicts."""
 
     p_mean: float = option(-1.2, "mean of ln sigma (Karras et al. 2022)", families=("edm",))
-    p_std: float = option(1.2, "deviation of ln sigma", above=0, families=("edm",))
+    p_std: float = option(1.2, "standard deviation of ln sigma", above=0, families=("edm",))
     sigma_data: float | None = option(
-        None, "standard deviation of what is trained on; null to measure it", above=0, families=("edm",)
+        None, "standard deviation of the training images or latents; null to measure it", above=0, families=("edm",)
     )
     prediction: str = option("epsilon", "what the network predicts", one_of=("epsilon", "v"), families=("ddpm",))
-    time_distribution: str = option("uniform", "of training's times", one_of=TIMES, families=("flow",))
+    time_distribution: str = option("uniform", "distribution of training times t", one_of=TIMES, families=("flow",))
     time_mean: float = option(0.0, "with logit_normal: mean of ln t / (1 - t)", families=("flow",))
-    time_std: float = option(1.0, "with logit_normal: its deviation", above=0, families=("flow",))
-    time_shift: float = option(1.0, "odds t / (1 - t) are multiplied by it; above 1 is more noise", above=0, families=("flow",))
+    time_std: float = option(1.0, "with logit_normal: its standard deviation", above=0, families=("flow",))
+    time_shift: float = option(1.0, "factor on the odds t / (1 - t); above 1 means more noise", above=0, families=("flow",))
     beta_schedule: str = option(
         "linear", "diffusers' name of the schedule", one_of=("linear", "scaled_linear", "squaredcos_cap_v2"), families=("ddpm",)
     )
@@ -128,27 +140,27 @@ class NoiseConfig(Group):
 class MonitorConfig(Group):
     """What is measured, and when."""
 
-    measurements: int = option(17, "how often, in equal ratios of images seen", least=2)
-    first_measurement_kimg: float = option(2.0, "the first one after the untrained network", above=0)
+    measurements: int = option(17, "number of measurements, in equal ratios of images seen", least=2)
+    first_measurement_kimg: float = option(2.0, "thousands of images seen at the first measurement after step 0", above=0)
     layer: str = option("decoder", "layer whose features are read: decoder, mid, mid+1, ..., or a module's name")
-    sigmas: tuple[float, ...] = option((0.29,), "noise levels of the views")
+    sigmas: tuple[float, ...] = option((0.29,), "noise standard deviations of the views")
     augmentation_level: int = option(3, "strength of the views' augmentations")
-    probe_images: int = option(128, "training images that are measured")
-    probe_views: int = option(0, "views of each; 0 for as many as the layer's width needs")
-    projection: int = option(0, "principal directions that are read; 0 for all dimensions")
-    shrinkage: str = option("none", "how the residual covariance is estimated")
-    companions: tuple[str, ...] = option((), "further measures of the same features")
-    measure_raw: bool = option(False, "measure the trained weights too, beside their average")
-    stop_on: str = option("", "a verdict that ends the training", one_of=STOP_VERDICTS)
+    probe_images: int = option(128, "number of training images that are measured")
+    probe_views: int = option(0, "views of each measured image; 0 for as many as the layer's width needs")
+    projection: int = option(0, "number of principal directions that are read; 0 for all dimensions")
+    shrinkage: str = option("none", "shrinkage of the residual covariance: none, ledoit-wolf or oas")
+    companions: tuple[str, ...] = option((), "further measures of the same features, such as alignment,rankme")
+    measure_raw: bool = option(False, "measure the trained weights too, not only their average")
+    stop_on: str = option("", "end the training at this verdict; empty: never", one_of=STOP_VERDICTS)
     generate_every: str = option(
-        SUSPICION, "when samples are judged: on suspicion and at the end, or every so many measurements, counted from the last"
+        SUSPICION, "when samples are looked at: on suspicion and at the end, or every N measurements, counted from the last"
     )
-    encoder: str = option("pixels", "what samples are compared in; auto: efficientnet_lite0 where installed, else pixels")
+    encoder: str = option("pixels", "encoder in which samples are compared; auto: efficientnet_lite0 if installed, else pixels")
     encoder_weights: str = option("", "file of the encoder's weights, where it needs one")
-    num_samples: int = option(128, "samples that are judged", least=1)
-    sample_steps: int = option(18, "solver steps of each", least=2)
-    measure_batch: int = option(512, "views or images in a batch of a measurement; fewer where memory is short", least=1)
-    sample_batch: int = option(256, "samples in a batch; fewer where memory is short", least=1)
+    num_samples: int = option(128, "number of samples to draw when samples are looked at", least=1)
+    sample_steps: int = option(18, "solver steps of a sample", least=2)
+    measure_batch: int = option(512, "views or images in one batch of a measurement; halved when memory runs out", least=1)
+    sample_batch: int = option(256, "samples in one batch; halved when memory runs out", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -158,16 +170,16 @@ class MonitorConfig(Group):
 
 @dataclass(frozen=True)
 class RunConfig(Group):
-    """Seed and checkpoints. All models get their metrics in MLflow; `log_models` says which get their weights."""
+    """Seed, checkpoints and logging."""
 
-    seed: int = option(0, "of subset, initial weights, order and noise", least=0)
+    seed: int = option(0, "seed of subset, initial weights, order and noise", least=0)
     checkpoints_total_limit: int = option(
-        0, "checkpoints kept on disk, 0 for all; the newest and those that may be the one to keep always are", least=0
+        0, "number of checkpoints to keep, 0 for all; the newest, and those that may be the one to keep, always stay", least=0
     )
-    save_every_minutes: float = option(15.0, "checkpoints between measurements, by wall time; 0 for none", least=0)
-    curve_every: int = option(50, "steps from one point of the curve (loss, rate, speed, ...) to the next; 0 for none", least=0)
+    save_every_minutes: float = option(15.0, "minutes between checkpoints, besides those at measurements; 0 for none", least=0)
+    curve_every: int = option(50, "log loss, learning rate and speed every so many steps; 0 for never", least=0)
     log_models: str = option(
-        "all", "whose weights MLflow gets; kept: at the end, the turning and the newest", one_of=LOG_MODELS
+        "all", "checkpoints whose weights MLflow gets; kept: at the end, those at the turn and the newest", one_of=LOG_MODELS
     )
 
 

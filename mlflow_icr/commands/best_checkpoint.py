@@ -5,16 +5,31 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mlflow_icr.commands.console import Commands, say
+from mlflow_icr.commands.console import Commands, add_command, say
 
 
 def add(commands: Commands) -> None:
     """Add the command and its options."""
-    parser = commands.add_parser("best-checkpoint", help="fetch the checkpoint to keep, as a diffusers folder")
-    parser.add_argument("run_or_folder", metavar="RUN", help="the id of an MLflow run, or an output folder")
-    parser.add_argument("--metric", metavar="KEY", help="that with the lowest value of it, such as repr/icr, not the verdict's")
-    parser.add_argument("--max", action="store_true", help="with --metric: the highest")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="a new folder; default: where it is, or a temporary one")
+    parser = add_command(
+        commands,
+        "best-checkpoint",
+        "fetch the checkpoint to keep, as a folder of diffusers",
+        "Find the checkpoint that the verdict keeps, or the one with the best value of a metric. Print its folder, or copy it.",
+        "mlflow-icr best-checkpoint outputs/first --output best",
+    )
+    parser.add_argument("run_or_folder", metavar="RUN", help="the output folder of a run, or the id of an MLflow run")
+    parser.add_argument(
+        "--metric",
+        metavar="KEY",
+        help="take the checkpoint with the lowest value of this metric, such as repr/icr; default: the verdict's",
+    )
+    parser.add_argument("--max", action="store_true", help="with --metric: take the highest value instead")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="copy it to this new folder; default: leave it there, or download to a temporary folder",
+    )
     parser.set_defaults(run=_run)
 
 

@@ -6,17 +6,36 @@ import argparse
 import sys
 from pathlib import Path
 
-from mlflow_icr.commands.console import Commands, say
+from mlflow_icr.commands.console import Commands, add_command, say
 
 
 def add(commands: Commands) -> None:
     """Add the command and its options."""
-    parser = commands.add_parser("duplicates", help="images of a training set that are nearly the same, as CSV")
-    parser.add_argument("--data", type=Path, required=True, help="a folder, an archive or a file of images")
-    parser.add_argument("--encoder", default="pixels", help="what images are compared in; default: pixels")
-    parser.add_argument("--encoder-weights", type=Path, help="file of the encoder's weights, where it needs one")
-    parser.add_argument("--resolution", default="64", help="side, or HEIGHTxWIDTH, at which they are compared; default: 64")
-    parser.add_argument("--threshold", type=float, help="share of the distance of two images by chance; default: 0.15")
+    parser = add_command(
+        commands,
+        "duplicates",
+        "list images of a training set that are nearly the same, as CSV",
+        "List near-duplicates of a training set in groups, as CSV. Two images are near-duplicates if their distance is below "
+        "a share of the distance of two images by chance.",
+        "mlflow-icr duplicates --data photos/ > copies.csv",
+    )
+    parser.add_argument(
+        "--data", type=Path, required=True, metavar="FOLDER", help="the images: a folder, an archive or a file of images"
+    )
+    how = parser.add_argument_group("how they are compared")
+    how.add_argument(
+        "--encoder", default="pixels", metavar="NAME", help="the encoder in which images are compared; default: pixels"
+    )
+    how.add_argument("--encoder-weights", type=Path, metavar="PATH", help="file of the encoder's weights, where it needs one")
+    how.add_argument(
+        "--resolution",
+        default="64",
+        metavar="SIZE",
+        help="side in pixels, or HEIGHTxWIDTH, to which images are scaled; default: 64",
+    )
+    how.add_argument(
+        "--threshold", type=float, metavar="SHARE", help="share of the distance of two images by chance; default: 0.15"
+    )
     parser.set_defaults(run=_run)
 
 

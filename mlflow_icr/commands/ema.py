@@ -5,15 +5,26 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mlflow_icr.commands.console import Commands, say
+from mlflow_icr.commands.console import Commands, add_command, say
 
 
 def add(commands: Commands) -> None:
     """Add the command and its options."""
-    parser = commands.add_parser("ema", help="an average of weights of any relative width, from a run's snapshots")
-    parser.add_argument("checkpoints", type=Path, metavar="CHECKPOINTS", help="the checkpoints/ of a run with --power-ema-stds")
+    parser = add_command(
+        commands,
+        "ema",
+        "reconstruct an average of weights of any width, from a run's snapshots",
+        "Reconstruct the average of weights of any relative width (post-hoc EMA, Karras et al. 2024) from the snapshots of a "
+        "run, and save it as a folder of diffusers.",
+        "mlflow-icr ema outputs/first/checkpoints --std 0.05",
+    )
+    parser.add_argument(
+        "checkpoints", type=Path, metavar="CHECKPOINTS", help="the checkpoints/ of a run that had --power-ema-stds"
+    )
     parser.add_argument("--std", type=float, required=True, metavar="X", help="relative width of the average, such as 0.05")
-    parser.add_argument("--images-seen", type=int, metavar="N", help="the time that it is of; default: the last snapshot")
+    parser.add_argument(
+        "--images-seen", type=int, metavar="N", help="images seen at the end of the average; default: the last snapshot's"
+    )
     parser.add_argument("--output", type=Path, metavar="DIR", help="a new folder; default: ema-X beside the checkpoints")
     parser.set_defaults(run=_run)
 

@@ -1,4 +1,4 @@
-"""The command `mlflow-icr encoders`: which encoders there are, and their download, which nothing else ever starts."""
+"""The command `mlflow-icr encoders`: list the encoders, and download one. No other command downloads weights of encoders."""
 
 from __future__ import annotations
 
@@ -6,36 +6,35 @@ import argparse
 import re
 from typing import TYPE_CHECKING
 
-from mlflow_icr.commands.console import Commands, say
+from mlflow_icr.commands.console import Commands, add_command, say
 
 if TYPE_CHECKING:
     from mlflow_icr.extraction.downloads import Progress
     from mlflow_icr.extraction.encoder_files import KeptEncoder, RemoteFile
 
-DESCRIPTION = """\
-List the encoders that images are compared in, or download one.
-
-An encoder is downloaded by `encoders fetch` alone, and kept in the cache (~/.cache/mlflow-icr, or $MLFLOW_ICR_CACHE).
-Its SHA-256 is checked. An interrupted download goes on where it ended. From then on `--encoder NAME` needs no path."""
-EXAMPLES = """\
-examples:
-  mlflow-icr encoders list
-  mlflow-icr encoders fetch inception
-  mlflow-icr measure --generated samples/ --train images/ --encoder inception   # FID"""
+DESCRIPTION = (
+    "List the encoders in which images are compared, or download one. Only `encoders fetch` downloads anything. Files are "
+    "kept in the cache (~/.cache/mlflow-icr, or $MLFLOW_ICR_CACHE), and their SHA-256 is checked. An interrupted download "
+    "resumes. After that, `--encoder NAME` needs no path."
+)
 
 
 def add(commands: Commands) -> None:
     """Add the command and its options."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "encoders",
-        help="list the encoders that images are compared in, or download one: FID's Inception, SSCD, DINOv2, CLIP",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "list the encoders in which images are compared, or download one",
+        DESCRIPTION,
+        "mlflow-icr encoders list",
+        "mlflow-icr encoders fetch inception",
+        "mlflow-icr measure --generated samples/ --train images/ --encoder inception   # FID",
     )
-    parser.add_argument("action", choices=["list", "fetch"], help="list what there is, or fetch what NAME says")
+    parser.add_argument("action", choices=["list", "fetch"], help="list all encoders, or download those that are named")
     parser.add_argument("names", nargs="*", metavar="NAME", help="inception, sscd, dinov2 or clip")
-    parser.add_argument("--sha256", help="what the weights must have; needed once, where no checksum is known and yours is")
+    parser.add_argument(
+        "--sha256", metavar="DIGEST", help="SHA-256 that the weights must have; for weights without a published checksum"
+    )
     parser.set_defaults(run=_run)
 
 

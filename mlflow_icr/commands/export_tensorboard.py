@@ -7,18 +7,28 @@ import signal
 import threading
 from pathlib import Path
 
-from mlflow_icr.commands.console import Commands, say
+from mlflow_icr.commands.console import Commands, add_command, say
 
 
 def add(commands: Commands) -> None:
     """Add the command and its options."""
-    parser = commands.add_parser("export-tensorboard", help="MLflow runs as TensorBoard event files; a repeat adds what is new")
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--experiment", help="all runs of the experiment of this name")
-    which.add_argument("--run-id", nargs="+", default=[], help="these runs, and those nested in them")
-    parser.add_argument("--logdir", type=Path, required=True, help="where each run gets a folder of its own")
-    parser.add_argument("--follow", action="store_true", help="go on until no run is running; Ctrl-C ends it before")
-    parser.add_argument("--interval", type=float, default=5.0, help="with --follow: seconds between two looks")
+    parser = add_command(
+        commands,
+        "export-tensorboard",
+        "write MLflow runs as TensorBoard event files",
+        "Write MLflow runs as TensorBoard event files. It may be killed and repeated: each point is there once.",
+        "mlflow-icr export-tensorboard --experiment digits --logdir boards/ --follow",
+    )
+    which = parser.add_argument_group("which runs").add_mutually_exclusive_group(required=True)
+    which.add_argument("--experiment", metavar="NAME", help="all runs of the experiment of this name")
+    which.add_argument("--run-id", nargs="+", default=[], metavar="ID", help="these runs, and those nested in them")
+    parser.add_argument(
+        "--logdir", type=Path, required=True, metavar="DIR", help="the folder in which each run gets a folder of its own"
+    )
+    parser.add_argument("--follow", action="store_true", help="go on until no run is running; Ctrl-C ends it earlier")
+    parser.add_argument(
+        "--interval", type=float, default=5.0, metavar="SECONDS", help="with --follow: time between two looks; default: 5"
+    )
     parser.set_defaults(run=_run)
 
 

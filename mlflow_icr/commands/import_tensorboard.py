@@ -5,14 +5,25 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mlflow_icr.commands.console import Commands, say
+from mlflow_icr.commands.console import Commands, add_command, say
 
 
 def add(commands: Commands) -> None:
     """Add the command and its options."""
-    parser = commands.add_parser("import-tensorboard", help="event files as MLflow runs; a repeat adds what is new")
-    parser.add_argument("logdir", type=Path, help="a folder; each folder with event files in or below it is a run")
-    parser.add_argument("--experiment", required=True, help="its name; made where there is none")
+    parser = add_command(
+        commands,
+        "import-tensorboard",
+        "write TensorBoard event files as MLflow runs",
+        "Make an MLflow run of each folder with TensorBoard event files. It may be killed and repeated: only new points are "
+        "added.",
+        "mlflow-icr import-tensorboard boards/ --experiment digits",
+    )
+    parser.add_argument(
+        "logdir", type=Path, metavar="LOGDIR", help="a folder; each folder in it that holds event files becomes a run"
+    )
+    parser.add_argument(
+        "--experiment", required=True, metavar="NAME", help="the MLflow experiment; it is made if there is none"
+    )
     parser.set_defaults(run=_run)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlflow_icr.commands.console import Commands, add_reading, reading_of, say
+from mlflow_icr.commands.console import Commands, add_command, add_reading, reading_of, say
 
 if TYPE_CHECKING:
     from mlflow_icr.monitoring import Report
@@ -21,67 +21,130 @@ if TYPE_CHECKING:
 
 def add(commands: Commands) -> None:
     """Add the command and its options."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "measure",
-        help="ICR of saved models on their training images, or copies and distances of generated images, as JSON",
+        "measure saved models, or images that a model generated",
+        "Measure one saved model (CHECKPOINT), all checkpoints of a training (--checkpoints), or images that a model generated "
+        "(--generated). Prints JSON; with --checkpoints it prints the verdict.",
+        "mlflow-icr measure outputs/first/checkpoints/000000016032 --data photos/",
+        "mlflow-icr measure --checkpoints model/ --data photos/ --images-per-step 16",
+        "mlflow-icr measure --generated samples/ --train photos/",
     )
-    parser.add_argument(
-        "checkpoint", type=Path, nargs="?", help="a diffusers folder, such as checkpoints/000000131072 of a run"
-    )
-    parser.add_argument("--data", type=Path, help="folder of training images")
-    parser.add_argument("--generated", type=Path, help="generated images instead of a checkpoint: a folder, .zip or .npz")
-    parser.add_argument("--train", type=Path, help="with --generated: the training images, likewise")
-    parser.add_argument("--heldout", type=Path, help="with --generated: images that were not trained on, likewise")
-    parser.add_argument("--encoder", default="pixels", help="with --generated: pixels, inception, sscd, dinov2, clip, ...")
-    parser.add_argument("--encoder-weights", type=Path, help="its file, or folder")
-    parser.add_argument("--resolution", type=int, help="side in pixels; with --generated where images differ in size")
-    parser.add_argument(
-        "--output-dir",
-        type=Path,
-        help="with --generated: where scores.csv and the wall of pairs go; with "
-        "--checkpoints: where the history does, default their folder's icr/",
-    )
-    parser.add_argument(
-        "--run-id",
-        help="an MLflow run to log to as well: with --checkpoints at their steps, else at --images-seen; default: "
-        "MLFLOW_RUN_ID, which `mlflow run` sets",
-    )
-    add_options(parser)
-    add_reading(parser)
+    _add_what(parser)
+    _add_model(parser.add_argument_group("the model"))
+    _add_protocol(parser.add_argument_group("how a model is measured"))
     parser.set_defaults(run=measure)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of what is measured, and how, beside the checkpoint itself and its data."""
-    parser.add_argument("--pipeline", help="the same, or a name on the hub; with --checkpoints: what the training began with")
-    parser.add_argument(
-        "--checkpoints", type=Path, help="a folder of numbered checkpoints, measured in order; prints the verdict"
+def _add_what(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("one model, or the checkpoints of a training")
+    what.add_argument(
+        "checkpoint",
+        type=Path,
+        nargs="?",
+        metavar="CHECKPOINT",
+        help="a folder of diffusers, such as checkpoints/000000131072 of a run",
     )
-    parser.add_argument(
-        "--images-per-step", type=int, default=1, help="with --checkpoints that are numbered by optimizer steps"
+    what.add_argument(
+        "--checkpoints", type=Path, metavar="DIR", help="a folder of numbered checkpoints; they are measured in order"
     )
-    parser.add_argument(
+    what.add_argument("--data", type=Path, metavar="FOLDER", help="the training images, a folder or an archive")
+    what.add_argument(
+        "--images-per-step",
+        type=int,
+        default=1,
+        metavar="N",
+        help="with --checkpoints that are numbered by optimizer steps: images of one step; default: 1",
+    )
+    what.add_argument(
         "--images-per-epoch",
         type=int,
-        help="with --checkpoints whose names count epochs; default: the number of training images",
+        metavar="N",
+        help="with --checkpoints that are numbered by epochs: images of one epoch; default: the number of training images",
     )
-    parser.add_argument("--prompt", default="", help="of a text-to-image model; default: the empty one")
-    parser.add_argument("--class-label", type=int, help="of a model of classes; default: the one that means none")
-    parser.add_argument("--device", help="such as cuda; default: the CPU")
-    parser.add_argument("--dtype", default="float32", help="of the network's weights: float32, bfloat16 or float16")
-    parser.add_argument("--batch-size", type=int, help="views at a time; default: 512, of latents 16")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that a pipeline brings along")
-    parser.add_argument("--layer", default="decoder")
-    parser.add_argument("--sigma", type=float, nargs="+", default=[0.29], help="noise standard deviations")
-    parser.add_argument("--augmentation-level", type=int, default=3)
-    parser.add_argument("--num-images", type=int, help="default: all of the folder")
-    parser.add_argument("--num-views", type=int, help="default: as many as the layer's width needs")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--ridge", type=float, default=0.0)
-    parser.add_argument("--projection", type=int, help="read this many principal directions, where views are too few")
-    parser.add_argument("--shrinkage", default="none", help="of the residual covariance: none, ledoit-wolf or oas")
-    parser.add_argument("--companions", nargs="+", default=[], help="further measures, such as alignment rankme lidar")
-    parser.add_argument("--images-seen", type=int, default=0, help="written into the result as it is given")
+    samples = parser.add_argument_group("images that a model generated")
+    samples.add_argument("--generated", type=Path, metavar="DIR", help="the generated images: a folder, .zip or .npz")
+    samples.add_argument("--train", type=Path, metavar="DIR", help="with --generated: the training images")
+    samples.add_argument("--heldout", type=Path, metavar="DIR", help="with --generated: images that were not trained on")
+    samples.add_argument(
+        "--encoder",
+        default="pixels",
+        metavar="NAME",
+        help="with --generated: pixels, efficientnet_lite0, inception, sscd, dinov2, clip or torchscript:PATH; default: pixels",
+    )
+    samples.add_argument("--encoder-weights", type=Path, metavar="PATH", help="the encoder's weights, a file or a folder")
+    images = parser.add_argument_group("how images are read")
+    images.add_argument(
+        "--resolution",
+        type=int,
+        metavar="PIXELS",
+        help="side to which images are scaled; default: the model's, or that of the images",
+    )
+    add_reading(images)
+    where = parser.add_argument_group("where results go")
+    where.add_argument(
+        "--output-dir",
+        type=Path,
+        metavar="DIR",
+        help="with --generated: scores.csv and pictures of likely copies; with --checkpoints: the history, default DIR/icr",
+    )
+    where.add_argument(
+        "--run-id", metavar="ID", help="log to this MLflow run too; default: MLFLOW_RUN_ID, which `mlflow run` sets"
+    )
+    where.add_argument(
+        "--images-seen", type=int, default=0, metavar="N", help="the step of the result, except with --checkpoints; default: 0"
+    )
+
+
+def _add_model(model: argparse._ArgumentGroup) -> None:
+    model.add_argument(
+        "--pipeline",
+        metavar="PIPELINE",
+        help="a folder of diffusers or a name on the hub, in place of CHECKPOINT; with --checkpoints: what training began with",
+    )
+    model.add_argument("--prompt", default="", metavar="TEXT", help="prompt of a text-to-image model; default: the empty one")
+    model.add_argument(
+        "--class-label", type=int, metavar="N", help="class of a model of classes; default: the one that means none"
+    )
+    model.add_argument("--device", metavar="NAME", help="device, such as cuda; default: the CPU")
+    model.add_argument(
+        "--dtype", default="float32", metavar="TYPE", help="type of the weights: float32, bfloat16 or float16; default: float32"
+    )
+    model.add_argument("--batch-size", type=int, metavar="N", help="views in one forward pass; default: 512, or 16 of latents")
+    model.add_argument("--trust-remote-code", action="store_true", help="run Python code that a pipeline contains")
+
+
+def _add_protocol(how: argparse._ArgumentGroup) -> None:
+    how.add_argument("--layer", default="decoder", metavar="NAME", help="the layer whose features are read; default: decoder")
+    how.add_argument(
+        "--sigma", type=float, nargs="+", default=[0.29], metavar="X", help="noise standard deviations; default: 0.29"
+    )
+    how.add_argument(
+        "--augmentation-level", type=int, default=3, metavar="N", help="strength of the views' augmentations; default: 3"
+    )
+    how.add_argument("--num-images", type=int, metavar="N", help="training images that are measured; default: all")
+    how.add_argument("--num-views", type=int, metavar="N", help="views of each image; default: as many as the layer needs")
+    how.add_argument("--seed", type=int, default=0, metavar="N", help="seed of views and noise; default: 0")
+    how.add_argument(
+        "--ridge", type=float, default=0.0, metavar="X", help="added to the variances of the residual covariance; default: 0"
+    )
+    how.add_argument(
+        "--projection", type=int, metavar="N", help="principal directions that are read, where views are too few; default: all"
+    )
+    how.add_argument(
+        "--shrinkage",
+        default="none",
+        metavar="NAME",
+        help="shrinkage of the residual covariance: none, ledoit-wolf or oas; default: none",
+    )
+    how.add_argument(
+        "--companions",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="further measures, such as alignment rankme lidar; default: none",
+    )
 
 
 def measure(arguments: argparse.Namespace) -> int:

@@ -6,16 +6,22 @@ import argparse
 import sys
 from pathlib import Path
 
-from mlflow_icr.commands.console import Commands
+from mlflow_icr.commands.console import Commands, add_command
 
 
 def add(commands: Commands) -> None:
     """Add the command and its options."""
-    parser = commands.add_parser("rank-images", help="training images by their share in the residual energy, as CSV")
-    parser.add_argument("folder", type=Path, help="an output folder")
-    parser.add_argument("--step", type=int, help="images seen; default: the newest measurement")
-    parser.add_argument("--top", type=int, help="default: all")
-    parser.add_argument("--classes", action="store_true", help="classes instead of images, where there are labels")
+    parser = add_command(
+        commands,
+        "rank-images",
+        "rank training images by their share of the residual energy, as CSV",
+        "Rank the measured training images by their share of the residual energy, and by their influence on ICR, as CSV.",
+        "mlflow-icr rank-images outputs/first --top 20",
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="the output folder of a run")
+    parser.add_argument("--step", type=int, metavar="N", help="images seen at the measurement; default: the newest")
+    parser.add_argument("--top", type=int, metavar="N", help="how many rows to print; default: all")
+    parser.add_argument("--classes", action="store_true", help="rank classes instead of images, where there are labels")
     parser.set_defaults(run=_run)
 
 

@@ -6,13 +6,20 @@ import argparse
 import json
 from pathlib import Path
 
-from mlflow_icr.commands.console import Commands
+from mlflow_icr.commands.console import Commands, add_command
 
 
 def add(commands: Commands) -> None:
     """Add the command and its options."""
-    parser = commands.add_parser("summary", help="lowest ICR, onset of copies and lead of a run's history, as JSON")
-    parser.add_argument("folder", type=Path, help="an output folder, or its history.jsonl")
+    parser = add_command(
+        commands,
+        "summary",
+        "print a run's lowest ICR, onset of copies and lead, as JSON",
+        "Summarise the history of a run in a few numbers, as JSON: lowest ICR, the onset of copies, and how long before it "
+        "the turn was.",
+        "mlflow-icr summary outputs/first",
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="the output folder of a run, or its history.jsonl")
     parser.set_defaults(run=_run)
 
 

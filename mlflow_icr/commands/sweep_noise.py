@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from mlflow_icr.commands.console import Commands, add_reading, reading_of
+from mlflow_icr.commands.console import Commands, add_command, add_reading, reading_of
 
 # Those of Li et al. 2026, figure 2, for EDM; here so that --help does not wait for torch.
 SIGMAS = (0.01, 0.02, 0.06, 0.14, 0.3, 0.59, 1.09, 1.92, 3.26)
@@ -14,17 +14,43 @@ SIGMAS = (0.01, 0.02, 0.06, 0.14, 0.3, 0.59, 1.09, 1.92, 3.26)
 
 def add(commands: Commands) -> None:
     """Add the command and its options."""
-    parser = commands.add_parser("sweep-noise", help="ICR over noise levels and layers of a saved pipeline: where to look")
-    parser.add_argument("checkpoint", type=Path, help="a diffusers folder")
-    parser.add_argument("--data", type=Path, required=True, help="folder of training images; subfolders are classes")
-    parser.add_argument("--test-data", type=Path, help="labelled images for the linear probe; default: cross-validation")
-    parser.add_argument("--sigma", type=float, nargs="+", default=list(SIGMAS), help="noise standard deviations")
-    parser.add_argument("--layers", nargs="+", default=[], help="default: all blocks of the network")
-    parser.add_argument("--augmentation-level", type=int, default=3)
-    parser.add_argument("--num-views", type=int, help="default: as many as the widest layer needs")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output-dir", type=Path, help="where sweep.png and sweep.csv go")
-    add_reading(parser)
+    parser = add_command(
+        commands,
+        "sweep-noise",
+        "measure the ICR of a saved pipeline over noise levels and layers",
+        "Measure ICR over noise levels and layers of a saved pipeline, to choose where to measure. With labels a linear "
+        "probe's accuracy is measured too. Prints JSON.",
+        "mlflow-icr sweep-noise outputs/first/checkpoints/000000016032 --data photos/ --output-dir sweep",
+    )
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a folder of diffusers")
+    data = parser.add_argument_group("images")
+    data.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="the training images; subfolders are classes")
+    data.add_argument(
+        "--test-data", type=Path, metavar="FOLDER", help="labelled images to test the probe on; default: cross-validation"
+    )
+    add_reading(data)
+    how = parser.add_argument_group("where and how to measure")
+    how.add_argument(
+        "--sigma",
+        type=float,
+        nargs="+",
+        default=list(SIGMAS),
+        metavar="X",
+        help="noise standard deviations; default: nine from 0.01 to 3.26",
+    )
+    how.add_argument(
+        "--layers", nargs="+", default=[], metavar="NAME", help="layers to read; default: all blocks of the network"
+    )
+    how.add_argument(
+        "--augmentation-level", type=int, default=3, metavar="N", help="strength of the views' augmentations; default: 3"
+    )
+    how.add_argument(
+        "--num-views", type=int, metavar="N", help="views of each image; default: as many as the widest layer needs"
+    )
+    how.add_argument("--seed", type=int, default=0, metavar="N", help="seed of views and noise; default: 0")
+    parser.add_argument(
+        "--output-dir", type=Path, metavar="DIR", help="where sweep.png and sweep.csv are written; default: nowhere"
+    )
     parser.set_defaults(run=_run)
 
 

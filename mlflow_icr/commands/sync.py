@@ -5,16 +5,24 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mlflow_icr.commands.console import Commands
+from mlflow_icr.commands.console import Commands, add_command
 
 
 def add(commands: Commands) -> None:
     """Add the command and its options."""
-    parser = commands.add_parser("sync", help="deliver to MLflow what it missed of a run or study; a repeat adds nothing twice")
-    parser.add_argument("folder", type=Path, help="an output folder, or one above several")
-    parser.add_argument("--dry-run", action="store_true", help="only say what waits for what")
-    parser.add_argument("--tracking-uri", help="where the run's server is now; default: where it was when the run began")
-    parser.add_argument("--new-run", action="store_true", help="everything to a new run, there or at MLFLOW_TRACKING_URI")
+    parser = add_command(
+        commands,
+        "sync",
+        "deliver to MLflow what it missed of a run or study",
+        "Deliver to MLflow what it missed of a run or study, after an outage or a kill. Nothing is delivered twice.",
+        "mlflow-icr sync outputs/first",
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="the output folder of a run, or a folder above several")
+    parser.add_argument("--dry-run", action="store_true", help="only print what has not been delivered")
+    parser.add_argument(
+        "--tracking-uri", metavar="URI", help="the server's new address, if it has moved; default: the one when the run began"
+    )
+    parser.add_argument("--new-run", action="store_true", help="send everything to a new run, there or at MLFLOW_TRACKING_URI")
     parser.set_defaults(run=_run)
 
 

@@ -6,14 +6,21 @@ import argparse
 import json
 from pathlib import Path
 
-from mlflow_icr.commands.console import Commands
+from mlflow_icr.commands.console import Commands, add_command
 
 
 def add(commands: Commands) -> None:
     """Add the command and its options."""
-    parser = commands.add_parser("verdict", help="what a run's history says: generalizing, turning, memorizing or undecided")
-    parser.add_argument("folder", type=Path, help="an output folder, or its history.jsonl")
-    parser.add_argument("--json", action="store_true", help="all fields, as JSON")
+    parser = add_command(
+        commands,
+        "verdict",
+        "say whether a run generalizes, turns or memorizes",
+        "Read the history of a run and print the verdict: generalizing, turning, memorizing or undecided. It says since when, "
+        "why, and which checkpoint to keep.",
+        "mlflow-icr verdict outputs/first",
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="the output folder of a run, or its history.jsonl")
+    parser.add_argument("--json", action="store_true", help="print all fields as JSON")
     parser.set_defaults(run=_run)
 
 

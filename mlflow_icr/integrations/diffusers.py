@@ -34,33 +34,53 @@ def _numbers(text: str) -> tuple[float, ...]:
         raise argparse.ArgumentTypeError(f"{text!r}; expected numbers with commas between them") from None
 
 
+EXAMPLE = """example:
+  python -m mlflow_icr.integrations.diffusers --data images/ train_unconditional.py --train_data_dir images/ --use_ema"""
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m mlflow_icr.integrations.diffusers",
         usage="%(prog)s --data DATA [flags] SCRIPT [the script's flags]",
-        description="Run a diffusers training script as it is, and measure its network while it trains.",
+        description="Run a training script of diffusers as it is, and measure its network while it trains.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--data", type=Path, required=True, help="the training images, or some of them: folder, .zip or .npz")
-    parser.add_argument("--output-dir", type=Path, default=Path("icr"), help="of the measurements; the script has its own")
-    parser.add_argument("--every", type=int, help="measure every so many images; default: three times in each doubling")
-    parser.add_argument("--at", type=_numbers, help="measure at these numbers of images seen, such as 0,5000,20000")
-    parser.add_argument("--num-images", type=int, default=512, help="training images to measure on, drawn from the data")
-    parser.add_argument("--num-samples", type=int, default=0, help="samples to judge; 0 for none")
-    parser.add_argument(
-        "--generate-every",
-        default=SUSPICION,
-        metavar="N",
-        help="measurements from one look at samples to the next, or suspicion",
-    )
-    parser.add_argument("--layer", default="decoder")
-    parser.add_argument("--sigma", type=_numbers, default=(0.29,), help="noise standard deviations, such as 0.29,1")
-    parser.add_argument("--seed", type=int, default=0, help="of the images that are drawn, of views and of samples")
-    parser.add_argument("--save", action="store_true", help="keep the measured weights of each measurement, in checkpoints/")
-    parser.add_argument("--stop-on", default="", help=f"end the training with this verdict: {' or '.join(STOPPING)}")
-    parser.add_argument("--run-name")
-    parser.add_argument("--resume", action="store_true", help="go on in the output folder, and in its MLflow run")
-    parser.add_argument("script", type=Path, help="the training script; its flags follow, as they are")
+    parser.add_argument("script", type=Path, metavar="SCRIPT", help="the training script; its own flags follow it")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    what = parser.add_argument_group("what is measured")
+    what.add_argument(
+        "--data", type=Path, required=True, metavar="FOLDER", help="all or some training images: a folder, .zip or .npz"
+    )
+    what.add_argument(
+        "--num-images", type=int, default=512, metavar="N", help="training images to measure, drawn from the data; default: 512"
+    )
+    what.add_argument("--num-samples", type=int, default=0, metavar="N", help="samples to look at; default: 0, none")
+    what.add_argument("--layer", default="decoder", metavar="NAME", help="the layer whose features are read; default: decoder")
+    what.add_argument(
+        "--sigma", type=_numbers, default=(0.29,), metavar="X,Y,...", help="noise standard deviations; default: 0.29"
+    )
+    what.add_argument("--seed", type=int, default=0, metavar="N", help="seed of probe images, views and samples; default: 0")
+    when = parser.add_argument_group("when")
+    when.add_argument(
+        "--every", type=int, metavar="N", help="measure every N images; default: three times in each doubling of images seen"
+    )
+    when.add_argument(
+        "--at", type=_numbers, metavar="X,Y,...", help="measure at these numbers of images seen, such as 0,5000,20000"
+    )
+    when.add_argument(
+        "--generate-every", default=SUSPICION, metavar="N", help="look at samples every N measurements; default: on suspicion"
+    )
+    when.add_argument(
+        "--stop-on", default="", metavar="VERDICT", help=f"end the training at this verdict: {' or '.join(STOPPING)}"
+    )
+    where = parser.add_argument_group("where results go")
+    where.add_argument(
+        "--output-dir", type=Path, default=Path("icr"), metavar="DIR", help="folder of the measurements; default: icr"
+    )
+    where.add_argument("--run-name", metavar="NAME", help="name of the MLflow run; default: MLflow chooses")
+    where.add_argument("--save", action="store_true", help="save the measured weights of each measurement in checkpoints/")
+    where.add_argument("--resume", action="store_true", help="continue in the output folder and in its MLflow run")
     return parser
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import logging
 import signal
@@ -53,16 +54,21 @@ class Study:
 def _parser() -> CommandLine:
     parser = CommandLine(
         prog="generalization_to_memorization",
+        usage="python -m trainers.experiments.demo [--preset NAME] [flags]",
         description=__doc__,
+        epilog="example:\n  python -m trainers.experiments.demo --num-images 96 --seed 7\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--preset", default="digits", help=f"one of {', '.join(preset_names())}")
     parser.add_argument(
-        "--control-images", default=AUTO, help="training images of the control; auto takes all but the held-out"
+        "--preset", default="digits", metavar="NAME", help=f"the preset of both runs: {', '.join(preset_names())}"
     )
-    parser.add_argument("--output-dir", default=AUTO, help="folder of the study; auto makes a new one in outputs/")
-    parser.add_argument("--max-parallel", default="2", help="runs at the same time")
-    parser.add_argument("--num-processes", default="1", help="ranks of each run")
+    parser.add_argument(
+        "--control-images", default=AUTO, metavar="N", help="training images of the control; default: all but the held-out ones"
+    )
+    parser.add_argument("--output-dir", default=AUTO, metavar="DIR", help="folder of the study; default: a new one in outputs/")
+    parser.add_argument("--max-parallel", default="2", metavar="N", help="runs at the same time; default: 2")
+    parser.add_argument("--num-processes", default="1", metavar="N", help="processes (ranks) of each run; default: 1")
     add_config_flags(parser)
     return parser
 

@@ -7,6 +7,7 @@ learned its images by heart (Li et al. 2026, figures 2 and 9). Takes the command
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import logging
@@ -129,8 +130,15 @@ def conclude(runs: Runs) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    parser = OneLineParser(prog="noise_window", add_help=False, allow_abbrev=False)
-    parser.add_argument("--study-dir", type=Path)
+    parser = OneLineParser(
+        prog="noise_window",
+        description="Train the two models of trainers.experiments.demo, then measure ICR and probe accuracy over noise "
+        "levels and layers. All flags of trainers.experiments.demo are allowed too.",
+        epilog="example:\n  python -m trainers.experiments.noise_window --preset fashion-mnist-28 --total-kimg 220",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--study-dir", type=Path, metavar="DIR", help="measure the trained runs in this folder; train nothing")
     given, others = parser.parse_known_args(dashed(sys.argv[1:] if argv is None else argv))
     try:
         if given.study_dir is not None:

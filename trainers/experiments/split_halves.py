@@ -8,6 +8,7 @@ verdict. With --study-dir nothing is trained, and the two runs in that folder ar
 
 from __future__ import annotations
 
+import argparse
 import csv
 import logging
 import math
@@ -110,11 +111,22 @@ class Halves:
 
 
 def _parser() -> CommandLine:
-    parser = CommandLine(prog="split_halves", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--preset", default="digits", help=f"one of {', '.join(preset_names())}")
-    parser.add_argument("--output-dir", default=AUTO, help="folder of the study; auto makes a new one in outputs/")
-    parser.add_argument("--study-dir", default="", help="folder of two halves that are trained already: they are compared anew")
-    parser.add_argument("--max-parallel", type=int, default=2, help="runs at the same time")
+    parser = CommandLine(
+        prog="split_halves",
+        usage="python -m trainers.experiments.split_halves [--preset NAME] [flags]",
+        description=__doc__,
+        epilog="example:\n  python -m trainers.experiments.split_halves --num-images 128 --total-kimg 130\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--preset", default="digits", metavar="NAME", help=f"the preset of both runs: {', '.join(preset_names())}"
+    )
+    parser.add_argument("--output-dir", default=AUTO, metavar="DIR", help="folder of the study; default: a new one in outputs/")
+    parser.add_argument(
+        "--study-dir", default="", metavar="DIR", help="compare the two trained halves in this folder; train nothing"
+    )
+    parser.add_argument("--max-parallel", type=int, default=2, metavar="N", help="runs at the same time; default: 2")
     add_config_flags(parser)
     return parser
 

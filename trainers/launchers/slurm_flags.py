@@ -9,29 +9,29 @@ from typing import Any
 from trainers.launchers.slurm import SlurmOptions, minutes
 
 WHOLE = {
-    "nodes": "nodes of each run",
-    "gpus_per_node": "GPUs of each node, one process each",
-    "tasks_per_node": "processes on each node; default one a GPU, or one",
-    "cpus_per_task": "cores of each process",
-    "stop_seconds": "from the signal to stop to the end of a job; default 120",
-    "most_timeouts": "how often a run that outlives its time is requeued; default 100",
+    "nodes": "number of nodes of each run",
+    "gpus_per_node": "number of GPUs on each node; each has a process",
+    "tasks_per_node": "number of processes on each node; default: one for each GPU, or one",
+    "cpus_per_task": "number of cores of each process",
+    "stop_seconds": "seconds between the signal to stop and the end of a job; default: 120",
+    "most_timeouts": "how often a run that reaches its time limit is requeued; default: 100",
 }
 TEXTS = {
-    "time": "of each job, in minutes, as H:MM:SS or D-HH:MM:SS; default 60; a run that needs more is requeued",
-    "mem": "memory of each node, as 32GB",
-    "partition": "",
-    "account": "",
-    "qos": "",
-    "constraint": "",
-    "slurm_options": "any others of sbatch, as reservation=NAME;exclusive=",
+    "time": "time limit of a job, in minutes, as H:MM:SS or D-HH:MM:SS; a longer run is requeued; default: 60",
+    "mem": "memory of each node, such as 32GB",
+    "partition": "partition, as for sbatch",
+    "account": "account, as for sbatch",
+    "qos": "quality of service, as for sbatch",
+    "constraint": "constraint, as for sbatch",
+    "slurm_options": "other options of sbatch, such as reservation=NAME;exclusive=",
 }
 
 
 def add_slurm_flags(parser: argparse.ArgumentParser) -> None:
     """One flag for each option of a job, taken as text."""
-    group = parser.add_argument_group("slurm", "what each job asks for; with --launcher=slurm only")
+    group = parser.add_argument_group("slurm", "Resources of each job, with --launcher=slurm.")
     for name, text in (WHOLE | TEXTS).items():
-        group.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, metavar="X", help=text or "as of sbatch")
+        group.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, metavar="X", help=text)
 
 
 def slurm_options(arguments: Mapping[str, Any], launcher: str) -> SlurmOptions:

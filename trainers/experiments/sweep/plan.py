@@ -15,7 +15,7 @@ from mlflow_icr.arguments import OneLineParser
 from mlflow_icr.tracking.event_log import ended_as
 from trainers.checkpoint import latest_checkpoint
 from trainers.command_line import config_flags
-from trainers.config import TrainConfig, config_from, preset_names, read_values
+from trainers.config import OPTIONS, TrainConfig, config_from, preset_names, read_values
 from trainers.experiments.sweep.grid import GridPoint, check_data, expand, grid_fields
 from trainers.launchers.job import FAILED, FINISHED, Job
 from trainers.launchers.slurm import SlurmOptions, check_cluster
@@ -57,6 +57,10 @@ class Sweep:
         return Job(run.name, command, self.folder_of(run) / CONFIG, self.folder / "logs" / f"{run.name}.log")
 
 
+EXAMPLE = """example:
+  python -m trainers.experiments.sweep --num-images 64,128,256 --seeds 0:5 --batch-size 16,32"""
+
+
 def _truth(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"dry_run is {text!r}; expected true or false")
@@ -66,31 +70,49 @@ def _truth(text: str) -> bool:
 def _parser() -> OneLineParser:
     parser = OneLineParser(
         prog="sweep",
-        description="Train for several sizes, seeds or any other values, and see from where on each run turns and copies. "
-        "Any flag of trainers.train takes several values: --num-images 64,128,256 --seeds 0:5 --batch-size 16,32",
+        description="Train for several sizes, seeds or other values, and show when each run turns and copies. "
+        "Any flag of trainers.train takes several values.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--preset", default="digits", help=f"some of {', '.join(preset_names())}")
-    parser.add_argument("--seeds", default=argparse.SUPPRESS, metavar="X,Y,...", help="the same as --seed")
     parser.add_argument(
-        "--output-dir", default=AUTO, help="folder of the study; auto makes outputs/sweep-..., the same each time"
+        "--preset",
+        default="digits",
+        metavar="NAME,...",
+        help=f"one or more presets: {', '.join(preset_names())}; default: digits",
     )
-    parser.add_argument("--launcher", default="local", help=f"one of {', '.join(LAUNCHERS)}")
-    parser.add_argument("--max-parallel", default="2", help="runs at the same time")
+    parser.add_argument("--seeds", default=argparse.SUPPRESS, metavar="X,Y,...", help="seeds of the runs; the same as --seed")
+    parser.add_argument(
+        "--output-dir",
+        default=AUTO,
+        metavar="DIR",
+        help="folder of the study; default: outputs/sweep-..., the same for the same flags",
+    )
+    parser.add_argument(
+        "--launcher", default="local", metavar="NAME", help=f"how runs are started: {' or '.join(LAUNCHERS)}; default: local"
+    )
+    parser.add_argument("--max-parallel", default="2", metavar="N", help="runs at the same time; default: 2")
     parser.add_argument(
         "--dry-run",
         type=_truth,
         nargs="?",
         const=True,
         default=False,
-        help="say what would be run, and end",
+        metavar="true|false",
+        help="print what would be run, and end",
     )
     group = parser.add_argument_group(
-        "configuration", "values between commas (0:5 is 0,1,2,3,4), or semicolons where they hold commas"
+        "configuration", "Several values are separated by commas (0:5 is 0,1,2,3,4), or by semicolons where a value has commas."
     )
     for field in grid_fields():
         group.add_argument(
-            f"--{field.replace('_', '-')}", default=argparse.SUPPRESS, metavar="X,Y,...", nargs="?", const="true"
+            f"--{field.replace('_', '-')}",
+            default=argparse.SUPPRESS,
+            metavar="X,Y,...",
+            nargs="?",
+            const="true",
+            help=OPTIONS[field].rules["text"].replace("%", "%%"),
         )
     add_slurm_flags(parser)
     return parser

@@ -62,7 +62,7 @@ def test_it_is_absent_with_a_reason() -> None:
     assert late.absent == "training began before the first measurement, with an error ratio of 3.00"
     rows = of_ratio(steps, np.array(steps) / 1000)
     assert (
-        verdict([rows[0], *rows[1:-1], rows[-1] | samples(ratio=0.3, ct=-4)]).forecast.absent == "samples hold copies already"
+        verdict([rows[0], *rows[1:-1], rows[-1] | samples(ratio=0.3, ct=-4)]).forecast.absent == "samples already hold copies"
     )
     assert "No forecast of copying: nothing speaks of a turn for certain." in verdict(rows[:1]).text
     assert verdict([]).forecast.text == "No forecast of copying: nothing was measured."

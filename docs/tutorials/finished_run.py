@@ -21,8 +21,9 @@ def run(command):
 
 
 printed = run(
-    "trainers.train --preset digits --num-images 32 --total-kimg 24 --first-measurement-kimg 1 --measurements 12 --lr 2e-3 "
-    "--block-channels 16,32 --batch-size 32 --num-samples 64 --sample-steps 8 --output-dir outputs/finished"
+    "trainers.train --preset digits --num-images 32 --total-kimg 24 --first-measurement-kimg 1 --measurements 12 "
+    "--learning-rate 2e-3 --block-channels 16,32 --batch-size 32 --num-samples 64 --sample-steps 8 --output-dir "
+    "outputs/finished"
 )
 
 # %% [markdown]
@@ -60,15 +61,15 @@ axes.imshow(plt.imread(newest))
 axes.set_axis_off()
 
 # %% [markdown]
-# How many samples are copies? `mem/ratio` is the share whose distance ratio is below 1/3.
+# How many samples are copies? `mem/ratio_l2` is the share whose distance ratio is below 1/3.
 
 # %%
 from mlflow_icr.tracking import read_history
 
 rows = read_history("outputs/finished")
 for row in rows[::3] + rows[-1:]:
-    print(f"{row['images_seen']:>6,.0f} images seen: {row['mem/ratio']:5.1%} copies")
-assert rows[-1]["mem/ratio"] > rows[0]["mem/ratio"]
+    print(f"{row['images_seen']:>6,.0f} images seen: {row['mem/ratio_l2']:5.1%} copies")
+assert rows[-1]["mem/ratio_l2"] > rows[0]["mem/ratio_l2"]
 
 # %% [markdown]
 # Which training images hold the residual energy? On average an image has a relative share of 1.

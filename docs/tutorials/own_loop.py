@@ -63,16 +63,16 @@ def train(total):
 from mlflow_icr import GenerationMonitor
 from mlflow_icr.integrations.watch import ICRWatch
 
-samples = GenerationMonitor(denoiser, images, num_samples=64, num_steps=12)
-with ICRWatch(denoiser, images, "outputs/own-loop", generation=samples) as watch:
+samples = GenerationMonitor(denoiser, images, num_samples=32, num_steps=8)
+with ICRWatch(denoiser, images, "outputs/own-loop", generation=samples, pictures=False) as watch:
     watch(0)
-    for images_seen in train(48_000):
+    for images_seen in train(12_000):
         watch(images_seen)
 
 print(watch.verdict.text)
 
 # %% [markdown]
-# The network has seen each image 1000 times. The verdict is not *generalizing* any more.
+# The network has seen each image 250 times. The verdict is not *generalizing* any more.
 
 # %%
 assert watch.verdict.state in ("turning", "memorizing")
@@ -90,20 +90,20 @@ from mlflow_icr.tracking import read_history
 rows = read_history("outputs/own-loop")
 seen = [row["images_seen"] for row in rows]
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
-left.plot(seen, [row["repr/view_error_ratio"] for row in rows], marker="o")
-left.set(xscale="symlog", xlabel="images seen", title="view error ratio")
+left.plot(seen, [row["repr/far_error_ratio"] for row in rows], marker="o")
+left.set(xscale="symlog", xlabel="images seen", title="error ratio of far views")
 right.plot(seen, [row["repr/icr"] for row in rows], marker="o")
 right.set(xscale="symlog", xlabel="images seen", title="ICR")
 
 # %% [markdown]
-# A view error ratio of 1 means that the network denoises a shifted view as well as the training image itself. Here it is near 1
-# at first, and far above 1 in the end.
+# A ratio of 1 means that the network denoises a shifted view as well as the training image itself. Here it is near 1 at first,
+# and far above 1 in the end.
 
 # %%
-ratios = [row["repr/view_error_ratio"] for row in rows]
+ratios = [row["repr/far_error_ratio"] for row in rows]
 print(f"first {ratios[0]:.2f}, last {ratios[-1]:.2f}")
-assert ratios[0] < 1.1
-assert ratios[-1] > 1.5
+assert ratios[0] < 1.2
+assert ratios[-1] > 2
 
 # %% [markdown]
 # ## What it leaves alone
@@ -113,7 +113,7 @@ assert ratios[-1] > 1.5
 # %%
 before = {name: value.clone() for name, value in network.state_dict().items()}
 torch.manual_seed(1)
-watch.monitor.measure(48_000)
+watch.monitor.measure(12_000)
 drawn = torch.rand(1)
 torch.manual_seed(1)
 assert torch.equal(drawn, torch.rand(1))

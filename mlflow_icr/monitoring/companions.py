@@ -17,7 +17,7 @@ FOLDS = 5  # of the cross-validation of labelled probes
 
 
 def cross_validated(features: Tensor, labels: Tensor, score: Callable[[Tensor, Tensor, Tensor, Tensor], float]) -> float:
-    """Mean score of `score(train, labels, test, labels)` over folds of the images (N, D), always the same folds."""
+    """Mean score of `score(train, labels, test, labels)` over fixed folds of the images (N, D)."""
     order = torch.from_numpy(keyed_generator("folds", 0).permutation(len(features)))
     scores = []
     for fold in range(FOLDS):
@@ -79,7 +79,7 @@ def companion_values(names: Sequence[str], features: Tensor, labels: Tensor | No
 def network_companions(
     names: Sequence[str], denoiser: Denoiser, sigma: float, errors: ErrorReader
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Those of the named companions that are not of features, and reasons for those that fail.
+    """The named companions that are not computed from features, and reasons for those that fail.
 
     `stable_rank` is of the bottleneck's weights, `sima` of denoising at noise sigma.
     """

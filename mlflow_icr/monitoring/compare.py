@@ -1,4 +1,4 @@
-"""Two measurements of one run against each other, image by image."""
+"""Compare two measurements of one run, paired by image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What denoising errors come to: ratios, AUCs and excesses of views and of held-out images, as values of a report."""
+"""Values of a report from denoising errors: ratios, AUCs and excesses of views and of held-out images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WHY_ABSENT = "training makes such views itself: training_augmentations is {}"
 
 
 def _enter(found: Found, key: str, end: str, estimate: Callable[[], Estimate]) -> None:
-    """Enter an estimate with its interval, `end` coming after the key, or the reason for its absence."""
+    """Enter an estimate with its interval under the key with the suffix `end`, or the reason for its absence."""
     try:
         e = estimate()
     except ValueError as error:
@@ -30,9 +30,9 @@ def _log_ratios(image: Tensor, view: Tensor) -> Tensor:
 
 
 def read_errors(name: str, errors: Errors, level: float, chosen: str, trained: tuple[str, ...], found: Found) -> None:
-    """Enter what the errors of a network say, under its prefix; `level` is the noise as a multiple of the monitored one.
+    """Enter the values that follow from a network's errors, under its prefix; `level` is the noise over the monitored noise.
 
-    `chosen` says which views are meant by `view_*`: near or far ones.
+    `chosen` names the views that `view_*` are computed from: near or far.
     """
     end = "" if level == 1 else f"_x{level:g}"
     image, why = errors.image, WHY_ABSENT.format(", ".join(trained))

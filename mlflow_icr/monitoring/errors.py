@@ -174,7 +174,7 @@ class ErrorReader:
                 known = {} if told is None else {"labels": told[part]}
                 return denoiser(noisy[part], sigma, **known)
 
-            # One image may have more views than a batch is to have.
+            # One image may have more views than a batch holds.
             denoised = torch.cat(list(self.batches.over(len(noisy), denoise))).view_as(x)
             errors, ways = ((y - z).square().flatten(3).mean(3) for y, z in ((denoised, x), (x, x[:, :, :1])))
             return torch.stack([errors.mean(1), ways.mean(1), errors[:, 0]], 1)

@@ -1,4 +1,4 @@
-"""Evidence of copying, row by row: what the errors, ICR and samples of a history say, each in constant time for one more row.
+"""Evidence of copying from a history: from errors, ICR and samples. One more row takes constant time.
 
 `RatioEvidence` reads an *error ratio* R, how much better the network denoises its training images than views of them that are
 moved far (by 1/16 of the side): about 1 for a denoiser that cannot memorise photographs, and in slow growth where images have
@@ -6,8 +6,9 @@ an upright place, such as digits, and a network learns it. R speaks of memorizin
 e = d log R / d log(images seen) over the last doubling, or by its *level* over the run's own baseline, the lowest R since the
 origin. `RiseEvidence` reads ICR over its lowest value, `SampleEvidence` the detectors of copies.
 
-The clock starts at the *origin*: the first row of the history (a monitor that is attached late, or step 0 of a fine-tuning), or
-where the data changed. After another batch size it goes on in optimizer steps, each counted as a batch of the first size.
+The clock starts at the *origin*: the first row of the history (for a monitor that was attached late, or step 0 of a
+fine-tuning), or the row where the data changed. After a change of batch size it counts optimizer steps, each as a batch of the
+first size.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class Thresholds:
 
 @dataclass(frozen=True)
 class Finding:
-    """What one kind of evidence says at a row, in a word and in words; `since` is where what it rests on begins."""
+    """The finding of one kind of evidence at a row, as an enum and in words; `since` is the first row that it rests on."""
 
     says: Says
     text: str
@@ -82,7 +83,7 @@ class Clock:
         self._first_batch: float | None = None
 
     def advance(self, row: Row) -> bool:
-        """Go on to a row; whether everything begins anew there."""
+        """Advance to a row. Returns whether the clock restarts there."""
         batch = row.get("train/batch_size", self._last.get("train/batch_size"))
         moved = row.get("train/origin_images_seen", 0) != self._last.get("train/origin_images_seen", 0)
         # The trainers move the origin for another batch size, too; that alone is no other network and no other data.
@@ -97,7 +98,7 @@ class Clock:
 
     @property
     def images_per_unit(self) -> float:
-        """Images seen now while the clock goes on by one: the batch size over the first one."""
+        """Images seen for each unit of the clock: the batch size over the first batch size."""
         batch = self._last.get("train/batch_size")
         return batch / self._first_batch if batch and self._first_batch else 1.0
 
@@ -113,7 +114,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Slope:
-    """The elasticity at a measurement, with the bounds that the ratio's own intervals leave it; `since` starts its window."""
+    """The elasticity at a measurement, with bounds from the ratio's intervals; `since` is the start of its window."""
 
     images_seen: int
     since: int
@@ -123,7 +124,7 @@ class Slope:
 
 
 class SlopeWindow:
-    """The least-squares slope of log ratio over log clock in the last doubling: sums over a queue, so that rows cost the same.
+    """The least-squares slope of log ratio over log clock in the last doubling, by running sums over a queue.
 
     The errors of the ratios are taken as independent, which is conservative: images and noise are the same at every step.
     """
@@ -176,7 +177,7 @@ class RatioEvidence:
         self._before: int | None = None  # images seen, of the measurement before
 
     def add(self, row: Row) -> tuple[Finding, bool]:
-        """What the ratio says with one more row, and whether everything began anew there."""
+        """The finding of the ratio with one more row, and whether the clock restarted there."""
         begins = self.clock.advance(row)
         key = next((key for key in RATIOS if key in row), self.key)
         if begins or RATIOS.index(key) < RATIOS.index(self.key):
@@ -217,7 +218,7 @@ class RatioEvidence:
 class RiseEvidence:
     """What ICR says by its rise over its lowest value since training began, confirmed by both energies.
 
-    It never acquits: ICR fell to the end in runs that copied. `best` is where it is lowest.
+    It is never evidence against copying: ICR fell to the end in some runs that copied. `best` is the row where it is lowest.
     """
 
     def __init__(self, t: Thresholds) -> None:
@@ -231,7 +232,7 @@ class RiseEvidence:
         self._last: deque[float] = deque(maxlen=self._t.fewest_points)
 
     def add(self, row: Row) -> Finding:
-        """What ICR says with one more row."""
+        """The finding of ICR with one more row."""
         at = int(row["images_seen"])
         if "repr/icr_debiased" in row and self._key == "repr/icr":  # what came before is on another scale
             self._key, self._name = "repr/icr_debiased", "debiased ICR"
@@ -253,14 +254,14 @@ class RiseEvidence:
         return Finding(Says.CERTAIN if self._is_certain(row) else Says.DOUBTFUL, text, lowest_at)
 
     def _invariant_keeps_up(self, row: Row) -> bool:
-        """Whether the invariant energy grew as much as the residual one, so that views do share what was learned."""
+        """Whether the invariant energy grew as much as the residual energy: then views share what was learned."""
         assert self.best is not None
         residual, invariant = (_growth(self.best, row, f"repr/trace_{part}") for part in ("residual", "invariant"))
         # A comparison with nan is false: energies that the history does not have do not object.
         return residual <= max(1.0, invariant)
 
     def _is_certain(self, row: Row) -> bool:
-        """Whether the rise is beyond doubt, by the best of the intervals that the history has; without any, by lasting."""
+        """Whether the rise is certain, by the best interval in the history; without intervals, by how long it lasts."""
         assert self.best is not None
         if "repr/icr_rise_low" in row:
             return row["repr/icr_rise_low"] > 0
@@ -277,7 +278,7 @@ def _growth(before: Row, now: Row, key: str) -> float:
 
 
 class SampleEvidence:
-    """What the detectors of copies say at the newest look at samples.
+    """The finding of the copy detectors on the newest samples.
 
     Two must agree. The distance ratio and the copy similarity are direct: they need one training image to be much nearer than
     others. C_T and authenticity are also low where samples are merely smooth, as those of a network that has learned little.
@@ -291,7 +292,7 @@ class SampleEvidence:
         self._text = ""
 
     def add(self, row: Row) -> Finding:
-        """What samples say with one more row: those of the newest look, where the row has none."""
+        """The finding of samples with one more row; a row without samples leaves the newest finding."""
         measured = [(name, is_copy, text) for name, is_copy, text in self._detectors(row) if text]
         if measured:
             at = int(row["images_seen"])
@@ -307,7 +308,7 @@ class SampleEvidence:
         return Finding(says, self._text, self.looks[0])
 
     def _detectors(self, row: Row) -> Iterator[tuple[str, bool, str]]:
-        """Each detector's name, whether it says copies, and its value in words, empty where it was not measured."""
+        """Each detector's name, whether it finds copies, and its value in words; the words are empty if it was not measured."""
         t = self._t
         ratio = row.get("mem/ratio_l2", math.nan)
         yield "distance ratio", ratio > t.copies, _shown(ratio, "{:.1%} much nearer to one training image than to others")

@@ -1,8 +1,8 @@
-"""When copying is to be expected: from where the error ratio passed a multiple of its baseline, and what came elsewhere.
+"""Forecast of when copying begins, from the step at which the error ratio passed a multiple of its baseline.
 
 `forecast.json` is a small table, written by `python -m studies.validation.calibration` from runs that copied: for each multiple
-of the baseline, how much later than its passing the samples held copies, with a conformal interval (Vovk et al. 2005) whose
-residuals come from data sets that the centre was not computed on. The newest multiple passed speaks.
+of the baseline, how much later samples held copies, with a conformal interval (Vovk et al. 2005) whose residuals come from data
+sets that the centre was not computed on. The forecast uses the highest multiple that was passed.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Forecast:
 
 
 def _round(images: float) -> str:
-    """Three digits: more would say what nobody knows."""
+    """Rounded to three digits, which is more than the forecast's accuracy."""
     return f"{float(f'{images:.3g}'):,.0f}"
 
 
@@ -76,7 +76,7 @@ def calibration() -> tuple[float, tuple[Level, ...]]:
 
 
 class Forecaster:
-    """The forecast of a history that grows; it reads the ratio's evidence after each row, in constant time."""
+    """The forecast of a growing history; it reads the ratio's evidence after each row, in constant time."""
 
     def __init__(self, share_and_levels: tuple[float, Sequence[Level]] | None = None) -> None:
         self._share, self._levels = share_and_levels or calibration()
@@ -89,7 +89,7 @@ class Forecaster:
         self._first: float | None = None
 
     def add(self, ratio: RatioEvidence, images_seen: int, begins: bool) -> None:
-        """Take note of a row that the ratio's evidence has read."""
+        """Add a row that the ratio's evidence has read already."""
         if begins:
             self._clear()
         clock = ratio.clock.value
@@ -116,15 +116,15 @@ class Forecaster:
         return None if self._passed is None else self._passed[1]
 
     def forecast(self, turned: bool, copies: bool) -> Forecast:
-        """What is to be expected after the rows so far, once a run has `turned`; `copies`: samples hold them already."""
+        """The forecast after the rows so far, for a run that has `turned`; `copies`: samples already hold copies."""
         if copies:
-            return Forecast(absent="samples hold copies already")
+            return Forecast(absent="samples already hold copies")
         if not self._levels:
             return Forecast(absent="there is no calibration table")
         if self._first is not None and self._first > HIGHEST_BASELINE:
             return Forecast(absent=f"training began before the first measurement, with an error ratio of {self._first:.2f}")
         if not turned:  # the ratio of images that have an upright place also creeps up in runs that copy nothing
-            return Forecast(absent="nothing speaks of a turn for certain")
+            return Forecast(absent="there is no certain evidence of a turn")
         if self._passed is None:
             return Forecast(absent=NO_EVIDENCE.format(level=self._levels[0].level))
         (level, passed), (clock, images, unit) = self._passed, self._now
@@ -132,7 +132,7 @@ class Forecaster:
         at = images + (passed - clock) * unit
         because = f"the error ratio passed {level.level:g} times its lowest at {_round(at)}"
         if high < images:
-            because += "; that has passed, and no two detectors have found copies"
+            because += "; that step has passed, and no two detectors have found copies"
         return Forecast(near, low, high, self._share, because, "")
 
 

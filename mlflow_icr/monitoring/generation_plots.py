@@ -1,4 +1,4 @@
-"""Pictures of what samples say: their distances to training images, and quality against copying over a training."""
+"""Pictures of samples: their distances to training images, and quality against copies over a training."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ QUALITIES = (("gen/kid_", "kernel distance"), ("gen/fd_", "Frechet distance"))
 def distance_histogram(generated: np.ndarray, train: np.ndarray, encoder: str) -> np.ndarray:
     """Distances of generated images (N,) to their nearest training image, against those of training images (M,) to another.
 
-    A picture (H, W, 3) uint8. The axis ends where training images' own distances and generated ones' do, so that copies gather
-    at the left edge, whatever the scale of the embedding.
+    A picture (H, W, 3) uint8. The axis ends at the largest of both kinds of distances, so copies are at the left edge whatever
+    the scale of the embedding.
     """
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""What a set of generated images is worth: distances, diversity and copies, as values of a report."""
+"""Distances, diversity and copies of a set of generated images, as values of a report."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Judgement:
     distributions: dict[str, np.ndarray] = field(default_factory=dict)
 
     def finite(self) -> Judgement:
-        """The same, with values that overflowed among what is absent."""
+        """The same judgement; values that overflowed are moved to the absent ones."""
         for key in [key for key, value in self.values.items() if not math.isfinite(value)]:
             self.absent[key] = f"it is {self.values.pop(key)}: the embeddings are too far apart, or all the same"
         self.distributions = {key: numbers for key, numbers in self.distributions.items() if np.isfinite(numbers).all()}
@@ -120,7 +120,7 @@ def _against(fake: Tensor, real: Reference, which: str, encoder: str, found: Jud
 
 
 def _with_heldout(fake: Tensor, train: Tensor, heldout: Tensor, found: Judgement) -> None:
-    """What needs held-out images beside the distances."""
+    """The values besides distances that need held-out images."""
     if min(len(fake), len(heldout)) > DENSITY_NEIGHBOURS:
         pairs = (
             (("precision", "recall"), precision_recall(heldout, fake, PRECISION_NEIGHBOURS)),

@@ -1,4 +1,4 @@
-"""The monitor: from a denoiser and its training images to the representation's values."""
+"""The monitor: it measures the representation of a denoiser on its training images."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from mlflow_icr.monitoring.section import ALL, Found, Section
 class ICRMonitor:
     """Measures the Invariant Contamination Ratio, its interval and its energies of a denoiser on its own training images.
 
-    `denoiser` is read (give the EMA weights: they are what one samples from), and `raw` too where given, under
-    `repr_raw/`; a network of classes is read as of none, and where there are `labels` as of each image's own class too,
+    `denoiser` is measured (give it the EMA weights, which one samples from). `raw`, if given, is measured too, under
+    `repr_raw/`. A network of classes is read with its null class and, if there are `labels`, also with each image's own class,
     under `repr_class/`. `images` are (N, C, H, W), uint8 or floats in [0, 1]; the protocol's first num_images are used.
     `companions` names further measures to log; some need `labels`, (N,) integers. With `pictures` every report shows nearest
     images by invariant and residual part, and the images with the largest shares of the residual energy. Views are made once
     and kept while they take no more than `cache_bytes`; `batch_size` views at a time, or as many as fit the memory. `heldout`
     images, (M, C, H, W), are denoised beside the training images where they are given. Of a network that was `trained_before`,
-    growth and rise are relative to step 0, else to the first measurement after it. Under torch.distributed every rank
-    calls `measure`, takes its share of the images, and gets the same report.
-    Raises ValueError for images, companions or a protocol that do not fit.
+    growth and rise are relative to step 0, else to the first measurement after it. Under torch.distributed every rank calls
+    `measure`, takes its share of the images, and gets the same report. Raises ValueError for images, companions or a protocol
+    that do not fit.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class ICRMonitor:
         return Report(step, values, figures, absent, self.protocol.digest, arrays, distributions=distributions)
 
     def _told(self, prefix: str) -> Tensor | None:
-        """The classes (N,) that the network of a section is told; None for none."""
+        """The classes (N,) that the network of a section is conditioned on; None for none."""
         return self.labels if prefix == "repr_class" else None
 
     def _read_denoising(self, name: str, prefix: str, sigma: float, found: Found) -> None:
@@ -140,7 +140,7 @@ class ICRMonitor:
         return difference_of(self._measured[step_a], self._measured[step_b], level)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What growth, rise and projection are relative to, so that a resumed run goes on with the same."""
+        """The reference of growth, rise and projection, for a run that resumes."""
         return {
             f"{section.name}/{key}": value for section in self.sections.values() for key, value in section.state_dict().items()
         }

@@ -1,4 +1,4 @@
-"""Pictures of what the two parts of a representation hold: nearest images by the invariant part s and by the residual xi."""
+"""Pictures of the two parts of a representation: nearest images by the invariant part s and by the residual part xi."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def invariant_part(features: Tensor) -> Tensor:
 
 
 def residual_part(features: Tensor, view: int = 0) -> Tensor:
-    """xi (N, D) of one view of features (N, K, D): what it differs by from the image's mean, centred over images."""
+    """xi (N, D) of one view of features (N, K, D): its difference from the image's mean, centred over images."""
     xi = features[:, view].double() - features.double().mean(1)
     return xi - xi.mean(0)
 

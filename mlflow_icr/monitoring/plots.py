@@ -1,4 +1,4 @@
-"""Figures of what was measured; matplotlib is imported when one is drawn."""
+"""Figures of measurements. matplotlib is imported when one is drawn."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from mlflow_icr.monitoring.sweep import NoiseSweep
 
-COLOURS = ("#c2410c", "#1d4ed8", "#15803d", "#7e22ce")  # told apart in grey and by the colour-blind, in this order
+COLOURS = ("#c2410c", "#1d4ed8", "#15803d", "#7e22ce")  # distinct in grey and for the colour-blind, in this order
 
 
 def pixels_of(figure: Figure) -> np.ndarray:

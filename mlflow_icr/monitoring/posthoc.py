@@ -1,4 +1,4 @@
-"""Post hoc: generated images of any program, judged against the images it was trained on."""
+"""Compare images that any program has generated with the images that it was trained on."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def measure_generated(
 ) -> PostHoc:
     """Copies, distances and diversity of generated images: folders, `.zip` or `.npz` files of images.
 
-    `encoder` and `weights` are those of `load_encoder`; `say` is told how many images were read, and which could not be.
+    `encoder` and `weights` are those of `load_encoder`; `say` gets lines on how many images were read, and which could not be.
     Copies are also sought by pixels, whatever the encoder. Raises ValueError for sets without images or of different kinds.
     """
     sets = {"generated": _read("generated", generated, resolution, say), "train": _read("train", train, resolution, say)}

@@ -1,4 +1,4 @@
-"""What exactly is measured: two values are comparable when their protocols have the same digest."""
+"""The protocol of a measurement. Two values are comparable when their protocols have the same digest."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ SHRINKAGES = ("none", "ledoit-wolf", "oas")
 # Views are added until nu = (N-1)(K-1) reaches this many times D: there the plug-in's inverse covariance is a third too
 # large, nu / (nu - D - 1) (`docs/built/formulas.md`); with fewer that factor, and the scatter with it, grows fast.
 DEGREES_PER_DIMENSION = 4
-# More images than this are never chosen unasked: an interval narrows with the square root of their number.
+# The default takes at most so many images: an interval narrows only with the square root of their number.
 MOST_AUTOMATIC_IMAGES = 1024
-# More views than this are never chosen unasked: a measurement costs one forward pass a view.
+# The default takes at most so many views: a measurement costs one forward pass a view.
 MOST_AUTOMATIC_VIEWS = 64
 
 
@@ -37,11 +37,11 @@ class Protocol:
 
     `sigmas` are noise standard deviations (a single number is taken too): the first is logged under `repr/`, others under
     `repr_sigma<value>/`. `num_images` None means all images given, up to 1024; `num_views` None means as many as the layer's
-    width needs. `normalisation` is that of the features in traces and energies. Where views cannot be had, `projection` reads
-    that many principal directions of the features (fitted once), or `shrinkage` (ledoit-wolf, oas) conditions Sigma_xi.
-    `training_augmentations` says what training does to its images (flip, shift): no error view does the same. `dtype` and
-    `condition` are what the network is read in and told; a monitor fills them in. Raises ValueError naming field, value and
-    what is allowed.
+    width needs. `normalisation` is that of the features in traces and energies. Where there are too few views, `projection`
+    reads that many principal directions of the features (fitted once), or `shrinkage` (ledoit-wolf, oas) conditions Sigma_xi.
+    `training_augmentations` names what training does to its images (flip, shift); error views do not do the same. `dtype` is
+    the type of the network's weights and `condition` what it is conditioned on; a monitor fills in both. Raises ValueError
+    naming field, value and what is allowed.
     """
 
     layer: str = "decoder"

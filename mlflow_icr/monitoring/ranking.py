@@ -1,4 +1,4 @@
-"""Which images: training images by their share in the residual energy and by their influence on ICR, also by class."""
+"""Rank training images and classes by their share of the residual energy and by their influence on ICR."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def rank_images(arrays: Mapping[str, np.ndarray], section: str = "repr") -> list
     """One row for each probe image, the largest share of the residual energy first.
 
     `image` is its place in the training set, `residual_share` sums to 1 over images, `relative_share` is 1 on average,
-    `influence` is by how much the image raises the ICR (ICR units, times N), `label` its class; what the arrays of a
-    measurement do not hold is not in the rows. Raises ValueError when there is no residual share.
+    `influence` is how much the image raises the ICR (ICR units, times N), `label` its class. Columns that a measurement does
+    not have are left out. Raises ValueError when there is no residual share.
     """
     if f"{section}/{SHARE}" not in arrays:
         raise ValueError(f"the measurement has no {section}/{SHARE}; it has {', '.join(arrays) or 'nothing'}")

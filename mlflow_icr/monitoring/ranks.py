@@ -1,4 +1,4 @@
-"""Sharing work among torch.distributed ranks, or none."""
+"""Share work among the ranks of torch.distributed, if there are any."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reader: the features of a denoiser's layer on the protocol's views, this rank's share of them."""
+"""The reader: features of a denoiser's layer on the protocol's views; each rank reads its share."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def view_batches(
     device: torch.device,
     encode: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[Tensor]:
-    """Views (B, K, C, H, W) of the images with these places in the set, some batch of views at a time.
+    """Views (B, K, C, H, W) of the images at these indices, in batches.
 
     With `encode` they are views of latents, as `make_views` has them.
     """
@@ -54,7 +54,7 @@ def dtype_of(denoiser: Denoiser) -> str:
 
 
 def condition_of(denoiser: Denoiser) -> str:
-    """What a network is told beside noise: `null class` of one of classes, else nothing that is known here."""
+    """What a network is conditioned on besides noise: `null class` for a network of classes, else empty."""
     return "" if null_class_of(denoiser) is None else "null class"
 
 
@@ -67,7 +67,7 @@ class FeatureReader:
 
     def __init__(self, denoiser: Denoiser, images: Tensor, protocol: Protocol, batch_size: int, cache_bytes: int) -> None:
         self.batches = FittingBatches(batch_size)
-        check_images(images)  # refuses what cannot be viewed now, not at the first measurement
+        check_images(images)  # images that cannot be augmented are refused now, not at the first measurement
         self.cache_bytes = cache_bytes
         self._encode = encoder_of(denoiser)
         self.dim, self._view_bytes = self._width(denoiser, images[:1], protocol)
@@ -121,7 +121,7 @@ class FeatureReader:
         done = 0
         with Tap(denoiser.network, self.protocol.layer) as tap:
             for views in self.views(sigma, device):
-                # One image may have more views than a batch is to have.
+                # One image may have more views than a batch holds.
                 flat = views.flatten(0, 1)
                 classes = None if told is None else told[done : done + len(views)].repeat_interleave(self.num_views)
                 done += len(views)
@@ -133,7 +133,7 @@ class FeatureReader:
                 read = list(self.batches.over(len(flat), pooled))
                 parts.append(torch.cat(read).view(len(views), self.num_views, -1))
         features = torch.cat(parts) if parts else torch.empty(0, self.num_views, self.dim, device=device)
-        # All ranks find out together: one that raised alone would leave the others waiting for its moments.
+        # All ranks check together: if one raised alone, the others would wait for its moments for ever.
         broken = sum_over_ranks(int((~features.isfinite().flatten(1).all(1)).sum()), device)
         if broken:
             raise ValueError(f"features hold NaN or Inf in {broken} of {len(self.images)} images")

@@ -1,4 +1,4 @@
-"""What one measurement found."""
+"""The report: the result of one measurement."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Report:
     """Values, pictures and absences of one measurement at `step` images seen.
 
     `values` are finite floats by key, `figures` uint8 pictures (H, W, 3) by key, `absent` reasons by the key that could not be
-    computed, `arrays` one number for each probe image (N,) by key, `warnings` what to know about a value by its key,
-    `distributions` many numbers (M,) by key, of which trackers show a histogram. Raises ValueError for a negative step, a value
-    that is not finite, or a key both there and absent.
+    computed, `arrays` one number for each probe image (N,) by key, `warnings` a remark on a value by its key, `distributions`
+    many numbers (M,) by key, shown as histograms. Raises ValueError for a negative step, a value that is not finite, or a key
+    that is both present and absent.
     """
 
     step: int

@@ -8,7 +8,7 @@ from itertools import count, pairwise
 # The verdict reads slopes over doublings of images seen, of three measurements at least: this gives it four.
 PER_DOUBLING = 3
 SUSPICION = "suspicion"  # when to look at samples: where the verdict is not that the model generalizes
-FIRST_IMAGES = 2000  # before that a network has learned little that could be measured
+FIRST_IMAGES = 2000  # earlier, a network has learned too little to measure
 
 
 def geometric_schedule(total: int, *, first: int, count: int, granularity: int = 1) -> tuple[int, ...]:
@@ -29,7 +29,7 @@ def geometric_schedule(total: int, *, first: int, count: int, granularity: int =
 
 
 def every_nth(points: Sequence[int], n: int) -> tuple[int, ...]:
-    """The last of increasing points and every n-th before it: a sparser schedule that keeps the end.
+    """Every n-th of increasing points, counted from the last: a sparser schedule that keeps the end.
 
     Raises ValueError for n < 1.
     """
@@ -39,7 +39,7 @@ def every_nth(points: Sequence[int], n: int) -> tuple[int, ...]:
 
 
 def looks_every(text: str | int) -> int | None:
-    """How many measurements there are from one look at samples to the next; None for a look on suspicion.
+    """How many measurements there are for one look at samples; None: samples are looked at on suspicion.
 
     Raises ValueError unless it is a whole number >= 1, or "suspicion".
     """

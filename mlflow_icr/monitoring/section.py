@@ -1,4 +1,4 @@
-"""A section of the report: all that the features of one network at one sigma say, and what that is relative to."""
+"""A section of the report: all values from the features of one network at one sigma, and their reference."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ALL = (*RATIOS, *INTERVAL, *ENERGIES, GROWTH)
 
 @dataclass
 class Found:
-    """What a section found, by key: values, reasons for absences, one number for each image, and what makes a histogram."""
+    """The result of a section, by key: values, reasons for absences, one number for each image, and data of histograms."""
 
     values: dict[str, float] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
@@ -65,14 +65,14 @@ class Section:
         self, name: str, protocol: Protocol, companions: Sequence[str], labels: Tensor | None, trained_before: bool = False
     ) -> None:
         self.name, self.protocol, self.companions, self.labels = name, protocol, companions, labels
-        self.origin = 0 if trained_before else 1  # the first step whose features say what was learned
+        self.origin = 0 if trained_before else 1  # the first step whose features show what was learned
         # All three come from measurements from the origin on.
         self._basis: Tensor | None = None  # (D, projection), fitted at the first of them
         self._reference: Tensor | None = None  # Sigma_xi of its images with even and with odd places, (2, D, D)
         self._lowest: tuple[float, Tensor] | None = None  # the lowest debiased ICR and its influences (N,)
 
     def read(self, features: Tensor, step: int) -> Found:
-        """Everything about this rank's features (N of this rank, K, D) at `step`; the same on all ranks."""
+        """All values from this rank's features (N of this rank, K, D) at `step`; the same on all ranks."""
         found = Found()
         whole = features
         if self.protocol.projection is not None:
@@ -161,8 +161,8 @@ class Section:
     def _read_growth(self, scaled: Tensor, found: Found) -> None:
         """Growth since the first measurement, each half of the images by the other half's inverse.
 
-        What an image does to the inverse it also does to its own residuals; across halves it does not, and growth is 1 on
-        average while nothing changes, and exactly 1 at the reference.
+        An image's own inverse is not independent of its residuals; that of the other half is. So growth is 1 on average while
+        nothing changes, and exactly 1 at the reference.
         """
         rank, ranks = world()
         odd = (rank + ranks * torch.arange(len(scaled), device=scaled.device)) % 2 == 1
@@ -183,7 +183,7 @@ class Section:
         found.absent.update(self._keyed(absent))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What later measurements are relative to, by name."""
+        """The reference of later measurements, by name."""
         state = {}
         if self._basis is not None:
             state["basis"] = (

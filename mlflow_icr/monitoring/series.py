@@ -44,12 +44,12 @@ def read_history(path: Path | str) -> list[dict[str, float]]:
 
 
 def arrays_path(output_dir: Path | str, step: int) -> Path:
-    """Where the numbers of each probe image at a step are kept."""
+    """The file with the numbers of each probe image at a step."""
     return Path(output_dir) / "probe" / f"{step:012d}.npz"
 
 
 def distributions_path(output_dir: Path | str, step: int) -> Path:
-    """Where what a step has histograms of is kept."""
+    """The file of a step's histogram data."""
     return Path(output_dir) / "distributions" / f"{step:012d}.npz"
 
 
@@ -64,7 +64,7 @@ def read_arrays(output_dir: Path | str, step: int) -> dict[str, np.ndarray]:
 
 
 def read_distributions(output_dir: Path | str, step: int) -> dict[str, np.ndarray]:
-    """What a step has histograms of, (M,) by key such as `repr/eigenvalues`. Raises FileNotFoundError."""
+    """A step's histogram data, (M,) by key such as `repr/eigenvalues`. Raises FileNotFoundError."""
     return _read_npz(distributions_path(output_dir, step))
 
 

@@ -1,4 +1,4 @@
-"""Where to look: ICR over noise levels and layers, and with labels the accuracy of a linear probe beside it."""
+"""ICR over noise levels and layers and, with labels, the accuracy of a linear probe: to choose where to measure."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class SweepPoint:
 
 @dataclass(frozen=True)
 class NoiseSweep:
-    """The points of a sweep, and what they say: the best sigma of each layer, and the best layer."""
+    """The points of a sweep, the best sigma of each layer, and the best layer."""
 
     points: tuple[SweepPoint, ...]
     num_images: int
@@ -82,12 +82,12 @@ class NoiseSweep:
         return max(found, key=lambda p: p.accuracy or 0.0).sigma if found else None
 
     def has_window(self, layer: str) -> bool:
-        """Whether ICR over sigma is U-shaped beyond doubt: at both end points it is above the lowest, interval and all."""
+        """Whether ICR over sigma is certainly U-shaped: at both ends its interval is above the lowest ICR."""
         found = self._measured(layer)
         return len(found) >= 3 and all(end.rise_low is not None and end.rise_low > 0 for end in (found[0], found[-1]))
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, as plain values."""
+        """All fields as plain values, for JSON."""
         found = {
             layer: {
                 "sigma_star": self.sigma_star(layer),

@@ -1,13 +1,13 @@
-"""The verdict: what a history says a model is doing now, since when, how sure that is, and which checkpoint to keep.
+"""The verdict on a history: what the model does now, since when, how certain that is, and which checkpoint to keep.
 
-Row by row, each in constant time: `VerdictTracker().add(row)`; `verdict` folds it over a history. `evidence` says what is read.
+`VerdictTracker().add(row)` takes one row in constant time; `verdict` reads a whole history. `evidence` has the rules.
 
 | state | when |
 |---|---|
-| undecided | the error ratio is missing or was measured too seldom, or what speaks of a turn is not beyond doubt |
-| generalizing | the ratio neither grows faster than while learning nor stands above its baseline, and samples do not object |
-| turning | it surely did one of the two, and has not come back |
-| memorizing | samples were looked at and two detectors of copies agree; turned, or one of the two is a direct one |
+| undecided | the error ratio is missing or was measured too seldom, or the evidence of a turn is not certain |
+| generalizing | the ratio grows no faster than while learning, is not above its baseline, and samples hold no copies |
+| turning | the ratio certainly grows faster or is above its baseline, and has not come back |
+| memorizing | two detectors find copies among samples, and the run has turned or one of the two is a direct detector |
 
 `docs/validation.md` says how often it was right on runs that no threshold was chosen on.
 """
@@ -27,11 +27,11 @@ GENERALIZING, TURNING, MEMORIZING, UNDECIDED = "generalizing", "turning", "memor
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a history says at its last row, in images seen where it is a number.
+    """The verdict at the last row of a history. Numbers are images seen.
 
-    `state` holds since `since`. A turn is dated at `turned_at`, between `low` and `high`; it stays on
-    record after it has cleared, at `cleared_at`. All are None where there was none. `checkpoint_images_seen` is the
-    measurement to keep: the last one up to a turn that holds, else the newest. `wants_samples`: copies would decide now.
+    `state` holds since `since`. A turn is dated at `turned_at`, between `low` and `high`; it stays on record after it has
+    cleared, at `cleared_at`. All are None where there was none. `checkpoint_images_seen` is the measurement to keep: the last
+    one before a turn that holds, else the newest. `wants_samples`: a look at samples would decide.
     """
 
     state: str
@@ -86,9 +86,9 @@ class _Turn:
 
 
 class VerdictTracker:
-    """The verdict of a history that grows: `add` a row, in order of images seen, and get the verdict up to it.
+    """The verdict on a growing history: `add` a row, in order of images seen, and get the verdict up to that row.
 
-    One more row costs the same after a hundred as after a hundred thousand.
+    One more row takes constant time, however long the history is.
     """
 
     def __init__(self, thresholds: Thresholds | None = None) -> None:
@@ -97,10 +97,10 @@ class VerdictTracker:
         self._forecaster = Forecaster()
         self._has_ratio = False
         self._turn: _Turn | None = None
-        self._suspicion: tuple[int, int] | None = None  # where what speaks of a turn now began, and its lower bound
+        self._suspicion: tuple[int, int] | None = None  # the start of the present evidence of a turn, and its lower bound
         self._below = 0  # measurements in a row that are surely below the level at which a turn clears
         self._errors, self._copies = Finding(Says.NOTHING, "nothing was measured"), Finding(Says.NOTHING, "")
-        self._said = ""  # what ICR says, beside the ratio
+        self._said = ""  # ICR's finding in words, besides that of the ratio
         self._first: int | None = None
         self.newest: int | None = None  # images seen of the last row
         self.verdict = Verdict(UNDECIDED)
@@ -115,7 +115,7 @@ class VerdictTracker:
         return self._conclude(row, at)
 
     def add_samples(self, row: Row) -> Verdict:
-        """The verdict with what samples say at the newest row, which was added without. Raises ValueError for another one."""
+        """The verdict with samples of the newest row, which was added without them. Raises ValueError for another row."""
         at = int(row["images_seen"])
         if at != self.newest:
             raise ValueError(f"images_seen is {at}; expected {self.newest}, the last row's")
@@ -126,7 +126,7 @@ class VerdictTracker:
         self._first = at if self._first is None else self._first
         self._has_ratio |= any(key in row for key in RATIOS)
         rise, (ratio, begins) = self._rise.add(row), self._ratio.add(row)
-        if begins:  # of other data: what was found on the old ones is theirs
+        if begins:  # after a change of data, findings on the old data do not count
             self._turn, self._suspicion, self._below = None, None, 0
             self._samples, self._copies = SampleEvidence(self._t), Finding(Says.NOTHING, "")
         self._forecaster.add(self._ratio, at, begins)
@@ -151,7 +151,7 @@ class VerdictTracker:
         self._copies = self._samples.add(row)
         turned = self._turn is not None and self._turn.holds
         copies = self._copies.says is Says.CERTAIN and (turned or self._samples.is_direct)
-        if copies and not turned:  # the errors did not say so: somewhere since the look before
+        if copies and not turned:  # the errors gave no date: somewhere since the previous look
             before = self._samples.looks[0]
             self._turn, turned = _Turn(before, before, at), True
         acquitted = self._errors.says is Says.CLEAN and self._has_ratio and self._copies.says in (Says.CLEAN, Says.NOTHING)
@@ -180,7 +180,7 @@ class VerdictTracker:
     def may_be_kept(self) -> set[int]:
         """Images seen of the measurements so far that are, or may yet turn out to be, the one to keep.
 
-        A turn is seen when it is past: it will be dated where what speaks of it began, or of copies alone at the last look.
+        A turn is recognised afterwards: it is dated at the start of its evidence or, with copies alone, at the look before.
         """
         found = {self.verdict.checkpoint_images_seen, *self._samples.looks[-1:]}
         if self._suspicion is not None:
@@ -203,7 +203,7 @@ def folded(history: Path | str | Iterable[Mapping[str, float]], thresholds: Thre
 
 
 def verdict(history: Path | str | Iterable[Mapping[str, float]], thresholds: Thresholds | None = None) -> Verdict:
-    """What a history says: an output folder, its `history.jsonl`, or rows `{"images_seen": ..., "repr/icr": ...}`.
+    """The verdict on a history: an output folder, its `history.jsonl`, or rows `{"images_seen": ..., "repr/icr": ...}`.
 
     Raises FileNotFoundError for a folder without a history, ValueError for a damaged one.
     """

@@ -36,8 +36,12 @@ def modules_page() -> str:
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the page of modules to the site."""
+    """Add the page of modules, and the tutorials as notebooks, to the site."""
+    import jupytext
     from mkdocs.structure.files import File
 
     files.append(File.generated(config, "built/modules.md", content=modules_page()))
+    for path in sorted((ROOT / "docs" / "tutorials").glob("*.py")):
+        notebook = jupytext.writes(jupytext.read(path, fmt="py:percent"), fmt="ipynb")
+        files.append(File.generated(config, f"tutorials/{path.stem}.ipynb", content=notebook))
     return files

@@ -86,9 +86,8 @@ for number, picture in enumerate(drawn):
     Image.fromarray((picture[..., 0] * 255).round().astype(np.uint8)).save(f"samples/{number:02}.png")
 
 measured = json.loads(run("measure --generated samples --train photos"))
-print(
-    f"copies: {measured['mem/ratio_l2']:.0%}, interval {measured['mem/ratio_l2_low']:.0%} to {measured['mem/ratio_l2_high']:.0%}"
-)
+share, low, high = (measured[f"mem/ratio_l2{end}"] for end in ("", "_low", "_high"))
+print(f"copies: {share:.0%}, interval {low:.0%} to {high:.0%}")
 
 # %% [markdown]
 # ## The gate
@@ -99,10 +98,10 @@ print(
 from mlflow_icr import verdict
 
 found = verdict("model/icr")
-may_be_published = found.state == "generalizing" and measured["mem/ratio_l2_high"] <= 0.05
+may_be_published = found.state == "generalizing" and high <= 0.05
 print(f"{found.state}; publish: {may_be_published}")
 assert not may_be_published
-assert measured["mem/ratio_l2_low"] > 0.05
+assert low > 0.05
 
 # %% [markdown]
 # In a continuous integration job, end with `sys.exit(not may_be_published)`. [How to read the curves](../reading.md) says what

@@ -1,4 +1,4 @@
-"""Averages of weights along a training, by a power of time, and any other such average reconstructed from a few of them later.
+"""Power-function averages of weights, and the reconstruction of an average of any width from a few snapshots.
 
 An average of exponent gamma at time t weighs the weights of time s by p(s) = (gamma + 1) s^gamma / t^(gamma + 1). Its relative
 width, the deviation of p over t, is what people choose: `std`. Snapshots of two averages, taken along a training, are enough to
@@ -59,12 +59,12 @@ def inner_products(first: Sequence[Profile], second: Sequence[Profile]) -> np.nd
     ta, tb = (np.array([p.images_seen for p in profiles], dtype=np.float64) for profiles in (first, second))
     ga, ta = ga[:, None], ta[:, None]
     low, high = np.minimum(ta, tb), np.maximum(ta, tb)
-    of_high = np.where(ta < tb, gb, ga)  # exponent of the later one: the earlier one's powers cancel
+    of_high = np.where(ta < tb, gb, ga)  # the exponent of the later profile; powers of the earlier one cancel
     return np.asarray((ga + 1) * (gb + 1) / (ga + gb + 1) * (low / high) ** of_high / high)
 
 
 def coefficients(snapshots: Sequence[Profile], wanted: Profile) -> tuple[np.ndarray, float]:
-    """What of each snapshot makes the wanted average, (len(snapshots),), and what is left: the profile's relative L2 error.
+    """The weight of each snapshot in the wanted average, (len(snapshots),), and the relative L2 error of its profile.
 
     Raises ValueError for no snapshots.
     """
@@ -86,7 +86,7 @@ def snapshots_of(checkpoints: Path) -> dict[Profile, Path]:
     for path in sorted(folder.glob(f"[0-9]*/{SNAPSHOTS}")):
         with safe_open(path, framework="pt") as file:
             for std in sorted({float(key.split("/", 1)[0]) for key in file.keys()}):  # noqa: SIM118 - it is no mapping
-                if int(path.parent.name):  # before the first step an average is of nothing
+                if int(path.parent.name):  # before the first step there is nothing to average
                     found[Profile(std, int(path.parent.name))] = path
     if not found:
         raise ValueError(

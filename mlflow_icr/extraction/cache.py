@@ -1,7 +1,7 @@
-"""Embeddings of real images, made once: kept on disk by what they are of, and read by every later run.
+"""A cache on disk for embeddings of real images, which are computed once and read by later runs.
 
-A file's name is the SHA-256 of the pixels and the identity of the encoder (weights and preprocessing), so that whatever would
-change an embedding leads to another file. The format is safetensors: nothing is unpickled.
+A file's name is the SHA-256 of the pixels and the identity of the encoder (weights and preprocessing). So whatever would change
+an embedding also changes the file's name. The format is safetensors: nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ logger = logging.getLogger(__name__)
 
 
 class ReferenceCache:
-    """References of image sets (N, C, H, W) by an encoder, from `folder` where they are there, else made and kept.
+    """References of image sets (N, C, H, W) by an encoder, read from `folder`, or computed and written there.
 
-    A folder that cannot be written costs the cache, not the measurement: one warning, and the embeddings are made each time.
-    Pixels are their own embedding and are not kept.
+    If the folder cannot be written, there is one warning, and embeddings are computed each time. Pixels are their own embedding
+    and are not kept.
     """
 
     def __init__(self, folder: Path | str | None) -> None:

@@ -23,7 +23,7 @@ class Denoiser(Protocol):
         """The network that a call runs."""
 
     def __call__(self, x: Tensor, sigma: Tensor | float) -> Tensor:
-        """The clean image that is seen in x."""
+        """The estimate of the clean image in x."""
 
 
 Call = Callable[[nn.Module, Tensor, Tensor], Any]
@@ -33,32 +33,32 @@ Encode = Callable[[Tensor], Tensor]
 
 
 def encoder_of(denoiser: Denoiser) -> Encode | None:
-    """How images (B, C, H, W) in [-1, 1] get to where a denoiser works; None for one that works on them as they are."""
+    """The denoiser's function from images (B, C, H, W) in [-1, 1] to latents; None for a denoiser of pixels."""
     return getattr(denoiser, "encode", None)
 
 
 def decoder_of(denoiser: Denoiser) -> Encode | None:
-    """The way back from there; None for a denoiser that works on images as they are."""
+    """The denoiser's function from latents to images; None for a denoiser of pixels."""
     return getattr(denoiser, "decode", None)
 
 
 def null_class_of(denoiser: Denoiser) -> int | None:
-    """The class of a network of classes that stands for none of them; None for a network without classes.
+    """The null class of a network of classes, which stands for no class; None for a network without classes.
 
-    The null class comes after the others: number 0 is that of a transformer which wants a label, and has no class besides.
+    The null class comes after the others. A transformer whose only class is number 0 needs a label but has no classes.
     """
     found: int | None = getattr(denoiser, "null_class", None)
     return found or None
 
 
 def device_of(denoiser: Denoiser) -> torch.device:
-    """Where a denoiser's network lives; the CPU when it has no parameters."""
+    """The device of a denoiser's network; the CPU when it has no parameters."""
     return next((p.device for p in denoiser.network.parameters()), torch.device("cpu"))
 
 
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
-    """A context in which a network is in evaluation mode; each module's training flag is as it was found afterwards."""
+    """A context in which a network is in evaluation mode; afterwards each module has its former training flag."""
     flags = [(module, module.training) for module in network.modules()]
     network.eval()
     try:
@@ -110,10 +110,10 @@ def run_network(
     null_class: int | None = None,
     call: Call | None = None,
 ) -> Tensor:
-    """F(x, time) in float32, of a network whose weights may be of another type, out of diffusers' output class.
+    """F(x, time) as a float32 tensor, of a network whose weights may have another type.
 
-    x is (B, C, H, W), time (B,). A network with a null class is told `labels` (B,), or that class for every image; `call` runs
-    one that wants something else.
+    x is (B, C, H, W), time (B,). A network with a null class gets `labels` (B,), or that class for every image. `call` runs a
+    network with other conditions.
     """
     weight = next(network.parameters(), x)
     x = x.to(weight.dtype)
@@ -173,7 +173,7 @@ class SchedulerDenoiser:
 
     def timestep(self, sigma: Tensor) -> Tensor:
         """The timesteps (B,) of noise levels (B,): float32, or int64 with `nearest`."""
-        # MPS has no float64, in which neighbouring timesteps of long schedules are told apart best.
+        # MPS has no float64, which separates neighbouring timesteps of long schedules best.
         kind = torch.float32 if sigma.device.type == "mps" else torch.float64
         known = self.log_sigmas.to(kind).to(sigma.device)
         wanted = sigma.to(kind).log().clamp(known[0], known[-1])
@@ -183,7 +183,7 @@ class SchedulerDenoiser:
         return t.round().long() if self.nearest else t.float()
 
     def predict(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-        """F(x_t, t): what the network says of x_t (B, C, H, W) at timesteps (B,), in the scheduler's prediction type."""
+        """F(x_t, t): the network's prediction at x_t (B, C, H, W) and timesteps (B,), in the scheduler's prediction type."""
         return run_network(self._network, x, t, labels, self.null_class, self._call)[:, : x.shape[1]]
 
     def __call__(self, x: Tensor, sigma: Tensor | float, labels: Tensor | None = None) -> Tensor:

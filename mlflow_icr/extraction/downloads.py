@@ -1,4 +1,4 @@
-"""A file from an address: in parts that survive an interruption, checked by its SHA-256, and there only when it is whole."""
+"""Downloads that resume after an interruption, are checked by SHA-256, and appear only when they are complete."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from mlflow_icr.extraction.files import file_sha256, fsync_path
 
 BLOCK = 2**20  # bytes read at a time
 TIMEOUT = 30.0  # seconds without a byte, after which a connection counts as lost
-ATTEMPTS = 5  # that bring no byte in a row, before the download is given up
-GONE = (401, 403, 404, 410)  # answers that another attempt does not change
-NOTHING_LEFT = 416  # the answer to a request for bytes after the last one
+ATTEMPTS = 5  # attempts in a row without a byte, before the download is given up
+GONE = (401, 403, 404, 410)  # answers that stay the same if they are asked for again
+NOTHING_LEFT = 416  # the answer to a request for bytes beyond the end
 
 Progress = Callable[[int, int | None], object]
 """Told how many bytes are there, and how many there will be; None where the server does not say."""
 
 
 def _quiet(received: int, total: int | None) -> None:
-    """Tell nobody."""
+    """Report no progress."""
 
 
 def download(
@@ -40,11 +40,11 @@ def download(
     timeout: float = TIMEOUT,
     pause: Callable[[float], object] = time.sleep,
 ) -> str:
-    """Bring a file to `path`, and return its SHA-256; `path` appears only when all bytes are there and the checksum fits.
+    """Download a file to `path` and return its SHA-256; `path` appears only when it is complete and its checksum fits.
 
-    Bytes are kept in `<name>.part` beside it. A lost connection, or a later call, goes on where the last one ended, if the
-    server can do that and its file is still the same. Without `sha256` nothing but the length is checked. Raises ValueError for
-    bytes with another checksum, which are deleted, and OSError for a server that does not answer, or a disk that is full.
+    Bytes are kept in `<name>.part` beside it. After a lost connection, or in a later call, the download resumes there, if the
+    server can do that and its file is still the same. Without `sha256` only the length is checked. Raises ValueError for
+    another checksum (the file is deleted), and OSError for a server that does not answer or a full disk.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
@@ -73,7 +73,7 @@ def download(
 
 
 def _tag_path(part: Path) -> Path:
-    """Where the server's name for the version of the file is kept, by which it knows whether a part still fits."""
+    """The file that keeps the server's entity tag, by which it knows whether a partial download still fits."""
     return part.with_name(f"{part.name}.etag")
 
 
@@ -88,7 +88,7 @@ def _receive_all(
                 return
             reason = "the connection was lost"
         except urllib.error.HTTPError as error:
-            if error.code == NOTHING_LEFT:  # a process ended between the last byte and the check of the whole
+            if error.code == NOTHING_LEFT:  # a process ended between the last byte and the checksum
                 if error.headers.get("Content-Range") == f"bytes */{before}":
                     return
                 file.truncate(0)
@@ -106,7 +106,7 @@ def _receive_all(
 
 
 def _receive(url: str, file: IO[bytes], part: Path, progress: Progress, timeout: float) -> bool:
-    """Append what the server has after the bytes that are there; whether that is all of it."""
+    """Append the bytes after those on disk; returns whether the file is complete."""
     tag_path, start = _tag_path(part), file.tell()
     headers = {"User-Agent": "mlflow-icr", "Accept-Encoding": "identity"}
     if start and tag_path.exists():
@@ -129,7 +129,7 @@ def _receive(url: str, file: IO[bytes], part: Path, progress: Progress, timeout:
 
 def _keep_tag(answer: Any, path: Path) -> None:
     tag = answer.headers.get("ETag", "")
-    if tag and not tag.startswith("W/"):  # a weak one does not promise the same bytes
+    if tag and not tag.startswith("W/"):  # a weak tag does not promise the same bytes
         path.write_text(tag)
     else:
         path.unlink(missing_ok=True)

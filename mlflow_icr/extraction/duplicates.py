@@ -1,4 +1,4 @@
-"""Images that are there twice, by their pixels."""
+"""Exact duplicates among images, by their pixels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def pixel_hashes(images: Tensor) -> list[bytes]:
 
 
 def exact_duplicates(hashes: Sequence[bytes]) -> list[list[int]]:
-    """The indices of images that are the same, a list for each that is there more than once, in the order of the first."""
+    """Lists of indices of identical images, one list for each image that occurs more than once, ordered by the first index."""
     places: dict[bytes, list[int]] = {}
     for index, digest in enumerate(hashes):
         places.setdefault(digest, []).append(index)
@@ -29,7 +29,7 @@ def exact_duplicates(hashes: Sequence[bytes]) -> list[list[int]]:
 
 
 def duplicate_notes(train: Tensor, heldout: Tensor) -> list[str]:
-    """A line where training images are the same, and one where held-out images are training images too."""
+    """A line on duplicates among training images, if any, and one on held-out images that are training images too."""
     hashes = pixel_hashes(train)
     again = sum(len(indices) - 1 for indices in exact_duplicates(hashes))
     notes = []

@@ -1,4 +1,4 @@
-"""Encoders on request: which files each is made of, bringing them into the cache, and finding them there.
+"""The files of each encoder, their download into the cache on request, and how they are found there.
 
 Only `fetch_encoder` opens a connection. Every other function here looks at the cache alone.
 """
@@ -68,13 +68,13 @@ def encoder_folder(name: str) -> Path | None:
 
 
 def kept_encoder(name: str) -> KeptEncoder | None:
-    """An encoder that was fetched earlier; None where it was not, or not all of it. Its bytes are not read."""
+    """An encoder that was fetched completely earlier, or None. Its bytes are not read."""
     folder = encoder_folder(name)
     return None if folder is None or name not in ENCODER_FILES else _kept_in(folder, name)
 
 
 def _sums_in(folder: Path) -> dict[str, str]:
-    """The SHA-256 of each file, as it was when it was fetched."""
+    """The SHA-256 of each file at the time it was fetched."""
     try:
         lines = (folder / SUMS).read_text().splitlines()
     except OSError:
@@ -97,11 +97,11 @@ def fetch_encoder(
     sha256: str = "",
     progress: Callable[[RemoteFile], Progress] = lambda file: lambda received, total: None,
 ) -> KeptEncoder:
-    """Download an encoder into the cache, unless it is there and unchanged. Goes on where an earlier call was interrupted.
+    """Download an encoder into the cache, unless it is there and unchanged. An interrupted download resumes.
 
-    `sha256` is what the weights must have; without it, the known one, and where none is known, what they had when they were
-    first fetched. Raises ValueError for a name that is none, a cache that is off, or bytes with another checksum, and OSError
-    for a server that does not answer or a disk that is full.
+    `sha256` is the checksum that the weights must have; the default is the published one, or that of the first download where
+    none is published. Raises ValueError for an unknown name, a cache that is off, or another checksum, and OSError for a server
+    that does not answer or a full disk.
     """
     if name not in ENCODER_FILES:
         raise ValueError(f"encoder is {name!r}; expected one of {', '.join(ENCODER_FILES)}")
@@ -125,7 +125,7 @@ def fetch_encoder(
 
 
 def _wanted(name: str, folder: Path, sha256: str) -> dict[str, str]:
-    """The SHA-256 that each file must have; empty where nothing is known of it."""
+    """The SHA-256 that each file must have; empty where none is known."""
     files = ENCODER_FILES[name]
     given, known = sha256.lower(), files[-1].sha256
     if given and known and given != known:

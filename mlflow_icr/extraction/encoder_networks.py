@@ -1,4 +1,4 @@
-"""The networks of encoders, each with what is done to images before it.
+"""The networks of encoders, each with its preprocessing of images.
 
 Nothing is downloaded or unpickled: weights are files that the user has, read as TorchScript, safetensors or plain tensors.
 """
@@ -29,7 +29,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 @dataclass(frozen=True, eq=False)
 class EncoderNetwork:
-    """A network from prepared images to embeddings (N, dim), its preprocessing, that in words, and the weights' checksum."""
+    """A network from preprocessed images to embeddings (N, dim), its preprocessing, a description of it, and the checksum."""
 
     network: nn.Module | Callable[[Tensor], Tensor]
     prepare: Callable[[Tensor], Tensor]
@@ -71,7 +71,7 @@ def _load_script(path: Path) -> nn.Module:
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:
-    """A state dict of tensors alone: whatever else a pickle may do is refused."""
+    """A state dict of tensors; any other pickled object is refused."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, UnpicklingError, EOFError, ValueError) as error:
@@ -139,7 +139,7 @@ class _Transformer(nn.Module):
 
 @contextmanager
 def _without_its_init(package: str) -> Iterator[None]:
-    """Submodules of a package, imported without running its __init__; afterwards it is as if it had not been imported."""
+    """Submodules of a package, imported without running its __init__; afterwards the package is removed from sys.modules."""
     spec = find_spec(package)
     assert spec is not None
     sys.modules[package] = module_from_spec(spec)
@@ -167,7 +167,7 @@ def _fidelity_extractor() -> Callable[..., nn.Module]:
 
 def _fidelity_inception(path: Path) -> nn.Module:
     state = _load_tensors(path)
-    # It would read any pickle of the path, and download without one: it gets tensors that are read already.
+    # The package would unpickle a path, or download without one; it gets tensors that were read safely.
     buffer = BytesIO()
     torch.save(state, buffer)
     buffer.seek(0)

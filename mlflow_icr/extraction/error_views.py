@@ -1,4 +1,4 @@
-"""Views whose denoising errors are compared with the images' own: moved and mirrored, and as sharp as the images.
+"""Views for the error ratio: moved and mirrored images that are as sharp as the images themselves.
 
 A view must be neither easier nor harder to denoise for a network that knows no image by heart. Bilinear crops are blurred,
 and so easier; here a shift keeps the spectrum. Images that are aligned (digits, centred clothes) are harder to denoise once

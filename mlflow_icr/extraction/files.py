@@ -1,4 +1,4 @@
-"""Files, and lines of files, that are there as a whole or not at all; and the folder of what is kept between runs."""
+"""Atomic writes of files and lines, and the cache folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CACHE_VARIABLE = "MLFLOW_ICR_CACHE"  # a folder, or "off"
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Make a file by `write`, also when the disk fills or the process is killed: the old one, the new one, never a part.
+    """Write a file atomically by `write`: after a full disk or a kill there is the old file or the new one, never a part.
 
     Processes that write the same file at once do not disturb each other. Raises OSError.
     """
@@ -30,7 +30,7 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 
 def fsync_path(path: Path) -> None:
-    """Make a new name in a folder, or the content of a file, survive a power cut.
+    """fsync a folder or a file, so that a new name or the content survives a power cut.
 
     Windows cannot open a folder for that, and takes a file only where it may be written.
     """
@@ -45,7 +45,7 @@ def fsync_path(path: Path) -> None:
 
 
 def append_line(path: Path, line: str, *, sync: bool = True) -> None:
-    """Append one line or several and fsync them, or leave the file as it was. Raises OSError.
+    """Append one or more lines and fsync them, or leave the file unchanged. Raises OSError.
 
     Without `sync` they survive the process, but not a power cut.
 
@@ -61,7 +61,7 @@ def append_line(path: Path, line: str, *, sync: bool = True) -> None:
             if sync:
                 os.fsync(descriptor)
         except OSError:
-            os.ftruncate(descriptor, start)  # half a row would spoil the ones after it
+            os.ftruncate(descriptor, start)  # a partial row would damage the rows after it
             raise
     finally:
         os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Batches that fit the memory: halved where it runs out; bounded beforehand on the CPU, where a program is killed instead."""
+"""Batches that fit into memory: halved when memory runs out; limited in advance on the CPU, where a program would be killed."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from mlflow_icr.extraction.denoisers import Denoiser, device_of, evaluating
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-# What allocators that have no exception of their own say; cuDNN has the last for a workspace that it does not get.
+# Messages of allocators without an exception class of their own; the last is cuDNN's for a workspace.
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED")
-SMALL = 3 * 64 * 64  # values of an image of which hundreds fit any machine
-HOST_SHARE = 4  # one part in so many of the host's free memory is for activations
+SMALL = 3 * 64 * 64  # with fewer values in an image, hundreds of them fit any machine
+HOST_SHARE = 4  # activations may take this fraction (one over) of the host's free memory
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is that of an allocator without memory, of any device."""
+    """Whether an error means that memory ran out, on any device."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 class FittingBatches:
-    """Batches of at most `size`; where memory runs out the size is halved, and what worked is kept for the rest and later.
+    """Batches of at most `size`. When memory runs out the size is halved; the smaller size stays for later batches.
 
     Raises ValueError for a size below 1.
     """
@@ -58,16 +58,16 @@ class FittingBatches:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or rows.stop - rows.start == 1:
                 raise
-        # Only here, where the error and the tensors of its frames are gone, is there memory again.
+        # Memory is free again only here, after the error and the tensors of its frames are gone.
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self.size = max(1, (rows.stop - rows.start) * each // 2)
-        logger.warning("memory ran out: batches of %d from here on", self.size)
+        logger.warning("memory ran out; continuing with batches of %d", self.size)
         return None
 
 
 def available_memory() -> int | None:
-    """Bytes that the host has free, caches of files included; None where the system does not say."""
+    """Free bytes of the host's memory, file caches included; None where the system does not tell."""
     try:
         with open("/proc/meminfo") as lines:
             return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
@@ -79,7 +79,7 @@ def available_memory() -> int | None:
 
 
 def activation_bytes(network: nn.Module, call: Callable[[], object]) -> int:
-    """Bytes of everything that a network's innermost modules put out in a call: more than a pass without gradients keeps."""
+    """Bytes of all outputs of a network's innermost modules in a call: an upper bound for a pass without gradients."""
     total = 0
 
     def count(module: nn.Module, inputs: object, output: object) -> None:

@@ -1,4 +1,4 @@
-"""Flow matching: velocity networks as denoisers, and the ODE that their samples are."""
+"""Flow matching: velocity networks as denoisers, and sampling by their ODE."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class FlowDenoiser:
     def velocity(self, x: Tensor, t: Tensor | float, labels: Tensor | None = None) -> Tensor:
         """v(x_t, t), (B, C, H, W) float32, of x_t of that shape, t in [0, 1], a float or (B,), and classes (B,)."""
         t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(x.shape[0])
-        # A network that predicts a variance too says it in further channels.
+        # A network that also predicts a variance has it in further channels.
         return run_network(self._network, x, self.time_scale * t, labels, self.null_class, self._call)[:, : x.shape[1]]
 
     def __call__(self, x: Tensor, sigma: Tensor | float, labels: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Random numbers that belong to a key, not to a moment: the same key gives the same numbers on any rank, in any batch."""
+"""Keyed random numbers: the same key gives the same numbers on any rank, in any batch, in any order."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def _philox(purpose: str, *key: int) -> np.random.Philox:
 
 
 def keyed_generator(purpose: str, *key: int) -> np.random.Generator:
-    """A generator whose stream is fixed by what it is for and by integers such as (seed, image, view).
+    """A generator whose stream is fixed by its purpose and by integers such as (seed, image, view).
 
     Philox is counter-based: a 128-bit key selects one of 2^128 independent streams (Salmon et al. 2011), and making one
     costs microseconds. The key is hashed, so that neighbouring seeds and images share nothing.
@@ -23,7 +23,7 @@ def keyed_generator(purpose: str, *key: int) -> np.random.Generator:
 
 
 def keyed_rows(purpose: str, *key: int, rows: Sequence[int] | np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """Unit noise (len(rows), *shape) float32 of some rows of a batch of any size: row i is the same whichever others are asked.
+    """Unit noise (len(rows), *shape) float32 of some rows of a batch: row i does not depend on which other rows are drawn.
 
     All rows share a stream's key, and row i has the 2^128 numbers of it whose counter has i in its third word. Setting a
     generator's counter costs a tenth of making a generator.

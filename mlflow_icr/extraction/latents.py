@@ -1,7 +1,7 @@
-"""Latents: where a latent model works, the way there and back, and what is kept on disk of it.
+"""Latents: the autoencoder of a latent model, a denoiser of latents, and a cache of encoded images on disk.
 
-Images are encoded once: mean and deviation of each one's posterior are kept by what they are of, the SHA-256 of the pixels and
-of the autoencoder's weights, so that whatever would change a latent leads to another file.
+Images are encoded once. Mean and deviation of their posteriors are kept in a file that is named by the SHA-256 of the pixels
+and of the autoencoder's weights. So whatever would change a latent also changes the file's name.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Autoencoder:
 
     @property
     def identity(self) -> str:
-        """Sixteen hexadecimal digits of what decides a latent: weights and configuration."""
+        """Sixteen hexadecimal digits of the autoencoder's weights and configuration, which determine a latent."""
         config = {key: value for key, value in self.network.config.items() if not key.startswith("_")}
         digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
         for key, value in sorted(self.network.state_dict().items()):
@@ -117,7 +117,7 @@ def load_autoencoder(folder: Path | str) -> Autoencoder:
 
 
 class LatentDenoiser:
-    """A denoiser that works on an autoencoder's latents, with the way there: monitors augment images, encode, then noise."""
+    """A denoiser of an autoencoder's latents, with `encode` and `decode`: monitors augment images, encode, then add noise."""
 
     def __init__(self, denoiser: Denoiser, autoencoder: Autoencoder) -> None:
         self.denoiser, self.autoencoder = denoiser, autoencoder
@@ -151,7 +151,7 @@ class LatentDenoiser:
 
 
 class LatentCache:
-    """Moments of images (N, C, H, W) in 8 bits or in [0, 1], from `folder` where they are there, else made and kept."""
+    """Moments of images (N, C, H, W) in 8 bits or in [0, 1], read from `folder`, or computed and written there."""
 
     def __init__(self, folder: Path | str | None) -> None:
         self.folder = None if folder is None else Path(folder)

@@ -1,4 +1,4 @@
-"""Saved pipelines: a diffusers folder, or a name on the hub, as a denoiser."""
+"""Load a saved pipeline, a diffusers folder or a name on the hub, as a denoiser."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from mlflow_icr.extraction.latents import LatentDenoiser, load_autoencoder
 NULL_CLASS = "_null_class"  # in model_index.json: which class of a U-Net stands for none
 INDEX = "model_index.json"
 SCHEDULER = "scheduler/scheduler_config.json"
-# What a measurement needs of a pipeline; safety checkers and image encoders stay where they are.
+# The parts that a measurement needs; safety checkers and image encoders are not loaded.
 PARTS = re.compile(r"unet|transformer|vae|scheduler|(text_encoder|tokenizer)(_\d)?")
-TEXT = re.compile("text_encoder|tokenizer")  # larger than the network, often, and of no use once the condition is there
+TEXT = re.compile("text_encoder|tokenizer")  # often larger than the network, and not needed after the condition is computed
 LIBRARIES = ("diffusers", "transformers")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -52,8 +52,8 @@ def load_pipeline(
     A Path is a folder only; a text that names no folder here, and has one slash, is looked for on the hub by diffusers.
     Weights are safetensors: nothing is unpickled, and nothing that a pipeline brings along is run unless `trust_remote_code`.
     Networks of text or classes get the condition that means none, or `prompt` or `class_label`. `dtype` is the network's; an
-    autoencoder stays in float32, since some do not work in less. `resolution` None is what the network was made for, `device`
-    None the CPU. Raises ValueError, in one line, for a place, network, scheduler, weights or options that do not fit.
+    autoencoder stays in float32, since some do not work in less. `resolution` None is the network's own, `device` None the CPU.
+    Raises ValueError, in one line, for a place, network, scheduler, weights or options that do not fit.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
@@ -80,7 +80,7 @@ def load_pipeline(
 
 
 def batch_size_for(denoiser: Denoiser) -> int:
-    """Views that go through a network at a time unless somebody knows better: few where they are latents of large images."""
+    """The default number of views in a forward pass: small for latents of large images."""
     return 16 if isinstance(denoiser, LatentDenoiser) else 512
 
 
@@ -94,7 +94,7 @@ def _device(name: str | None) -> torch.device:
 
 
 def pipeline_folder(place: Path | str, trust_remote_code: bool) -> Path:
-    """The folder itself, or where diffusers' own loader has put what a name on the hub stands for."""
+    """The folder itself, or the folder that diffusers' loader has downloaded for a name on the hub."""
     folder = Path(place)
     if any((folder / part).exists() for part in (INDEX, "unet/config.json")):
         return folder
@@ -105,7 +105,7 @@ def pipeline_folder(place: Path | str, trust_remote_code: bool) -> Path:
 
     try:
         return Path(DiffusionPipeline.download(name, use_safetensors=True, trust_remote_code=trust_remote_code))
-    except Exception as error:  # the hub's client and its transports raise what they like
+    except Exception as error:  # the hub's client and its transports raise many kinds of exceptions
         raise ValueError(
             f"checkpoint is {name!r}, which is no folder here, and cannot be had from the hub ({_line(error)}); expected a "
             f"diffusers folder with unet/ and scheduler/, or with {INDEX}"
@@ -128,12 +128,12 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _bare_part(folder: Path) -> str | None:
-    """Where the network is that needs no pipeline to be read: a UNet2DModel of pixels, or one of ours; else None.
+    """The subfolder of a network that can be read without a pipeline, a UNet2DModel of pixels or one of ours; else None.
 
     Our own folders of flow matching and of latents come with a pipeline's code, which is not run.
     """
     known = {"unet": "UNet2DModel", "transformer": "DiTTransformer2DModel"}
-    if (folder / "vqvae").exists():  # its network sees codes, and would be read as one of pixels
+    if (folder / "vqvae").exists():  # its network works on codes, and would be read as one of pixels
         raise ValueError("checkpoint has a vqvae; expected a network of pixels, or one of the latents of an AutoencoderKL")
     path = folder / INDEX
     ours = path.exists() and isinstance(_config(path).get("_class_name"), list)
@@ -200,7 +200,7 @@ def _null_class(folder: Path, network: Any) -> int | None:
 
 
 def _whole(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    """The pipeline of a folder, without the parts that a measurement has no use for."""
+    """The pipeline of a folder, without the parts that a measurement does not need."""
     from diffusers import DiffusionPipeline
 
     index = _config(folder / INDEX)

@@ -1,4 +1,4 @@
-"""Adapters: other people's networks as denoisers, one small file for each kind of condition."""
+"""Adapters: networks of other libraries as denoisers, one small file for each kind of condition."""
 
 from mlflow_icr.extraction.adapters.choose import adapt, adapt_pipeline
 from mlflow_icr.extraction.adapters.classes import ClassCondition

@@ -1,4 +1,4 @@
-"""Which adapter: by the classes of a pipeline's network and scheduler."""
+"""Choose the adapter by the classes of a pipeline's network and scheduler."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def adapt(
     call: Call | None = None,
     autoencoder: nn.Module | Autoencoder | None = None,
 ) -> Denoiser:
-    """A network of diffusers as a denoiser, by what its scheduler's config says that it predicts of what.
+    """A network of diffusers as a denoiser, by the prediction type in its scheduler's config.
 
     Epsilon, sample or v_prediction of a variance-preserving scheduler (one with `alphas_cumprod`), flow matching, or EDM's
     preconditioning. A network of classes has a `null_class`, `call` runs one that wants another condition; with an
@@ -59,10 +59,10 @@ def adapt(
 
 
 def adapt_pipeline(pipeline: Any, *, side: int | None = None, prompt: str = "", class_label: int | None = None) -> Denoiser:
-    """A pipeline of diffusers as a denoiser of images of `side` pixels; of conditions, the one that means none.
+    """A pipeline of diffusers as a denoiser of images of `side` pixels, with the condition that means none.
 
-    `prompt` and `class_label` name another. The text encoders are run once, where they are, and not kept. Raises ValueError
-    for a network that has no adapter, or a scheduler, side, prompt or label that do not fit.
+    `prompt` and `class_label` name another condition. The text encoders are run once, on their device, and not kept. Raises
+    ValueError for a network that has no adapter, or a scheduler, side, prompt or label that do not fit.
     """
     network = network_of(pipeline)
     name, autoencoder = type(network).__name__, getattr(pipeline, "vae", None)
@@ -122,7 +122,7 @@ def side_of(pipeline: Any) -> int:
 def check_side(pipeline: Any, side: int) -> None:
     """Raise ValueError for images whose side the network cannot take: latents fill whole patches."""
     network = network_of(pipeline)
-    # Flux's patches are made outside of the network, and its config says 1.
+    # Flux's patches are made outside of the network; its config has patch size 1.
     patch = 2 if type(network).__name__ == "FluxTransformer2DModel" else int(network.config.get("patch_size") or 1)
     unit = _pixels_a_side(pipeline) * patch
     if side < unit or side % unit:
@@ -132,7 +132,7 @@ def check_side(pipeline: Any, side: int) -> None:
     if autoencoder is not None and autoencoder.config.latent_channels != channels:
         raise ValueError(
             f"the network takes {channels} channels, and the autoencoder makes {autoencoder.config.latent_channels}; expected "
-            "a network of latents alone, without a mask or an image to go by"
+            "a network of latents only, without a mask or an image as a condition"
         )
 
 

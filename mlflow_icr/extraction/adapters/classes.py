@@ -1,4 +1,4 @@
-"""Classes: networks that want a label, read with the one that means none."""
+"""Networks with class labels, read with the label that means none."""
 
 from __future__ import annotations
 

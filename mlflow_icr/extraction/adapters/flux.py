@@ -10,7 +10,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from mlflow_icr.extraction.adapters.text import spread
 
-# What a guidance-distilled network is told: 1 asks for the conditional prediction as it is, pushed away from nothing.
+# The guidance of a guidance-distilled network: 1 is the conditional prediction itself, without guidance.
 GUIDANCE = 1.0
 
 

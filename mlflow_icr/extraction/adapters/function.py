@@ -1,4 +1,4 @@
-"""Any function D(x, sigma), beside the network that it runs."""
+"""Any function D(x, sigma) as a denoiser, with the network that it runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Zip archives of image files: checked as a whole before anything is read, and read one file at a time."""
+"""Zip archives of image files: the whole archive is checked first, then files are read one at a time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import zlib
 from pathlib import Path, PurePosixPath
 
 FLAG_ENCRYPTED = 0x1
-# What one file may come to: a plain image of 16 bits and three channels of 13 000 x 13 000 pixels.
+# The largest file: an uncompressed image of 16 bits and three channels of 13 000 x 13 000 pixels.
 MOST_FILE_BYTES = 2**30
 # DEFLATE packs zeros 1032 to 1. Files of images are packed already: the archive saves a few percent, of uncompressed ones
 # (bitmaps, TIFF, DICOM) a factor of at most 100, unless they are blank.
@@ -15,7 +15,7 @@ MOST_RATIO, UNSUSPICIOUS_BYTES = 200, 16 * 2**20
 
 
 def check_member(info: zipfile.ZipInfo) -> None:
-    """Raise ValueError for a file of an archive that is not to be trusted, before memory is taken for it."""
+    """Raise ValueError for a suspicious file of an archive, before memory is taken for it."""
     parts = PurePosixPath(info.filename.replace("\\", "/")).parts
     reason = ""
     if not parts or ".." in parts or info.filename.startswith(("/", "\\")) or ":" in parts[0]:
@@ -32,7 +32,7 @@ def check_member(info: zipfile.ZipInfo) -> None:
 
 
 class ZipArchive:
-    """A zip of files, by their names. Raises ValueError, one line, for an archive that is damaged or not to be trusted."""
+    """A zip of files, by their names. Raises ValueError, one line, for a damaged or suspicious archive."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -69,5 +69,5 @@ class ZipArchive:
         return content
 
     def path_of(self, name: str) -> None:
-        """Nowhere: a file is in the archive alone."""
+        """None: the file is inside the archive only."""
         return

@@ -1,4 +1,4 @@
-"""The kinds of files that images come in, and which a file is."""
+"""The formats of image files, and which format a file has."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TABLES = Format("tables", (".parquet",), tables.pictures, tables.header)
 FORMATS = (RASTER, TIFF, DICOM, NIFTI, ARRAYS, TABLES)
 
 SUFFIXES = {suffix for kind in FORMATS for suffix in kind.suffixes}
-RASTER_SUFFIXES = {*RASTER.suffixes, *TIFF.suffixes}  # what others call image files
+RASTER_SUFFIXES = {*RASTER.suffixes, *TIFF.suffixes}  # formats that are usually called image files
 
 
 def format_of(name: str) -> Format | None:

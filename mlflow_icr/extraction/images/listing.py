@@ -1,4 +1,4 @@
-"""Which images a folder, an archive or a file holds, in what order, and what their folders and headers say of them."""
+"""The images of a folder, an archive or a file, in order, with the labels and groups from folders and headers."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Folder:
 
 
 class LoneFile(Folder):
-    """One file, as a folder of nothing else."""
+    """One file, as a folder that holds only this file."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path.parent)
@@ -63,8 +63,7 @@ class LoneFile(Folder):
 class Listing:
     """The images in files: their `items`, the file and the number in it of each, and their `names`.
 
-    Of a file that holds several images, a name has `#` and the number, from 0. `notes` are lines on what was understood in one
-    of several ways.
+    Images of a file with several have names with `#` and the number, from 0. `notes` are remarks on ambiguous files.
     """
 
     def __init__(
@@ -88,7 +87,7 @@ class Listing:
         return all(kind.header is not None for kind in self.formats)
 
     def rows_of_files(self) -> bool:
-        """Whether they are rows of tables or arrays, which a file only happens to hold together."""
+        """Whether they are rows of tables or arrays: then images of one file do not belong together."""
         return all(kind in (ARRAYS, TABLES) for kind in self.formats)
 
     def labels(self) -> Tensor | None:
@@ -104,10 +103,10 @@ class Listing:
         return labels_of([self.files[i].name for i, _ in self.items])
 
     def groups(self, by: str) -> list[str]:
-        """What each image belongs to: its `folder`, its `file`, its `patient` (DICOM), or what an expression finds in its name.
+        """The group of each image: its `folder`, its `file`, its `patient` (DICOM), or the match of an expression in its name.
 
-        Of a regular expression with a group in parentheses, that group is taken. Raises ValueError for an expression that is
-        none, and naming images that belong to nothing.
+        If a regular expression has a group in parentheses, that group is taken. Raises ValueError for an invalid expression,
+        and for images without a group, which it names.
         """
         files = [self.files[i].name for i, _ in self.items]
         match by:

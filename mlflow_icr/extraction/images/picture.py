@@ -1,4 +1,4 @@
-"""One image as a file has it, and how it is cut and scaled to a size."""
+"""One image as it is in its file, and how it is cropped and scaled to a size."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ UNSUSPICIOUS_BYTES, MOST_RATIO = 64 * 2**20, 200
 class Picture:
     """One image, values (H, W, C) as its file has them; uint8 are black at 0 and white at 255.
 
-    Of other types, `stated` is the span of values that the file says its images may have, None where it says nothing.
-    `over` is whether something of it was transparent, and has been laid over the background.
+    For other types, `stated` is the range of values that the file states, or None. `over` is whether parts were transparent,
+    and were laid over the background.
     """
 
     values: np.ndarray
@@ -37,7 +37,7 @@ class Picture:
 
     @property
     def plain(self) -> bool:
-        """Whether its values are bytes, of which nobody doubts what is black and white."""
+        """Whether its values are bytes, with black at 0 and white at 255."""
         return self.values.dtype == np.uint8
 
 
@@ -56,7 +56,7 @@ def parse_size(text: str | int) -> Size:
 
 
 def refuse_bomb(decoded_bytes: int, stored_bytes: int) -> None:
-    """Raise ValueError where a small file says that it holds a huge image, before memory is taken for it."""
+    """Raise ValueError for a small file that claims to hold a huge image, before memory is taken for it."""
     if decoded_bytes > max(UNSUSPICIOUS_BYTES, MOST_RATIO * stored_bytes):
         ratio = decoded_bytes / max(1, stored_bytes)
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What Pillow reads: PNG, JPEG, WebP, BMP, GIF; and deeper PNG, of which it would keep 8 bits, by imagecodecs."""
+"""PNG, JPEG, WebP, BMP and GIF by Pillow; PNG of 16-bit colour by imagecodecs, since Pillow would keep 8 bits."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def grey_level(background: str) -> int | None:
 
 
 def check_background(background: str) -> None:
-    """Raise ValueError for what is no opaque colour."""
+    """Raise ValueError for a text that is not an opaque colour."""
     try:
         opaque = len(ImageColor.getrgb(background)) == 3
     except ValueError:

@@ -1,4 +1,4 @@
-"""Images of files as one tensor: read once, several files at a time, each straight to its place."""
+"""Read images of files into one tensor: each file once, several at a time, each image directly to its place."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def check_value_range(value_range: Sequence[float]) -> Span | None:
 
 @dataclass(frozen=True)
 class Reading:
-    """How files become images: at which size, (height, width), which values are black and white, and what transparency shows.
+    """How files become images: size (height, width), the values of black and white, and the colour behind transparent parts.
 
     Without `value_range` values are read as `mlflow_icr.extraction.images.values` says. Raises ValueError for no size, range or
     colour.
@@ -67,7 +67,7 @@ class Reading:
 class Read:
     """Images (N, C, H, W): uint8, uint16 (0 to 65535 from black to white) or float32 in [0, 1].
 
-    Also what could not be read, with the reason, which is left out; and lines on what could have been understood otherwise.
+    Files that could not be read are left out and listed with their reasons; `notes` are remarks on ambiguous files.
     """
 
     images: Tensor
@@ -77,11 +77,11 @@ class Read:
     items: list[int]  # which of the listing's images they are
 
 
-Found = Callable[[int, Picture], None]  # told an image's place among those asked for, and the image
+Found = Callable[[int, Picture], None]  # called with an image's place among those asked for, and the image
 
 
 class _Walk:
-    """A walk over images: what is learnt on the way, and why it ends early."""
+    """A pass over images: counts and extents so far, and whether it stops early."""
 
     def __init__(self) -> None:
         self.unreadable: dict[int, str] = {}  # by place
@@ -92,7 +92,7 @@ class _Walk:
 
 
 class _Fill:
-    """Puts images into their places of an array, and stops a walk at the first that needs another one."""
+    """Writes images to their places in an array, and stops at the first image that needs another type or shape."""
 
     def __init__(self, array: np.ndarray | None, target: Target, walk: _Walk) -> None:
         self.array, self.target, self.walk = array, target, walk
@@ -142,11 +142,11 @@ def _read_file(
             yield frames[done][1], found
             done += 1
             if isinstance(found, Exception):
-                break  # a generator that has raised is at its end
+                break  # a generator that has raised cannot continue
 
 
 def _walk(files: Listing, items: Sequence[int], background: str, found: Found, walk: _Walk) -> None:
-    """Tell `found` every image, several files at a time; stops early where `walk.stopped` has been set."""
+    """Call `found` with every image, several files at a time; stops early if `walk.stopped` is set."""
 
     def one(job: tuple[int, list[tuple[int, int]]]) -> None:
         if walk.stopped:
@@ -193,7 +193,7 @@ def first_size(files: Listing) -> tuple[int, int]:
 
 
 def measure_extent(files: Listing, background: str) -> Extent:
-    """What values the deeper of all images have. Raises ValueError naming files that cannot be read."""
+    """The extent of values of all images of more than 8 bits. Raises ValueError naming files that cannot be read."""
     extents: dict[int, Extent] = {}
     walk = _Walk()
     items = range(len(files))
@@ -207,10 +207,10 @@ def measure_extent(files: Listing, background: str) -> Extent:
 
 
 def _span(files: Listing, reading: Reading, notes: list[str]) -> Span:
-    """Black and white of a set's deeper images."""
+    """The values of black and white for a set's images of more than 8 bits."""
     if reading.value_range is not None:
         return reading.value_range
-    if files.scanned():  # headers know, and nothing need be read
+    if files.scanned():  # the headers are enough; no pixels need be read
         agreed = agreed_span(frozenset(header.stated for header in files.headers if header.frames and not header.plain))
         if agreed is not None:
             notes.append(f"{str(files.path)!r}: {describe_span(agreed, None)}")
@@ -264,7 +264,7 @@ def _remarks(files: Listing, reading: Reading, counts: Counter[str], total: int)
 
 
 def read_whole(files: Listing, items: Sequence[int], reading: Reading, store: Store | None = None) -> Read:
-    """The same of images that must all be there. Raises ValueError naming those that cannot be read."""
+    """Like `read_items`, but raises ValueError naming the images that cannot be read."""
     read = read_items(files, items, reading, store)
     if read.unreadable:
         raise ValueError(unreadable_message(files.path, read.unreadable, len(items)))

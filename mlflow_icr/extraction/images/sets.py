@@ -1,4 +1,4 @@
-"""Sets of images that somebody made: read as they are, hashed, and described."""
+"""Sets of images from elsewhere: read unchanged, hashed and described."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def content_hash(images: Tensor) -> str:
 
 @dataclass(frozen=True)
 class FolderFacts:
-    """What image files a folder holds: SHA-256 of their names and bytes, how many of each size and mode, and the unreadable."""
+    """Facts on a folder's image files: SHA-256 of names and bytes, the number of each size and mode, and unreadable files."""
 
     sha256: str
     num_images: int

@@ -1,4 +1,4 @@
-"""Where the bytes of files are: in a folder, or in an archive; and what a file says of itself before its pixels are read."""
+"""Sources of file bytes, a folder or an archive, and the headers of files, which are read before pixels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mlflow_icr.extraction.images.picture import Picture, Span
 
 
 class FileReader(Protocol):
-    """Whatever gives the bytes of a file by its name."""
+    """Anything that returns the bytes of a file by its name."""
 
     def names(self) -> list[str]:
         """The names of all files, with slashes."""
@@ -28,7 +28,7 @@ class FileReader(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class FileSource:
-    """One file, by its name; `alone` where it is all there is, so that an array is one of many images."""
+    """One file, by its name; `alone` if there is no other file, so that an array holds many images."""
 
     name: str
     reader: FileReader
@@ -51,7 +51,7 @@ class FileSource:
 
     @contextmanager
     def on_disk(self) -> Iterator[Path]:
-        """A context with a path to the file, for libraries that want one: its own, or that of a copy for as long."""
+        """A context with a path to the file, for libraries that need one: the file's own, or that of a temporary copy."""
         if self.path is not None:
             yield self.path
             return
@@ -63,10 +63,9 @@ class FileSource:
 
 @dataclass(frozen=True, eq=False)
 class Header:
-    """What a file says before its pixels are read: how many images it holds, and of which values; `plain` means bytes.
+    """The header of a file: how many images it holds, and the type of their values; `plain` means bytes.
 
-    `subject` is the patient, if known, and `labels` are the images' classes. `remark` is how something was understood that
-    could have been meant otherwise.
+    `subject` is the patient, if known, and `labels` are the images' classes. `remark` says how an ambiguous header was read.
     """
 
     frames: int = 1

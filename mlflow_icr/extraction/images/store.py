@@ -1,4 +1,4 @@
-"""Arrays too large to be kept twice: in a file that is mapped into memory, which the system may write out and read again."""
+"""Large arrays in a file that is mapped into memory, so that the system may write pages out and read them again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MAPPED_BYTES = 256 * 2**20  # smaller arrays lie in memory
 
 
 def new_file(folder: Path | None, size: int) -> Path:
-    """A file of `size` bytes that are on the disk for certain: a full disk is an error now, not a crash when pages are written.
+    """A file whose `size` bytes are allocated on the disk: a full disk is an error now, not a crash when pages are written.
 
     Raises OSError naming the folder.
     """
@@ -26,7 +26,7 @@ def new_file(folder: Path | None, size: int) -> Path:
             os.ftruncate(descriptor, size)
     except OSError as error:
         os.unlink(name)
-        message = f"{size / 2**30:.1f} GiB for images, which {os.path.dirname(name)} has no room for"
+        message = f"{size / 2**30:.1f} GiB for images, which do not fit in {os.path.dirname(name)}"
         raise OSError(error.errno, message) from None
     finally:
         os.close(descriptor)
@@ -34,14 +34,14 @@ def new_file(folder: Path | None, size: int) -> Path:
 
 
 def mapped(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """A file as an array; whoever maps it shares its memory."""
+    """A file as a mapped array; all processes that map it share its memory."""
     return np.memmap(path, dtype=dtype, mode="r+", shape=shape)
 
 
 class Store:
-    """Where a set's images are put: in memory, or, where they are many or `shared`, in a file in `folder`.
+    """Allocates the array of a set's images: in memory or, if it is large or `shared`, in a file in `folder`.
 
-    None is the system's folder for temporary files. `path` is the file until `forget`; whoever has mapped it keeps its content.
+    `folder` None is the system's folder for temporary files. `path` is the file until `forget`; existing mappings stay valid.
     """
 
     def __init__(self, folder: Path | None = None, *, shared: bool = False) -> None:
@@ -49,7 +49,7 @@ class Store:
         self.path: Path | None = None
 
     def new(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """A new array in place of what was there; its values are anything. Raises OSError where there is no room."""
+        """A new uninitialised array, which replaces the former one. Raises OSError if the disk is full."""
         self.forget()
         size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         if not self.shared and size < MAPPED_BYTES:

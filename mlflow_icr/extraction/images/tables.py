@@ -30,7 +30,7 @@ class _Cell:
         return self.content
 
     def path_of(self, name: str) -> None:
-        """Nowhere."""
+        """None: there is no such file."""
         return
 
 

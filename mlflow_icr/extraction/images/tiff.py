@@ -1,4 +1,4 @@
-"""TIFF by tifffile: pages as images, of any depth and number of channels; what it leaves to others, by Pillow."""
+"""TIFF by tifffile, with pages as images, of any depth and number of channels; other encodings by Pillow."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def pictures(source: FileSource, frames: Sequence[int], background: str) -> Iter
                 try:
                     yield _by_tifffile(frame, background)
                     continue
-                except ValueError as error:  # a codec that is not here
+                except ValueError as error:  # a codec that is not installed
                     reason = str(error)
             if frame.pages and (bits <= 8 or page.samplesperpixel == 1):  # of more channels it keeps 8 bits
                 with source.open() as again, open_image(again) as image:

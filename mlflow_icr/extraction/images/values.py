@@ -1,9 +1,9 @@
-"""Which values become black and white, and in how many bits they are kept, so that none is lost.
+"""Which values become black and white, and in how many bits values are kept without loss.
 
-Bytes are kept as they are. Of deeper images, what the files state holds, where all state the same (bits of a sample, as in
-DICOM and TIFF); else what is measured over the whole set, so that every subset has the same scale: whole numbers from 0 on
-get the fewest bits that hold them (12-bit values in 16-bit files: 0 to 4095), floats in [0, 1] keep that, others run from the
-lowest value to the highest.
+Bytes stay as they are. For deeper images, the range that the files state holds if all state the same (bits of a sample, as in
+DICOM and TIFF). Otherwise the range is measured over the whole set, so that every subset has the same scale. Whole numbers from
+0 on get the fewest bits that hold them (12-bit values in 16-bit files: 0 to 4095). Floats in [0, 1] keep that range. Other
+values run from the lowest to the highest.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MOST_STEPS = 65535  # of uint16
 
 @dataclass(frozen=True)
 class Extent:
-    """What values deeper images have: the lowest and the highest, whether all are whole, and the spans that files state."""
+    """Values of deeper images: the lowest and the highest, whether all are whole numbers, and the ranges that files state."""
 
     low: float = np.inf
     high: float = -np.inf
@@ -29,7 +29,7 @@ class Extent:
     stated: frozenset[Span | None] = frozenset()
 
     def joined(self, other: Extent) -> Extent:
-        """Of both."""
+        """The extent of both together."""
         return Extent(
             min(self.low, other.low), max(self.high, other.high), self.whole and other.whole, self.stated | other.stated
         )
@@ -41,7 +41,7 @@ class Extent:
 
 
 def extent_of(picture: Picture) -> Extent:
-    """The values of one image; nothing of one of bytes."""
+    """The extent of one image's values; empty for an image of bytes."""
     if picture.plain:
         return Extent()
     values = picture.values
@@ -49,7 +49,7 @@ def extent_of(picture: Picture) -> Extent:
 
 
 def agreed_span(stated: frozenset[Span | None]) -> Span | None:
-    """The span that all images state; None where one states none, or they differ."""
+    """The range that all images state; None if one states none, or they differ."""
     return next(iter(stated)) if len(stated) == 1 else None
 
 
@@ -68,7 +68,7 @@ def measured_span(extent: Extent) -> Span:
 
 
 def describe_span(span: Span, extent: Extent | None) -> str:
-    """What is black and white, and why, in a line."""
+    """The values of black and white with the reason, in a line."""
     ends = f"{span[0]:g} is black and {span[1]:g} white"
     if extent is None:
         return f"{ends}, as the files state"
@@ -80,7 +80,7 @@ def describe_span(span: Span, extent: Extent | None) -> str:
 
 @dataclass(frozen=True)
 class Target:
-    """What images are made into: (channels, height, width) of a type, with the deeper ones' black and white.
+    """The form of all images of a set: (channels, height, width), type, and the values of black and white for deeper images.
 
     `scaled` is whether bytes too are read by that span.
     """
@@ -97,7 +97,7 @@ class Target:
         return self.channels, *self.size
 
     def for_picture(self, picture: Picture) -> Target:
-        """What this one and an image need: more channels or bits, or itself. The span must be known where the image is deeper.
+        """The target for this set and one more image: more channels or bits, or unchanged. A deeper image needs a known range.
 
         Raises ValueError for channels that do not go together.
         """

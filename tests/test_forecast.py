@@ -64,7 +64,7 @@ def test_it_is_absent_with_a_reason() -> None:
     assert (
         verdict([rows[0], *rows[1:-1], rows[-1] | samples(ratio=0.3, ct=-4)]).forecast.absent == "samples already hold copies"
     )
-    assert "No forecast of copying: nothing speaks of a turn for certain." in verdict(rows[:1]).text
+    assert "No forecast of copying: there is no certain evidence of a turn." in verdict(rows[:1]).text
     assert verdict([]).forecast.text == "No forecast of copying: nothing was measured."
     past = forecasts(of_ratio([0, 1000, 4000, 100_000], np.array([1, 1, 4.0, 5.0])))[-1]
     assert past.text.endswith("; that has passed, and no two detectors have found copies.")

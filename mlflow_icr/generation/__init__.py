@@ -1,4 +1,4 @@
-"""What the samples say: distances between sets of embeddings, diversity, and copies (pure tensor maths)."""
+"""Measures of generated samples: distances between sets of embeddings, diversity, and copies. Tensor maths only."""
 
 from mlflow_icr.generation.diversity import inception_score, vendi_score
 from mlflow_icr.generation.duplicates import NearDuplicates, near_duplicates

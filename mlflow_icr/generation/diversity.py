@@ -1,4 +1,4 @@
-"""Inception score, Vendi score: how varied and how recognisable samples are, without any real ones."""
+"""Inception score and Vendi score: how varied and how recognisable samples are, without real images."""
 
 from __future__ import annotations
 

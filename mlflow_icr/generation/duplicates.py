@@ -1,4 +1,4 @@
-"""Rows of a set that are nearly the same: all pairs within a radius, exactly, in bounded memory."""
+"""Near-duplicates in a set: all pairs of rows within a radius, exactly, in bounded memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mlflow_icr.generation.neighbours import k_nearest
 # As a share of the distance of two rows by chance. In pixels, JPEG at quality 75 moves a photograph by 0.03 to 0.08 of it, and
 # different digits are a third of it apart at least.
 THRESHOLD = 0.15
-SCALE_PAIRS = 4096  # whose median says how far rows are apart by chance, to about 2 %
+SCALE_PAIRS = 4096  # enough pairs for their median distance to about 2 %
 FIRST_NEIGHBOURS = 8
 
 
@@ -66,7 +66,7 @@ def near_duplicates(x: Tensor, threshold: float = THRESHOLD, seed: int = 0) -> N
         done = (near.distances[:, -1] > radius) | (count == len(x))
         inside = (near.distances <= radius) & done[:, None]
         found.append((rows[inside.nonzero()[:, 0]], near.indices[inside], near.distances[inside]))
-        rows, count = rows[~done], min(4 * count, len(x))  # of these more rows may be as near
+        rows, count = rows[~done], min(4 * count, len(x))  # these rows may have further neighbours within the radius
     i, j, distances = (torch.cat(parts) for parts in zip(*found, strict=True))
     ahead = i < j  # each pair was found from both ends, and a row is its own neighbour
     i, j, distances = i[ahead], j[ahead], distances[ahead]

@@ -1,4 +1,4 @@
-"""The border of this floor: what counts as a set of embeddings."""
+"""The check of embeddings, at the entry of each function of this package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The denoiser that is optimal for a training set, in closed form: what a network that only knows its images would say.
+"""The optimal denoiser of a training set, in closed form: a network that only knows its images would give the same.
 
 For images y_i and noise of standard deviation sigma the smallest expected squared error has
 
@@ -41,7 +41,7 @@ def optimal_denoiser(x: Tensor, sigma: float, train: Tensor, *, leave_out: Tenso
             inside = (leave_out >= start) & (leave_out < start + len(y))
             scores[inside, leave_out[inside] - start] = -torch.inf
         peak = torch.maximum(largest, scores.amax(1, keepdim=True))
-        # A part of which all is left out has no weight: exp(-inf - -inf) would be none.
+        # A part in which every row is left out gets weight 0; exp(-inf - -inf) would be NaN.
         scale = (largest - peak).nan_to_num(nan=0.0).exp()
         weights = (scores - peak).nan_to_num(nan=-torch.inf).exp()
         total, weighted, largest = total * scale + weights.sum(1, keepdim=True), weighted * scale + weights @ y, peak
@@ -52,7 +52,7 @@ def optimal_denoiser(x: Tensor, sigma: float, train: Tensor, *, leave_out: Tenso
 def distances_from_optimal(
     denoised: Tensor, x: Tensor, sigma: float, train: Tensor, *, leave_out: Tensor | None = None
 ) -> Tensor:
-    """Root mean square distances (B,) float64 of what a network made of x, `denoised` (B, D), from D*(x, sigma).
+    """Root mean square distances (B,) float64 of a network's output for x, `denoised` (B, D), from D*(x, sigma).
 
     Raises ValueError as `optimal_denoiser` does.
     """

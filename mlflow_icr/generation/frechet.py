@@ -1,4 +1,4 @@
-"""Frechet distance between two sets of embeddings, as Gaussians, and what it tends to with more of them."""
+"""Frechet distance between two sets of embeddings, as Gaussians, and its extrapolation to infinitely many."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SMALLEST_SHARE = 0.1  # of the images in the smallest subset: their 5 000 of 50 
 
 @dataclass(frozen=True, eq=False)
 class GaussianStatistics:
-    """What a Frechet distance takes of N embeddings: `count`, `mean` (D,), and `root` with root' root = covariance, float64.
+    """Statistics of N embeddings for a Frechet distance: `count`, `mean` (D,), `root` with root' root = covariance, float64.
 
     The root has min(N, D) rows at most; the covariance's divisor is N - 1.
     """
@@ -48,7 +48,7 @@ def frechet_distance(x: Tensor | GaussianStatistics, y: Tensor | GaussianStatist
 
 
 def _centred(name: str, x: Tensor, like: Tensor | None = None) -> GaussianStatistics:
-    """Statistics whose root is not shortened to D rows: work that a single distance does not earn back."""
+    """Statistics whose root is not shortened to D rows, which would not pay for a single distance."""
     x = check_embeddings(name, x, at_least=2, like=like).double()
     mean = x.mean(0)
     return GaussianStatistics(len(x), mean, (x - mean) / (len(x) - 1) ** 0.5)
@@ -80,7 +80,7 @@ def _root_trace(x: GaussianStatistics, y: GaussianStatistics) -> Tensor:
 
 
 def _gram(a: Tensor) -> Tensor:
-    """a' a. numpy sees that the result is symmetric, and does half the work; torch does not."""
+    """a' a by numpy, which computes only half of a symmetric result; torch computes all."""
     if a.device.type != "cpu":
         return a.T @ a
     rows = a.numpy()

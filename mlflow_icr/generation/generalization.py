@@ -1,4 +1,4 @@
-"""Distances that know of copying: FLD, MiFID and the three-sample test C_T."""
+"""Distances that account for copying: FLD, MiFID and the three-sample test C_T."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ ORIGIN_SHARE = 0.1
 PAIRS = 2**25
 LOG_VARIANCE_BOUND = 40.0
 
-MIFID_THRESHOLD = 0.1  # of mean minimal cosine distance, beyond which MiFID is FD
+MIFID_THRESHOLD = 0.1  # mean minimal cosine distance above which MiFID is the Frechet distance
 CT_COMPONENTS, CT_CELLS = 64, 3
-CT_SMALLEST_SHARE = 20  # generated images that a cell must hold
+CT_SMALLEST_SHARE = 20  # the fewest generated images in a cell that counts
 
 
 def _squared(x: Tensor, y: Tensor) -> Tensor:

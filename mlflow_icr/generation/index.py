@@ -1,10 +1,10 @@
 """Nearest neighbours by a faiss index, for training sets of a million images and more, where exact search takes hours.
 
-An inverted file proposes: training rows in cells around k-means centres, of which a query looks into the `probes` nearest.
-What it proposes is measured and sorted as `k_nearest` does, by differences in float64, then index, so that distances are exact
-and a copy that was found is at distance 0. A neighbour in a cell that was not looked into is missed: how often, the result says
-as `recall`, measured on some of the queries against exact search. Nothing chooses this search by itself.
-Source: Johnson, Douze & Jegou 2019, "Billion-scale similarity search with GPUs"; Jegou, Douze & Schmid 2011 for the index.
+An inverted file proposes candidates: training rows lie in cells around k-means centres, and a query searches the `probes`
+nearest cells. Candidates are measured and sorted as in `k_nearest`, by differences in float64, then by index, so distances are
+exact and a copy is at distance 0. Neighbours in other cells are missed. The result's `recall` says how often, measured on some
+of the queries against exact search. This search is used only where it is asked for. Source: Johnson, Douze & Jegou 2019,
+"Billion-scale similarity search with GPUs"; Jegou, Douze & Schmid 2011 for the index.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mlflow_icr.generation.neighbours import (
     nearest_first,
 )
 
-# k-means wants 39 rows a centre, and takes no more than it needs.
+# k-means needs 39 rows a centre, and gets no more.
 ROWS_A_CELL = 40
 
 
@@ -55,7 +55,7 @@ def _index(y: Tensor, centre: Tensor | None, budget: int) -> Any:
         index = faiss.IndexIVFFlat(flat, d, cells, faiss.METRIC_L2)
     else:
         index = faiss.IndexIVFScalarQuantizer(flat, d, cells, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_L2)
-    index.cp.min_points_per_centroid = 1  # a set of a few rows is one cell, and no reason for a warning
+    index.cp.min_points_per_centroid = 1  # a set of a few rows is one cell; faiss's warning is not needed
     some = torch.randperm(m, generator=torch.Generator().manual_seed(0))[: cells * ROWS_A_CELL]
     index.train(around(y[some.to(y.device)], centre).cpu().numpy())
     for part in y.split(max(1, budget // 8 // (4 * d))):
@@ -64,7 +64,7 @@ def _index(y: Tensor, centre: Tensor | None, budget: int) -> Any:
 
 
 def _without(own: Tensor, distances: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-    """Both (B, k) of (B, k + 1), less the row's own index; where duplicates have pushed it out, less the last."""
+    """Both (B, k + 1) without the row's own index, (B, k); without the last if duplicates have displaced the row itself."""
     drop = places == own[:, None]
     drop[:, -1] |= ~drop.any(1)
     return distances[~drop].view(len(own), -1), places[~drop].view(len(own), -1)
@@ -87,7 +87,7 @@ def index_nearest(
     recall_queries: int = 256,
     seed: int = 0,
 ) -> Neighbours:
-    """The k nearest rows of y (M, D) to each row of x (N, D) that an index finds, with the `recall` of that.
+    """The k nearest rows of y (M, D) to each row of x (N, D) among those that an index finds, with the `recall`.
 
     `recall` is the share of the k that are no farther than the k-th nearest by exact search, over `recall_queries` random rows
     of x. More `probes` find more and take longer; as many as there are cells find all. With `exclude_self` x and y are the same

@@ -17,7 +17,7 @@ def _radii(name: str, x: Tensor, k: int) -> Tensor:
 
 
 def balls_around(x: Tensor, centres: Tensor, radii: Tensor, budget_bytes: int = BUDGET_BYTES) -> Tensor:
-    """How many closed balls, around centres (M, D) with radii (M,), hold each row of x (N, D); (N,) integers.
+    """The number of closed balls, with centres (M, D) and radii (M,), that hold each row of x (N, D); (N,) integers.
 
     Distances by products in float64 decide all pairs but those within rounding of a radius, which differences decide.
     """

@@ -22,10 +22,10 @@ LEVEL = 0.95
 
 @dataclass(frozen=True, eq=False)
 class Detection:
-    """What a detector found in N generated images: `value` with `low` and `high`, `scores` (N,), `nearest` (N,) in training.
+    """A detector's result on N generated images: `value` with `low` and `high`, `scores` (N,), `nearest` (N,) in training.
 
-    What a score is, and which side of `threshold` is suspicious, the detector's docstring says. `recall` is that of the search
-    for neighbours: 1 of exact search.
+    The detector's docstring defines the score, and which side of `threshold` is suspicious. `recall` is that of the search for
+    neighbours: 1 for exact search.
     """
 
     value: float

@@ -1,4 +1,4 @@
-"""Other people's training loops: a plain one, Accelerate's, Lightning's, transformers', and diffusers' example scripts.
+"""Watches for training loops: your own, Accelerate's, Lightning's, transformers', and diffusers' example scripts.
 
-`mlflow_icr.integrations.watch` is what all of them use; the others are named after what they are for, and import it.
+All of them use `mlflow_icr.integrations.watch`; each other module is named after the library that it is for.
 """

@@ -24,18 +24,19 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def _main(method: Method) -> Method:
-    """Accelerate's decorator for what only the main process does, with the method's type."""
+    """Accelerate's decorator for methods that run on the main process only, with the method's type."""
     return on_main_process(method)
 
 
 class ICRTracker(GeneralTracker):  # type: ignore[misc]
     """What `accelerator.log`, `log_images` and `log_table` are given, in `output_dir/logged`, MLflow and TensorBoard.
 
-    Values go by the script's own steps; with `images_per_step`, images in one of them, by images seen, as measurements do.
-    Numbers may be Python's, numpy's or 0-d tensors on any device, in nested dicts and short lists; anything else is kept as
-    text. The run starts with `init_trackers`, on the main process alone, and ends with `end_training`: FINISHED. An exception
-    that ends the program leaves it FAILED, Ctrl-C KILLED. `tracker` is the Tracker to `record` measurements with. With `resume`
-    it goes on in the folder, and in its MLflow run. Raises ValueError for a folder that holds a run already, before training.
+    Values are logged at the script's own steps or, with `images_per_step` (images in a step), at images seen, like
+    measurements. Numbers may be Python's, numpy's or 0-d tensors on any device, in nested dicts and short lists; anything else
+    is kept as text. The run starts with `init_trackers`, on the main process alone, and ends with `end_training`: FINISHED. An
+    exception that ends the program leaves it FAILED, Ctrl-C KILLED. `tracker` is the Tracker to `record` measurements with.
+    With `resume` it goes on in the folder, and in its MLflow run. Raises ValueError for a folder that holds a run already,
+    before training.
     """
 
     name = "icr"
@@ -55,7 +56,7 @@ class ICRTracker(GeneralTracker):  # type: ignore[misc]
         super().__init__()
         if images_per_step is not None and images_per_step < 1:
             raise ValueError(f"images_per_step is {images_per_step}; expected at least 1, or None")
-        if os.environ.get("RANK", "0") == "0":  # a later rank may come here when the first has begun the run
+        if os.environ.get("RANK", "0") == "0":  # another rank may come here after the first has begun the run
             check_folder(output_dir, resume)
         self.output_dir, self.images_per_step = Path(output_dir), images_per_step
         self.run_name, self.params, self.tags, self.resume = run_name, dict(params or {}), dict(tags or {}), resume
@@ -66,7 +67,7 @@ class ICRTracker(GeneralTracker):  # type: ignore[misc]
 
     @property
     def tracker(self) -> Tracker:
-        """The Tracker of journal, MLflow and TensorBoard; it opens the run, where that has not begun, on the main process."""
+        """The Tracker of journal, MLflow and TensorBoard, on the main process; it opens the run if it has not begun."""
         if self._tracker is None:
             self._tracker = folder_tracker(self.output_dir, run_name=self.run_name, resume=self.resume)
             self._tracker.ends_by_itself = False
@@ -76,7 +77,7 @@ class ICRTracker(GeneralTracker):  # type: ignore[misc]
 
     @_main
     def start(self) -> None:
-        """Begin; the run is made with the first value, so that the configuration, which comes next, is its parameters."""
+        """Start tracking. The run is made at the first value, and so has the configuration, which comes before, as parameters."""
         if not self._begun:
             import mlflow  # noqa: F401 - it must be asked to end its runs at exit before this is
 
@@ -87,13 +88,13 @@ class ICRTracker(GeneralTracker):  # type: ignore[misc]
         """Log the script's configuration as the run's parameters, nested dicts joined with `/`."""
         numbers, texts = plain_values(values)
         plain = {clean_key(key): value for key, value in values.items() if isinstance(value, (bool, int, float, str))}
-        self.params |= {**numbers, **texts, **plain}  # as they were written: 64, not 64.0
+        self.params |= {**numbers, **texts, **plain}  # as in the script: 64, not 64.0
         if self._tracker is not None:
             self._log({}, {"configuration": json.dumps(self.params, default=str)}, 0)
 
     @_main
     def log(self, values: Mapping[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        """Log values at a step of the script's; without one, at the next that it has not named."""
+        """Log values at a step of the script; without a step, at the one after the last."""
         at = self._at(step)
         self._log(*plain_values(values), at)
 
@@ -145,7 +146,7 @@ class ICRTracker(GeneralTracker):  # type: ignore[misc]
         self.close("FINISHED")
 
     def close(self, status: str) -> None:
-        """End the run with a status, FINISHED, FAILED or KILLED; nothing the second time, or where none has begun."""
+        """End the run with a status, FINISHED, FAILED or KILLED. Does nothing the second time, or if no run has begun."""
         self._stay()
         self._close(status)
 
@@ -153,7 +154,7 @@ class ICRTracker(GeneralTracker):  # type: ignore[misc]
         if self._begun:
             self.tracker.close(status)
             self._tracker, self._begun = None, False
-            self.resume = True  # what is logged after the end goes on in the same run
+            self.resume = True  # values that are logged after the end go to the same run
 
     def _at(self, step: int | None) -> int:
         self._count = self._count + 1 if step is None else int(step)

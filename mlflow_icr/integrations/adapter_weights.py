@@ -1,4 +1,4 @@
-"""Low-rank adapters, put into a network by the libraries they are for: diffusers for LoRA files, PEFT for its own folders."""
+"""Load low-rank adapters into a network: LoRA files by diffusers, PEFT's folders by PEFT."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 from mlflow_icr.integrations.checkpoint_files import PEFT_WEIGHTS
 
 NAME = "measured"  # of the adapter, in the network
-# A text encoder's part moves prompts, and the text encoders are not there any more: prompts were embedded once, at the start.
+# A part for the text encoder is ignored: prompts were embedded once, at the start, and text encoders are not kept.
 TEXT = ("text_encoder", "lora_te", "bundle_emb")
 DOWN = ("lora_down", "lora_A", ".lora.down")  # one in each adapted layer, in each of the formats
 PEFT_PREFIX = "base_model.model."
@@ -26,7 +26,7 @@ def _line(error: Exception) -> str:
 
 
 def _adapted(network: nn.Module) -> int:
-    """How many layers of a network have the adapter."""
+    """The number of layers of a network that have the adapter."""
     return sum(f"lora_A.{NAME}." in name for name, _ in network.named_parameters())
 
 
@@ -38,25 +38,25 @@ class LoraLoader:
         self.loaded = False
 
     def load(self, path: Path, network: nn.Module) -> None:
-        """Take a file in place of the one before. Raises ValueError for a file that the pipeline does not take whole."""
+        """Load a file in place of the former one. Raises ValueError for a file that the pipeline cannot use completely."""
         if not hasattr(self._pipeline, "load_lora_weights"):
             raise ValueError("it is a LoRA; expected pipeline to be one of text and images, which takes it")
         with tempfile.TemporaryDirectory() as scratch:
             place, layers = _network_part(path, Path(scratch))
-            # It says of each LoRA that the text encoder, which is not there any more, gets nothing of it.
+            # diffusers logs for each LoRA that nothing is loaded into the text encoder, which is not kept.
             logger = logging.getLogger("diffusers.loaders.lora_base")
             disabled, logger.disabled = logger.disabled, True
             try:
                 if self.loaded:
                     self._pipeline.unload_lora_weights()
                 self._pipeline.load_lora_weights(place.parent, weight_name=place.name, use_safetensors=True, adapter_name=NAME)
-            except Exception as error:  # diffusers' converters raise what they like on a file that is none of theirs
+            except Exception as error:  # diffusers' converters raise many kinds of exceptions for files that they do not know
                 why = f"does not fit the pipeline, or the package peft is not there ({_line(error)})"
                 raise ValueError(f"{path.name} {why}") from None
             finally:
                 logger.disabled = disabled
                 self.loaded = _adapted(network) > 0
-        if (found := _adapted(network)) < layers:  # diffusers leaves aside what it does not know
+        if (found := _adapted(network)) < layers:  # diffusers ignores layers that it does not know
             raise ValueError(f"{path.name} adapts {layers} layers, of which diffusers knows {found} in this pipeline's network")
 
 
@@ -87,7 +87,7 @@ class PeftLoader:
         self.loaded = False
 
     def load(self, folder: Path, network: nn.Module) -> None:
-        """Take an adapter in place of the one before. Raises ValueError for one that does not fit the network."""
+        """Load an adapter in place of the former one. Raises ValueError for one that does not fit the network."""
         try:
             from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
         except ImportError:

@@ -1,4 +1,4 @@
-"""A training that has ended, measured on its checkpoints: into a folder of its own, and into its MLflow run."""
+"""Measure the checkpoints of a finished training, into a folder and into its MLflow run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Say = Callable[[str], None]
 
 @dataclass
 class Backfill:
-    """What was done: steps measured now, steps that had been, reasons by name for what was left out.
+    """The result: steps that were measured now, steps that had been before, and reasons by name for those left out.
 
     `complete` says whether the MLflow run, where there is one, has everything.
     """
@@ -51,19 +51,19 @@ def measure_checkpoints(
     say: Say = lambda text: None,
     **options: Any,
 ) -> Backfill:
-    """Measure every checkpoint in a folder on the same views of the same images, in order; resumes where it was cut off.
+    """Measure every checkpoint in a folder on the same views of the same images, in order; resumes after an interruption.
 
     `data` is the folder of training images. Results go to `output_dir` (None: `icr` in the folder), its journal and event
-    files, and with `run_id` to that MLflow run too, at the checkpoints' steps and times, each once as often as this is called.
-    `pipeline` is what the training began with, where the folder does not hold it; `options` are those of `load_pipeline`.
-    `images_per_epoch` None is the number of training images. Checkpoints that cannot be read are left out, and named. Raises
+    files, and with `run_id` to that MLflow run too, at the checkpoints' steps and times. Repeated calls add nothing twice.
+    `pipeline` is what the training began with, if the folder does not hold it; `options` are those of `load_pipeline`.
+    `images_per_epoch` None is the number of training images. Checkpoints that cannot be read are left out and named. Raises
     ValueError for input that does not fit, before anything is measured, and OSError for a store that does not answer.
     """
     folder = Path(folder)
     units = Units(images_per_step, len(ImageFiles(data)) if images_per_epoch is None else images_per_epoch)
     left_out: dict[str, str] = {}
     checkpoints = find_checkpoints(folder, units, say, left_out)
-    if run_id is not None:  # known before anything is loaded
+    if run_id is not None:  # checked before anything is loaded
         get_run(connect(), run_id)
     out = folder / "icr" if output_dir is None else Path(output_dir)
     check_output(out)
@@ -132,9 +132,9 @@ def measured_in(run_id: str, protocol_digest: str) -> dict[int, set[str]]:
 
 
 def add_to_run(sink: MLflowSink, report: Report, params: Mapping[str, object]) -> None:
-    """Log one report to the run that a sink joins, and wait until the store has it.
+    """Log one report to the run of a sink, and wait until the store has it.
 
-    Raises ValueError for a run that does not take it, OSError where the store does not answer.
+    Raises ValueError for a run that refuses it, OSError if the store does not answer.
     """
     with tempfile.TemporaryDirectory() as folder:
         tracker = Tracker(folder, [sink], mode="online")
@@ -150,7 +150,7 @@ def add_to_run(sink: MLflowSink, report: Report, params: Mapping[str, object]) -
 
 
 def _is_delivered(out: Path, run_id: str) -> bool:
-    """Whether a run has everything of a folder. Raises ValueError for a folder whose results go to another run."""
+    """Whether a run has all results of a folder. Raises ValueError for a folder whose results go to another run."""
     there = waiting_of(out)
     if there.run_id not in (None, run_id):
         raise ValueError(f"run_id is {run_id!r}, and the results in {str(out)!r} go to {there.run_id}; expected that one")
@@ -158,7 +158,7 @@ def _is_delivered(out: Path, run_id: str) -> bool:
 
 
 def _due(checkpoints: Sequence[SavedCheckpoint], tracker: Tracker, found: Backfill) -> list[SavedCheckpoint]:
-    """What is still to be measured; steps that were measured are noted, and so is what comes too late."""
+    """The checkpoints that are still to be measured; measured steps, and those that come too late, are recorded."""
     steps, due = tracker.journal.steps, []
     newest = max(steps, default=-1)
     for checkpoint in checkpoints:

@@ -1,8 +1,8 @@
-"""Checkpoints on disk: which files are one, how far it had trained, and whether it has been written to the end.
+"""Checkpoints on disk: which files belong to one, its training step, and whether it is complete.
 
-Read are names, sizes and the headers of safetensors files; no weights. The layouts are those of diffusers (its pipelines,
-networks and training scripts), PEFT, kohya's sd-scripts, OneTrainer and ai-toolkit. All of these write straight to the final
-name, so that a file is there before it is whole.
+Names, sizes and headers of safetensors files are read, no weights. The layouts are those of diffusers (its pipelines, networks
+and training scripts), PEFT, kohya's sd-scripts, OneTrainer and ai-toolkit. All of these write directly to the final name, so a
+file exists before it is complete.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-# In this order: the average is what one samples from.
+# In this order: one samples from the average.
 NETWORKS = ("unet_ema", "unet", "transformer_ema", "transformer")
 LORA = "pytorch_lora_weights.safetensors"  # diffusers' name
 ONETRAINER_LORA = Path("lora") / "lora.safetensors"  # in its backups
@@ -27,7 +27,7 @@ SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 
 
 class Kind(Enum):
-    """What the weights of a checkpoint are."""
+    """The kind of weights in a checkpoint."""
 
     NETWORK = "a folder of diffusers' network"
     FILE = "a network in one safetensors file"
@@ -37,7 +37,7 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Position:
-    """How far a training was: a number of optimizer steps (or of whatever the name counts), or of epochs."""
+    """The training step of a checkpoint, in optimizer steps (or what else the name counts) or in epochs."""
 
     count: int
     in_epochs: bool = False
@@ -45,7 +45,7 @@ class Position:
 
 @dataclass(frozen=True)
 class CheckpointFiles:
-    """One checkpoint: its folder or file, its weights, what they are, and how far it had trained.
+    """One checkpoint: its folder or file, its weights, their kind, and its training step.
 
     `images_per_step` is what its metadata says of the batch, where they say something.
     """
@@ -59,11 +59,11 @@ class CheckpointFiles:
 
 @dataclass(frozen=True)
 class Entry:
-    """A name in a folder of checkpoints: what it holds, or why it holds none; `unfinished`: this may change.
+    """A name in a folder of checkpoints: its checkpoint, or the reason why it has none; `unfinished`: this may change.
 
-    `damaged`: there are weights, but not whole.
+    `damaged`: there are weights, but not all.
 
-    `state` is every file's name, size and time of change: while it changes, somebody is writing.
+    `state` is every file's name, size and time of change: while it changes, the checkpoint is being written.
     """
 
     path: Path
@@ -76,7 +76,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """The header of a safetensors file that is whole: the names of its tensors, and its metadata."""
+    """The header of a complete safetensors file: the names of its tensors, and its metadata."""
 
     keys: tuple[str, ...]
     metadata: Mapping[str, str]
@@ -105,7 +105,7 @@ def read_header(path: Path) -> Header:
 
 
 def entries_of(folder: Path) -> list[Entry]:
-    """What the names in a folder are, in their order; hidden names, and files that are no safetensors, are passed over."""
+    """The entries of a folder, sorted by name; hidden files, and files other than safetensors, are skipped."""
     found = []
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or not (path.is_dir() or path.suffix == ".safetensors"):
@@ -118,7 +118,7 @@ def entries_of(folder: Path) -> list[Entry]:
 
 
 def _entry(path: Path) -> Entry | None:
-    """What a name is; None for a folder that has neither a number in its name nor weights."""
+    """The entry of a name; None for a folder that has neither a number in its name nor weights."""
     state = _state(path)
     position = position_in_name(path.stem if path.is_file() else path.name)
     try:
@@ -157,7 +157,7 @@ def _single(path: Path, position: Position | None) -> tuple[CheckpointFiles | No
 
 
 def _weights_in(folder: Path) -> tuple[Path, Kind, Header | None] | None:
-    """The weights in a folder, what they are, and the header of a LoRA's. Raises UnfinishedError for parts of a checkpoint."""
+    """The weights in a folder, their kind, and the header of a LoRA. Raises UnfinishedError for an incomplete checkpoint."""
     for name in NETWORKS:
         if (folder / name).is_dir():
             _check_network(folder / name)
@@ -207,7 +207,7 @@ def _check_network(folder: Path) -> None:
         read_header(file)
 
 
-# What counts what, by how a name ends. Two trainers count epochs with six digits after a hyphen: kohya's, and its relatives.
+# Units by the end of a name. kohya's trainers count epochs, with six digits after a hyphen.
 NAMES = (
     (re.compile(r"(?:^|[^a-z])(?:global_?)?steps?[-_=]?(\d+)$", re.IGNORECASE), False),  # name-step00000500, step=500
     (re.compile(r"-(?:save|backup)-(\d+)-\d+-\d+$"), False),  # OneTrainer: steps, epochs, steps of the epoch
@@ -219,7 +219,7 @@ NAMES = (
 
 
 def position_in_name(name: str) -> Position | None:
-    """How far the training was, by the name of a folder or of a file without its suffix; None where it does not say."""
+    """The training step in the name of a folder, or of a file without its suffix; None if there is none."""
     for pattern, in_epochs in NAMES:
         match = pattern.search(name)
         if match is not None:

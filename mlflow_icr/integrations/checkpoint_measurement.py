@@ -1,4 +1,4 @@
-"""One training's checkpoints, measured on the same views of the same images, in whatever order they are taken."""
+"""Measure the checkpoints of one training on the same views of the same images, in any order."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from mlflow_icr.monitoring.section import Section
 from mlflow_icr.monitoring.series import HISTORY, read_arrays
 from mlflow_icr.tracking import Tracker, check_folder
 
-SETTINGS = "backfill.json"  # what makes a folder's measurements comparable, and a later one go on with them
+SETTINGS = "backfill.json"  # settings that all measurements of a folder share
 RISES = ("icr_rise", "icr_rise_low", "icr_rise_high")
 SHOWN = ("icr", "icr_debiased", "view_error_ratio")
 
 
 class CheckpointMeasurement:
-    """A training's network, the images it is measured on, and the folder where its measurements are.
+    """A training's network, the images that it is measured on, and the folder of its measurements.
 
-    `data` is the folder of training images; `options` are those of `load_pipeline`, kept with the folder. Goes on where an
-    earlier process ended. Raises ValueError for images or a protocol that do not fit, and for a folder that was measured in
-    another way.
+    `data` is the folder of training images; `options` are those of `load_pipeline`, kept with the folder. Continues after an
+    earlier process. Raises ValueError for images or a protocol that do not fit, and for a folder that was measured with other
+    settings.
     """
 
     def __init__(
@@ -75,13 +75,13 @@ class CheckpointMeasurement:
 
     @property
     def params(self) -> dict[str, Any]:
-        """What trackers show of the measurement."""
+        """The parameters of the measurement, for trackers."""
         return {**described(self.monitor, self.training.denoiser), "images_per_step": self.units.images_per_step}
 
     def measure(self, checkpoint: SavedCheckpoint, tracker: Tracker, waiting: int = 0, *, time: float | None = None) -> Report:
-        """Load a checkpoint, measure it, and record that; `waiting` is how many earlier ones are still to be measured.
+        """Load a checkpoint, measure it, and record it; `waiting` is how many earlier ones are still to be measured.
 
-        `time`, in Unix seconds, is when that counts as measured, where it is not now.
+        `time`, in Unix seconds, is the time of the measurement, if it is not now.
 
         Raises ValueError for weights that do not fit.
         """
@@ -89,7 +89,7 @@ class CheckpointMeasurement:
         return self.record(checkpoint.step, tracker, waiting, time=time)
 
     def record(self, step: int, tracker: Tracker, waiting: int = 0, *, time: float | None = None) -> Report:
-        """Measure the weights that are loaded, and record that at `step`."""
+        """Measure the loaded weights, and record the report at `step`."""
         steps = [int(row["images_seen"]) for row in tracker.journal.rows]
         ordered = steps == sorted(steps)
         if not ordered or (steps and step < steps[-1]):
@@ -97,13 +97,13 @@ class CheckpointMeasurement:
         report = self.monitor.measure(step)
         if waiting:
             report = _without_rises(report, self.monitor.sections.values(), waiting)
-        # Before the row: measured again after a kill between the two, this step finds itself, and gives the same values.
+        # Before the row: after a kill between the two, this step is measured again with the same values.
         tracker.journal.write_file(MONITOR_STATE, state_of(self.monitor))
         tracker.record(report, time=time)
         return report
 
     def _relate_to_earlier(self, step: int, rows: Sequence[Mapping[str, float]]) -> None:
-        """Let the rise at a step be that over the lowest value before it, of which the journal has all that is needed."""
+        """Make the rise at a step relative to the lowest value before it, which the journal has."""
         state = self.monitor.state_dict()
         for section in self.monitor.sections.values():
             state.pop(f"{section.name}/lowest", None)
@@ -114,9 +114,9 @@ class CheckpointMeasurement:
 
 
 def suited_protocol(protocol: Protocol, denoiser: Denoiser, images: Tensor, batch_size: int) -> Protocol:
-    """A protocol, or where it leaves the views open, and no number of them is enough for these images, one for few images.
+    """The protocol itself or, if it leaves the views open and no number of views is enough, the protocol for few images.
 
-    A handful of images does not span a layer of a thousand channels; along the directions that they do span, ICR has a value.
+    Few images do not span a layer of a thousand channels. Along the directions that they span, ICR has a value.
     """
     if protocol.num_views is not None or protocol.projection is not None or protocol.shrinkage != "none":
         return protocol
@@ -143,9 +143,9 @@ def _lowest_before(step: int, rows: Sequence[Mapping[str, float]], section: Sect
 
 
 def _without_rises(report: Report, sections: Any, waiting: int) -> Report:
-    """A report without the rise over the lowest value so far, which is not known while earlier checkpoints are waiting."""
+    """A report without the rise over the lowest value so far, which is unknown while earlier checkpoints wait."""
     keys = {f"{section.name}/{key}" for section in sections for key in RISES}
-    why = "earlier checkpoints are not measured yet, over which ICR may have risen"
+    why = "earlier checkpoints, above which ICR may have risen, are not measured yet"
     missing = {key: why for key in keys if key in report.values}
     return replace(report.without(keys), absent={**report.absent, **missing})
 

@@ -120,7 +120,7 @@ class CheckpointWatch:
         self.output_dir = self.folder / "icr" if output_dir is None else Path(output_dir)
         self._images_per_step = images_per_step
         self._images_per_epoch = len(ImageFiles(data)) if images_per_epoch is None else images_per_epoch
-        Units(1 if images_per_step is None else images_per_step, self._images_per_epoch)  # refuses what cannot be
+        Units(1 if images_per_step is None else images_per_step, self._images_per_epoch)  # refuses impossible values
         self._how: dict[str, Any] = {"protocol": protocol, "companions": companions, "batch_size": batch_size}
         self._options, self._run_name = options, run_name
         self.pace, self._say, self._on_verdict = pace or Pace(), say, on_verdict

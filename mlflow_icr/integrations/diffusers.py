@@ -1,4 +1,4 @@
-"""diffusers' training scripts as they are: `python -m mlflow_icr.integrations.diffusers --data FOLDER SCRIPT [its flags]`.
+"""Run training scripts of diffusers unmodified: `python -m mlflow_icr.integrations.diffusers --data FOLDER SCRIPT [its flags]`.
 
 Made for examples/unconditional_image_generation/train_unconditional.py, and for scripts of its kind: one unconditional network
 on pixels, prepared by Accelerate, and a scheduler with `add_noise`. Under several ranks: `accelerate launch -m
@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Raise ValueError for what cannot be, before the script starts."""
+    """Raise ValueError for impossible arguments, before the script starts."""
     if not arguments.script.is_file():
         raise ValueError(f"script is {str(arguments.script)!r}, which is no file; expected a training script")
     if arguments.data.is_dir():
@@ -111,12 +111,12 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    """A SIGTERM as an exception, so that the run is ended as KILLED."""
+    """Turn SIGTERM into an exception, so that the run is ended as KILLED."""
     raise SystemExit(128 + number)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a script with its network watched; returns 2 with one line for bad input. What the script raises goes through."""
+    """Run a script and watch its network; returns 2 with one line for bad input. Exceptions of the script are not caught."""
     arguments = _parser().parse_args(argv)
     try:
         _check(arguments)
@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"mlflow_icr.integrations.diffusers: error: {error}", file=sys.stderr)
         return 2
     tell = end_as_rank()
-    from mlflow_icr.integrations.hooks import ScriptHooks  # torch, accelerate and diffusers, once the input is good
+    from mlflow_icr.integrations.hooks import ScriptHooks  # imports torch, accelerate and diffusers, after the input is checked
 
     logging.getLogger("mlflow_icr").setLevel(logging.WARNING)
     signal.signal(signal.SIGTERM, _terminate)

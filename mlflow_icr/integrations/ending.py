@@ -1,4 +1,4 @@
-"""How a process ends that is one of several ranks."""
+"""The end of a process that is one of several ranks."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from contextlib import suppress
 
 
 def end_as_rank() -> Callable[[int], int]:
-    """Let a process that is one of several ranks end without the interpreter's finalization, once its exit status is told.
+    """Make a rank's process exit without the interpreter's finalization, once its exit status is known.
 
-    Returns a function that notes the status and gives it back. Gloo's threads live on after `destroy_process_group` where
-    DistributedDataParallel was used (torch 2.13), and native threads do not bear the interpreter finalizing: a rank that had
-    ended well was seen to abort there, rarely, on a loaded machine. Call it before other exit handlers are registered: the
-    first that registers is the last that is called, so all of them, and the threads that Python waits for, come before.
+    Returns a function that takes the status and returns it. After DistributedDataParallel (torch 2.13), Gloo's threads survive
+    `destroy_process_group`, and native threads may crash while the interpreter finalizes: rarely, on a loaded machine, a rank
+    that had finished aborted there. Call this before other exit handlers are registered. Handlers run in reverse order, so all
+    others, and the threads that Python waits for, come first.
     """
     told: list[int] = []
 

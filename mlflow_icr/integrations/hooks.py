@@ -1,8 +1,8 @@
-"""The hooks by which a script that knows nothing of this library has its network measured.
+"""Hooks that measure the network of a script which does not use this library.
 
-A measurement is made when the network is about to see the next batch in training mode: there, whatever the script does after
-an optimizer step, its average most of all, is done. Nothing that the script sees is changed: not its weights, training flags
-or random numbers.
+A measurement is made just before the network sees the next batch in training mode. By then the script has done everything that
+follows an optimizer step, such as updating its average. Nothing that the script sees is changed: not its weights, training
+flags or random numbers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ IMAGES_SEEN = "icr_images_seen.json"  # beside what Accelerate saves of the scri
 
 
 def check_network(network: nn.Module) -> None:
-    """Raise ValueError for a network that is not one of pixels and a timestep alone."""
+    """Raise ValueError for a network with inputs other than pixels and a timestep."""
     name, config = type(network).__name__, getattr(network, "config", None)
     channels = getattr(config, "in_channels", None)
     if channels not in (1, 3) or not isinstance(getattr(config, "sample_size", None), int):
@@ -51,7 +51,7 @@ def images_for(network: Any, path: Path, seed: int) -> Tensor:
 
 
 class ScriptHooks:
-    """A context in which the network that Accelerate prepares is watched, by the options of the command.
+    """A context that watches the network that Accelerate prepares, with the options of the command.
 
     The images seen of an optimizer step are those of the training forward passes before it. What the script logs through
     Accelerate is tracked too, beside the trackers that it asks for.
@@ -87,7 +87,7 @@ class ScriptHooks:
         self._undo.close()
 
     def _wrap(self, owner: type, name: str, hook: Callable[..., Any]) -> None:
-        """Let `hook(original, self, ...)` stand for a method until the context ends."""
+        """Replace a method by `hook(original, self, ...)` until the context ends."""
         original = getattr(owner, name)
 
         @wraps(original)
@@ -99,7 +99,7 @@ class ScriptHooks:
 
     @contextmanager
     def _refusing(self) -> Iterator[None]:
-        """End the program with one line, not with the script's traceback, for input that cannot be."""
+        """End the program with one line, not with the script's traceback, for bad input."""
         try:
             yield
         except (ValueError, OSError) as error:
@@ -147,7 +147,7 @@ class ScriptHooks:
     def _save_state(self, original: Any, accelerator: Any, *args: Any, **kwargs: Any) -> Any:
         folder = original(accelerator, *args, **kwargs)
         if folder is not None and self.watch is not None and accelerator.is_main_process:
-            # Of this rank's newest images there are as many on each other one.
+            # Each other rank has as many new images as this one.
             seen = self.watch.images_seen + (self.watch.pending + self._images) * accelerator.num_processes
             (Path(folder) / IMAGES_SEEN).write_text(json.dumps({"images_seen": seen}))
         return folder
@@ -180,7 +180,7 @@ class ScriptHooks:
         self._images += len(args[0] if args else kwargs["sample"])
 
     def _step(self, watch: ICRWatch) -> None:
-        """An optimizer step is behind: count its images, measure when it is due, and stop when it is time."""
+        """After an optimizer step: count its images, measure if it is due, and stop if the verdict says so."""
         count, self._images, self._stepped = self._images, 0, False
         stops = watch.add(count)
         self._keep()
@@ -222,13 +222,13 @@ class ScriptHooks:
         )
 
     def _average_of(self, network: nn.Module) -> Any:
-        """The EMAModel whose numbers have the shapes of the network's, the first that the script made; None without one."""
+        """The first EMAModel of the script whose parameters have the network's shapes; None without one."""
         shapes = [p.shape for p in network.parameters()]
         alive = (average() for average in self.averages)
         return next((a for a in alive if a is not None and [p.shape for p in a.shadow_params] == shapes), None)
 
     def _keep(self, *, always: bool = False) -> None:
-        """Save the weights of the measurement that was just made, where that is asked for."""
+        """Save the weights of the last measurement, with --save."""
         assert self.watch is not None
         at = self.watch.measured_at
         folder = self.options.output_dir / "checkpoints" / f"{at or 0:012d}"
@@ -238,6 +238,6 @@ class ScriptHooks:
             DDPMPipeline(self.watch.denoiser.network, self.scheduler).save_pretrained(folder)
 
     def close(self, status: str) -> None:
-        """End the run, where the script has not, with a status."""
+        """End the run with a status, if the script has not ended it."""
         if self.accelerator is not None and self.accelerator.is_main_process:
             self.icr.close(status)

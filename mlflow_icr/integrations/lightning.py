@@ -14,7 +14,7 @@ from mlflow_icr.tracking.ending import status_of
 
 
 def _lightning() -> Any:
-    """The package whose Trainer is in use: the one that was imported, or the one that is there. Raises ImportError."""
+    """The package whose Trainer is in use: the imported one, else the installed one. Raises ImportError."""
     names = ("lightning.pytorch", "pytorch_lightning")
     for name in sorted(names, key=lambda name: name not in sys.modules):
         try:
@@ -68,7 +68,7 @@ class ICRCallback(_lightning().Callback):  # type: ignore[misc]
         self.watch(self._images_seen)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Count the batch's images, measure when that is due, and stop when it is time."""
+        """Count the batch's images, measure if it is due, and stop if the verdict says so."""
         assert self.watch is not None
         if self.watch.add(count_images(batch)):
             trainer.should_stop = True
@@ -85,7 +85,7 @@ class ICRCallback(_lightning().Callback):  # type: ignore[misc]
             self.watch.close(status_of(exception))
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: images seen."""
+        """The state in a checkpoint: images seen."""
         return {"images_seen": self._images_seen}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Fine-tuning a text-to-image U-Net by LoRA (experimental): a watch for the loop of diffusers' training script.
 
-Experimental: nobody has measured yet how often the verdict is right here. Its thresholds come from training from scratch on
-hundreds of images, and a LoRA starts from a model that knows a lot, on a handful.
+Experimental: it has not been measured how often the verdict is right here. Its thresholds come from training from scratch on
+hundreds of images; a LoRA starts from a trained model and has few images.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from mlflow_icr.monitoring.reader import FeatureReader
 logger = logging.getLogger(__name__)
 
 EXPERIMENTAL = "LoRA fine-tuning: the verdict's thresholds were found on training from scratch"
-# Few images need many views each. In all about what a training from scratch on 160 images is read with.
+# Few images need many views each: in total about as many as for a training from scratch on 160 images.
 VIEWS = 640
-# Of a layer of a thousand and more channels so many directions are read, and never more than the images span.
+# For layers of a thousand or more channels, at most so many directions are read, and no more than the images span.
 DIRECTIONS = 64
 
 
 def few_images_protocol(num_images: int, dim: int, *, layer: str = "decoder", sigma: float = 0.29, seed: int = 0) -> Protocol:
-    """How a handful of images is read from a layer of width `dim`: many views of each, and the directions that they span.
+    """The protocol for few images and a layer of width `dim`: many views of each, along the directions that the images span.
 
     With N images and K views there are (N-1)(K-1) residual degrees of freedom, of which the debiased ICR needs more than
     directions. Raises ValueError for fewer than 2 images.
@@ -61,7 +61,7 @@ def lora_watch(
     tags: Mapping[str, str] | None = None,
     **options: Any,
 ) -> ICRWatch:
-    """A watch on a UNet2DConditionModel that a LoRA is trained in (experimental), by the parts that the script has anyway.
+    """A watch on a UNet2DConditionModel in which a LoRA is trained (experimental), from the parts that the script has.
 
     `unet` may be the one that Accelerate prepared. It is read with `prompt`, which is empty unless given, embedded once by
     `text_encoder` (CLIP's) and `tokenizer`. `images` are the training images (N, 3, H, W), uint8, at the training resolution;
@@ -71,7 +71,7 @@ def lora_watch(
     network = bare(unet, "unet")
     denoiser = _denoiser(network, scheduler, autoencoder, TextCondition(embed_prompt(text_encoder, tokenizer, prompt)))
     if protocol is None:
-        # Of this reader, which reads nothing, only the layer's width is wanted.
+        # This reader reads nothing; it only determines the layer's width.
         dim = FeatureReader(denoiser, images[:2], Protocol(layer=layer), batch_size, 0).dim
         protocol = few_images_protocol(len(images), dim, layer=layer)
     logger.warning("experimental: %s", EXPERIMENTAL)

@@ -1,4 +1,4 @@
-"""Pictures that other people log, in whatever form they have them."""
+"""Convert images of many types, as scripts log them, to pictures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COLUMNS = 8
 
 
 def _as_batch(image: Any) -> np.ndarray:
-    """One image or a batch of them as (N, H, W, C) uint8. Raises ValueError for what is no picture."""
+    """One image or a batch of images as (N, H, W, C) uint8. Raises ValueError for anything else."""
     if hasattr(image, "detach"):
         image = image.detach().cpu().float().numpy() if image.is_floating_point() else image.detach().cpu().numpy()
     if hasattr(image, "convert"):  # of PIL; palettes and masks are not pixels
@@ -39,10 +39,10 @@ def _as_batch(image: Any) -> np.ndarray:
 
 
 def as_pictures(images: Any) -> list[np.ndarray]:
-    """One uint8 picture (H, W, 3) of all images where they have one size, else one of each.
+    """One uint8 picture (H, W, 3) of all images if they have one size, else one picture of each.
 
-    Taken are arrays and tensors, (H, W, C) or (C, H, W), or batches, uint8 or floats in [0, 1], PIL images, and lists of
-    these. Raises ValueError for what is no picture.
+    Images are arrays and tensors, (H, W, C) or (C, H, W), or batches, uint8 or floats in [0, 1], PIL images, or lists of
+    these. Raises ValueError for anything else.
     """
     many: Sequence[Any] = images if isinstance(images, (list, tuple)) else [images]
     if not many:

@@ -1,4 +1,4 @@
-"""What a training has saved on its way: its checkpoints by images seen, and each one's weights in one and the same network."""
+"""The saved checkpoints of a training, by images seen, and a network that loads the weights of each."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ Say = Callable[[str], None]
 
 
 def _say_nothing(text: str) -> None:
-    """Say nothing."""
+    """Print nothing."""
 
 
 @dataclass(frozen=True)
 class Units:
-    """Images that the training saw in an optimizer step, and in an epoch; None where the latter is not known.
+    """Images of an optimizer step, and of an epoch (None if unknown).
 
     Raises ValueError for numbers below 1.
     """
@@ -55,7 +55,7 @@ class Units:
 
 @dataclass(frozen=True)
 class SavedCheckpoint:
-    """A checkpoint, at so many images seen (or steps, where no batch is known)."""
+    """A checkpoint and its images seen (or steps, if the batch is unknown)."""
 
     step: int
     files: CheckpointFiles
@@ -67,18 +67,18 @@ class SavedCheckpoint:
 
     @property
     def time(self) -> float:
-        """When the newest file of the weights was written, in seconds. Raises OSError where it is not there any more."""
+        """Time of change of the newest weights file, in Unix seconds. Raises OSError if it was removed."""
         return changed_at(self.files)
 
 
 def find_checkpoints(
     folder: Path, units: Units | None = None, say: Say = _say_nothing, left_out: dict[str, str] | None = None
 ) -> list[SavedCheckpoint]:
-    """The checkpoints in a folder by ascending images seen; `say` hears of names that look like one, and are left out.
+    """The checkpoints in a folder by ascending images seen; `say` gets a line for each name that is left out.
 
-    `left_out` takes the reason of each whose weights are damaged, by its name.
+    `left_out` gets the reason for each checkpoint with damaged weights, by its name.
 
-    Layouts are those of `checkpoint_files`; a folder without any is looked for in its `checkpoints/`. Raises ValueError where
+    Layouts are those of `checkpoint_files`. If the folder holds none, its `checkpoints/` is searched. Raises ValueError if
     there are none, or two of one step.
     """
     units = units or Units()
@@ -119,10 +119,10 @@ def place_of(checkpoint: CheckpointFiles) -> Path:
 
 
 class SavedTraining:
-    """The denoiser of a training, whose weights are those of the checkpoint that was loaded last.
+    """The denoiser of a training, with the weights of the checkpoint that was loaded last.
 
-    What is no weights, such as scheduler, autoencoder and text encoders, comes from `pipeline` (a folder, or a name on the
-    hub), whose own weights it begins with. `options` are those of `load_pipeline`.
+    Scheduler, autoencoder and text encoders come from `pipeline` (a folder, or a name on the hub), and so do the first weights.
+    `options` are those of `load_pipeline`.
     """
 
     def __init__(self, pipeline: Path | str, **options: Any) -> None:
@@ -131,7 +131,7 @@ class SavedTraining:
         self._lora, self._peft = LoraLoader(self._pipeline), PeftLoader()
 
     def load(self, files: CheckpointFiles) -> None:
-        """Take a checkpoint's weights. Raises ValueError for weights that cannot be read, or do not fit the network."""
+        """Load a checkpoint's weights. Raises ValueError for weights that cannot be read, or do not fit the network."""
         network: Any = self.denoiser.network
         match files.kind:
             case Kind.LORA:

@@ -1,4 +1,4 @@
-"""What is measured, and when, as the callbacks of trainers take it: the watch is made when training starts."""
+"""The arguments of the trainers' callbacks: what is measured and when. The watch is made when training starts."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from mlflow_icr.tracking import Tracker
 
 @dataclass(frozen=True, eq=False)
 class WatchSettings:
-    """The arguments of a callback, checked when it is made: of a trainer's module, which network is measured how and when.
+    """The arguments of a callback, checked when it is made: which network of the module is measured, how and when.
 
-    `denoiser` makes a Denoiser of a network, such as `EDMDenoiser` or `lambda n: SchedulerDenoiser(n, scheduler)`. `network`
-    and `ema` say where in the module the network and its average are: a path of attributes, or a function of the module; the
+    `denoiser` makes a Denoiser from a network, such as `EDMDenoiser` or `lambda n: SchedulerDenoiser(n, scheduler)`. `network`
+    and `ema` say where in the module the network and its average are: a path of attributes, or a function of the module. The
     average may be a module, an AveragedModel or diffusers' EMAModel. `images` are (N, C, H, W), uint8 or floats in [0, 1].
-    `num_samples` samples are judged `generate_every` so often, against `heldout` images too. The rest is as of ICRWatch. Raises
-    ValueError for a schedule, `stop_on`, `num_samples` or `generate_every` that cannot be.
+    `num_samples` samples are looked at every `generate_every` measurements, against `heldout` images too. The rest is as in
+    ICRWatch. Raises ValueError for an impossible schedule, `stop_on`, `num_samples` or `generate_every`.
     """
 
     denoiser: Callable[[nn.Module], Denoiser]
@@ -48,7 +48,7 @@ class WatchSettings:
         if self.num_samples < 0:
             raise ValueError(f"num_samples is {self.num_samples}; expected 0 for none, or more")
         if self.schedule is not None and not isinstance(self.schedule, int):
-            object.__setattr__(self, "schedule", tuple(self.schedule))  # an iterator would be used up by the check
+            object.__setattr__(self, "schedule", tuple(self.schedule))  # the check would exhaust an iterator
         measuring_steps(self.schedule)
         looks_every(self.generate_every)
 
@@ -61,7 +61,7 @@ class WatchSettings:
         params: Mapping[str, object] | None = None,
         tracker: Tracker | None = None,
     ) -> ICRWatch:
-        """The watch on a module's network, or on the average of it that `ema` finds. Raises ValueError where they are not."""
+        """The watch on a module's network, or on its average that `ema` names. Raises ValueError if there is none."""
         network = bare(find(module, self.network, "network"), "network")
         average = None if self.ema is None else find(module, self.ema, "ema")
         measured, refresh = measured_network(network, average)

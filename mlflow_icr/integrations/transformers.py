@@ -37,7 +37,7 @@ class ICRCallback(TrainerCallback):  # type: ignore[misc]
         self.watch(seen)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Measure when it is due, and stop when it is time."""
+        """Measure if it is due, and stop if the verdict says so."""
         assert self.watch is not None
         if self.watch(state.global_step * self._images_per_step(args)):
             control.should_training_stop = True
@@ -48,6 +48,6 @@ class ICRCallback(TrainerCallback):  # type: ignore[misc]
             self.watch.finish()
 
     def close(self, status: str) -> None:
-        """End the run with a status, FINISHED, FAILED or KILLED; nothing the second time."""
+        """End the run with a status, FINISHED, FAILED or KILLED. Does nothing the second time."""
         if self.watch is not None:
             self.watch.close(status)

@@ -1,4 +1,4 @@
-"""The watch: measure a denoiser while somebody else trains it, when it is due, and record what was found."""
+"""The watch: it measures a denoiser during a training that is not ours, when it is due, and records the reports."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from mlflow_icr.tracking import Logged, Tracker, check_folder, folder_tracker
 from mlflow_icr.tracking.checkpoints.folder import ALL, mark_turning, remove_old, write_checkpoint
 from mlflow_icr.tracking.ending import end_at_exit, status_of
 
-STOPPING = (TURNING, MEMORIZING)  # the later one is past the earlier
+STOPPING = (TURNING, MEMORIZING)  # in this order: memorizing comes after turning
 MONITOR_STATE = "monitor.safetensors"
-# Ranks count their own images; asking all of them after every batch would make each wait for the others.
+# Ranks count their own images. Summing them after every batch would make the ranks wait for each other.
 COUNT_EVERY = 8
 
 
@@ -38,7 +38,7 @@ def check_stop_on(stop_on: str) -> None:
 
 
 def described(monitor: ICRMonitor, denoiser: Denoiser) -> dict[str, Any]:
-    """What trackers show of a measurement."""
+    """The parameters of a measurement, for trackers."""
     p, images = monitor.protocol, monitor.reader.images
     found: dict[str, Any] = {f"protocol.{f.name}": getattr(p, f.name) for f in dataclasses.fields(p)}
     found |= {"protocol_digest": p.digest, "feature_dim": monitor.dim, "world_size": world()[1]}
@@ -47,14 +47,14 @@ def described(monitor: ICRMonitor, denoiser: Denoiser) -> dict[str, Any]:
 
 
 def state_of(monitor: ICRMonitor) -> bytes:
-    """What growth and rise are relative to, as the content of a file."""
+    """The reference of growth and rise, as the content of a file."""
     return save(monitor.state_dict(), {"protocol_digest": monitor.protocol.digest})
 
 
 def load_state(output_dir: Path, monitor: ICRMonitor) -> None:
-    """Go on with what growth and rise are relative to in a folder. Raises ValueError for another protocol's."""
+    """Load the reference of growth and rise from a folder. Raises ValueError if its protocol is another."""
     path = output_dir / MONITOR_STATE
-    if not path.exists():  # ended before its first measurement
+    if not path.exists():  # the run ended before its first measurement
         return
     with safe_open(path, "pt") as file:
         digest = (file.metadata() or {}).get("protocol_digest")
@@ -66,18 +66,18 @@ def load_state(output_dir: Path, monitor: ICRMonitor) -> None:
 class ICRWatch:
     """Measures a denoiser on its training images (N, C, H, W) when it is due; records it in a folder, MLflow, TensorBoard.
 
-    `watch(images_seen)` after each step measures when the schedule's next point is reached (every so many images, given ones,
-    or None: three for each doubling), and says whether to stop: with `stop_on`, from the verdict turning or memorizing on. All
-    ranks call it, and get the same answer; the main one writes. `refresh` is called before a measurement, on all ranks.
-    `generation` measures samples too: on suspicion (where the verdict is not that the model generalizes) and at the end, or
-    with every so many measurements, by `generate_every`.
+    Call `watch(images_seen)` after each step. It measures when the next point of the schedule is reached: every so many images,
+    at given ones, or (None) three times in each doubling. It returns whether to stop: with `stop_on`, from that verdict
+    (turning or memorizing) on. All ranks call it and get the same answer; the main rank writes. `refresh` is called before a
+    measurement, on all ranks. `generation` measures samples too: on suspicion (when the verdict is not *generalizing*) and at
+    the end, or at every so many measurements, by `generate_every`.
 
-    Without a `tracker` of the caller's, which the caller closes, the watch has its own: use
-    it as a context, or `close` it, which writes the report. With `resume` it goes on in the folder, and in its MLflow run, from
-    `images_seen`. Raises ValueError for images, protocol, schedule, `stop_on` or a folder that do not fit, before any work.
+    Without a `tracker`, which the caller would close, the watch has its own: use the watch as a context, or `close` it, which
+    writes the report. With `resume` it continues in the folder, and in its MLflow run, from `images_seen`. Raises ValueError
+    for images, protocol, schedule, `stop_on` or a folder that do not fit, before any work.
 
-    `save`, such as a pipeline's `save_pretrained`, writes the network that was measured into a folder, on the main rank: a
-    checkpoint, which is a model in MLflow; `checkpoints_total_limit` are kept, and those to keep, or 0 for all.
+    `save`, such as a pipeline's `save_pretrained`, writes the measured network into a folder, on the main rank. That is a
+    checkpoint, and a model in MLflow. `checkpoints_total_limit` checkpoints stay, besides those to keep; 0 for all.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class ICRWatch:
             self.tracker.log(Logged(0, time.time(), {}, {"protocol": text}))
 
     def __call__(self, images_seen: int) -> bool:
-        """Measure when it is due at so many images seen, of all ranks; whether to stop, the same on all of them."""
+        """Measure if it is due at `images_seen` (of all ranks); returns whether to stop, the same on all ranks."""
         self.images_seen = images_seen
         if self._next is not None and images_seen >= self._next:
             while self._next is not None and self._next <= images_seen:  # a large batch may step over several
@@ -151,7 +151,7 @@ class ICRWatch:
         return self.stops
 
     def add(self, count: int) -> bool:
-        """The same, for a rank that says how many images its own last batch had; ranks may differ in that."""
+        """Like a call, with the number of images in this rank's last batch; ranks may have different numbers."""
         self.pending += count
         self._batches += 1
         if world()[1] > 1 and self._batches % COUNT_EVERY:
@@ -164,7 +164,7 @@ class ICRWatch:
         return total
 
     def measure(self, judged: bool = False) -> Report | None:
-        """Measure now, whatever the schedule says, and `judged` samples too; on all ranks. None where that was done already."""
+        """Measure now, whatever the schedule, with samples if `judged`; on all ranks. None if this step was measured before."""
         step = self.images_seen
         if self.measured_at == step:
             return None
@@ -184,12 +184,12 @@ class ICRWatch:
         return report
 
     def _report(self, step: int, judged: bool) -> Report:
-        """What is measured at a step, with samples where they are wanted, and the forecast; on all ranks."""
+        """The report at a step, with samples if they are due, and the forecast; on all ranks."""
         report, wanted = self.monitor.measure(step), judged
         if self.tracker is not None and self.is_main:
             rows = self.tracker.journal.rows
             newest = None if self._verdicts is None else self._verdicts.newest
-            if self._verdicts is None or (newest is not None and step <= newest):  # began anew in the folder of another
+            if self._verdicts is None or (newest is not None and step <= newest):  # a new run in the folder of another
                 self._verdicts = folded([*rows, report.flat()])
             else:
                 self._verdicts.add(report.flat())
@@ -215,24 +215,24 @@ class ICRWatch:
 
     @property
     def verdict(self) -> Verdict:
-        """What the history says so far, on the main rank."""
+        """The verdict on the history so far, on the main rank."""
         assert self.tracker is not None
         return self.tracker.verdict
 
     def finish(self) -> None:
-        """Measure where training ended, unless that was done already, and close; on all ranks."""
+        """Measure at the end of training, unless that step was measured, and close; on all ranks."""
         self.images_seen += self._gather_count()
         self.measure(judged=True)
         self.close()
 
     def close(self, status: str = "FINISHED") -> None:
-        """End the run with a status, FINISHED, FAILED or KILLED; nothing the second time."""
+        """End the run with a status, FINISHED, FAILED or KILLED. Does nothing the second time."""
         self._stay()
         self._close(status)
 
     def _close(self, status: str) -> None:
         if self._owned and self.is_main and self.tracker is not None:
-            self._owned = False  # before: an interruption here must not have the end begin again
+            self._owned = False  # set first, so that an interruption does not repeat the end
             try:
                 if status != "FAILED":
                     self._conclude(self.tracker)
@@ -241,8 +241,8 @@ class ICRWatch:
 
     @staticmethod
     def _conclude(tracker: Tracker) -> None:
-        """Write the report, of which a failure costs a warning; a tracker of the caller's is concluded by the caller."""
-        from mlflow_icr.reporting import conclude  # at the end: no measurement needs it
+        """Write the report; a failure is a warning. The caller concludes a tracker of its own."""
+        from mlflow_icr.reporting import conclude  # imported at the end: no measurement needs it
 
         if tracker.journal.rows:
             conclude(tracker)

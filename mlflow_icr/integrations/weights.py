@@ -1,4 +1,4 @@
-"""Which weights are measured: a network of somebody's module, or the average of it that is kept beside it."""
+"""Find the weights to measure: a network in a module, or its average."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Where = str | Callable[[Any], Any]  # a dotted path of attributes, or a function
 
 
 def find(owner: Any, where: Where, field: str) -> Any:
-    """What is at a path of an object, or what a function finds in it. Raises ValueError naming the field."""
+    """The attribute at a path of an object, or the result of a function of it. Raises ValueError naming the field."""
     if not isinstance(where, str):
         return where(owner)
     try:
@@ -31,7 +31,7 @@ def find(owner: Any, where: Where, field: str) -> Any:
 
 
 def bare(network: Any, field: str) -> nn.Module:
-    """A network out of DistributedDataParallel, torch.compile and AveragedModel. Raises ValueError for no module."""
+    """A network without wrappers (DistributedDataParallel, torch.compile, AveragedModel). Raises ValueError for no module."""
     while isinstance(network, nn.Module):
         inner = network.module if isinstance(network, AveragedModel) else unwrap(network)
         if inner is network:
@@ -41,13 +41,13 @@ def bare(network: Any, field: str) -> nn.Module:
 
 
 def copy_of(network: nn.Module) -> nn.Module:
-    """A network of the same shape on the same device, in evaluation mode: a fresh one where diffusers can make it.
+    """A network of the same shape on the same device, in evaluation mode; diffusers makes it if possible.
 
-    Accelerate puts a `forward` into the network that it prepares, and a deep copy's would still run the original.
+    Accelerate replaces the `forward` of a network that it prepares; a deep copy's would still run the original.
     """
     if hasattr(network, "from_config") and hasattr(network, "config"):
         kind: Any = type(network)
-        with torch.random.fork_rng(devices=[]):  # its first weights, which are not used, are drawn at random on the CPU
+        with torch.random.fork_rng(devices=[]):  # initial weights, which are replaced, are drawn at random on the CPU
             made: nn.Module = kind.from_config(network.config)
         made.load_state_dict(network.state_dict())
         weight = next(network.parameters())
@@ -64,9 +64,9 @@ def copy_of(network: nn.Module) -> nn.Module:
 
 
 def measured_network(network: nn.Module, average: Any) -> tuple[nn.Module, Callable[[], None]]:
-    """The network to measure, and what brings it up to date: `average` may be None, a module, or diffusers' EMAModel.
+    """The network to measure, and a function that updates it: `average` may be None, a module, or diffusers' EMAModel.
 
-    An EMAModel keeps numbers, not a network: they are copied into one beside the network, which training does not notice.
+    An EMAModel keeps parameters, not a network. They are copied into a second network, and training is not affected.
     Raises ValueError for another kind of average.
     """
     if average is None:

@@ -141,7 +141,7 @@ class Tracker:
         """
         if self._closed or not self._mine():
             return {}
-        self._closed = True  # before: an interruption here must not have the end begin again
+        self._closed = True  # set first, so that an interruption does not repeat the end
         self._stay()
         values: dict[str, float] = {}
         try:

@@ -144,7 +144,7 @@ def test_a_damaged_checkpoint_is_seen_and_the_one_before_is_taken(
     assert state.read_bytes() != bytes(content)  # written anew
     for folder in folders:
         (folder / "progress.json").unlink(missing_ok=True)
-    with pytest.raises(ValueError, match="whose checkpoints are damaged; expected one to go on from"):
+    with pytest.raises(ValueError, match="whose checkpoints are damaged; expected one to resume from"):
         latest_checkpoint(tmp_path / "run")
 
 

@@ -2,4 +2,4 @@
 
 from mlflow_icr.environment import wait_passively
 
-wait_passively()  # here, for whatever comes after this loads torch
+wait_passively()  # set here, before torch is loaded

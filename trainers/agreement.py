@@ -1,4 +1,4 @@
-"""What all ranks agree on between two steps: whether to stop, to save, or to give up a training that has diverged."""
+"""Decisions that all ranks make together between two steps: to stop, to save, or to give up a diverged training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainers.loop import TrainState
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-# Ranks must stop at the same step; asking all of them after every step would make each wait for the others' hosts.
+# Ranks must stop at the same step. Asking all of them after every step would make each wait for the others' hosts.
 ASK_EVERY_STEPS = 8
 SKIPPED_IN_A_ROW = 20  # steps without a finite gradient; fp16's scaler needs at most 16 to halve 2^16 down to 1
 
@@ -28,12 +28,12 @@ class DivergedError(TrainingError):
     def __init__(self, learning_rate: float, what: str) -> None:
         super().__init__(
             f"learning_rate is {learning_rate:g}: {what}; "
-            "expected a lower one: go on from the last good checkpoint with --resume --learning-rate LOWER"
+            "expected a lower one: continue from the last good checkpoint with --resume --learning-rate LOWER"
         )
 
 
 class LateReading:
-    """The value of a number on a device as of some steps ago; reading it never waits for the device."""
+    """A number on a device, read with a delay of some steps, so that reading never waits for the device."""
 
     def __init__(self) -> None:
         self.value = 0
@@ -41,7 +41,7 @@ class LateReading:
         self._arrived: torch.cuda.Event | None = None
 
     def poll(self, number: torch.Tensor) -> None:
-        """Take what has arrived, and ask for the number as it is now."""
+        """Take the value that has arrived, and request the present one."""
         if self._copy is not None and (self._arrived is None or self._arrived.query()):
             self.value, self._copy = int(self._copy), None
         if self._copy is not None:
@@ -56,7 +56,7 @@ class LateReading:
 
 @dataclass(frozen=True)
 class Decision:
-    """What all ranks do next."""
+    """The next action of all ranks."""
 
     stop: bool = False
     save: bool = False
@@ -75,7 +75,7 @@ class Agreement:
         self._saved_at = time.monotonic()
 
     def ask(self, state: TrainState, stop: bool, trained: int) -> Decision:
-        """What to do after `trained` steps; the same on all ranks, where any of them may wish to stop. Raises DivergedError."""
+        """The decision after `trained` steps, the same on all ranks; any rank may ask to stop. Raises DivergedError."""
         save = bool(self.save_seconds) and time.monotonic() - self._saved_at >= self.save_seconds
         if self.accelerator.num_processes > 1:
             if trained % ASK_EVERY_STEPS:

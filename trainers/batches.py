@@ -1,4 +1,4 @@
-"""What a step is made of: which images, noise levels and noise, drawn by keys, each rank its own share, one batch ahead.
+"""Batches: images, noise levels and noise of a step, drawn by keys. Each rank draws its share, one batch ahead.
 
 Small numbers (order, levels, dropped labels, dropout's keys) are drawn for the whole batch in one stream each, which takes some
 microseconds. The noise, which is nearly all of the work, has a place of its own in a counter-based stream for each row
@@ -47,7 +47,7 @@ class Order:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Which inputs (B,), noise levels (B,), unit noise (B, C, H, W), and where the model has them classes (B,).
+    """Indices of inputs (B,), noise levels (B,), unit noise (B, C, H, W) and, if the model has classes, classes (B,).
 
     Of latents, `spread` is the unit noise (B, C, H, W) that says which one of the posterior is taken. `dropout_keys` (B,) int64
     are there where the network has dropout, and `mirrored` (B,) bool where mirror images are trained on. `chosen` are the

@@ -1,7 +1,7 @@
-"""Checkpoints: a diffusers folder of the averaged weights, and beside it all that training needs to go on.
+"""Checkpoints: a diffusers folder of the averaged weights, and in it everything that training needs to resume.
 
-`checkpoints/<images seen>/` is complete or not there: it is written under another name, synced, and renamed. Everything is
-safetensors and JSON; nothing is unpickled. What a disk has done to it since is seen by its SHA-256: the one before is taken.
+`checkpoints/<images seen>/` is complete or absent: it is written under another name, synced, and renamed. Everything is
+safetensors and JSON; nothing is unpickled. A damaged checkpoint is recognised by its SHA-256, and the one before it is used.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STATE, PROGRESS = "state.safetensors", "progress.json"
-SHARES = "shares"  # the folder of what only several ranks together have
+SHARES = "shares"  # the folder of sharded tensors, which ranks hold together
 AUTOENCODER = "autoencoder"
 KEPT_STATES = 2  # the newest, and the one before it in case the newest cannot be read
 
@@ -48,7 +48,7 @@ def named_tensors(
     losses: Tensor | None = None,
     curve: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """All that training needs to go on, by name, where it is; sharded parameters are this rank's shares, as DTensors.
+    """The tensors that training resumes from, by name, on their devices; sharded parameters are this rank's DTensors.
 
     `losses` (ranks,) are the sums of losses of all ranks, if there are several, and `curve` is the mean of the ranks' sums.
     """
@@ -73,23 +73,23 @@ def named_tensors(
 
 
 def entire_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU; what is sharded is gathered, in which every rank must take part."""
+    """Copies on the CPU; sharded tensors are gathered, and every rank must call this."""
     return {key: gathered(value).cpu().contiguous().clone() for key, value in tensors.items()}
 
 
 def state_tensors(state: TrainState, accelerator: Accelerator, monitor: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`named_tensors` of a training, entire, on the CPU; where parameters are sharded, every rank must take part."""
+    """`named_tensors` of a training, unsharded, on the CPU; if parameters are sharded, every rank must call this."""
     return entire_tensors(named_tensors(state, accelerator, monitor))
 
 
 def not_finite(tensors: dict[str, Tensor]) -> str:
-    """The name of a tensor of which this rank has values that are not finite, sums of losses aside; empty if there is none."""
+    """The name of a tensor with values that are not finite on this rank (sums of losses excepted); empty if there is none."""
     sums = ("loss_sum", "curve")
     return next((key for key, value in tensors.items() if key not in sums and not local(value).isfinite().all()), "")
 
 
 def place_autoencoder(folder: Path, autoencoder: Autoencoder, output_dir: Path) -> None:
-    """Put the autoencoder into a pipeline's folder as `vae/`: one copy in `output_dir`, to which the checkpoints' are links."""
+    """Put the autoencoder into a pipeline's folder as `vae/`: hard links to one copy in `output_dir`."""
     kept = output_dir / AUTOENCODER
     if not kept.exists():
         part = kept.with_name(f".{AUTOENCODER}.part")
@@ -130,7 +130,7 @@ def _write_snapshots(part: Path, state: TrainState, family: Family, tensors: dic
 
 
 def is_saved(output_dir: Path, images_seen: int) -> bool:
-    """Whether there is a checkpoint at so many images seen already, from which training could go on."""
+    """Whether there is a checkpoint at so many images seen from which training could resume."""
     folder = checkpoint_path(output_dir, images_seen)
     return (folder / STATE).exists() and _is_intact(folder)
 
@@ -146,8 +146,8 @@ def save_checkpoint(
 ) -> Path:
     """Write the checkpoint of a state, on the main process; returns its folder. Raises OSError when the disk is full.
 
-    `tensors` are entire, and what only ranks together have are `shares`: then the others must `save_shares` at the same time,
-    and `state.ema` must be whole.
+    `tensors` are unsharded. With `shares`, which ranks hold together, the other ranks must call `save_shares` at the same time,
+    and `state.ema` must be unsharded.
     """
 
     def write(part: Path) -> None:
@@ -163,7 +163,7 @@ def save_checkpoint(
 
     try:
         folder = write_checkpoint(output_dir, state.images_seen, write)
-    except SafetensorError as error:  # its way to tell of a full disk
+    except SafetensorError as error:  # safetensors' error for a full disk
         raise OSError(str(error)) from error
     for old in sorted(output_dir.glob(f"checkpoints/[0-9]*/{STATE}"))[:-KEPT_STATES]:
         old.unlink()
@@ -172,13 +172,13 @@ def save_checkpoint(
 
 
 def save_shares(part: Path, accelerator: Accelerator, shares: dict[str, Tensor]) -> None:
-    """Write this rank's shares into a checkpoint that the main process has begun at `part`; every rank must take part."""
+    """Write this rank's shares into a checkpoint that the main process has begun at `part`; every rank must call this."""
     accelerator.wait_for_everyone()  # now the folder is there
     write_shares(shares, part / SHARES)
 
 
 def remove_between(output_dir: Path, measured: Collection[int]) -> None:
-    """Remove checkpoints that were saved between measurements, but for those among the newest: they were for going on only."""
+    """Remove checkpoints that were saved between measurements, except the newest ones: they serve only to resume."""
     found = checkpoints(output_dir)
     for images_seen, folder in list(found.items())[:-KEPT_STATES]:
         if images_seen not in measured:
@@ -189,7 +189,7 @@ def remove_between(output_dir: Path, measured: Collection[int]) -> None:
 
 
 def _is_intact(folder: Path) -> bool:
-    """Whether a checkpoint that training could go on from is what was written; one that is not is told of."""
+    """Whether a checkpoint is as it was written; a damaged one is logged."""
     try:
         progress = json.loads((folder / PROGRESS).read_text())
         digests = {folder / STATE: progress["sha256"]}
@@ -203,16 +203,16 @@ def _is_intact(folder: Path) -> bool:
 
 
 def latest_checkpoint(output_dir: Path) -> Path | None:
-    """The newest checkpoint that training can go on from, or None. Raises ValueError when there are only damaged ones."""
+    """The newest checkpoint from which training can resume, or None. Raises ValueError if all are damaged."""
     found = sorted((path.parent for path in output_dir.glob(f"checkpoints/[0-9]*/{STATE}")), reverse=True)
     newest = next((folder for folder in found if _is_intact(folder)), None)
     if found and newest is None:
-        raise ValueError(f"output_dir is {str(output_dir)!r}, whose checkpoints are damaged; expected one to go on from")
+        raise ValueError(f"output_dir is {str(output_dir)!r}, whose checkpoints are damaged; expected one to resume from")
     return newest
 
 
 def _load_averages(state: TrainState, accelerator: Accelerator, average: dict[str, Tensor], powers: dict[str, Tensor]) -> None:
-    """Put back the averages besides `state.ema`: power functions', and this rank's share where parameters are sharded."""
+    """Load the averages other than `state.ema`: power-function averages and, with sharding, this rank's share."""
     named = list(bare(state.network, accelerator).named_parameters())
     wanted = [(shares, f"{std:g}/", powers) for std, shares in state.powers.items()]
     wanted += [] if state.shares is None else [(state.shares, "", average)]
@@ -226,9 +226,9 @@ def _load_averages(state: TrainState, accelerator: Accelerator, average: dict[st
 def load_checkpoint(
     folder: Path, state: TrainState, accelerator: Accelerator, batch_size: int | None = None
 ) -> dict[str, Tensor]:
-    """Put a state back to what a checkpoint holds; returns the monitor's part. Raises ValueError when it does not fit.
+    """Load a checkpoint into a state; returns the monitor's part. Raises ValueError if it does not fit.
 
-    With another `batch_size` than the checkpoint's, the state's origin is here; None stands for the same.
+    If `batch_size` differs from the checkpoint's, the state's origin is here; None means the same batch size.
     """
     tensors = load_file(folder / STATE)
     if (folder / SHARES).is_dir():
@@ -250,14 +250,14 @@ def load_checkpoint(
         entries.setdefault(int(index), {})[name] = value
     saved = state.optimizer.state_dict()
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
-    for place, entry in entries.items():  # moments are shared out as their parameters are; a count of steps is not
+    for place, entry in entries.items():  # moments are sharded like their parameters; the count of steps is not
         like = parameters[place]
         entries[place] = {k: shared_like(v, like) if v.shape == like.shape else v for k, v in entry.items()}
     state.optimizer.load_state_dict({"state": entries, "param_groups": saved["param_groups"]})
     if accelerator.scaler is not None and "scaler" in progress:
         accelerator.scaler.load_state_dict(progress["scaler"])
     state.images_seen = progress["images_seen"]
-    saved_size = progress.get("batch_size", batch_size or 1)  # older checkpoints do not say these
+    saved_size = progress.get("batch_size", batch_size or 1)  # older checkpoints do not have these
     same = batch_size in (None, saved_size) or not state.images_seen
     state.optimizer_steps = progress.get("optimizer_steps", state.images_seen // saved_size)
     state.origin_images_seen = progress.get("origin_images_seen", 0) if same else state.images_seen

@@ -1,4 +1,4 @@
-"""One run's configuration: groups of options, from presets, files and flags, checked as a whole before any work.
+"""The configuration of a run: groups of options, from presets, files and flags, checked together before any work.
 
 A new option is one line in its group: it is a flag, a key of `config.yaml` and of presets, a parameter in MLflow, and is
 checked, by that line alone.

@@ -1,4 +1,4 @@
-"""What a person at the terminal sees: a progress bar, or plain lines where output goes to a file."""
+"""Output on the terminal: a progress bar, or plain lines if output goes to a file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Console:
         self.batch_size = config.optimizer.batch_size
         self.bar = tqdm(
             total=-(-config.total_images // config.optimizer.batch_size) * config.optimizer.batch_size,  # whole batches
-            initial=images_seen,  # of a resumed run, which would count as trained in no time
+            initial=images_seen,  # images seen before a resumption, which do not count for the speed
             unit="img",
             unit_scale=True,
             disable=not (shown and sys.stderr.isatty()),
@@ -71,11 +71,11 @@ class Console:
         self._line(f"stops: {found.state}; {'; '.join(found.evidence)}")
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self.bar.close()
 
     def summary(self, values: Mapping[str, float], found: Verdict, status: str, output_dir: Path) -> None:
-        """Say in two lines what the history shows."""
+        """Print a summary of the history in two lines."""
         parts = []
         if "icr_min" in values:
             parts.append(f"lowest ICR {values['icr_min']:.3f} at {values['icr_min_images_seen'] / 1000:.1f} kimg")
@@ -84,7 +84,7 @@ class Console:
             if "lead_images" in values:
                 parts.append(f"a lead of {values['lead_images'] / 1000:.1f} kimg")
         elif parts:
-            parts.append("no copies so far")
+            parts.append("no copies by the distance ratio")
         verdict = f"verdict: {found.state}"
         if found.turned_at is not None:
             assert found.low is not None

@@ -1,7 +1,7 @@
 """The curve of a training: loss, learning rate, gradient norm, speed, memory and skipped steps, every so many steps.
 
-What is on the device is copied from there behind the steps that are queued, and a thread waits for it, reads the memory, and
-hands the point to the tracker: the training goes on.
+Values on the device are copied after the steps that are queued. A thread waits for them, reads the memory, and gives the point
+to the tracker, while training goes on.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class _Point:
-    """What is known on the host when a point is due; the sums of losses, of norms, and the skipped steps come later."""
+    """The values that the host has when a point is due; sums of losses and norms, and skipped steps, come later."""
 
     images_seen: int
     steps: int
@@ -50,7 +50,7 @@ def used_memory(device: torch.device) -> float | None:
 
 
 def _on_the_way(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """Values on the host, and when they are there: from CUDA they come behind what is queued."""
+    """Values on their way to the host, with an event for their arrival; from CUDA they come after the queued work."""
     if values.device.type != "cuda":
         return values.cpu(), None
     copy = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
@@ -76,14 +76,14 @@ class Curve:
         self.start_clock(0)
 
     def start_clock(self, images_seen: int) -> None:
-        """Count time from here: what was measured or saved in between is no training."""
+        """Count time from here: measuring and saving in between are not training."""
         self._since, self._from = time.perf_counter(), images_seen
 
     def step(self, state: TrainState) -> None:
         """After a step: a point, if one is due. Raises what logging an earlier one has raised."""
         if not self.every or state.curve_steps < self.every:
             return
-        # The sum over ranks is queued like a step's; nobody waits for it here.
+        # The sum over ranks is queued like a step; nothing waits for it here.
         sums = torch.cat([state.curve, state.skipped[:1].to(state.curve.dtype)])
         mean = self.accelerator.reduce(sums, reduction="mean")
         steps, seconds = state.curve_steps, time.perf_counter() - self._since

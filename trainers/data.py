@@ -149,7 +149,7 @@ def _named(name: str, split: str) -> Source:
 
 
 def load_source(data: str, resolution: Size, split: str = "train") -> Source:
-    """All images of a set, and their classes where there are any; files are listed, and not read yet.
+    """All images of a set, and their classes if there are any; files are listed, and not read yet.
 
     Raises ValueError for unknown data.
     """
@@ -164,7 +164,7 @@ def load_source(data: str, resolution: Size, split: str = "train") -> Source:
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What a set is, before any of it is chosen: how many images, of which size and channels, and of how many classes."""
+    """Facts on a whole set: the number of images, their size and channels, and the number of classes."""
 
     num_images: int
     size: tuple[int, int]  # (height, width) that most images have, of those that were looked at
@@ -189,7 +189,7 @@ def facts_of(data: str, split: str = "train") -> DataFacts:
 
 
 def subset_order(source: Source, seed: int, balanced: bool) -> Tensor:
-    """The order (N,) that subsets are taken of: by chance, or the first of each class, the second of each, and so on.
+    """The order (N,) from which subsets are taken: random, or the first of each class, then the second of each, and so on.
 
     Raises ValueError for a balanced order of a set without classes.
     """
@@ -207,10 +207,10 @@ def subset_order(source: Source, seed: int, balanced: bool) -> Tensor:
 
 
 def split_groups(order: Tensor, groups: Sequence[str], num_heldout: int, seed: int) -> tuple[Tensor, Tensor]:
-    """An order (N,) parted into images to train on and the `num_heldout` held out, of which none has a group with the others.
+    """An order (N,) split into training images and `num_heldout` held-out images without a common group.
 
-    Whole groups are set aside, by an order that the seed fixes, until they have enough images; of their images the last ones of
-    the order are held out, and the others are left out altogether. Raises ValueError where nothing else would remain.
+    Whole groups are set aside, in an order that the seed fixes, until they have enough images. The last of these images are
+    held out, and the rest of them are not used at all. Raises ValueError if nothing else would remain.
     """
     numbers = {name: number for number, name in enumerate(sorted(set(groups)))}
     of_image = torch.tensor([numbers[name] for name in groups])
@@ -227,7 +227,7 @@ def split_groups(order: Tensor, groups: Sequence[str], num_heldout: int, seed: i
 
 
 def _group_remark(files: Listing) -> list[str]:
-    """A line where images that belong together may be on both sides of the split."""
+    """A line if images that belong together may be on both sides of the split."""
     subjects = [header.subject for header in files.headers if header.subject]
     if len(set(subjects)) < len(subjects):
         return [f"{str(files.path)!r}: held-out images may be other slices of the same patients; --group-by patient parts them"]
@@ -237,7 +237,7 @@ def _group_remark(files: Listing) -> list[str]:
 
 
 def _classes(labels: Tensor | None, groups: Sequence[str] | None) -> Tensor | None:
-    """The classes, unless they are the groups by another name: folders of patients are no classes."""
+    """The classes, unless they are the same as the groups: folders of patients are no classes."""
     if labels is None or groups is None:
         return labels
     pairs = set(zip(labels.tolist(), groups, strict=True))
@@ -328,7 +328,7 @@ def data_of(config: TrainConfig) -> DataSet:
 
 
 def describe_data(config: TrainConfig, images: Tensor, sha256: str) -> dict[str, str]:
-    """What MLflow shows of images (N, C, H, W) of a configuration's set, whose content hash is known already."""
+    """The description in MLflow of a configuration's images (N, C, H, W), whose content hash is known."""
     from mlflow_icr.plugin.datasets import DIGEST_LENGTH, from_tensor
 
     path = Path(config.data.source)

@@ -1,8 +1,8 @@
-"""Dropout whose masks belong to an image's place in the training, not to a rank or a moment.
+"""Keyed dropout: a mask depends on an image's place in the training, not on ranks or accumulation.
 
-torch's own draws a mask from the generator of a device, in the shape of what a rank happens to have: on another number of ranks
-or with other accumulation, the same image gets another mask. Here each row of a batch has a key, and what becomes of an element
-is a hash of the row's key, the layer and the element's place in the row: the same on any device, however a batch is divided.
+torch's own dropout draws a mask from a device's generator, in the shape of a rank's batch. On another number of ranks, or with
+other accumulation, the same image gets another mask. Here each row of a batch has a key. Whether an element stays is a hash of
+the row's key, the layer and the element's place in the row. So it is the same on any device, however a batch is divided.
 
 The hash is some thirty operations of one integer each. On CUDA they are compiled into one kernel with the dropout itself, and
 into one more for its gradient (`fused`); elsewhere, and where there is no compiler, they are torch's own, with the same masks.
@@ -33,7 +33,7 @@ def _mixed(words: Tensor) -> Tensor:
 
 
 class RowKeys:
-    """Where a network's dropout layers read what the keys (B,) int64 of the rows that it is about to see come to."""
+    """The keys (B,) int64 of the next batch's rows, as the network's dropout layers read them."""
 
     def __init__(self) -> None:
         self.layers = 0
@@ -50,7 +50,7 @@ class RowKeys:
         self._keys, self._words = keys, None
         if keys is None or not self.layers:
             return
-        # Of all layers together, once a batch, and outside of what is compiled.
+        # For all layers together, once a batch, and outside of compiled code.
         low, high = ((half & 0xFFFFFFFF).to(torch.int32)[None] for half in (keys, keys >> 32))
         layers = torch.arange(self.layers, dtype=torch.int32, device=keys.device).mul_(INCREMENT)[:, None]
         before = _mixed(_mixed(low + layers) + high)
@@ -66,10 +66,10 @@ def kept(x: Tensor, before: Tensor, between: Tensor, p: float) -> Tensor:
     """Which elements of x (B, ...) stay, bool of x's shape and layout, by two words (B,) of each row."""
     count = x[0].numel()
     places = torch.arange(count, dtype=torch.int32, device=x.device).mul_(INCREMENT).view(1, *x.shape[1:])
-    # In x's layout, which all that follows has: reading across two layouts would cost more than the hash.
+    # In x's memory layout, as all that follows: mixing two layouts would cost more than the hash.
     places = _mixed(torch.empty_like(x[:1], dtype=torch.int32).copy_(places))
     before, between = (words.view(-1, *[1] * (x.dim() - 1)) for words in (before, between))
-    # For all elements, as little as leaves none alike: two rows share a mask only where they share both words.
+    # For all elements, as few operations as possible: two rows share a mask only if they share both words.
     words = _fold((places ^ before).mul_(FIRST), SHIFT).add_(between).mul_(SECOND)
     return words >= round(p * 2**32) - 2**31
 
@@ -129,7 +129,7 @@ class KeyedDropout(nn.Module):
 
 
 def key_dropout(network: nn.Module) -> RowKeys:
-    """Replace a network's dropout layers, which have no parameters, by keyed ones; returns where their keys go."""
+    """Replace a network's dropout layers, which have no parameters, by keyed ones; returns the object that takes their keys."""
     keys = RowKeys()
     for parent in list(network.modules()):
         for name, child in parent.named_children():

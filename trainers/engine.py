@@ -1,4 +1,4 @@
-"""How a network lies in memory, and what Accelerate has made of it undone: wrappers off, parameters on several ranks whole."""
+"""Memory layout of a network, removal of Accelerate's wrappers, and gathering of sharded parameters."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ if TYPE_CHECKING:
 
 
 def bare(network: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """The network itself, without a wrapper for ranks or a compiled form, whose names would go into checkpoints."""
+    """The network without wrappers for ranks or compilation, whose names would go into checkpoints."""
     return accelerator.unwrap_model(network, keep_torch_compile=False)  # type: ignore[no-any-return]
 
 
 def use_channels_last(network: nn.Module, accelerator: Accelerator) -> None:
     """On CUDA, lay the weights of convolutions out channels last, as its tensor cores take them; activations follow them.
 
-    Values are the same but for rounding, and checkpoints are as ever. FSDP refuses such parameters, and is spared them. So is
-    inductor, whose own such layout is turned off: in torch 2.13 it loses, unsaid, the gradient of what a U-Net scales up.
+    Values are the same up to rounding, and checkpoints are unchanged. Not used with FSDP, which refuses such parameters, nor
+    with inductor, whose own channels-last layout is turned off: in torch 2.13 it silently loses gradients of a U-Net's
+    upsampling.
     """
     if accelerator.state.dynamo_plugin.backend.value == "INDUCTOR":
         import torch._inductor.config as inductor
@@ -37,17 +38,17 @@ def is_sharded(network: nn.Module) -> bool:
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """A tensor entire; one that is shared out is gathered, which all ranks must take part in."""
+    """The unsharded tensor; a sharded one is gathered, and all ranks must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's share of a tensor; of one that is not shared out, itself."""
+    """This rank's share of a tensor; an unsharded tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def share_of(share: Tensor, parameter: Tensor) -> DTensor:
-    """A rank's share of a tensor that is shared out as a parameter is."""
+    """A rank's share of a tensor that is sharded like a parameter."""
     assert isinstance(parameter, DTensor)
     return DTensor.from_local(
         share, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
@@ -55,9 +56,9 @@ def share_of(share: Tensor, parameter: Tensor) -> DTensor:
 
 
 def shared_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """An entire tensor, the same on all ranks, shared out and laid out in memory as a parameter is; all ranks must take part.
+    """A tensor, the same on all ranks, sharded and laid out in memory like a parameter; all ranks must call this.
 
-    Fused Adam goes through parameters and moments as they lie in memory: where layouts differ it mixes them up, unsaid.
+    Fused Adam reads parameters and moments in memory order; if their layouts differ, it silently mixes them up.
     """
     if not isinstance(parameter, DTensor):
         return torch.empty_like(parameter, requires_grad=False).copy_(tensor)
@@ -65,7 +66,7 @@ def shared_like(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 
 def load_whole(network: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put entire tensors into a network that may be shared out. Raises RuntimeError for names or shapes that do not fit."""
+    """Load unsharded tensors into a network that may be sharded. Raises RuntimeError for names or shapes that do not fit."""
     state = network.state_dict()
     fitting = {
         key: shared_like(value, state[key]) if key in state and value.shape == state[key].shape else value

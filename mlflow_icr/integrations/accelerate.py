@@ -77,7 +77,7 @@ class ICRTracker(GeneralTracker):  # type: ignore[misc]
 
     @_main
     def start(self) -> None:
-        """Start tracking. The run is made at the first value, and so has the configuration, which comes before, as parameters."""
+        """Start tracking. The run is made at the first value, so its parameters are the configuration, which comes before."""
         if not self._begun:
             import mlflow  # noqa: F401 - it must be asked to end its runs at exit before this is
 

@@ -61,7 +61,7 @@ def test_a_network_that_copies_stays_at_the_optimum(small_unet: nn.Module, digit
         assert copying.max() < 0.05
         _, others = reader.read(Optimal(heldout))  # draws images, and none of training
         assert 0.6 < others[-3:].median() < 1.4
-    path = sampled_path(Optimal(train), torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)), 18)
+    _, path = sampled_path(Optimal(train), torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)), 18)
     assert all(0.1 <= sigma <= 10 for sigma in path.sigmas)
     assert path.x.shape == path.denoised.shape == (8, 4, 1, 8, 8)
 
@@ -72,3 +72,26 @@ def test_generation_reports_paths_and_quantiles(small_unet: nn.Module, digits: t
     assert copier["mem/path_distance"] < 1e-3 < other["mem/path_distance_q10"] <= other["mem/path_distance"]
     assert copier["mem/ratio_l2_q50"] < 1 / 3 < other["mem/ratio_l2_q05"] <= other["mem/ratio_l2_q25"]
     assert sum(key.startswith("mem/path_distance_sigma") for key in other) == 3  # of 8 steps so many lie from 10 to 0.1
+
+
+class Counting(EDMDenoiser):
+    """A denoiser that counts the images it was asked about."""
+
+    asked = 0
+
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor | float, **others: torch.Tensor) -> torch.Tensor:
+        self.asked += len(x)
+        return super().__call__(x, sigma, **others)
+
+
+def test_the_first_samples_are_the_trajectories(small_unet: nn.Module, digits: torch.Tensor) -> None:
+    denoiser = Counting(small_unet)
+    options = {"num_samples": 80, "num_steps": 8, "batch_size": 48, "pictures": False}
+    monitor = GenerationMonitor(denoiser, digits[:40], digits[40:], **options)  # type: ignore[arg-type]
+    denoiser.asked = 0
+    report = monitor.measure(1)
+    assert denoiser.asked == 80 * 15  # and none for the look along the path
+    assert report.figures == {}
+    sigmas, distances = monitor.paths.read(denoiser)
+    for sigma, row in zip(sigmas, distances, strict=True):
+        np.testing.assert_allclose(report.values[f"mem/path_distance_sigma{sigma:.2g}"], row.median(), rtol=1e-4)

@@ -24,7 +24,7 @@ from mlflow_icr.representation import Estimate, view_error_ratio
 # Whole forward passes are dearer than those that end at the layer. So many errors at a measurement make the ratio's standard
 # error a few per cent, where a turn multiplies it.
 ERROR_IMAGES = 256
-LEVEL_IMAGES = 128  # at the noise levels around the monitored one
+LEVEL_IMAGES = 64  # errors at each of the noise levels around the monitored one, which no verdict reads
 LEVELS = (0.5, 2.0, 4.0)  # noise levels around the monitored one, as factors: copies may begin at another level
 JUDGED_SIDE = 32
 ALLOWED_BIAS = 0.05
@@ -66,7 +66,7 @@ class ErrorReader:
         self.known, self.images = images, images[:ERROR_IMAGES]
         self.protocol, self.batches = protocol, FittingBatches(batch_size)
         self.heldout = None if heldout is None or len(heldout) < 2 else heldout[:ERROR_IMAGES]
-        self._kept: dict[tuple[str, int, int], Tensor] = {}  # by set, first image and number of images of a batch
+        self._kept: dict[tuple[str, int, int, int], Tensor] = {}  # by set, first image, number of images and draws of a batch
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -128,7 +128,7 @@ class ErrorReader:
 
     def _clean(self, name: str, indices: list[int], draws: int, denoiser: Denoiser) -> Tensor:
         """What is denoised, without noise, on the denoiser's device: (B, J, columns, C, H, W)."""
-        key = (name, indices[0], len(indices))
+        key = (name, indices[0], len(indices), draws)
         if key in self._kept:
             return self._kept[key]
         device, encode = device_of(denoiser), encoder_of(denoiser)
@@ -154,11 +154,17 @@ class ErrorReader:
 
     @torch.no_grad()
     def _errors(
-        self, name: str, denoiser: Denoiser, sigma: float, count: int, labels: Tensor | None = None
+        self, name: str, denoiser: Denoiser, sigma: float, wanted: int, labels: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Errors (N, columns) of a set's first images, squared ways of views from images, and one error each, of all ranks."""
+        """Errors (N, columns) of a set's first images, squared ways of views from images, and one error each, of all ranks.
+
+        So many errors of images are averaged as are `wanted`, of fewer images by several noises each.
+        """
+        images = self.images if name == "error" else self.heldout
+        assert images is not None
+        count = min(len(images), wanted)
         device, mine = device_of(denoiser), _share(count)
-        draws = -(-ERROR_IMAGES // len(self.images)) if name == "error" else 1
+        draws = -(-wanted // count) if name == "error" else 1
 
         def rows_of(rows: slice) -> Tensor:
             """Errors, ways and single errors (B, 3, columns) of some of this rank's images."""
@@ -185,19 +191,17 @@ class ErrorReader:
         errors, ways, single = gather_rows(rows, count).cpu().double().unbind(1)
         return errors, ways, single
 
-    def _count(self, images: Tensor, monitored: bool) -> int:
-        return len(images) if monitored else min(len(images), LEVEL_IMAGES)
-
     def read(self, denoiser: Denoiser, sigma: float, *, monitored: bool = True, labels: Tensor | None = None) -> Errors:
-        """The errors at noise sigma; of at most 128 images where it is not the `monitored` level.
+        """The errors at noise sigma; of 64 where it is not the `monitored` level.
 
         With `labels` (N,) a network of classes is told each image's own; nothing is held out then.
         """
+        wanted = ERROR_IMAGES if monitored else LEVEL_IMAGES
         with evaluating(denoiser.network):
-            errors, ways, single = self._errors("error", denoiser, sigma, self._count(self.images, monitored), labels)
+            errors, ways, single = self._errors("error", denoiser, sigma, wanted, labels)
             heldout = None
             if self.heldout is not None and labels is None:
-                heldout = self._errors("heldout", denoiser, sigma, self._count(self.heldout, monitored))[0][:, 0]
+                heldout = self._errors("heldout", denoiser, sigma, wanted)[0][:, 0]
 
         def of(what: str, table: Tensor) -> Tensor | None:
             places = [place for place, column in enumerate(self.columns) if column == what]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,12 +15,12 @@ from mlflow_icr.extraction.files import cache_folder
 from mlflow_icr.extraction.fitting import FittingBatches, host_batch
 from mlflow_icr.extraction.samplers import sample, starting_noise
 from mlflow_icr.extraction.views import as_unit_interval
-from mlflow_icr.generation import Reference, memorization_ratio
+from mlflow_icr.generation import Detection, Reference, memorization_ratio
 from mlflow_icr.generation.neighbours import Search, k_nearest
 from mlflow_icr.monitoring.generation_plots import distance_histogram
 from mlflow_icr.monitoring.grid import image_grid
 from mlflow_icr.monitoring.judgement import Judgement, copy_wall, judge
-from mlflow_icr.monitoring.paths import POOLED_SIGMA, PathReader
+from mlflow_icr.monitoring.paths import POOLED_SIGMA, TRAJECTORIES, Path, PathReader, joined_path, sampled_path
 from mlflow_icr.monitoring.ranks import gather_rows, sum_over_ranks, world
 from mlflow_icr.monitoring.report import Report
 
@@ -40,7 +41,8 @@ class GenerationMonitor:
     everything by the embeddings of `encoder`, which are pixels too unless one is given. Under torch.distributed the ranks
     share sampling and encoding and get the same report; `batch_size` samples are made at a time, or as many as fit the memory.
     With `labels` (N,), sample i is of class labels[i modulo N], else of none. `search` finds neighbours, exactly unless
-    another is given. Embeddings of real images are read from `cache` where they are there.
+    another is given. Embeddings of real images are read from `cache` where they are there. Reports have `pictures` unless they
+    are not wanted.
     Raises ValueError for sets that do not fit.
     """
 
@@ -58,6 +60,7 @@ class GenerationMonitor:
         cache: ReferenceCache | None = None,
         labels: Tensor | None = None,
         search: Search = k_nearest,
+        pictures: bool = True,
     ) -> None:
         if num_samples < 1:
             raise ValueError(f"num_samples is {num_samples}; expected at least 1")
@@ -65,7 +68,7 @@ class GenerationMonitor:
             raise ValueError(f"train has {len(train)} image(s); a second nearest neighbour needs at least 2")
         if heldout is not None and heldout.shape[1:] != train.shape[1:]:
             raise ValueError(f"heldout images are {tuple(heldout.shape[1:])}, training images {tuple(train.shape[1:])}")
-        self.denoiser, self.labels = denoiser, labels
+        self.denoiser, self.labels, self.pictures = denoiser, labels, pictures
         self.shape = tuple(train.shape[1:])
         self.noise_shape = self._noise_shape(train[:1])
         self.images = train
@@ -88,28 +91,52 @@ class GenerationMonitor:
             return self.shape
         return tuple(encode(as_unit_interval(image).to(device_of(self.denoiser)) * 2 - 1).shape[1:])
 
-    def _sample(self, indices: list[int], device: torch.device) -> Tensor:
-        """The samples with these indices, (B, C, H, W), about in [-1, 1]."""
+    def _starts(self, indices: list[int], device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Noise (B, ...) and labels (B,) of the samples with these indices."""
         noise = starting_noise(indices, self.noise_shape, self.seed).to(device)
-        labels = None if self.labels is None else self.labels[torch.tensor(indices) % len(self.labels)].to(device)
+        return noise, None if self.labels is None else self.labels[torch.tensor(indices) % len(self.labels)].to(device)
+
+    def _draw(self, indices: list[int], device: torch.device) -> Tensor:
+        """The samples with these indices, (B, C, H, W), about in [-1, 1]."""
+        noise, labels = self._starts(indices, device)
         return sample(self.denoiser, noise, num_steps=self.num_steps, labels=labels)
+
+    def _draw_watched(self, indices: list[int], device: torch.device) -> tuple[Tensor, Path]:
+        """The same, with their path."""
+        noise, labels = self._starts(indices, device)
+        return sampled_path(self.denoiser, noise, self.num_steps, labels)
 
     def sample(self) -> Tensor:
         """The samples, (num_samples, C, H, W) uint8 on the CPU. Raises ValueError when one is not finite."""
+        return self._samples(0)[0]
+
+    def _samples(self, watched: int) -> tuple[Tensor, Path | None]:
+        """The samples, and the path of the first `watched` ones, None for 0."""
         device = device_of(self.denoiser)
         rank, ranks = world()
         mine = list(range(rank, self.num_samples, ranks))
+        seen = len(range(rank, watched, ranks))
         images = torch.empty(len(mine), *self.shape, dtype=torch.uint8, device=device)
-        done, finite = 0, torch.ones(len(mine), 1, dtype=torch.uint8, device=device)
+        finite, done = torch.ones(len(mine), 1, dtype=torch.uint8, device=device), 0
+        paths: list[Path] = []
+
+        def keep(x: Tensor) -> None:
+            nonlocal done
+            finite[done : done + len(x)] = x.isfinite().flatten(1).all(1, keepdim=True)
+            images[done : done + len(x)] = to_uint8(x.nan_to_num())
+            done += len(x)
+
         with evaluating(self.denoiser.network):
-            for x in self.batches.over(len(mine), lambda rows: self._sample(mine[rows], device)):
-                finite[done : done + len(x)] = x.isfinite().flatten(1).all(1, keepdim=True)
-                images[done : done + len(x)] = to_uint8(x.nan_to_num())
-                done += len(x)
+            for x, path in self.batches.over(seen, lambda rows: self._draw_watched(mine[:seen][rows], device)):
+                keep(x)
+                paths.append(path)
+            for x in self.batches.over(len(mine) - seen, lambda rows: self._draw(mine[seen:][rows], device)):
+                keep(x)
         broken = int((gather_rows(finite, self.num_samples) == 0).sum())
         if broken:
             raise ValueError(f"{broken} of {self.num_samples} samples hold NaN or Inf")
-        return gather_rows(images, self.num_samples).cpu()
+        gathered = gather_rows(images, self.num_samples).cpu()
+        return gathered, joined_path(paths, watched, device) if watched else None
 
     def _encode(self, images: Tensor) -> Tensor:
         """Embeddings (N, dim) of images that every rank has, each rank encoding its share."""
@@ -135,14 +162,14 @@ class GenerationMonitor:
             self._references = self._reference(self.images), heldout
         return self._references
 
-    def _read_paths(self, found: Judgement, scores: Tensor) -> None:
+    def _read_paths(self, found: Judgement, scores: Tensor, path: Path | None) -> None:
         """Enter how far the network is from the optimal denoiser along its paths, and quantiles of the end points' ratios."""
         finite = scores[scores.isfinite()]
         for share in RATIO_QUANTILES:
             if len(finite):
                 found.values[f"mem/ratio_l2_q{100 * share:02.0f}"] = float(finite.quantile(share))
         try:
-            sigmas, distances = self.paths.read(self.denoiser, self.labels)
+            sigmas, distances = self.paths.read(self.denoiser, self.labels, path=path)
         except ValueError as error:
             found.absent["mem/path_distance"] = str(error)
             return
@@ -159,12 +186,29 @@ class GenerationMonitor:
         found.values["mem/path_distance_q10"] = float(each.quantile(0.1))
         found.distributions["mem/path_distances"] = each.numpy()
 
+    @property
+    def _shares_trajectories(self) -> bool:
+        """Whether the first samples are those that the look along the path would draw: by EDM's sampler, and enough of them."""
+        by_edm, enough = getattr(self.denoiser, "sample", None) is None, self.num_samples >= TRAJECTORIES >= world()[1]
+        return by_edm and enough and self.paths.why_not(self.denoiser) is None
+
+    def _figures(self, images: Tensor, copies: Detection, found: Judgement) -> dict[str, np.ndarray]:
+        """The first samples, the likeliest copies beside their images, and how far samples are from training images."""
+        figures = {
+            "samples": image_grid(images[: GRID_COLUMNS * GRID_ROWS], GRID_COLUMNS),
+            "nearest": copy_wall(images, self.images, copies),
+        }
+        distances = [found.distributions.get(f"mem/distance_{self.encoder.name}{end}") for end in ("", "_train")]
+        if distances[0] is not None and distances[1] is not None:
+            figures["distances"] = distance_histogram(distances[0], distances[1], self.encoder.name)
+        return figures
+
     def measure(self, step: int) -> Report:
         """The report at `step` images seen: `mem/*`, `gen/*`, pictures of the first samples and of the likeliest copies."""
         started = time.perf_counter()
         keys = ("mem/ratio_l2", f"gen/fd_{self.encoder.name}")
         try:
-            images = self.sample()
+            images, path = self._samples(TRAJECTORIES if self._shares_trajectories else 0)
         except ValueError as error:  # training has diverged, and goes on if it wants to
             return Report(step, {}, absent=dict.fromkeys(keys, str(error)))
         train, heldout = self._real()
@@ -172,16 +216,10 @@ class GenerationMonitor:
         judged = images if self.pixels.dtype == torch.uint8 else as_unit_interval(images)
         copies = memorization_ratio(judged.flatten(1), self.pixels, search=self.search)
         found.detection("mem/ratio_l2", copies)
-        self._read_paths(found, copies.scores)
+        self._read_paths(found, copies.scores, path)
         if self.encoder.name == "pixels":  # it would be the same number again
             for end in ("", "_low", "_high"):
                 found.values.pop(f"mem/ratio_pixels{end}")
-        distances = [found.distributions.get(f"mem/distance_{self.encoder.name}{end}") for end in ("", "_train")]
-        figures = {
-            "samples": image_grid(images[: GRID_COLUMNS * GRID_ROWS], GRID_COLUMNS),
-            "nearest": copy_wall(images, self.images, copies),
-        }
-        if distances[0] is not None and distances[1] is not None:
-            figures["distances"] = distance_histogram(distances[0], distances[1], self.encoder.name)
+        figures = self._figures(images, copies, found) if self.pictures else {}
         found.values["perf/generate_seconds"] = time.perf_counter() - started
         return Report(step, found.values, figures, found.absent, warnings=found.warnings, distributions=found.distributions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ from mlflow_icr.extraction.keyed import keyed_generator
 from mlflow_icr.extraction.samplers import heun_sample, starting_noise
 from mlflow_icr.extraction.views import as_unit_interval
 from mlflow_icr.generation.empirical import distances_from_optimal
+from mlflow_icr.monitoring.ranks import gather_rows
 
 TRAJECTORIES = 64
 LEVELS = 8
@@ -31,10 +33,11 @@ class Path:
     denoised: Tensor
 
 
-def sampled_path(denoiser: Denoiser, noise: Tensor, num_steps: int, labels: Tensor | None = None) -> Path:
-    """The path of EDM's sampler from unit noise (B, C, H, W), at up to 8 of its noise levels from 10 down to 0.1.
+def sampled_path(denoiser: Denoiser, noise: Tensor, num_steps: int, labels: Tensor | None = None) -> tuple[Tensor, Path]:
+    """Samples and the path to them of EDM's sampler from unit noise (B, C, H, W), at up to 8 noise levels from 10 to 0.1.
 
-    Of networks that predict noise or velocity too: their probability flow is the same, in other variables.
+    Of networks that predict noise or velocity too: their probability flow is the same, in other variables. Where no noise
+    level of the sampler lies between, the path has none.
     """
     seen: list[tuple[float, Tensor, Tensor]] = []
 
@@ -42,12 +45,22 @@ def sampled_path(denoiser: Denoiser, noise: Tensor, num_steps: int, labels: Tens
         if SMALLEST_SIGMA <= sigma <= LARGEST_SIGMA:
             seen.append((sigma, x.cpu(), denoised.cpu()))
 
-    heun_sample(denoiser, noise, num_steps=num_steps, labels=labels, watch=watch)
+    images = heun_sample(denoiser, noise, num_steps=num_steps, labels=labels, watch=watch)
     places = np.unique(np.linspace(0, len(seen) - 1, min(LEVELS, len(seen))).round().astype(int))
     kept = [seen[place] for place in places]
-    if not kept:
-        raise ValueError(f"num_steps is {num_steps}; no noise level of the sampler lies between 0.1 and 10")
-    return Path(tuple(s for s, _, _ in kept), torch.stack([x for _, x, _ in kept]), torch.stack([d for _, _, d in kept]))
+    none = torch.empty(0, *noise.shape)
+    x, denoised = (torch.stack([row[place] for row in kept]) if kept else none for place in (1, 2))
+    return images, Path(tuple(sigma for sigma, _, _ in kept), x, denoised)
+
+
+def joined_path(parts: Sequence[Path], total: int, device: torch.device) -> Path:
+    """One path of `total` trajectories from parts of them, of which each of torch.distributed's ranks has its share.
+
+    `device` is where ranks exchange tensors.
+    """
+    x, denoised = (torch.cat([getattr(part, name) for part in parts], 1).transpose(0, 1) for name in ("x", "denoised"))
+    both = gather_rows(torch.stack([x, denoised], 1).to(device), total).cpu()
+    return Path(parts[0].sigmas, both[:, 0].transpose(0, 1), both[:, 1].transpose(0, 1))
 
 
 class PathReader:
@@ -76,20 +89,27 @@ class PathReader:
             self._far[sigma] = float(distances.square().mean().sqrt())
         return self._far[sigma]
 
-    @torch.no_grad()
-    def read(self, denoiser: Denoiser, labels: Tensor | None = None) -> tuple[tuple[float, ...], Tensor]:
-        """Noise levels, and relative distances (levels, trajectories). Raises ValueError where there is no such distance."""
+    def why_not(self, denoiser: Denoiser) -> str | None:
+        """Why there are no distances for a denoiser and this training set, or None."""
         if encoder_of(denoiser) is not None:
-            raise ValueError("the denoiser works on latents; the optimal denoiser is that of images")
+            return "the denoiser works on latents; the optimal denoiser is that of images"
         if self.train.numel() > MOST_VALUES:
-            raise ValueError(
-                f"the training set has {self.train.numel()} values; its optimal denoiser is computed up to {MOST_VALUES}"
-            )
-        device, shape = device_of(denoiser), tuple(self.fresh.shape[1:])
-        noise = starting_noise(range(TRAJECTORIES), shape, self.seed).to(device)
-        chosen = None if labels is None else labels[torch.arange(TRAJECTORIES) % len(labels)].to(device)
-        with evaluating(denoiser.network):
-            path = sampled_path(denoiser, noise, self.num_steps, chosen)
+            return f"the training set has {self.train.numel()} values; its optimal denoiser is computed up to {MOST_VALUES}"
+        return None
+
+    @torch.no_grad()
+    def read(
+        self, denoiser: Denoiser, labels: Tensor | None = None, *, path: Path | None = None
+    ) -> tuple[tuple[float, ...], Tensor]:
+        """Noise levels, and relative distances (levels, trajectories). Raises ValueError where there is no such distance.
+
+        `path` is that of the first 64 samples, where they have been drawn; otherwise they are.
+        """
+        if why := self.why_not(denoiser):
+            raise ValueError(why)
+        path = self._trajectories(denoiser, labels) if path is None else path
+        if not path.sigmas:
+            raise ValueError(f"num_steps is {self.num_steps}; no noise level of the sampler lies between 0.1 and 10")
         rows = [
             distances_from_optimal(denoised.flatten(1), x.flatten(1), sigma, self.train) / self._of_fresh(sigma)
             for sigma, x, denoised in zip(path.sigmas, path.x, path.denoised, strict=True)
@@ -98,3 +118,11 @@ class PathReader:
         if not bool(found.isfinite().all()):
             raise ValueError("distances from the optimal denoiser are not finite")
         return path.sigmas, found
+
+    def _trajectories(self, denoiser: Denoiser, labels: Tensor | None) -> Path:
+        """The paths of the first 64 samples."""
+        shape = tuple(self.fresh.shape[1:])
+        noise = starting_noise(range(TRAJECTORIES), shape, self.seed).to(device_of(denoiser))
+        chosen = None if labels is None else labels[torch.arange(TRAJECTORIES) % len(labels)].to(noise.device)
+        with evaluating(denoiser.network):
+            return sampled_path(denoiser, noise, self.num_steps, chosen)[1]

@@ -1,10 +1,11 @@
 """The design of the validation study: which runs there are, in which order, and on which half thresholds are chosen.
 
 `python -m studies.validation.design` writes `plan.json`, a function of the seed below. The file was committed before the first
-of its runs was trained, and a test holds it to this code. It was amended twice, after six and after ten runs, those of
-`pilot_runs`, of which none copied anything: lengths had been shares of an hour's computing, then one multiple of N in optimizer
-steps, and are multiples by width now, for narrow networks take longer to copy, and `fast_runs` are new. Those runs and their
-halves stay; detectors, horizons and comparisons are what they were.
+of its runs was trained, and a test holds it to this code. It was amended three times: after six and after ten runs, of which
+none copied anything, lengths became multiples of N in optimizer steps, by width, and `fast_runs` were added. The third time,
+after fourteen runs, was for cost alone: fewer and shorter runs, each measured more seldom and with fewer samples. All runs are
+new since, with seeds and halves of their own, and the fourteen are in no table, for the plan was amended after a look at them.
+Detectors, horizons and comparisons are what they were.
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ from typing import Any
 
 PLAN = Path(__file__).parent / "plan.json"
 SEED = 2026
-DECOUPLED_RUNS = 96
-BLOCK = 32  # runs that are balanced among themselves
+DECOUPLED_RUNS = 80
 CANDIDATES = 400  # of which each next run is the one that leaves the design most balanced
 
 # Images by name: `--data`, the side in pixels, held-out images, and for EDM the deviation of pixels in [-1, 1].
@@ -37,27 +37,30 @@ IMAGES: dict[str, dict[str, Any]] = {
 }
 SETS = ("digits8", "mnist8", "fashion8", "cifar8", "cifar16")
 FAMILIES = ("edm", "v", "flow")
-SIZES = (64, 64, 64, 128, 128, 128, 256, 256, 512)  # each as often as its cost allows
-WIDTHS = (8, 16, 32, 64)  # channels of a U-Net's first block, half those of its second
+# Each as often as its cost allows; widths are channels of a U-Net's first block, half those of its second.
+SIZES = (64, 64, 64, 64, 128, 128, 128, 256, 512)
+WIDTHS = (8, 8, 16, 16, 32, 32, 64)
 HIDDEN = {8: 32, 16: 64, 32: 96, 64: 128}  # a transformer of about that cost
 DROPOUTS = (0.0, 0.3)
 AUGMENTATIONS = ("none", "flip")
 RATES = (5e-4, 1e-3, 2e-3)
 BATCHES = (16, 32, 64)
 # A run's length in optimizer steps, for each training image, by width, at a learning rate of 1e-3; they go with its inverse
-# root, and with dropout they are half as many again. Digits are copied after some 8 (EDM, width 32, batch 48).
+# root, and with dropout they are half as many again. Digits are copied after some 20 (EDM, width 32, batch 16).
 STEPS_PER_IMAGE = {8: 60, 16: 35, 32: 20, 64: 12}
+SLOWNESS = {"edm": 1.4, "v": 1.6, "flow": 2.2}  # the other families copy later
 # Images a second at 8x8 with a batch of 48 on one slow core, and what other batches change: what a run is reckoned to cost.
 SPEED = {"unet": {8: 1260, 16: 800, 32: 360, 64: 125}, "flow": {8: 2200, 16: 1270, 32: 760, 64: 590}}
 BATCH_SPEED = {16: 0.6, 32: 0.85, 48: 1.0, 64: 1.1, 128: 1.4}
-MOST_SECONDS = 300  # a run that would take longer is not drawn
+ASKED = 5000 / 3.4  # what a measurement denoises, in images trained on, which cost 3.4 times as much
+MOST_SECONDS = 100  # a training ends there, and is not drawn if that is less than a quarter of its length
 
 # How every run is measured.
 MONITOR: dict[str, Any] = {
-    "measurements": 16,
+    "measurements": 11,
     "probe_images": 256,
-    "num_samples": 128,
-    "sample_steps": 10,
+    "num_samples": 96,
+    "sample_steps": 8,
     "encoder": "pixels",
 }
 # When a detector says that a run copies: from the first measurement on from which it says so at all that follow. The distance
@@ -77,11 +80,23 @@ def chosen_on(name: str) -> bool:
     return hashlib.sha256(name.encode()).digest()[0] % 2 == 0
 
 
-def seconds_of(run: Mapping[str, Any], kimg: float) -> float:
-    """What a run is reckoned to cost, in seconds of training on one core."""
+def images_a_second(run: Mapping[str, Any]) -> float:
+    """How many images of its set a network is trained on in a second, in batches of 48."""
     kind = "flow" if run["family"] == "flow" else "unet"
-    rate = SPEED[kind][run["width"]] * BATCH_SPEED[run["batch_size"]] * (8 / IMAGES[run["images"]]["resolution"]) ** 1.8
-    return 1000 * kimg / rate
+    return float(SPEED[kind][run["width"]] * (8 / IMAGES[run["images"]]["resolution"]) ** 1.8)
+
+
+def seconds_of(run: Mapping[str, Any], kimg: float) -> float:
+    """What a run's training is reckoned to take, in seconds on one core."""
+    return 1000 * kimg / (images_a_second(run) * BATCH_SPEED[run["batch_size"]])
+
+
+def cost_of(planned_run: Mapping[str, Any]) -> float:
+    """Seconds on one core of a run of the plan, with what comes before it and its measurements."""
+    run = planned_run["factors"]
+    kimg = planned_run["options"]["total_kimg"] + planned_run.get("before", {}).get("total_kimg", 0.0)
+    measured = (MONITOR["measurements"] + 1) * ASKED / images_a_second(run)
+    return seconds_of(run, kimg) + measured
 
 
 def network_options(family: str, width: int) -> dict[str, Any]:
@@ -111,16 +126,21 @@ def name_of(run: Mapping[str, Any]) -> str:
     )
 
 
-def kimg_of(run: Mapping[str, Any], share: float = 1.0) -> float:
-    """Thousands of images that a run sees: as many steps for each of its images as copies take, and more."""
-    steps = share * STEPS_PER_IMAGE[run["width"]] * run["num_images"] * (1e-3 / run["learning_rate"]) ** 0.5
-    steps *= 1.5 if run["dropout"] else 1.0
+def kimg_needed(run: Mapping[str, Any], share: float = 1.0) -> float:
+    """Thousands of images in which copies should have come: so many steps for each training image."""
+    steps = share * SLOWNESS[run["family"]] * STEPS_PER_IMAGE[run["width"]] * run["num_images"]
+    steps *= (1e-3 / run["learning_rate"]) ** 0.5 * (1.5 if run["dropout"] else 1.0)
     return float(f"{steps * run['batch_size'] / 1000:.3g}")
 
 
 def kimg_within(run: Mapping[str, Any], seconds: float, most_epochs: float) -> float:
     """Thousands of images that so many seconds allow, and at most so many epochs."""
     return float(f"{min(seconds / seconds_of(run, 1), most_epochs * run['num_images'] / 1000):.3g}")
+
+
+def kimg_of(run: Mapping[str, Any], share: float = 1.0, seconds: float = MOST_SECONDS) -> float:
+    """Thousands of images that a run sees: as many as copies should take, or as the time allows."""
+    return min(kimg_needed(run, share), kimg_within(run, seconds, 1e9))
 
 
 def planned(run: Mapping[str, Any], kimg: float, **others: Any) -> dict[str, Any]:
@@ -133,8 +153,8 @@ def planned(run: Mapping[str, Any], kimg: float, **others: Any) -> dict[str, Any
 
 
 def first_kimg(total_kimg: float) -> float:
-    """Where measuring begins: a fiftieth of the run, so that the verdict sees some five doublings."""
-    return float(f"{min(2.0, total_kimg / 50):.2g}")
+    """Where measuring begins: one part in 24 of the run, so that the verdict sees some four and a half doublings."""
+    return float(f"{total_kimg / 24:.2g}")
 
 
 def _draw(rng: random.Random, seed: int) -> dict[str, Any]:
@@ -152,6 +172,7 @@ def _draw(rng: random.Random, seed: int) -> dict[str, Any]:
     }
 
 
+WEIGHTED: dict[Any, tuple[int, ...]] = {"num_images": SIZES, "width": WIDTHS}
 FACTORS = ("images", "family", "num_images", "width", "dropout", "augment", "learning_rate", "batch_size", "half")
 
 
@@ -166,30 +187,23 @@ def _imbalance(run: Mapping[str, Any], counts: Counter[tuple[Any, ...]]) -> floa
     """How often a run's levels are there already, each relative to how often it should be; single ones count ten times."""
     total = 0.0
     for level in _levels(run):
-        share = SIZES.count(level[1]) / len(SIZES) * 4 if level[0] == "num_images" else 1.0
+        drawn = WEIGHTED.get(level[0])
+        share = drawn.count(level[1]) / len(drawn) * len(set(drawn)) if drawn else 1.0
         total += counts[level] / share * (10 if isinstance(level[0], str) else 1)
     return total
 
 
 def decoupled_runs() -> list[dict[str, Any]]:
-    """Limited runs over all factors, each the best of many draws: any first blocks of them are about balanced.
-
-    Within a block the cheapest come first, so that there is something to see early.
-    """
+    """Limited runs over all factors, each the best of many draws: any first of them are about balanced."""
     rng, counts = random.Random(SEED), Counter[tuple[Any, ...]]()
     runs: list[dict[str, Any]] = []
     while len(runs) < DECOUPLED_RUNS:
-        drawn = [_draw(rng, 1200 + len(runs)) for _ in range(CANDIDATES)]
-        drawn = [r for r in drawn if seconds_of(r, kimg_of(r)) <= MOST_SECONDS]
+        drawn = [_draw(rng, 5000 + len(runs)) for _ in range(CANDIDATES)]
+        drawn = [r for r in drawn if kimg_of(r) >= kimg_needed(r) / 4]
         best = min(drawn, key=lambda r: (_imbalance(r, counts), name_of(r)))
         counts.update(_levels(best))
         runs.append(planned(best, kimg_of(best)))
-    blocks = [runs[i : i + BLOCK] for i in range(0, len(runs), BLOCK)]
-
-    def cost(run: Mapping[str, Any]) -> float:
-        return seconds_of(run["factors"], run["options"]["total_kimg"])
-
-    return [run for block in blocks for run in sorted(block, key=cost)]
+    return runs
 
 
 def fast_runs() -> list[dict[str, Any]]:
@@ -209,10 +223,9 @@ def fast_runs() -> list[dict[str, Any]]:
             "augment": "none",
             "learning_rate": RATES[1 + i % 2],
             "batch_size": (16, 32)[i // 2 % 2],
-            "seed": 3200 + i,
+            "seed": 5200 + i,
         }
-        # The first of them, of digits by EDM, copied only at its end: longer since, for small batches most of all.
-        runs.append(planned(run, kimg_of(run, 1.0 if i == 0 else {16: 1.7, 32: 1.3}[run["batch_size"]])))
+        runs.append(planned(run, kimg_of(run, 1.2, 140)))
     random.Random(SEED).shuffle(runs)
     return runs
 
@@ -227,84 +240,56 @@ RICH = {"digits8": 1600, "mnist8": 4000, "fashion8": 8000, "cifar8": 8000, "cifa
 
 def long_runs() -> Iterator[list[dict[str, Any]]]:
     """Five kinds of long runs, each balanced over images and families."""
-    seeds = itertools.count(2200)
+    seeds = itertools.count(5300)
 
     def pick(place: int) -> tuple[str, str]:
         return SETS[place % len(SETS)], FAMILIES[(place + place // len(SETS)) % len(FAMILIES)]
 
     kinds: list[list[dict[str, Any]]] = [[] for _ in range(5)]
     rich, narrow, changed, late, tuned = kinds
-    for i in range(10):
+    for i in range(5):
         images, family = pick(i)
-        batch = BATCHES[i % 3]
-        run = _long(images, family, RICH[images], (16, 32)[i // 5], next(seeds), kind="rich", batch_size=batch)
-        rich.append(planned(run, kimg_within(run, 120, 600)))
-    for i in range(10):
+        run = _long(images, family, RICH[images], (16, 32)[i % 2], next(seeds), kind="rich", batch_size=BATCHES[i % 3])
+        rich.append(planned(run, kimg_within(run, 90, 600)))
+    for i in range(5):
         images, family = pick(i + 2)
-        num_images = 256 if images == "cifar16" else (512, 1024)[i // 5]
-        run = _long(images, family, num_images, 8, next(seeds), kind="narrow", batch_size=64)
-        narrow.append(planned(run, kimg_within(run, 1e9, 600 if i < 7 else 1000)))
-    for i in range(8):
+        run = _long(images, family, 128 if images == "cifar16" else 256, 8, next(seeds), kind="narrow", batch_size=64)
+        narrow.append(planned(run, kimg_within(run, 1e9, 1000 if i == 3 else 600)))
+    for i in range(4):
         images, family = pick(i + 2)
         batch, other = ((64, 16), (16, 64))[i % 2]
-        run = _long(images, family, (64, 128)[i // 2 % 2], 16, next(seeds), kind="batch changed", batch_size=batch)
-        kimg = kimg_of(run | {"batch_size": 32})
+        run = _long(images, family, 64, 16, next(seeds), kind="batch changed", batch_size=batch)
+        kimg = kimg_of(run | {"batch_size": 32}, seconds=130)
         # Once before a turn is to be expected, once after.
-        after = [{"at_kimg": float(f"{kimg * (0.2, 0.5)[i // 2 % 2]:.3g}"), "batch_size": other}]
+        after = [{"at_kimg": float(f"{kimg * (0.2, 0.5)[i // 2]:.3g}"), "batch_size": other}]
         changed.append(planned(run, kimg, changes=after))
-    for i in range(8):
+    for i in range(4):
         images, family = pick(i + 3)
-        run = _long(images, family, (64, 128)[i % 2], (16, 32)[i // 2 % 2], next(seeds), kind="attached late")
-        before = options_of(run) | {"total_kimg": kimg_of(run, (0.15, 0.35)[i // 4])}
+        run = _long(images, family, 64, (16, 32)[i % 2], next(seeds), kind="attached late")
+        before = options_of(run) | {"total_kimg": kimg_of(run, (0.15, 0.35)[i // 2])}
         late.append(planned(run, kimg_of(run), before=before))
-    for i in range(10):
+    for i in range(5):
         images, family = pick(i + 4)
-        run = _long(images, family, (64, 128)[i % 2], (16, 32)[i // 2 % 2], next(seeds), kind="fine-tuned", learning_rate=5e-4)
+        run = _long(images, family, (64, 128)[i % 2], (16, 32)[i // 2 % 2], next(seeds), kind="fine-tuned", learning_rate=1e-3)
         # Learnt beforehand: many images of the same kind, those to come hardly among them.
-        learned = run | {"seed": run["seed"] + 500, "num_images": RICH[images] // 2, "learning_rate": 1e-3}
-        tuned.append(planned(run, kimg_of(run), before=options_of(learned) | {"total_kimg": kimg_within(learned, 60, 600)}))
+        learned = run | {"seed": run["seed"] + 500, "num_images": RICH[images] // 2}
+        tuned.append(planned(run, kimg_of(run), before=options_of(learned) | {"total_kimg": kimg_within(learned, 40, 600)}))
     yield from kinds
-
-
-def _pilot(kimg: float, images: str, family: str, num_images: int, width: int, **others: Any) -> dict[str, Any]:
-    base = {"panel": "decoupled", "images": images, "family": family, "num_images": num_images, "width": width}
-    plain = {"dropout": 0.0, "augment": "none", "learning_rate": 1e-3, "batch_size": 48}
-    changes = {"changes": others.pop("changes")} if "changes" in others else {}
-    return planned(base | plain | others, kimg, **changes)
-
-
-def pilot_runs() -> list[dict[str, Any]]:
-    """The runs that were trained before the plan was amended."""
-    changed = [{"at_kimg": 11.0, "batch_size": 16}]
-    narrow, rich = ({"panel": "long", "kind": kind} for kind in ("narrow", "rich"))
-    midway = {"panel": "long", "kind": "batch changed", "changes": changed}
-    return [
-        _pilot(35.4, "cifar8", "flow", 128, 64, dropout=0.3, learning_rate=4e-4, batch_size=16, seed=1001),
-        _pilot(46.3, "mnist12", "v", 64, 16, learning_rate=2.5e-3, batch_size=128, seed=1003),
-        _pilot(307.0, "mnist12", "v", 512, 8, batch_size=128, seed=2010, **narrow),
-        _pilot(96.0, "digits8", "edm", 1600, 16, seed=2000, **rich),
-        _pilot(152.0, "cifar8", "flow", 512, 32, dropout=0.3, learning_rate=4e-4, seed=1005),
-        _pilot(55.1, "fashion12", "flow", 64, 16, batch_size=128, seed=2020, **midway),
-        _pilot(57.9, "cifar16", "edm", 128, 16, learning_rate=2e-3, batch_size=32, seed=1100),
-        _pilot(81.9, "mnist8", "v", 64, 8, dropout=0.3, batch_size=64, seed=1103),
-        _pilot(307.0, "mnist8", "v", 512, 8, batch_size=64, seed=2110, **narrow),
-        _pilot(57.6, "digits8", "edm", 1600, 16, batch_size=16, seed=2100, **rich),
-    ]
 
 
 def _interleaved(
     decoupled: Sequence[dict[str, Any]], fast: Sequence[dict[str, Any]], *long: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """One list, in which each is spread evenly: fast runs over the first third, long ones after the first tenth."""
+    """One list, in which each is spread evenly: fast runs over the first half, long ones after the first tenth."""
     placed = [((i + 0.5) / len(decoupled), run["name"], run) for i, run in enumerate(decoupled)]
-    placed += [(i / len(fast) / 3, run["name"], run) for i, run in enumerate(fast)]
+    placed += [(i / len(fast) / 2, run["name"], run) for i, run in enumerate(fast)]
     placed += [((i + 1) / (len(runs) + 1), run["name"], run) for runs in long for i, run in enumerate(runs)]
     return [run for _, _, run in sorted(placed, key=lambda entry: entry[:2])]
 
 
 def design() -> dict[str, Any]:
     """The whole plan: what was fixed before the first run, and the runs in the order in which they are trained."""
-    runs = [*pilot_runs(), *_interleaved(decoupled_runs(), fast_runs(), *long_runs())]
+    runs = _interleaved(decoupled_runs(), fast_runs(), *long_runs())
     return {"seed": SEED, "monitor": MONITOR, "truth": TRUTH, "open_factor": 2.0, "horizons_epochs": HORIZONS, "runs": runs}
 
 

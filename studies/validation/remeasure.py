@@ -37,7 +37,7 @@ def load_weights(network: nn.Module, path: Path) -> None:
 def measured_anew(run: PlannedRun, plan: Plan, folder: Path, result: Result) -> Result:
     """A run's result with what the monitor says of each checkpoint now. Raises ValueError where some are not there."""
     live, there = Run(config_of(run.options, plan), folder), checkpoints(folder)
-    live.monitor.pictures = False
+    live.monitor.pictures = live.generation.pictures = False
     rows = []
     for row in result.rows:
         step = int(row["images_seen"])

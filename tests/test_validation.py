@@ -18,7 +18,7 @@ from scipy.stats import somersd
 from mlflow_icr import NoiseSweep
 from mlflow_icr.monitoring.sweep import SweepPoint
 from studies.validation.coverage import FAMILIES, Coverage, measure_coverage, read_coverages, simulate_missing
-from studies.validation.design import PLAN, chosen_on, design, text_of
+from studies.validation.design import PLAN, chosen_on, cost_of, design, kimg_needed, text_of
 from studies.validation.outcomes import LEADING, TWO, Outcome, lasting_onset, onsets_of
 from studies.validation.report import write_report
 from studies.validation.results import Result, read_results, write_result
@@ -169,22 +169,23 @@ def test_the_plan_is_its_design() -> None:
 
 def test_any_first_part_of_the_plan_is_about_balanced() -> None:
     runs = read_plan().runs
-    assert len({run.name for run in runs}) == len(runs) >= 120
+    assert len({run.name for run in runs}) == len(runs) >= 110
     assert all(run.chosen_on is chosen_on(run.name) for run in runs)
-    amended = [run for run in runs if run.options["seed"] % 1000 >= 200]  # the others were trained before
-    decoupled = [run for run in amended if run.factors["panel"] == "decoupled"]
+    decoupled = [run for run in runs if run.factors["panel"] == "decoupled"]
     assert len(decoupled) >= 80
-    for part in (decoupled[:32], decoupled[:64], decoupled):
+    for part in (decoupled[:24], decoupled[:48], decoupled):
         for factor in ("family", "dropout", "learning_rate", "batch_size", "width", "images"):
             counted = Counter(run.factors[factor] for run in part)
             levels = len({run.factors[factor] for run in decoupled})
             assert len(counted) == levels, factor
             assert max(counted.values()) <= 1.8 * len(part) / levels, (factor, counted)
+            assert min(counted.values()) >= 0.4 * len(part) / levels, (factor, counted)
         assert 0.35 <= sum(run.chosen_on for run in part) / len(part) <= 0.65
-    # All are long enough for copies, counted in optimizer steps, and so end after quite different epochs.
-    for run in decoupled:
-        steps = 1000 * run.options["total_kimg"] / run.factors["batch_size"]
-        assert steps > 8 * run.factors["num_images"]
+    # Most are nearly as long as copies should take, in optimizer steps, and so end after quite different epochs.
+    lengths = [run.options["total_kimg"] / kimg_needed(run.factors) for run in decoupled]
+    assert sum(length >= 0.75 for length in lengths) > len(lengths) / 2
+    # What it costs, by the speed of one core that its lengths are reckoned with.
+    assert sum(map(cost_of, design()["runs"])) < 5 * 3600
     ends = sorted(1000 * run.options["total_kimg"] / run.factors["num_images"] for run in decoupled)
     assert ends[len(ends) * 9 // 10] > 4 * ends[len(ends) // 10]
     plan = read_plan()

@@ -38,12 +38,12 @@ IMAGES: dict[str, dict[str, Any]] = {
 SETS = ("digits8", "mnist8", "fashion8", "cifar8", "cifar16")
 FAMILIES = ("edm", "v", "flow")
 # Each as often as its cost allows; widths are channels of a U-Net's first block, half those of its second.
-SIZES = (64, 64, 64, 64, 128, 128, 128, 256, 512)
+SIZES = (64, 64, 64, 64, 64, 64, 128, 128, 128, 256, 512)
 WIDTHS = (8, 8, 16, 16, 32, 32, 64)
 HIDDEN = {8: 32, 16: 64, 32: 96, 64: 128}  # a transformer of about that cost
 DROPOUTS = (0.0, 0.3)
 AUGMENTATIONS = ("none", "flip")
-RATES = (5e-4, 1e-3, 2e-3)
+RATES = (7.5e-4, 1.5e-3, 3e-3)
 BATCHES = (16, 32, 64)
 # A run's length in optimizer steps, for each training image, by width, at a learning rate of 1e-3; they go with its inverse
 # root, and with dropout they are half as many again. Digits are copied after some 20 (EDM, width 32, batch 16).
@@ -53,7 +53,10 @@ SLOWNESS = {"edm": 1.4, "v": 1.6, "flow": 2.2}  # the other families copy later
 SPEED = {"unet": {8: 1260, 16: 800, 32: 360, 64: 125}, "flow": {8: 2200, 16: 1270, 32: 760, 64: 590}}
 BATCH_SPEED = {16: 0.6, 32: 0.85, 48: 1.0, 64: 1.1, 128: 1.4}
 ASKED = 5000 / 3.4  # what a measurement denoises, in images trained on, which cost 3.4 times as much
-MOST_SECONDS = 100  # a training ends there, and is not drawn if that is less than a quarter of its length
+# A training ends after so many seconds, and is not drawn where that is less than this share of its length, so that most copy;
+# of many images, or of 16 pixels, few can, and they end sooner.
+MOST_SECONDS, LEAST_SHARE = 140, 0.75
+MOST_SECONDS_DEAR, LEAST_SHARE_DEAR = 60, 0.1
 
 # How every run is measured.
 MONITOR: dict[str, Any] = {
@@ -138,9 +141,15 @@ def kimg_within(run: Mapping[str, Any], seconds: float, most_epochs: float) -> f
     return float(f"{min(seconds / seconds_of(run, 1), most_epochs * run['num_images'] / 1000):.3g}")
 
 
-def kimg_of(run: Mapping[str, Any], share: float = 1.0, seconds: float = MOST_SECONDS) -> float:
+def is_dear(run: Mapping[str, Any]) -> bool:
+    """Whether a run would take long to copy, for its many images or pixels."""
+    return bool(run["num_images"] > 128 or run["images"] == "cifar16")
+
+
+def kimg_of(run: Mapping[str, Any], share: float = 1.0, seconds: float | None = None) -> float:
     """Thousands of images that a run sees: as many as copies should take, or as the time allows."""
-    return min(kimg_needed(run, share), kimg_within(run, seconds, 1e9))
+    most = MOST_SECONDS_DEAR if is_dear(run) else MOST_SECONDS
+    return min(kimg_needed(run, share), kimg_within(run, most if seconds is None else seconds, 1e9))
 
 
 def planned(run: Mapping[str, Any], kimg: float, **others: Any) -> dict[str, Any]:
@@ -199,7 +208,7 @@ def decoupled_runs() -> list[dict[str, Any]]:
     runs: list[dict[str, Any]] = []
     while len(runs) < DECOUPLED_RUNS:
         drawn = [_draw(rng, 5000 + len(runs)) for _ in range(CANDIDATES)]
-        drawn = [r for r in drawn if kimg_of(r) >= kimg_needed(r) / 4]
+        drawn = [r for r in drawn if kimg_of(r) >= (LEAST_SHARE_DEAR if is_dear(r) else LEAST_SHARE) * kimg_needed(r)]
         best = min(drawn, key=lambda r: (_imbalance(r, counts), name_of(r)))
         counts.update(_levels(best))
         runs.append(planned(best, kimg_of(best)))
@@ -221,11 +230,11 @@ def fast_runs() -> list[dict[str, Any]]:
         }
         run = base | {
             "augment": "none",
-            "learning_rate": RATES[1 + i % 2],
+            "learning_rate": (1e-3, 2e-3)[i % 2],
             "batch_size": (16, 32)[i // 2 % 2],
             "seed": 5200 + i,
         }
-        runs.append(planned(run, kimg_of(run, 1.2, 140)))
+        runs.append(planned(run, kimg_of(run, 1.2, 270 if images == "cifar16" else 115)))
     random.Random(SEED).shuffle(runs)
     return runs
 
@@ -266,14 +275,16 @@ def long_runs() -> Iterator[list[dict[str, Any]]]:
     for i in range(4):
         images, family = pick(i + 3)
         run = _long(images, family, 64, (16, 32)[i % 2], next(seeds), kind="attached late")
-        before = options_of(run) | {"total_kimg": kimg_of(run, (0.15, 0.35)[i // 2])}
-        late.append(planned(run, kimg_of(run), before=before))
+        before = options_of(run) | {"total_kimg": kimg_of(run, (0.15, 0.35)[i // 2], 40)}
+        late.append(planned(run, kimg_of(run, seconds=110), before=before))
     for i in range(5):
         images, family = pick(i + 4)
         run = _long(images, family, (64, 128)[i % 2], (16, 32)[i // 2 % 2], next(seeds), kind="fine-tuned", learning_rate=1e-3)
         # Learnt beforehand: many images of the same kind, those to come hardly among them.
         learned = run | {"seed": run["seed"] + 500, "num_images": RICH[images] // 2}
-        tuned.append(planned(run, kimg_of(run), before=options_of(learned) | {"total_kimg": kimg_within(learned, 40, 600)}))
+        tuned.append(
+            planned(run, kimg_of(run, seconds=110), before=options_of(learned) | {"total_kimg": kimg_within(learned, 40, 600)})
+        )
     yield from kinds
 
 

@@ -329,11 +329,15 @@ def test_a_page_says_first_what_came_out(tmp_path: Path) -> None:
     write_report(made_up_results(), read_plan(), docs)
     page = (docs / "validation.md").read_text()
     assert "{{" not in page
-    assert page.splitlines()[2].startswith(f"**Partial, 12 of {len(read_plan().runs)} runs: of the runs that nothing was")
+    count = len(read_plan().runs)
+    first = f"**Nothing stands yet: 12 of {count} runs are trained. So far, of the runs that nothing was"
+    assert page.splitlines()[2].startswith(first)
     assert "not measured" in page  # signals that these histories do not have are told of
     lines = (docs / "validation" / "outcomes.csv").read_text().splitlines()
     assert len(lines) == 13
     assert "copies by two detectors" in lines[0]
+    write_report([], read_plan(), docs)
+    assert f"none of the {count} runs of the plan is trained" in (docs / "validation.md").read_text().splitlines()[2]
 
 
 def test_the_page_says_what_the_result_files_hold(tmp_path: Path) -> None:

@@ -250,6 +250,34 @@ def test_missing_evidence_never_acquits() -> None:
     assert verdict([]).state == "undecided"
 
 
+def near_views_alone(excess: list[float], half_width: float = 0.02) -> Rows:
+    """A history of near views, whose ratio hardly moves, at steps a factor of 1.3 apart."""
+    rows = []
+    for i, value in enumerate(excess):
+        ratio = 1 + 0.14 * max(0.0, value)
+        ends = {f"repr/{n}_{end}": v + sign * half_width for n, v in (("view_excess", value), ("near_error_ratio", ratio))
+                for end, sign in (("low", -1), ("high", 1))}  # fmt: skip
+        same = {"repr/view_excess": value, "repr/near_error_ratio": ratio, "repr/view_error_ratio": ratio}
+        rows.append({"images_seen": round(500 * 1.3**i), **same, **ends})
+    return rows
+
+
+def test_near_views_alone_convict_by_the_way_that_is_taken_back() -> None:
+    # 64 images of CIFAR-10, which were copied from the 14th measurement on; 1600 digits, of which none was.
+    copying = [-0.01, -0.02, -0.02, -0.02, -0.02, -0.02, -0.01, -0.01, 0.02, 0.08, 0.18, 0.32, 0.46, 0.57, 0.65]
+    clean = [0.0, 0.01, 0.02, 0.04, 0.07, 0.1, 0.12, 0.13, 0.14, 0.15, 0.16, 0.16, 0.17, 0.18, 0.19]
+    assert states(near_views_alone(copying)) == ["undecided"] * 3 + ["generalizing"] * 8 + ["turning"] * 4
+    assert states(near_views_alone(clean)) == ["undecided"] * 3 + ["generalizing"] * 12
+    found = verdict(near_views_alone(copying))
+    assert (found.turned_at, found.low) == (round(500 * 1.3**11), round(500 * 1.3**10))
+    assert "65% (63% to 67%) of the way back" in found.text
+    assert states(near_views_alone(copying, 0.2))[11] == "undecided"
+    # It clears; and far views, once there, are what is read.
+    assert states(near_views_alone([*copying, 0.05, 0.05, 0.05]))[-3:] == ["turning", "turning", "generalizing"]
+    both = [row | {f"repr/far_error_ratio{end}": 1.0 for end in ("", "_low", "_high")} for row in near_views_alone(copying)]
+    assert "turning" not in states(both)
+
+
 def test_icr_alone_accuses_where_the_ratio_is_missing_and_it_rises_far() -> None:
     rows = without(history(0.3, 1.6, icr_rise=0.12), "view_error")
     found = verdict(rows)

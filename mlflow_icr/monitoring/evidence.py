@@ -21,9 +21,10 @@ from enum import Enum
 
 import numpy as np
 
-# Of what there is the first: near views, which move by 1/128 of the side, move the ratio by a few per cent only. In histories
-# from before there were far views, the second one was of crops, on about the scale of far views.
+# Of what there is the first. In histories from before there were far views, the second one was of crops, on about the scale of
+# far views. Near views, which move by 1/128 of the side, move the ratio by a few per cent only: `ExcessEvidence` reads them.
 RATIOS = ("repr/far_error_ratio", "repr/view_error_ratio")
+NEAR, EXCESS = "repr/near_error_ratio", "repr/view_excess"
 NAMES = dict(zip(RATIOS, ("far error ratio", "view error ratio"), strict=True))
 TRAIN_KEYS = ("train/optimizer_steps", "train/batch_size", "train/origin_images_seen")
 Row = Mapping[str, float]
@@ -54,6 +55,9 @@ class Thresholds:
     absolute_level: float = 6.0
     # A turn clears where the ratio is surely below this, relative to its baseline, for `fewest_points` measurements.
     clear_level: float = 1.5
+    # Of near views: the share of their way back to the image that is taken. It creeps to 0.2 where images are upright and
+    # nothing is copied, and is 0.3 to 0.6 where copies begin.
+    excess: float = 0.25
     window: float = 2.0  # clock now over clock at the start of the rate's window: one doubling smooths a schedule's noise
     fewest_points: int = 3  # a slope of two points has no residual, and one measurement may be an accident
     # ICR creeps up in models that copy nothing, by 0.044 within 240 kimg: twice that.
@@ -213,6 +217,41 @@ class RatioEvidence:
             elif says is Says.CLEAN:
                 says = Says.DOUBTFUL
         return Finding(says, text, since)
+
+
+def has_near_views_alone(row: Row) -> bool:
+    """Whether a row's ratio is one of near views, and there is none of far ones."""
+    return RATIOS[0] not in row and (NEAR in row or (EXCESS in row and RATIOS[-1] not in row))
+
+
+def without_ratios(row: Row) -> Row:
+    """A row without the ratios that `RatioEvidence` reads."""
+    return {key: value for key, value in row.items() if not key.startswith(RATIOS)}
+
+
+class ExcessEvidence:
+    """What near views say where there are no far ones: which share of their way back to the image a network takes."""
+
+    def __init__(self, t: Thresholds) -> None:
+        self._t = t
+        self.below = False  # whether it is surely so low that a turn clears
+        self._count = 0
+        self._since: int | None = None  # images seen, of the measurement before the share was passed
+
+    def add(self, row: Row) -> Finding:
+        """What the excess says with one more row."""
+        t, at = self._t, int(row["images_seen"])
+        value = row.get(EXCESS, math.nan)
+        low, high = (row.get(f"{EXCESS}_{end}", value) for end in ("low", "high"))
+        self.below = high < t.excess / 2
+        if not math.isfinite(value):
+            return Finding(Says.NOTHING, f"{EXCESS} is missing at {at:,} images seen")
+        self._count += 1
+        since, self._since = self._since, at
+        text = f"near views: {value:.0%} ({low:.0%} to {high:.0%}) of the way back to the image is taken"
+        if value <= t.excess:
+            return Finding(Says.TOO_FEW if self._count <= t.fewest_points else Says.CLEAN, text)
+        return Finding(Says.CERTAIN if low > t.excess else Says.DOUBTFUL, text, at if since is None else since)
 
 
 class RiseEvidence:

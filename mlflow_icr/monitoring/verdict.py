@@ -18,7 +18,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mlflow_icr.monitoring.evidence import RATIOS, Finding, RatioEvidence, RiseEvidence, Row, SampleEvidence, Says, Thresholds
+from mlflow_icr.monitoring.evidence import (
+    RATIOS,
+    ExcessEvidence,
+    Finding,
+    RatioEvidence,
+    RiseEvidence,
+    Row,
+    SampleEvidence,
+    Says,
+    Thresholds,
+    has_near_views_alone,
+    without_ratios,
+)
 from mlflow_icr.monitoring.forecast import Forecast, Forecaster
 from mlflow_icr.monitoring.series import rows_of
 
@@ -94,8 +106,9 @@ class VerdictTracker:
     def __init__(self, thresholds: Thresholds | None = None) -> None:
         self._t = thresholds or Thresholds()
         self._ratio, self._rise, self._samples = RatioEvidence(self._t), RiseEvidence(self._t), SampleEvidence(self._t)
+        self._excess = ExcessEvidence(self._t)
         self._forecaster = Forecaster()
-        self._has_ratio = False
+        self._has_ratio, self._has_far = False, False
         self._turn: _Turn | None = None
         self._suspicion: tuple[int, int] | None = None  # the start of the present evidence of a turn, and its lower bound
         self._below = 0  # measurements in a row that are surely below the level at which a turn clears
@@ -124,8 +137,12 @@ class VerdictTracker:
     def _read_errors(self, row: Row, at: int) -> None:
         """Take the ratio and ICR of a row, date a turn, and clear one."""
         self._first = at if self._first is None else self._first
-        self._has_ratio |= any(key in row for key in RATIOS)
-        rise, (ratio, begins) = self._rise.add(row), self._ratio.add(row)
+        self._has_far |= RATIOS[0] in row
+        near = not self._has_far and has_near_views_alone(row)
+        self._has_ratio |= near or any(key in row for key in RATIOS)
+        rise, (ratio, begins) = self._rise.add(row), self._ratio.add(without_ratios(row) if near else row)
+        if near:
+            ratio = self._excess.add(row)
         if begins:  # after a change of data, findings on the old data do not count
             self._turn, self._suspicion, self._below = None, None, 0
             self._samples, self._copies = SampleEvidence(self._t), Finding(Says.NOTHING, "")
@@ -141,7 +158,7 @@ class VerdictTracker:
         if self._errors.says is Says.CERTAIN and not (self._turn and self._turn.holds):
             assert self._suspicion is not None
             self._turn = _Turn(*self._suspicion, at)
-        comes_back = self._ratio.below and self._errors.says in (Says.CLEAN, Says.TOO_FEW)
+        comes_back = (self._excess if near else self._ratio).below and self._errors.says in (Says.CLEAN, Says.TOO_FEW)
         self._below = self._below + 1 if comes_back and self._copies.says is not Says.CERTAIN else 0
         if self._turn and self._turn.holds and self._below >= self._t.fewest_points:
             self._turn = _Turn(self._turn.at, self._turn.low, self._turn.high, at)

@@ -19,6 +19,7 @@ from studies.validation.rules import Rule, alarms_of, concordance, rates
 from studies.validation.runs import Plan
 from studies.validation.window import HEAD as HEAD_OF_WINDOW
 from studies.validation.window import RESULTS, read_sweeps, window_rows
+from studies.views.results import read_lines, table_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,17 +30,22 @@ CURVES = (
     ("mem/ratio_l2", "share of copies", False),
 )
 RATIO = ("far error ratio, level", "far error ratio, rate of growth")  # the rules that the headline has the concordance of
+FEWEST_RUNS = 40  # with fewer, the page says that nothing stands yet
 # What the study was to show, on the runs that nothing was chosen on.
 TARGETS = {"caught": 0.95, "false": 0.05, "share": 0.55, "memorizing": 0.9, "concordance": 0.85}
 
 
 def headline(outcomes: Sequence[Outcome], judged: Sequence[Outcome], rules: Sequence[Rule], plan: Plan) -> str:
     """What came out, in a few sentences: on the runs that nothing was chosen on, beside what was to be shown."""
+    if not outcomes:
+        return f"**Nothing stands yet: none of the {len(plan.runs)} runs of the plan is trained.**"
     found = rates(judged, alarms_of(THE_VERDICT, judged), LEADING, plan.open_factor)
     clock = next(rule for rule in rules if rule.name == EPOCHS.name)
     epochs = rates(judged, alarms_of(clock, judged), LEADING, plan.open_factor)
     right, called = tables.memorizing_share(judged)
     part = "" if len(outcomes) == len(plan.runs) else f"Partial, {len(outcomes)} of {len(plan.runs)} runs: "
+    if len(outcomes) < FEWEST_RUNS:
+        part = f"Nothing stands yet: {len(outcomes)} of {len(plan.runs)} runs are trained. So far, "
     clean = f"{tables.share(found.false_alarms, found.clean - found.open)} clean ones, counting epochs "
     clean += tables.share(epochs.false_alarms, epochs.clean - epochs.open)
     if found.copying:
@@ -89,7 +95,7 @@ def write_figure(outcomes: Sequence[Outcome], path: Path) -> None:
     """All curves of all runs over epochs: copying ones red, clean ones blue, disputed ones grey, a dot where copies begin."""
     from matplotlib.figure import Figure
 
-    sets = sorted({str(o.factors["images"]) for o in outcomes})
+    sets = sorted({str(o.factors["images"]) for o in outcomes}) or ["no run yet"]
     figure = Figure(figsize=(3.6 * len(sets), 8), layout="constrained")
     panels = figure.subplots(len(CURVES), len(sets), squeeze=False, sharex="col")
     for column, name in enumerate(sets):
@@ -131,7 +137,6 @@ def write_report(results: Sequence[Result], plan: Plan, docs: Path) -> None:
         "runs_done": f"{len(outcomes)} of {len(plan.runs)}",
         "counts": f"{count['copying']} copy by the leading detector, {count['two']} by two or more, {count['clean']} by none",
         "judged": str(len(judged)),
-        "far": str(sum(bool(series(o.rows, "repr/far_error_ratio")) for o in outcomes)),
         "truth": truth_text(plan),
         "open_factor": f"{plan.open_factor:g}",
         "horizons": ", ".join(f"{h:g}" for h in plan.horizons_epochs),
@@ -145,6 +150,7 @@ def write_report(results: Sequence[Result], plan: Plan, docs: Path) -> None:
         "levels": tables.levels_table(calibration()[1]),
         "runs": tables.runs_table(outcomes),
         "window": window_table(docs / "validation" / RESULTS),
+        "views": table_of(read_lines(docs / "validation" / "views.csv")),
         "coverage": tables.coverage_table(read_coverages(docs / "validation" / "coverage.csv")),
     }
     earlier = read_earlier(docs / "validation" / "runs", plan)

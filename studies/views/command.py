@@ -32,6 +32,7 @@ PROBES, OTHERS = 256, 1500
 LARGEST_WIENER = 800  # values of an image, beyond which its covariance is too sampled
 SETS = ("digits", "mnist5k", "fashion-mnist", "cifar10 in grey", "cifar10")
 SIDES = (8, 16, 32)
+LEVELS = {"": 1.0, "_half": 0.5, "_double": 2.0, "_fourfold": 4.0}  # noise, relative to the monitored level
 # Steps of 64 images for which a network is trained: about 12 epochs of the other images, fewer than it could know them by.
 NETWORKS = {("digits", 8): 300, ("cifar10 in grey", 8): 300, ("cifar10", 8): 300, ("cifar10", 16): 150}
 
@@ -67,16 +68,16 @@ def trained_network(others: Tensor, steps: int) -> Denoiser:
 
 def line_of(images: str, kind: str, reader: ErrorReader, denoiser: Denoiser) -> Line:
     """What a denoiser errs on images and their views."""
-    near, far = [], []
-    for level in (0.5, 1.0, 2.0, 4.0):
+    ratios: dict[str, float] = {}
+    for name, level in LEVELS.items():
         errors = reader.read(denoiser, level * SIGMA)
         assert errors.near is not None
         assert errors.far is not None
-        near.append(view_error_ratio(errors.image, errors.near).value)
-        far.append(view_error_ratio(errors.image, errors.far).value)
+        ratios[f"near{name}"] = view_error_ratio(errors.image, errors.near).value
+        ratios[f"far{name}"] = view_error_ratio(errors.image, errors.far).value
         if level == 1:
             auc = view_auc(errors.other, errors.single[reader.chosen])
-    return Line(images, kind, *near, *far, auc.value, auc.low, auc.high, reader.chosen)
+    return Line(images, kind, **ratios, auc=auc.value, auc_low=auc.low, auc_high=auc.high, chosen=reader.chosen)
 
 
 def measured(name: str, side: int, there: set[tuple[str, str]]) -> Iterator[Line]:

@@ -167,7 +167,7 @@ def test_a_failure_is_told_alone_and_the_same_command_goes_on_with_it(
     failure = rf"n48-seed3 failed: trainers.train: error: {broken}/history.jsonl, line 1: .*; its log: {study}/logs/n48-seed3"
     assert re.search(failure, said.out)
     assert re.search(failure, said.err)
-    assert "FAILED: 1 of 2 runs are finished; the same command goes on with the others" in said.err
+    assert "FAILED: 1 of 2 runs are finished; the same command continues with the others" in said.err
     client = MlflowClient()
     runs = {run.data.tags["role"]: run for run in client.search_runs(["0"])}
     assert set(runs) == {"study", "run"}
@@ -243,7 +243,7 @@ def test_ctrl_c_ends_all_runs_and_leaves_them_to_go_on(tmp_path: Path, capsys: p
     os.killpg(child.pid, signal.SIGINT)
     output, _ = child.communicate(timeout=200)
     assert child.returncode == 128 + signal.SIGINT, output
-    assert "KILLED: 0 of 3 runs are finished; the same command goes on with the others" in output
+    assert "KILLED: 0 of 3 runs are finished; the same command continues with the others" in output
     status = sorted((run.data.tags["role"], run.info.status) for run in MlflowClient().search_runs(["0"]))
     assert status == [("run", "KILLED"), ("run", "KILLED"), ("study", "KILLED")]
     assert sweep.main([*given, "--dry-run"]) == 0

@@ -79,7 +79,7 @@ class Batch:
         return self._each(Tensor.pin_memory)
 
     def to(self, device: torch.device) -> Batch:
-        """The same on a device; nobody waits for a CUDA device to have it."""
+        """The same batch on a device; a copy to CUDA is not waited for."""
         return self._each(lambda value: value.to(device, non_blocking=device.type == "cuda"))
 
     def clean(self, inputs: Inputs) -> Tensor:

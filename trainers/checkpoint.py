@@ -266,7 +266,9 @@ def load_checkpoint(
         state.curve.copy_(tensors["curve"])
         state.curve_steps = progress.get("curve_steps", 0)
     sums, ranks = tensors["loss_sum"].reshape(-1), accelerator.num_processes
-    mine = sums[accelerator.process_index] if len(sums) == ranks else sums.mean()  # the same mean, on another number of ranks
-    state.loss_sum.copy_(mine)
+    local_sum = (
+        sums[accelerator.process_index] if len(sums) == ranks else sums.mean()
+    )  # the same mean, on another number of ranks
+    state.loss_sum.copy_(local_sum)
     state.loss_steps = progress["loss_steps"]
     return part("monitor/")

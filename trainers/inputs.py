@@ -151,7 +151,7 @@ def inputs_of(config: TrainConfig, data: DataSet, autoencoder: Autoencoder | Non
 
 
 def with_measured(config: TrainConfig, inputs: Inputs) -> TrainConfig:
-    """A configuration with EDM's sigma_data: the inputs' standard deviation unless it is given, which is told of if it is far.
+    """A configuration with EDM's sigma_data: the inputs' standard deviation, unless it is given. A value far off is logged.
 
     Raises ValueError for inputs that are all alike.
     """

@@ -1,4 +1,4 @@
-"""Several ranks from one command: `--num-processes N` starts them by torchrun, and is one fate with them."""
+"""Start several ranks from one command: `--num-processes N` starts them by torchrun, and they end together."""
 
 from __future__ import annotations
 

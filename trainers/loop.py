@@ -92,8 +92,8 @@ def train(state: TrainState, inputs: Inputs, family: Family, accelerator: Accele
     rows = rows_of(optimizer.batch_size, accumulated, accelerator.process_index, accelerator.num_processes)
 
     def share(images_seen: int) -> list[Batch]:
-        mine = draw_batch(inputs, order, family, images_seen, rows)
-        return [mine.part(place, accumulated) for place in range(accumulated)]
+        local_batch = draw_batch(inputs, order, family, images_seen, rows)
+        return [local_batch.part(place, accumulated) for place in range(accumulated)]
 
     with Ahead(share, optimizer.batch_size, device) as drawn:
         while True:
@@ -101,10 +101,12 @@ def train(state: TrainState, inputs: Inputs, family: Family, accelerator: Accele
             for group in state.optimizer.param_groups:
                 group["lr"] = learning_rate_at(optimizer, state.images_seen)
             for part in parts:
-                mine = part.to(device)
-                state.dropout_keys.of_rows = mine.dropout_keys
+                local_part = part.to(device)
+                state.dropout_keys.of_rows = local_part.dropout_keys
                 with accelerator.accumulate(state.network):
-                    loss = family.loss(denoiser, mine.clean(inputs), mine.level, mine.noise, mine.labels)
+                    loss = family.loss(
+                        denoiser, local_part.clean(inputs), local_part.level, local_part.noise, local_part.labels
+                    )
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:
                         norm = guard_gradients(parameters, state.optimizer, state.skipped, accelerator, optimizer.clip_norm)
@@ -143,7 +145,7 @@ def whole_average(state: TrainState, accelerator: Accelerator) -> Iterator[None]
 
 
 def take_mean_loss(state: TrainState, accelerator: Accelerator) -> float | None:
-    """The mean training loss of all ranks since it was last taken, which starts anew; None when nothing was trained.
+    """The mean training loss of all ranks since the last call; None when nothing was trained.
 
     Not finite where a step's was not.
     """

@@ -1,4 +1,4 @@
-"""What a training is where nobody says: resolution, batch, network, length and measurements, from the data and the device."""
+"""Defaults of a training: resolution, batch, network, length and measurements, from the data and the device."""
 
 from __future__ import annotations
 

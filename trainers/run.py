@@ -138,7 +138,7 @@ class Run:
         self.on_suspicion = every is None
         if resume:
             folder = latest_checkpoint(output_dir)
-            if folder is not None:  # else the run ended before its first one, and starts anew
+            if folder is not None:  # else the run ended before its first one, and starts again
                 self.monitor.load_state_dict(load_checkpoint(folder, self.state, self.accelerator, config.optimizer.batch_size))
         # On every rank the same; the measurement at the state that was saved is repeated.
         rows = read_history(output_dir) if resume and (output_dir / HISTORY).exists() else []
@@ -261,7 +261,7 @@ class Run:
         return "FINISHED"
 
     def _curve(self, tracker: Tracker | None) -> Curve:
-        """The training's curve, begun anew at the state as it is."""
+        """The training's curve, started at the present state."""
         config, log = self.config, None if tracker is None else tracker.log
         self.curve = Curve(config.run.curve_every, self.accelerator, log, skipped=int(self.state.skipped[0]))
         return self.curve

@@ -133,7 +133,7 @@ def run_is_mine() -> bool:
 
 
 def configure(arguments: Any) -> tuple[TrainConfig, Path, dict[str, str], str | None, bool]:
-    """Everything that the command line says, checked. Raises ValueError for what cannot be."""
+    """Everything that the command line says, checked. Raises ValueError for impossible values."""
     check_launcher(os.environ)
     changes, config = config_changes(arguments), None
     output_dir = Path(arguments.output_dir)
@@ -218,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status = train_run(run, stop, output_dir, tags, run_name, resume)
     except OSError as error:  # a full disk, most of all: what was measured before is whole, and so is the last checkpoint
-        print(f"trainers.train: error: {error}; go on with --resume when that is mended", file=sys.stderr)
+        print(f"trainers.train: error: {error}; continue with --resume when that is fixed", file=sys.stderr)
         return 1
     except TrainingError as error:
         if run_is_mine():

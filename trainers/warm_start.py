@@ -27,7 +27,7 @@ PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
 
 @dataclass(frozen=True)
 class Start:
-    """The folder of a trained network, its config, and what a configuration must say to go on with it, by flat name."""
+    """The folder of a trained network, its config, and what a configuration must say to continue it, by flat name."""
 
     place: str
     folder: Path  # of the network
@@ -72,7 +72,7 @@ def _root(place: str) -> Path:
 
 @lru_cache(maxsize=8)
 def find_start(place: str) -> Start:
-    """The trained network at a place. Raises ValueError where there is none that can be gone on with."""
+    """The trained network at a place. Raises ValueError if there is none that can be used."""
     root = _root(place)
     folder = next((root / part for part in PARTS.values() if (root / part / "config.json").exists()), root)
     config = _json(folder / "config.json")

@@ -87,7 +87,7 @@ def check_writable(logdir: Path) -> None:
 
 
 def _selection(client: Any, experiment: str | None, run_ids: Sequence[str]) -> Callable[[], Iterator[Any]]:
-    """What lists the chosen runs anew each time. Raises ValueError for an unknown experiment or run."""
+    """A function that lists the chosen runs again at each call. Raises ValueError for an unknown experiment or run."""
     if experiment is not None:
         found = store.experiment_id(client, experiment)
         return lambda: store.runs(client, found)

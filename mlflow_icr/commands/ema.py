@@ -48,7 +48,7 @@ def _run(arguments: argparse.Namespace) -> int:
         save_file(tensors, output / component / WEIGHTS, metadata={"format": "pt"})
     say(
         f"relative width {arguments.std:g} at {wanted.images_seen:.0f} images, from {len(snapshots)} snapshots; "
-        f"their sum has the wanted profile but for {100 * error:.2g} %"
+        f"their sum differs from the wanted profile by {100 * error:.2g} %"
     )
     print(output)
     return 0

@@ -261,7 +261,7 @@ def _loading(arguments: argparse.Namespace) -> dict[str, Any]:
 def _checkpoints(arguments: argparse.Namespace) -> int:
     from mlflow_icr.integrations.backfill import measure_checkpoints
 
-    if arguments.value_range is not None:  # a backfill may be gone on with, and must then be of the same images
+    if arguments.value_range is not None:  # a backfill may be continued, and must then be of the same images
         raise ValueError(f"value_range is {arguments.value_range!r}; expected none with --checkpoints")
     found = measure_checkpoints(
         arguments.checkpoints,
@@ -279,6 +279,6 @@ def _checkpoints(arguments: argparse.Namespace) -> int:
     )
     for name, why in found.left_out.items():
         say(f"{name} is left out: {why}")
-    say(f"{len(found.measured)} checkpoints measured, {len(found.known)} were before; all is in {found.output_dir}")
+    say(f"{len(found.measured)} checkpoints measured, {len(found.known)} were before; all results are in {found.output_dir}")
     print(found.verdict.text.replace("**", "").replace("\n\n", "\n"))
     return 0 if found.complete and not found.left_out else 1

@@ -137,7 +137,7 @@ def _ended(watch: Any) -> int:
         say(f"{name} is left out: {why}")
     if found is None:
         raise ValueError(f"checkpoints is {str(watch.folder)!r}, which holds no checkpoint; docs/trainers/ says what is one")
-    say(f"{len(watch.measured)} checkpoints measured; all is in {watch.output_dir}")
+    say(f"{len(watch.measured)} checkpoints measured; all results are in {watch.output_dir}")
     _print(found)
     return 1 if watch.left_out else 0
 

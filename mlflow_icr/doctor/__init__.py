@@ -1,4 +1,4 @@
-"""Is this machine ready? Versions, devices, MLflow, encoders, plugins: one line each, with the mend of what is not."""
+"""Is this machine ready? Versions, devices, MLflow, encoders, plugins: one line each, with what to do if a check fails."""
 
 from __future__ import annotations
 

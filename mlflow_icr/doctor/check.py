@@ -14,7 +14,7 @@ OK, WARN, BAD = "ok", "warn", "bad"
 
 @dataclass(frozen=True)
 class Check:
-    """A name, a state (ok, warn or bad), what was found, and the mend of what is not ok."""
+    """A name, a state (ok, warn or bad), what was found, and what to do if it is not ok."""
 
     name: str
     state: str
@@ -53,4 +53,4 @@ def carried_out(name: str, check: Callable[[], Iterable[Check]]) -> list[Check]:
         with quietly():
             return list(check())
     except Exception as error:  # a broken library may raise anything when it is imported
-        return [Check(name, BAD, first_line(error), "the package named there does not work; install it anew")]
+        return [Check(name, BAD, first_line(error), "the package named there does not work; install it again")]

@@ -18,7 +18,7 @@ NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 def devices() -> Iterator[Check]:
     """What torch can compute on, with its memory."""
-    mend = "install torch anew, as https://pytorch.org/get-started says for this machine"
+    mend = "install torch again, as https://pytorch.org/get-started says for this machine"
     try:
         import torch
     except Exception as error:  # a library of its that is missing is an OSError, another version's symbol an ImportError
@@ -80,13 +80,13 @@ def cache() -> Iterator[Check]:
         return
     mend = f"make it writable, or name another folder with {CACHE_VARIABLE}"
     if folder.exists() and not folder.is_dir():
-        yield Check("cache", WARN, f"{folder} is no folder: embeddings are made anew each time", mend)
+        yield Check("cache", WARN, f"{folder} is no folder: embeddings are computed each time", mend)
         return
     try:
         with tempfile.TemporaryFile(dir=_existing(folder)):
             pass
     except OSError as error:
-        yield Check("cache", WARN, f"{folder} cannot be written ({error.strerror}): embeddings are made anew each time", mend)
+        yield Check("cache", WARN, f"{folder} cannot be written ({error.strerror}): embeddings are computed each time", mend)
         return
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
     yield Check("cache", OK, f"{folder}, {len(sizes)} files, {sum(sizes) / 2**20:.1f} MiB")

@@ -112,7 +112,7 @@ def _take_away(client: Any, experiment: str, folders: list[Path]) -> None:
     """Delete the doctor's experiment: for good where this process is the store, else as far as a server lets clients."""
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-    with contextlib.suppress(Exception):  # what cannot be taken away is told by nobody better than by the store
+    with contextlib.suppress(Exception):  # the store's own error says best why this cannot be removed
         runs = client.search_runs([experiment])
         for run in runs:
             with contextlib.suppress(Exception):
@@ -126,7 +126,7 @@ def _take_away(client: Any, experiment: str, folders: list[Path]) -> None:
             store._hard_delete_experiment(experiment)
     if folders:
         shutil.rmtree(folders[0], ignore_errors=True)
-    with contextlib.suppress(OSError):  # somebody else's files are in it by now
+    with contextlib.suppress(OSError):  # another process has put files into it
         for folder in folders[1:]:
             folder.rmdir()
 

@@ -65,7 +65,7 @@ def _checked(name: str, path: Path) -> Check:
     try:
         _, found = check_weights(name, path)
     except ValueError as error:
-        return Check(f"encoder {name}", BAD, str(error), "get the file anew from there")
+        return Check(f"encoder {name}", BAD, str(error), "download the file again from there")
     except OSError as error:
         return Check(f"encoder {name}", BAD, f"{path} cannot be read ({error.strerror})", "make it readable")
     return Check(f"encoder {name}", OK, f"{path}, SHA-256 {found}")

@@ -157,7 +157,7 @@ def ct_score(train: Tensor, test: Tensor, fake: Tensor, seed: int = 0) -> float:
     labels = [cells.predict(x) for x in sets]
     total, weight = 0.0, 0.0
     for cell in range(CT_CELLS):
-        own, held, made = (torch.from_numpy(x[mine == cell]) for x, mine in zip(sets, labels, strict=True))
+        own, held, made = (torch.from_numpy(x[cell_of == cell]) for x, cell_of in zip(sets, labels, strict=True))
         if not len(own) or not len(held) or len(made) < CT_SMALLEST_SHARE:
             continue
         to_held, to_made = (k_nearest(x, own, 1).distances[:, 0].numpy() for x in (held, made))

@@ -56,8 +56,8 @@ def _index(y: Tensor, centre: Tensor | None, budget: int) -> Any:
     else:
         index = faiss.IndexIVFScalarQuantizer(flat, d, cells, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_L2)
     index.cp.min_points_per_centroid = 1  # a set of a few rows is one cell; faiss's warning is not needed
-    some = torch.randperm(m, generator=torch.Generator().manual_seed(0))[: cells * ROWS_A_CELL]
-    index.train(around(y[some.to(y.device)], centre).cpu().numpy())
+    training_rows = torch.randperm(m, generator=torch.Generator().manual_seed(0))[: cells * ROWS_A_CELL]
+    index.train(around(y[training_rows.to(y.device)], centre).cpu().numpy())
     for part in y.split(max(1, budget // 8 // (4 * d))):
         index.add(around(part, centre).cpu().numpy())
     return index

@@ -42,8 +42,8 @@ def kernel_distance(
         raise ValueError(f"subset_size is {subset_size}; expected at most {smaller}, the smaller set")
     generator = torch.Generator().manual_seed(seed)
 
-    def some(z: Tensor) -> Tensor:
+    def subset(z: Tensor) -> Tensor:
         return z[torch.randperm(len(z), generator=generator)[:subset_size].to(z.device)]
 
-    values = torch.tensor([_squared_mmd(some(x), some(y)) for _ in range(num_subsets)], dtype=torch.float64)
+    values = torch.tensor([_squared_mmd(subset(x), subset(y)) for _ in range(num_subsets)], dtype=torch.float64)
     return float(values.mean()), float(values.std(correction=0))

@@ -57,10 +57,10 @@ def _exact(x: Tensor, y: Tensor, k: int, skip: Tensor | None, budget: int) -> tu
 
 def central_row(y: Tensor) -> Tensor | None:
     """A point amid the rows (D,), where norms around the origin would drown their differences; else None."""
-    some = y[:: max(1, -(-y.shape[0] // CENTRE_ROWS))]
-    some = some if some.is_floating_point() else some.float()
-    centre = some.mean(0)
-    far = float(centre.square().sum()) > FAR**2 * float((some - centre).square().sum(1).mean())
+    sample = y[:: max(1, -(-y.shape[0] // CENTRE_ROWS))]
+    sample = sample if sample.is_floating_point() else sample.float()
+    centre = sample.mean(0)
+    far = float(centre.square().sum()) > FAR**2 * float((sample - centre).square().sum(1).mean())
     return centre if far else None
 
 
@@ -146,10 +146,10 @@ def k_nearest(x: Tensor, y: Tensor, k: int, *, exclude_self: bool = False, budge
         squared = measured(part, y, places, near, budget_bytes)
         squared, places = nearest_first(squared, places, k)
         if count < offered:
-            doubtful = approximate[:, -1].double() - margin[:, 0] <= squared[:, -1]
-            if bool(doubtful.any()):
-                mine = None if skip is None else skip[doubtful]
-                squared[doubtful], places[doubtful] = _exact(part[doubtful], y, k, mine, budget_bytes)
+            uncertain = approximate[:, -1].double() - margin[:, 0] <= squared[:, -1]
+            if bool(uncertain.any()):
+                skipped = None if skip is None else skip[uncertain]
+                squared[uncertain], places[uncertain] = _exact(part[uncertain], y, k, skipped, budget_bytes)
         distances.append(squared.sqrt())
         indices.append(places)
     return Neighbours(torch.cat(distances), torch.cat(indices))

@@ -22,7 +22,8 @@ from mlflow_icr.tracking import Tracker, folder_tracker
 
 Say = Callable[[str], None]
 LOCK = ".watch.lock"
-LONG_AGO = 60.0  # seconds since a file was changed, after which nobody is writing it, whatever the clocks of two machines say
+# Seconds since a file's last change after which it is no longer being written, even if two machines' clocks differ.
+LONG_AGO = 60.0
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Pace:
     """How a folder is watched: without `follow` until all that is there is measured.
 
     `poll` seconds lie between two looks; a checkpoint is taken when it is whole and has not changed for `settle` seconds. With
-    `follow` the watch ends when nothing new has come for `end_after` seconds, None for never. Raises ValueError for numbers
-    that cannot be.
+    `follow` the watch ends when nothing new has come for `end_after` seconds, None for never. Raises ValueError for impossible
+    numbers.
     """
 
     follow: bool = False
@@ -89,8 +90,8 @@ class CheckpointWatch:
 
     `data` is the folder of training images, `base` the pipeline that the training began with (a folder, or a name on the hub),
     which is measured at 0 images seen; None where the checkpoints are pipelines themselves. Results are in `output_dir` (None:
-    `icr` in the folder), and a watch that was ended goes on there, in the same MLflow run. `images_per_step` None is what the
-    checkpoints' metadata say, else 1; `images_per_epoch` None is the number of training images. `say` hears a line for each
+    `icr` in the folder), and a watch that was ended continues there, in the same MLflow run. `images_per_step` None is what the
+    checkpoints' metadata say, else 1; `images_per_epoch` None is the number of training images. `say` gets a line for each
     measurement, `on_verdict` the verdict whenever its state has changed. `options` are those of `load_pipeline`.
 
     When several checkpoints wait, the newest comes first, and then the next newest: what the model does now is known as early

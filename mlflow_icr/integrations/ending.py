@@ -18,18 +18,18 @@ def end_as_rank() -> Callable[[int], int]:
     that had finished aborted there. Call this before other exit handlers are registered. Handlers run in reverse order, so all
     others, and the threads that Python waits for, come first.
     """
-    told: list[int] = []
+    statuses: list[int] = []
 
     def leave() -> None:
-        if told and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if statuses and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             logging.shutdown()
             for stream in (sys.stdout, sys.stderr):
                 with suppress(OSError, ValueError):  # a closed pipe
                     stream.flush()
-            os._exit(told[-1])
+            os._exit(statuses[-1])
 
     def tell(status: int) -> int:
-        told.append(status)
+        statuses.append(status)
         return status
 
     atexit.register(leave)

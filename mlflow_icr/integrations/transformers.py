@@ -15,7 +15,7 @@ class ICRCallback(TrainerCallback):  # type: ignore[misc]
 
     Images seen are optimizer steps times images in one, as the Trainer counts them: ranks times batch times accumulation.
     Training stops with the step after which the verdict is that of `stop_on`. Resumed from a checkpoint, it goes on in the
-    folder and in its MLflow run. The Trainer tells nobody of an exception: one that ends the program leaves the run FAILED,
+    folder and in its MLflow run. The Trainer has no callback for exceptions: one that ends the program leaves the run FAILED,
     Ctrl-C KILLED; where it is caught, call `callback.close("FAILED")`. The Trainer's own MLflowCallback shares the run.
     """
 

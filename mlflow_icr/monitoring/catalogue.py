@@ -56,7 +56,7 @@ def catalogue() -> tuple[Metric, ...]:
 
 
 def metric_of(key: str) -> Metric | None:
-    """The catalogue's entry of a recorded key, the most specific one; None for a key that is somebody's own."""
+    """The catalogue's entry of a recorded key, the most specific one; None for a key from elsewhere."""
     return max((metric for metric in catalogue() if metric.names(key)), key=lambda metric: len(metric.key), default=None)
 
 

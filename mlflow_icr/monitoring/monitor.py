@@ -88,7 +88,7 @@ class ICRMonitor:
         distributions: dict[str, np.ndarray] = {}
         for (prefix, sigma), section in self.sections.items():
             try:
-                features = self.reader.read(self._networks[prefix], sigma, self._told(prefix))
+                features = self.reader.read(self._networks[prefix], sigma, self._labels_for(prefix))
             except ValueError as error:  # not finite: training has diverged, and goes on if it wants to
                 absent.update({f"{section.name}/{key}": str(error) for key in (*ALL, *section.companions)})
                 continue
@@ -105,7 +105,7 @@ class ICRMonitor:
         values["perf/measure_seconds"] = time.perf_counter() - started
         return Report(step, values, figures, absent, self.protocol.digest, arrays, distributions=distributions)
 
-    def _told(self, prefix: str) -> Tensor | None:
+    def _labels_for(self, prefix: str) -> Tensor | None:
         """The classes (N,) that the network of a section is conditioned on; None for none."""
         return self.labels if prefix == "repr_class" else None
 
@@ -113,7 +113,7 @@ class ICRMonitor:
         """Enter what a network denoises, at sigma and, of the network that is read first, at levels around it."""
         denoiser, trained = self._networks[prefix], self.protocol.training_augmentations
         for level in (1.0, *(LEVELS if name == "repr" else ())):
-            errors = self.errors.read(denoiser, level * sigma, monitored=level == 1, labels=self._told(prefix))
+            errors = self.errors.read(denoiser, level * sigma, monitored=level == 1, labels=self._labels_for(prefix))
             read_errors(name, errors, level, self.errors.chosen, trained, found)
         if name == "repr" and self.errors.far_bias is not None:
             found.values["repr/far_bias"] = self.errors.far_bias.value

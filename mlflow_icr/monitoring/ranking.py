@@ -44,10 +44,14 @@ def rank_classes(arrays: Mapping[str, np.ndarray], section: str = "repr") -> lis
     rows = rank_images(arrays, section)
     found = []
     for label in sorted({row["label"] for row in rows}):
-        mine = [row for row in rows if row["label"] == label]
-        entry = {"label": label, "images": len(mine), "relative_share": float(np.mean([row["relative_share"] for row in mine]))}
-        if "influence" in mine[0]:
-            entry["influence"] = float(np.mean([row["influence"] for row in mine]))
+        of_label = [row for row in rows if row["label"] == label]
+        entry = {
+            "label": label,
+            "images": len(of_label),
+            "relative_share": float(np.mean([row["relative_share"] for row in of_label])),
+        }
+        if "influence" in of_label[0]:
+            entry["influence"] = float(np.mean([row["influence"] for row in of_label]))
         found.append(entry)
     return sorted(found, key=lambda entry: -entry["relative_share"])
 

@@ -23,14 +23,14 @@ def sum_over_ranks(number: int, device: torch.device) -> int:
     return int(total)
 
 
-def gather_rows(mine: Tensor, total: int) -> Tensor:
+def gather_rows(local_rows: Tensor, total: int) -> Tensor:
     """All `total` rows on every rank, in order, where rank r of W holds rows r, r + W, r + 2W, ..."""
     _, ranks = world()
     if ranks == 1:
-        return mine
+        return local_rows
     each = -(-total // ranks)
-    padded = mine.new_zeros(each, *mine.shape[1:])
-    padded[: len(mine)] = mine
+    padded = local_rows.new_zeros(each, *local_rows.shape[1:])
+    padded[: len(local_rows)] = local_rows
     parts = [torch.empty_like(padded) for _ in range(ranks)]
     dist.all_gather(parts, padded)
     return torch.stack(parts, 1).flatten(0, 1)[:total]  # the padded tail is the end of the interleaved order

@@ -97,12 +97,12 @@ class FeatureReader:
             return
         rank, ranks = world()
         p, k = self.protocol, self.num_views
-        mine = list(range(rank, len(self.images), ranks))
+        local_indices = list(range(rank, len(self.images), ranks))
         kept: list[Tensor] | None = []
-        total = k * self._view_bytes * len(mine) * len(p.sigmas)
+        total = k * self._view_bytes * len(local_indices) * len(p.sigmas)
         if total > self.cache_bytes:
             kept = None
-        for views in view_batches(self.images, mine, k, sigma, p, self.batches, device, self._encode):
+        for views in view_batches(self.images, local_indices, k, sigma, p, self.batches, device, self._encode):
             if kept is not None:
                 kept.append(views)
             yield views
@@ -117,13 +117,15 @@ class FeatureReader:
         """
         parts: list[Tensor] = []
         device, (rank, ranks) = device_of(denoiser), world()
-        told = None if labels is None else labels[rank::ranks].to(device)
+        local_labels = None if labels is None else labels[rank::ranks].to(device)
         done = 0
         with Tap(denoiser.network, self.protocol.layer) as tap:
             for views in self.views(sigma, device):
                 # One image may have more views than a batch holds.
                 flat = views.flatten(0, 1)
-                classes = None if told is None else told[done : done + len(views)].repeat_interleave(self.num_views)
+                classes = (
+                    None if local_labels is None else local_labels[done : done + len(views)].repeat_interleave(self.num_views)
+                )
                 done += len(views)
 
                 def pooled(rows: slice, flat: Tensor = flat, classes: Tensor | None = classes) -> Tensor:

@@ -167,8 +167,8 @@ class Section:
         rank, ranks = world()
         odd = (rank + ranks * torch.arange(len(scaled), device=scaled.device)) % 2 == 1
         try:
-            halves = [self._moments(scaled[mine]) for mine in (~odd, odd)]
-            spectra = [self._spectrum(moments, scaled[mine]) for moments, mine in zip(halves, (~odd, odd), strict=True)]
+            halves = [self._moments(scaled[half]) for half in (~odd, odd)]
+            spectra = [self._spectrum(moments, scaled[half]) for moments, half in zip(halves, (~odd, odd), strict=True)]
             now = torch.stack([spectrum.sigma_residual for spectrum in spectra]).cpu()
             self._reference = now if self._reference is None else self._reference
             found.values[f"{self.name}/{GROWTH}"] = growth_across(self._reference, now, self.protocol.ridge)

@@ -163,9 +163,9 @@ class _Sweeper:
         parts: list[list[Tensor]] = [[] for _ in self.layers]
         with Tap(self.denoiser.network, *self.layers) as tap:
             for x in batches:
-                for mine, features in zip(parts, tap.each(partial(self.denoiser, x, sigma)), strict=True):
-                    mine.append(features)
-        return [torch.cat(mine) for mine in parts]
+                for layer_parts, features in zip(parts, tap.each(partial(self.denoiser, x, sigma)), strict=True):
+                    layer_parts.append(features)
+        return [torch.cat(layer_parts) for layer_parts in parts]
 
 
 def _with_rises(points: Sequence[SweepPoint], intervals: Mapping[tuple[float, str], ICRInterval]) -> list[SweepPoint]:
@@ -176,10 +176,10 @@ def _with_rises(points: Sequence[SweepPoint], intervals: Mapping[tuple[float, st
             lowest[layer] = found
     compared = []
     for point in points:
-        mine, base = intervals.get((point.sigma, point.layer)), lowest.get(point.layer)
-        if mine is not None and base is not None:
-            rise = mine.value - base.value
-            point = replace(point, rise=rise, rise_low=paired_difference(base.influence, mine.influence, rise)[0])
+        interval, base = intervals.get((point.sigma, point.layer)), lowest.get(point.layer)
+        if interval is not None and base is not None:
+            rise = interval.value - base.value
+            point = replace(point, rise=rise, rise_low=paired_difference(base.influence, interval.influence, rise)[0])
         compared.append(point)
     return compared
 

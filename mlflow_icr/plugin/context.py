@@ -8,7 +8,7 @@ from mlflow_icr.environment import environment_tags, is_ours
 
 
 class ICRContext(RunContextProvider):  # type: ignore[misc]
-    """Sets `environment_tags` on runs that this package makes; nobody else's run gets them.
+    """Sets `environment_tags` on runs that this package makes; other runs do not get them.
 
     Runs that `mlflow run` makes never ask a context: a program that may be one sets the tags itself, as the trainers do.
     """

@@ -41,7 +41,7 @@ def _whole(value: object, least: int) -> bool:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """The evaluator's configuration; refuses what cannot be, naming key, value and what is allowed.
+    """The evaluator's configuration; refuses impossible values, naming key, value and what is allowed.
 
     `train` and `heldout` are folders, `.zip` or `.npz` files of images; `pipeline` a diffusers folder, or an address that
     MLflow can download one from, where there is no model. `num_samples` 0 leaves generated images out. `images_seen` says how

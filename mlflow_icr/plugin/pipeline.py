@@ -38,7 +38,7 @@ def log_pipeline(folder: Path | str, name: str = ARTIFACT, **arguments: Any) -> 
 
 
 def pipeline_of(model: Any) -> Path:
-    """The diffusers folder among the artifacts of a loaded pyfunc model, whoever's class it is.
+    """The diffusers folder among the artifacts of a loaded pyfunc model, of any class.
 
     Raises ValueError when there is none, or more than one.
     """

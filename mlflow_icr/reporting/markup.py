@@ -80,5 +80,5 @@ def table(head: Iterable[Child], rows: Iterable[Iterable[Child]], **attributes: 
 
 
 def fold(heading: str, *children: Child, opened: bool = False) -> Markup:
-    """A part that is folded up until somebody wants it."""
+    """A part that is folded until the reader opens it."""
     return element("details", element("summary", heading), *children, open=opened)

@@ -16,7 +16,7 @@ from mlflow_icr.monitoring.series import series
 from mlflow_icr.monitoring.summary import summarise
 from mlflow_icr.monitoring.verdict import Verdict, verdict
 
-# The rooms that measurements are logged in; a training's own values may have any other name, at steps of its own.
+# The prefixes of measurements' keys; a training's own values may have any other name, at steps of its own.
 MEASURED = re.compile(r"(repr[^/]*|gen|mem|loss|perf)/")
 # Without one of these a step is no measurement, whatever a training logs as its loss there.
 TELLING = re.compile(r"(repr[^/]*|gen|mem)/")

@@ -76,7 +76,7 @@ def conclude(tracker: Tracker) -> Path | None:
 def report_command(targets: Sequence[str], output: Path, *, log: bool = False, say: Callable[[str], None]) -> int:
     """Write the report on some targets (see `gather`) to a file, which is printed, and with `log` to their MLflow run.
 
-    Returns the exit status; `say` hears what is worth a line. Raises ValueError for targets or an output that cannot be, and
+    Returns the exit status; `say` gets remarks, a line each. Raises ValueError for impossible targets or outputs, and
     OSError when a disk or store does not take it.
     """
     if output.is_dir():

@@ -80,7 +80,7 @@ def _count(name: str, text: str) -> int:
 
 
 def plan(argv: Sequence[str] | None) -> Study:
-    """The study that a command line asks for. Raises ValueError for what cannot be, before anything runs."""
+    """The study that a command line asks for. Raises ValueError for impossible values, before anything runs."""
     arguments = _parser().parse_args(argv)
     changes = config_changes(arguments)
     limited = load_config(arguments.preset, changes)

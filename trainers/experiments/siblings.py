@@ -1,4 +1,4 @@
-"""Runs of one study, side by side: as any launcher's jobs, their output with a name in front, and one fate."""
+"""Run the trainings of one study side by side, as jobs of any launcher, with names before their output; all end together."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Sibling:
 
 
 def run_siblings(siblings: Sequence[Sibling], parallel: int, wants_stop: Callable[[], bool]) -> Mapping[str, Ended]:
-    """Train all of them, `parallel` at a time; returns what became of each that was started, by its name.
+    """Train all of them, `parallel` at a time; returns the outcome of each that was started, by its name.
 
     When one fails, or `wants_stop` says so, the others are asked to stop as by SIGTERM, and no further one starts.
     """

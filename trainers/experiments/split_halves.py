@@ -145,7 +145,7 @@ def halves_of(preset: str, changes: Mapping[str, object]) -> dict[str, TrainConf
 
 
 def plan(argv: Sequence[str] | None) -> Halves:
-    """The study that a command line asks for. Raises ValueError for what cannot be, before anything runs."""
+    """The study that a command line asks for. Raises ValueError for impossible values, before anything runs."""
     arguments = _parser().parse_args(argv)
     if arguments.study_dir:
         return halves_in(Path(arguments.study_dir))

@@ -1,1 +1,1 @@
-"""Launchers: several training runs put to work, on this machine or on a cluster, each with a fate of its own."""
+"""Launchers: start several training runs, on this machine or on a cluster; each ends independently."""

@@ -1,4 +1,4 @@
-"""One training run as something to launch, what became of it, and what a launcher is; loads nothing."""
+"""The types of a launcher: a job (one training run), its outcome, and the launcher itself. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Ended:
-    """What became of a job: FINISHED, FAILED with the reason, KILLED (it was stopped, and can go on), or RUNNING without us."""
+    """The outcome of a job: FINISHED, FAILED with the reason, KILLED (stopped, can resume), or RUNNING (not waited for)."""
 
     name: str
     status: str
@@ -37,12 +37,12 @@ class Ended:
 
 
 class Launcher(Protocol):
-    """Runs jobs; the failure of one is nothing to the others."""
+    """Runs jobs; the failure of one does not affect the others."""
 
     def run(
         self, jobs: Sequence[Job], wants_stop: Callable[[], bool], say: Callable[[str], None]
     ) -> Generator[Ended, None, None]:
-        """Yield each job's end as it comes; after `wants_stop`, what can be told of the rest. `say` hears of what goes on.
+        """Yield each job's outcome as it ends; after `wants_stop`, what is known of the rest. `say` gets lines on progress.
 
         Raises OSError when no job can be started at all.
         """

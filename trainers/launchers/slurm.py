@@ -196,7 +196,7 @@ class SlurmLauncher:
         recorded = {name: number for name, number in json.loads(path.read_text()).items() if name in names}
         there = queue() if recorded else {}
         if there is None:
-            raise OSError("squeue does not answer, so that nobody knows whether jobs of this study are still running")
+            raise OSError("squeue does not answer, so it is not known whether jobs of this study are still running")
         return {name: number for name, number in recorded.items() if number in there and there[number][0] not in OVER}
 
     def _remember(self, ids: Mapping[str, str]) -> None:
@@ -234,7 +234,7 @@ class SlurmLauncher:
         return {} if there is None else {name: there.get(number, (GONE, "")) for name, number in ids.items()}
 
     def _ended(self, job: Job, state: str, since: int) -> Ended:
-        """What became of a job that is over: what its folder says, and else what Slurm and the logs say."""
+        """The outcome of a job that is over: from its folder, else from Slurm and the logs."""
         if self.finished(job.name):
             return Ended(job.name, FINISHED)
         if state == "CANCELLED":

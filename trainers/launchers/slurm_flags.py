@@ -35,7 +35,7 @@ def add_slurm_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def slurm_options(arguments: Mapping[str, Any], launcher: str) -> SlurmOptions:
-    """The options that were given. Raises ValueError for values that cannot be, and for any where the launcher takes none."""
+    """The options that were given. Raises ValueError for impossible values, and for any value if the launcher takes none."""
     given = {name: arguments[name] for name in WHOLE | TEXTS if name in arguments}
     if launcher != "slurm" and given:
         name = next(iter(given))

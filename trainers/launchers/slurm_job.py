@@ -13,7 +13,7 @@ from typing import Any
 from trainers.launchers.job import Job, was_stopped
 
 LOOK_EVERY_SECONDS = 0.2
-# After a trainer was stopped by somebody else than us: Slurm ends or requeues the job next, when its grace time is over. A job
+# After a trainer was stopped by another process: Slurm ends or requeues the job next, when its grace time is over. A job
 # that ended by itself before that would not be requeued.
 LINGER_SECONDS = 1800.0
 

@@ -174,16 +174,16 @@ def _walk(files: Listing, items: Sequence[int], background: str, found: Found, w
 
 def shapes(files: Listing, items: Iterable[int]) -> Iterator[tuple[int, int, int]]:
     """(height, width, channels) of those of some images that can be read. Raises ValueError where none of them can."""
-    reasons, some = [], False
+    reasons, any_readable = [], False
     for item in items:
         number, frame = files.items[item]
         found = next(_read_file(files, number, [(frame, item)], "white"))[1]
         if isinstance(found, Picture):
-            some = True
+            any_readable = True
             yield found.values.shape
         else:
             reasons.append(f"{files.names[item]} ({reason_of(found)})")
-    if not some:
+    if not any_readable:
         raise ValueError(f"{str(files.path)!r} holds no images that can be read: {named(reasons)}")
 
 

@@ -69,7 +69,7 @@ def read_images(path: Path | str, resolution: Size | None = None) -> ImageSet:
 
 
 def read_files(paths: Sequence[Path | str], resolution: Size | None = None) -> ImageSet:
-    """The images of these files, in this order, fitted as `read_images` does. Raises ValueError likewise."""
+    """The images of these files, in this order, fitted as `read_images` does. Raises ValueError in the same cases."""
     if not paths:
         raise ValueError("no files are given; expected paths of images")
     return _read(ImageFiles(Path(paths[0]).parent, [str(path) for path in paths]), resolution)

@@ -112,9 +112,9 @@ def pictures(source: FileSource, frames: Sequence[int], background: str) -> Iter
         column, first, wanted = _image_column(table), 0, list(frames)
         for group in range(table.metadata.num_row_groups):
             count = table.metadata.row_group(group).num_rows
-            mine = [number for number in wanted if first <= number < first + count]
-            if mine:
+            numbers_here = [number for number in wanted if first <= number < first + count]
+            if numbers_here:
                 cells = table.read_row_group(group, columns=[column]).column(0)
-                for number in mine:
+                for number in numbers_here:
                     yield cell_picture(cells[number - first].as_py(), background)
             first += count

@@ -121,7 +121,7 @@ def run_sweep(sweep: Sweep, launcher: Launcher, wants_stop: Callable[[], bool]) 
     except KeyboardInterrupt:
         status = KILLED
         raise
-    finally:  # whatever happens: a study that nobody ends would be RUNNING for ever
+    finally:  # in any case: a study that is not ended would stay RUNNING
         study.close(status)
     _conclude(study, status)
     return status
@@ -139,7 +139,7 @@ def _conclude(study: Study, status: str) -> None:
         print(line, file=sys.stderr)
     if status != FINISHED:
         done, count = len(study.of(FINISHED)), len(study.rows)
-        print(f"{status}: {done} of {count} runs are finished; the same command goes on with the others", file=sys.stderr)
+        print(f"{status}: {done} of {count} runs are finished; the same command continues with the others", file=sys.stderr)
 
 
 def _warn_of_local_store() -> None:

@@ -73,7 +73,7 @@ def _value(entry: Option, part: str, shown: str) -> Any:
 
 
 def expand(preset: str, texts: Mapping[str, str], shown: Mapping[str, str] | None = None) -> list[GridPoint]:
-    """All runs of a grid, the last field's values changing fastest. Raises ValueError for what cannot be, naming it.
+    """All runs of a grid, the last field's values changing fastest. Raises ValueError for impossible values, naming them.
 
     `shown` has the names by which fields were given, where they are others.
     """

@@ -139,7 +139,7 @@ def _same_probe(runs: Sequence[GridPoint]) -> list[GridPoint]:
 def _folder(output_dir: str, configs: Sequence[TrainConfig]) -> Path:
     if output_dir != AUTO:
         return Path(output_dir)
-    # The same command finds its folder again, and goes on there.
+    # The same command finds its folder again, and continues there.
     content = json.dumps([config.flat() for config in configs], sort_keys=True)
     presets = "-".join(dict.fromkeys(config.preset for config in configs))
     return Path("outputs") / f"sweep-{presets}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
@@ -162,7 +162,7 @@ def _state(run: GridPoint, folder: Path) -> str:
         return "new"
     saved = config_from(read_values(folder / CONFIG)).flat()
     for key, value in run.config.flat().items():
-        if saved[key] != value and value is not None:  # what is measured is not known beforehand
+        if saved[key] != value and value is not None:  # the number of measured images is not known in advance
             raise ValueError(
                 f"{key} is {value!r}, but {folder} has a run with {saved[key]!r}; expected the same, or a new output_dir"
             )
@@ -175,7 +175,7 @@ def _state(run: GridPoint, folder: Path) -> str:
 
 
 def plan(argv: Sequence[str] | None) -> Sweep:
-    """The sweep that a command line asks for. Raises ValueError for what cannot be, before anything runs or is written."""
+    """The sweep that a command line asks for. Raises ValueError for impossible values, before anything runs or is written."""
     arguments = vars(_parser().parse_args(argv))
     launcher, parallel = arguments["launcher"], arguments["max_parallel"]
     if launcher not in LAUNCHERS:

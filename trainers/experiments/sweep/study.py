@@ -42,12 +42,12 @@ class Study:
             with tempfile.TemporaryDirectory() as folder:
                 other = Tracker(folder, [MLflowSink(run_id=given, joins=True)])
                 other.open({}, {"study_name": self.sweep.name})
-                other.note(f"Goes on with the study `{self.sweep.name}`, whose results are in run {tracker.run_id}.")
+                other.note(f"Continues the study `{self.sweep.name}`, whose results are in run {tracker.run_id}.")
                 other.close(FINISHED)
         return tracker
 
     def set(self, ended: Ended) -> None:
-        """Take in what became of a run."""
+        """Record the outcome of a run."""
         run = self.runs[ended.name]
         self.rows[run.name] = result_row(run, self.varied, self.sweep.folder_of(run), ended.status, ended.why)
 

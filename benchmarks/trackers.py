@@ -82,13 +82,13 @@ def resumption(folder: Path, megabytes: int = 100) -> None:
     with Tracker(run, [TensorBoardSink(run / "tensorboard")]) as tracker:
         tracker.open({}, {})
         tracker.record(Report(0, {"repr/icr": 0.5}))
-    state = json.loads((run / "tensorboard" / "icr.json").read_text())
+    state = json.loads((run / "tensorboard" / "tensorboard.json").read_text())
     path = run / "tensorboard" / state["file"]
     with path.open("ab") as file:  # records as they are, over and over: what they say is the same
         whole = path.read_bytes()
         file.write(whole * (megabytes * 2**20 // len(whole)))
     state["committed"] = path.stat().st_size
-    (run / "tensorboard" / "icr.json").write_text(json.dumps(state))
+    (run / "tensorboard" / "tensorboard.json").write_text(json.dumps(state))
     started = time.perf_counter()
     again = Tracker(run, [TensorBoardSink(run / "tensorboard")], resume="must")
     again.open({}, {})

@@ -16,7 +16,7 @@ from pathlib import Path
 from playwright.sync_api import Page, sync_playwright
 
 from trainers.experiments.address import chart_address
-from trainers.experiments.ui import start, stop
+from trainers.experiments.ui import newest_study, start, stop
 
 PICTURES = Path(__file__).parent / "images"
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
@@ -28,13 +28,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def newest_study() -> Path:
-    studies = sorted(Path("outputs").glob("*/study.png"), key=lambda path: path.stat().st_mtime)
-    if not studies:
-        sys.exit("there is no finished study in outputs/; run make demo first")
-    return studies[-1].parent
 
 
 SHOWN = "repr/icr$|mem/ratio_l2|view_error_ratio$"
@@ -95,7 +88,9 @@ def shoot_report(page: Page, folder: Path) -> None:
 
 
 def main() -> None:
-    folder = newest_study()
+    folder = newest_study(Path("outputs"))
+    if not (folder / "study.png").exists():
+        sys.exit("there is no finished study in outputs/; run make demo first")
     place = json.loads((folder / "limited" / "mlflow.json").read_text())
     PICTURES.mkdir(exist_ok=True)
     shutil.copyfile(folder / "study.png", PICTURES / "study.png")

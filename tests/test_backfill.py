@@ -113,7 +113,7 @@ def test_a_finished_run_is_filled_at_its_steps_and_times_once(
     assert found.data.tags["icr.backfilled"] == "true"
     assert found.data.tags["verdict"] == "undecided"
     assert found.data.params["protocol.sigmas"] == "somebody's own"
-    events = EventAccumulator(str(training / "icr" / "tensorboard")).Reload()
+    events = EventAccumulator(str(training / "icr")).Reload()
     assert [(e.step, e.wall_time) for e in events.Scalars("repr/icr")] == [
         (step * BATCH, 1.7e9 + step) for step in STEPS
     ]  # fmt: skip

@@ -107,9 +107,9 @@ def test_the_earliest_then_the_newest_then_what_was_left_behind(
     assert run.info.status == "FINISHED"
     points = mlflow.MlflowClient().get_metric_history(run.info.run_id, "repr/icr")
     assert sorted((p.step, p.value) for p in points) == sorted((step, row["repr/icr"]) for step, row in rows.items())
-    events = EventAccumulator(str(folder / "icr" / "tensorboard")).Reload()
+    events = EventAccumulator(str(folder / "icr")).Reload()
     assert [e.step for e in events.Scalars("repr/icr")] == [0, 80, 160, 240, 320]
-    assert found.state in events.Tensors("verdict/text_summary")[-1].tensor_proto.string_val[0].decode()
+    assert found.state in events.Tensors("Answer/verdict/text_summary")[-1].tensor_proto.string_val[0].decode()
     assert (folder / "icr" / "report" / "index.html").is_file()
 
     # A later watch measures what is new alone, in the same run, and has nothing to say of a verdict that is the same.
@@ -227,9 +227,9 @@ def test_both_sides_are_killed_and_each_checkpoint_is_measured_once(base: Path, 
     assert sorted(p.step for p in points) == sorted(steps)
     state = done.stdout.split()[0]
     assert run.data.tags["verdict"] == state
-    events = EventAccumulator(str(folder / "icr" / "tensorboard")).Reload()
+    events = EventAccumulator(str(folder / "icr")).Reload()
     assert [e.step for e in events.Scalars("repr/view_error_ratio")] == sorted(steps)
-    assert state in events.Tensors("verdict/text_summary")[-1].tensor_proto.string_val[0].decode()
+    assert state in events.Tensors("Answer/verdict/text_summary")[-1].tensor_proto.string_val[0].decode()
 
 
 @pytest.mark.slow

@@ -52,6 +52,6 @@ def test_the_limited_run_turns_before_it_copies_and_the_control_does_not_copy(
     for role in ("limited", "control"):
         (run,) = MlflowClient().search_runs(["0"], f"tags.role = '{role}'")
         journal = journal_scalars(tmp_path / "study" / role)
-        stored, shown = mlflow_scalars(run.info.run_id), tensorboard_scalars(tmp_path / "study" / role / "tensorboard")
+        stored, shown = mlflow_scalars(run.info.run_id), tensorboard_scalars(tmp_path / "study" / role)
         assert {key: stored[key] for key in journal} == journal
         assert {key: shown[key] for key in journal} == as_float32(journal)

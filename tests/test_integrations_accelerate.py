@@ -65,7 +65,7 @@ def test_what_people_log_is_everywhere_and_measurements_are_beside_it(tmp_path: 
     (run,) = mlflow.MlflowClient().search_runs(["0"])
     assert (run.info.status, run.info.run_name, run.data.tags["logged.phase"]) == ("FINISHED", "mine", "main")
     assert run.data.params == {"batch_size": "64", "optimizer/lr": "0.0001", "name": "adam"}
-    stored, shown = mlflow_scalars(run.info.run_id), tensorboard_scalars(tmp_path / "out" / "tensorboard")
+    stored, shown = mlflow_scalars(run.info.run_id), tensorboard_scalars(tmp_path / "out")
     for key, value in expected.items():
         assert stored[key][0] == (5, pytest.approx(value))
         assert shown[key][0] == (5, pytest.approx(value, rel=1e-6))  # float32 there
@@ -75,7 +75,7 @@ def test_what_people_log_is_everywhere_and_measurements_are_beside_it(tmp_path: 
     paths = [f.path for f in mlflow.MlflowClient().list_artifacts(run.info.run_id, "images") if f.path.endswith(".png")]
     assert len(paths) == 1
     assert mlflow.MlflowClient().list_artifacts(run.info.run_id, "tables/logged/best")
-    events = EventAccumulator(str(tmp_path / "out" / "tensorboard"))
+    events = EventAccumulator(str(tmp_path / "out"))
     events.Reload()
     assert [image.step for image in events.Images("samples")] == [6]
     with Image.open(tmp_path / "out" / "logged" / "images" / "samples" / "000000000006.png") as kept:
@@ -136,7 +136,7 @@ def test_a_folder_that_holds_a_run_is_resumed_or_refused(tmp_path: Path) -> None
         tracker.finish()
     (run,) = mlflow.MlflowClient().search_runs(["0"])
     assert mlflow_scalars(run.info.run_id)["loss"] == [(1, 1.0), (2, 2.0)]
-    assert tensorboard_scalars(tmp_path / "tensorboard")["loss"] == [(1, 1.0), (2, 2.0)]  # none twice
+    assert tensorboard_scalars(tmp_path)["loss"] == [(1, 1.0), (2, 2.0)]  # none twice
     with pytest.raises(ValueError, match="which holds a run; expected a new folder, or resume"):
         ICRTracker(tmp_path)
 

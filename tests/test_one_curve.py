@@ -40,7 +40,7 @@ def test_the_same_line_goes_on_with_one_curve(tmp_path: Path) -> None:
     (found,) = MlflowClient().search_runs(["0"])
     assert found.info.status == "FINISHED"
     assert found.data.tags["icr.changed.learning_rate"] == f"0.001 -> 0.0005 at {stopped} images"
-    stored, shown = mlflow_scalars(run_id), tensorboard_scalars(tmp_path / "tensorboard")
+    stored, shown = mlflow_scalars(run_id), tensorboard_scalars(tmp_path)
     for key in ("curve/loss", "curve/gradient_norm", "curve/images_per_second", "curve/learning_rate", "curve/memory_gib"):
         assert [step for step, _ in stored[key]] == list(range(64, 1601, 64)), key
         assert {key: sorted(shown[key])} == as_float32({key: stored[key]})

@@ -98,7 +98,7 @@ def test_what_was_written_but_not_noted_is_not_written_twice(tmp_path: Path) -> 
         for step in range(3 * process, 3 * process + 3):
             tracker.log(Logged(step, 1000.0 + step, {"loss": float(step)}, {"phase": "a"}))
         killed(tracker)
-        (tmp_path / "tensorboard" / "icr.json").unlink()
+        (tmp_path / "tensorboard" / "tensorboard.json").unlink()
     begun(tmp_path).close("KILLED")
     assert in_both_readers(tmp_path / "tensorboard")["loss"] == [(step, float(step)) for step in range(9)]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mlflow_icr.tracking.mlflow.shared_view import CHARTS, knows_views, newest_view, share, view_key, view_tag
+from mlflow_icr.tracking.mlflow.shared_view import charts, knows_views, newest_view, share, view_key, view_tag
 from tests.browser import opened
 from tests.servers import Server
 
@@ -20,7 +20,7 @@ def test_the_tag_holds_the_charts_under_the_title() -> None:
     kind, packed = json.loads(value)["state"].split(";")
     assert kind == "deflate"
     state = json.loads(zlib.decompress(base64.b64decode(packed)))
-    assert [card["metricKey"] for card in state["compareRunCharts"]] == [chart.keys[0] for chart in CHARTS]
+    assert [card["metricKey"] for card in state["compareRunCharts"]] == [chart.keys[0] for chart in charts()]
     assert {card["metricSectionId"] for card in state["compareRunCharts"]} == {state["compareRunSections"][0]["uuid"]}
     assert (state["searchFilter"], state["compareRunSections"][0]["name"]) == ("tags.study = 's'", "limited: memorizing")
     with pytest.raises(ValueError, match="search has 9000 characters"):  # deflated, repetition would be small
@@ -56,7 +56,7 @@ def test_a_browser_shows_four_charts_and_the_title_without_a_click(tmp_path: Pat
         client = MlflowClient(server.uri)
         for name in ("limited", "control"):
             run = client.create_run("0", run_name=name, tags={"study": "s"}).info.run_id
-            keys = [key for chart in CHARTS for key in chart.keys]
+            keys = [key for chart in charts() for key in chart.keys]
             client.log_batch(run, [Metric(key, step / 1000, 0, step) for step in range(0, 5000, 500) for key in keys])
         search = "tags.study = 's'"
         assert share(client, server.uri, "0", search, "ICR", "limited: memorizing", 0) == view_key(search)
@@ -64,7 +64,7 @@ def test_a_browser_shows_four_charts_and_the_title_without_a_click(tmp_path: Pat
         with opened(f"{place}&workflowType=machine_learning&compareRunsMode=CHART", size=(1600, 900)) as visit:
             visit.page.get_by_text("limited: memorizing").wait_for(timeout=90_000)
             visit.page.wait_for_timeout(4000)
-            titles = [chart.keys[0] for chart in CHARTS]
+            titles = [chart.keys[0] for chart in charts()]
             boxes = [visit.page.get_by_text(title).first.bounding_box() for title in titles]
             assert all(box and 0 <= box["y"] < 900 and 0 <= box["x"] < 1600 for box in boxes), boxes
             plots = visit.page.locator(".js-plotly-plot")

@@ -79,7 +79,7 @@ def survive(folder: Path, whole: Path, chance: random.Random, kills: int, ranks:
     assert all(torch.equal(a[key], b[key]) for key in a)
     run_id = json.loads((folder / "mlflow.json").read_text())["run_id"]
     assert MlflowClient().get_run(run_id).info.status == "FINISHED"
-    journal, shown, stored = journal_scalars(folder), tensorboard_scalars(folder / "tensorboard"), mlflow_scalars(run_id)
+    journal, shown, stored = journal_scalars(folder), tensorboard_scalars(folder), mlflow_scalars(run_id)
     assert {key: shown[key] for key in journal} == as_float32(journal)
     assert {key: stored[key] for key in journal} == journal
     return survived

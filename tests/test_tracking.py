@@ -19,6 +19,7 @@ from mlflow_icr.monitoring.verdict import verdict
 from mlflow_icr.tracking import MLflowSink, Sink, TensorBoardSink, Tracker, read_history
 from mlflow_icr.tracking.logged import Logged
 from mlflow_icr.tracking.operations import File
+from mlflow_icr.tracking.tensorboard.answer import GROUP
 from mlflow_icr.tracking.tensorboard.custom_scalars import LAYOUT, OVERLAY
 
 # Values that lose bits in float32, or in a decimal of few digits.
@@ -39,7 +40,7 @@ def tensorboard_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     for path in sorted(folder.glob("events.out.tfevents.*")):
         for event in LegacyEventFileLoader(str(path)).Load():
             for value in event.summary.value:
-                if value.HasField("simple_value"):
+                if value.HasField("simple_value") and not value.tag.startswith(GROUP):  # which is there under its own tag
                     found.setdefault(value.tag, []).append((event.step, value.simple_value))
     return found
 

@@ -98,20 +98,20 @@ def test_a_run_leaves_what_the_readme_says(whole: tuple[Path, str], monkeypatch:
     assert shares == [float(row["residual_share"]) for row in written]
     assert len(shares) == 32
     assert "tables/training_images.json" in info.data.tags["mlflow.loggedArtifacts"]
-    texts = tensorboard_texts(folder / "tensorboard")
-    assert texts["verdict/text_summary"] == said.text
+    texts = tensorboard_texts(folder)
+    assert texts["Answer/verdict/text_summary"] == said.text
     assert texts["tables/classes/text_summary"].startswith("| label | images | relative_share | influence |")
     for name in ("s", "xi"):
-        vectors = np.loadtxt(folder / "tensorboard" / "01216" / name / "tensors.tsv")
+        vectors = np.loadtxt(folder / "projector" / "01216" / name / "tensors.tsv")
         assert vectors.shape == (32, 32)
-        with Image.open(folder / "tensorboard" / "01216" / name / "sprite.png") as sprite:
+        with Image.open(folder / "projector" / "01216" / name / "sprite.png") as sprite:
             assert sprite.size == (6 * 48, 6 * 48)
     assert {path.parent.name for path in folder.glob("images/*/000000001216.png")} == {
         "samples", "nearest", "distances", "neighbours_s", "neighbours_xi", "largest_residuals",
     }  # fmt: skip
 
     journal = journal_scalars(folder)
-    stored, shown = mlflow_scalars(info.info.run_id), tensorboard_scalars(folder / "tensorboard")
+    stored, shown = mlflow_scalars(info.info.run_id), tensorboard_scalars(folder)
     assert {key: stored[key] for key in journal} == journal
     assert {key: shown[key] for key in journal} == as_float32(journal)
     assert info.data.metrics["icr_min"] == min(row["repr/icr"] for row in rows)
@@ -184,7 +184,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(whole: tuple[Path, str], tmp_pat
     a, b = (load_file(folder / "checkpoints/000000001216/state.safetensors") for folder in (whole[0], tmp_path))
     assert a.keys() == b.keys()
     assert all(torch.equal(a[key], b[key]) for key in a)
-    journal, shown = journal_scalars(tmp_path), tensorboard_scalars(tmp_path / "tensorboard")
+    journal, shown = journal_scalars(tmp_path), tensorboard_scalars(tmp_path)
     assert {key: shown[key] for key in journal} == as_float32(journal)
     stored = mlflow_scalars(run_id)
     assert {key: stored[key] for key in journal} == journal

@@ -7,7 +7,7 @@ import io
 import json
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 
 from mlflow_icr.extraction.files import write_whole
+from mlflow_icr.monitoring.summary import SUMMARY_KEYS
 from mlflow_icr.tracking.mlflow import store
 from mlflow_icr.tracking.tensorboard import event_file
+from mlflow_icr.tracking.tensorboard.answer import answer_keys, summary_tag
 from mlflow_icr.tracking.tensorboard.event_file import EventFile
 from mlflow_icr.tracking.tensorboard.hparams import RENAMED, description
 
@@ -130,7 +132,15 @@ class RunExport:
         return True
 
     def _tag(self, key: str) -> str:
-        return self.tags.get(RENAMED + key, key)
+        return self.tags.get(RENAMED + key, summary_tag(key) if key in SUMMARY_KEYS else key)
+
+    def _points(self, key: str, points: Iterable[tuple[int, float, float]]) -> None:
+        """Append points: step, time in ms and value; once more where TensorBoard's pages begin with this metric."""
+        answer = answer_keys(self.run.data.metrics).get(key)
+        tags = [self._tag(key), *([answer] if answer else [])]
+        for step, moment, value in points:
+            for tag in tags:
+                self.file.scalar(tag, step, moment / 1000, value)
 
     def _metric(self, key: str) -> None:
         """Append a metric's points that are not there yet.
@@ -138,7 +148,6 @@ class RunExport:
         Each page starts with the last point that was written. Where the store has another one in that place, a point
         with an earlier time has come in between, and the whole series is compared.
         """
-        tag = self._tag(key)
         more = True
         while more:
             count, last = self.state.points.get(key, (0, ""))
@@ -149,8 +158,7 @@ class RunExport:
                     return
                 page = page[1:]
             if page:
-                for point in page:
-                    self.file.scalar(tag, point.step, point.timestamp / 1000, point.value)
+                self._points(key, ((point.step, point.timestamp, point.value) for point in page))
                 self._wrote(key, len(page), count + len(page), _mark(page[-1]))
 
     def _wrote(self, key: str, new: int, total: int, last: str) -> None:
@@ -174,8 +182,7 @@ class RunExport:
         step, moment, value = (np.concatenate(part) for part in (steps, times, values))
         there = event_file.scalars(self.folder / DATA, self._tag(key))
         new = event_file.unseen(event_file.as_points(step, moment, event_file.float32_bits(value)), there)
-        for index in new:
-            self.file.scalar(self._tag(key), int(step[index]), float(moment[index]) / 1000, float(value[index]))
+        self._points(key, ((int(step[i]), float(moment[i]), float(value[i])) for i in new))
         self._wrote(key, len(new), total, last)
 
     def _images(self) -> None:

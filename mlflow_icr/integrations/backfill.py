@@ -104,7 +104,7 @@ def measure_checkpoints(
 
 
 def _sinks(out: Path, run_id: str | None, digest: str) -> list[Any]:
-    sinks: list[Any] = [TensorBoardSink(out / "tensorboard")]
+    sinks: list[Any] = [TensorBoardSink(out)]
     return sinks if run_id is None else [MLflowSink(run_id=run_id, joins=True, known=measured_in(run_id, digest)), *sinks]
 
 

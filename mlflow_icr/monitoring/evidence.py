@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -28,6 +28,12 @@ NEAR, EXCESS = "repr/near_error_ratio", "repr/view_excess"
 NAMES = dict(zip(RATIOS, ("far error ratio", "view error ratio"), strict=True))
 TRAIN_KEYS = ("train/optimizer_steps", "train/batch_size", "train/origin_images_seen")
 Row = Mapping[str, float]
+
+
+def ratio_key(rows: Iterable[Row]) -> str:
+    """The error ratio that the verdict reads in these rows: that of far views where there is one."""
+    there = {key for row in rows for key in RATIOS if key in row}
+    return next((key for key in RATIOS if key in there), RATIOS[0])
 
 
 class Says(Enum):

@@ -8,6 +8,14 @@ from mlflow_icr.monitoring.series import series
 
 # A ratio this small is within the noise of a few hundred samples, and within what near-duplicates in a data set cause.
 ONSET_RATIO = 0.05
+# What a run comes to, of `summarise` and of its verdict.
+SUMMARY_KEYS = frozenset(
+    (
+        *("icr_min", "icr_min_images_seen", "mem_onset_images_seen", "lead_images"),
+        *("turned_at_images_seen", "turned_at_images_seen_low", "turned_at_images_seen_high", "cleared_at_images_seen"),
+        *("checkpoint_images_seen", "forecast/images_seen", "forecast/images_seen_low", "forecast/images_seen_high"),
+    )
+)
 
 
 def summarise(history: Iterable[Mapping[str, float]]) -> dict[str, float]:

@@ -74,9 +74,11 @@ def run_charts(run: RunMaterial) -> Markup:
     losses = [("loss/train", "in training"), ("loss/train_eval", "training images"), ("loss/heldout", "held-out images")]
     traces = [("repr/trace_invariant", "shared by views"), ("repr/trace_residual", "not shared")]
     fisher = [("repr/fisher_invariant_energy", "shared by views"), ("repr/fisher_residual_energy", "not shared (residual)")]
+    nearer = "repr/near_error_ratio" if run.of("repr/near_error_ratio") else "repr/view_error_ratio"
+    ratios = [("repr/far_error_ratio", "far views, which the verdict reads"), (nearer, "near views")]
     parts = [
         _group(run, ICR, [("repr/icr_debiased", "debiased, with 95 % interval"), ("repr/icr", "plug-in")], marks),
-        _group(run, RATIO, [("repr/far_error_ratio", "far views"), ("repr/view_error_ratio", "near views")], marks),
+        _group(run, RATIO, ratios, marks),
         _group(run, FORECAST, [("forecast/images_seen", "expected, with 80 % interval")], marks),
         _group(run, COPIES, copies, marks),
         _group(run, Frame("Energy of the features", "energy", log_y=True), traces, marks),
@@ -126,13 +128,13 @@ def comparison_charts(runs: Sequence[RunMaterial], colours: Sequence[int]) -> Ma
     parts = []
     frames = (
         (ICR, "icr"),
-        (RATIO, "repr/view_error_ratio"),
+        (RATIO, "ratio"),
         (COPIES, "mem/ratio_l2"),
         (RESIDUAL, "repr/fisher_residual_energy"),
     )
     for frame, key in frames:
         curves = [
-            curve_of(run, run.icr_key if key == "icr" else key, run.name, colour)
+            curve_of(run, {"icr": run.icr_key, "ratio": run.ratio_key}.get(key, key), run.name, colour)
             for run, colour in zip(runs, colours, strict=True)
         ]
         if any(curve.points for curve in curves):

@@ -12,6 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
+from mlflow_icr.monitoring.evidence import ratio_key
 from mlflow_icr.monitoring.series import series
 from mlflow_icr.monitoring.summary import summarise
 from mlflow_icr.monitoring.verdict import Verdict, verdict
@@ -66,6 +67,11 @@ class RunMaterial:
     def icr_key(self) -> str:
         """The debiased ICR, or the plug-in value where there is no debiased one."""
         return "repr/icr_debiased" if self.of("repr/icr_debiased") else "repr/icr"
+
+    @property
+    def ratio_key(self) -> str:
+        """The error ratio that the verdict reads."""
+        return ratio_key(self.rows)
 
     def of(self, key: str) -> list[tuple[int, float]]:
         """A key's (images seen, value), in order."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields
 
-from mlflow_icr.monitoring.evidence import Thresholds
+from mlflow_icr.monitoring.evidence import NAMES, Thresholds
 from mlflow_icr.monitoring.summary import ONSET_RATIO
 from mlflow_icr.monitoring.verdict import GENERALIZING, MEMORIZING, TURNING, UNDECIDED
 from mlflow_icr.reporting.audit import audit
@@ -30,7 +30,7 @@ MEANINGS = {
 COLUMNS = (
     ("repr/icr_debiased", "ICR, debiased"),
     ("repr/icr", "ICR, plug-in"),
-    ("repr/view_error_ratio", "view error ratio"),
+    *NAMES.items(),
     ("mem/ratio_l2", "copies"),
     ("repr/fisher_residual_growth", "residual growth"),
     ("loss/train", "training loss"),
@@ -61,7 +61,7 @@ def verdict_section(run: RunMaterial) -> Markup:
     if said.checkpoint_images_seen is not None:
         kept = number(said.checkpoint_images_seen, key="checkpoint_images_seen")
         facts.append(("checkpoint to keep, images seen", kept))
-    for key, name in ((run.icr_key, "ICR"), ("repr/view_error_ratio", "view error ratio"), ("mem/ratio_l2", "copies")):
+    for key, name in ((run.icr_key, "ICR"), (run.ratio_key, NAMES[run.ratio_key]), ("mem/ratio_l2", "copies")):
         facts.append((f"{name}, last", value_cell(run, key, run.last(key))))
         if key == run.icr_key:
             facts.append((f"{name}, lowest", value_cell(run, key, run.lowest(key))))

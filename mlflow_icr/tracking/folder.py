@@ -31,7 +31,7 @@ def check_folder(output_dir: Path | str, resume: bool) -> None:
 def folder_tracker(
     output_dir: Path | str, *, run_name: str | None = None, resume: bool = False, log_models: str | None = None
 ) -> Tracker:
-    """A tracker of MLflow and of `tensorboard/` in the folder, to be opened on the main process.
+    """A tracker of MLflow and of TensorBoard event files in the folder, to be opened on the main process.
 
     With `resume` it goes on in the MLflow run that the folder belongs to. `log_models` is `MLflowSink`'s. Raises ValueError as
     `Tracker` and `MLflowSink` do.
@@ -41,5 +41,5 @@ def folder_tracker(
     from mlflow_icr.tracking.tracker import ALLOW, NEVER, Tracker
 
     folder = Path(output_dir)
-    sinks = [MLflowSink(run_name=run_name, log_models=log_models), TensorBoardSink(folder / "tensorboard")]
+    sinks = [MLflowSink(run_name=run_name, log_models=log_models), TensorBoardSink(folder)]
     return Tracker(folder, sinks, resume=ALLOW if resume else NEVER)

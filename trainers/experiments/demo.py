@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlflow_icr.monitoring.evidence import ratio_key
 from mlflow_icr.monitoring.plots import COLOURS
+from mlflow_icr.monitoring.series import HISTORY, read_history
 from mlflow_icr.monitoring.summary import summarise
 from mlflow_icr.monitoring.verdict import verdict
 from trainers.command_line import CommandLine, add_config_flags, config_changes, config_flags
@@ -148,14 +150,17 @@ def _text(table: Mapping[str, Cells]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
+def _histories(study: Study) -> dict[str, list[dict[str, float]]]:
+    """The rows of each run that has some, by role."""
+    folders = {role: study.folder / role for role in study.configs}
+    return {role: read_history(folder) for role, folder in folders.items() if (folder / HISTORY).exists()}
+
+
 def conclude(study: Study) -> tuple[dict[str, Cells], list[Path]]:
     """Draw and tabulate what the runs left; returns the table and the files in the study's folder."""
-    from mlflow_icr.tracking import read_history
     from trainers.experiments.figure import study_figure
 
-    histories = {
-        role: read_history(study.folder / role) for role in study.configs if (study.folder / role / "history.jsonl").exists()
-    }
+    histories = _histories(study)
     table = _table(study, histories)
     names = {role: f"{role}: {study.configs[role].data.num_images} images" for role in histories}
     first = next(iter(study.configs.values()))
@@ -193,8 +198,9 @@ def _share(study: Study, table: Mapping[str, Cells], experiment_id: str) -> str:
     uri = mlflow.get_tracking_uri()
     title = ", ".join(f"{role}: {row['verdict']}" for role, row in table.items())
     search, now, view = study_search(study.name), time.time_ns() // 1_000_000, None
+    ratio = ratio_key(row for rows in _histories(study).values() for row in rows)
     try:
-        view = share(MlflowClient(uri), uri, experiment_id, search, study.name, title, now)
+        view = share(MlflowClient(uri), uri, experiment_id, search, study.name, title, now, ratio)
     except Exception as error:  # of whatever kind: the runs are what counts, and the plain address shows them too
         logger.warning("the view of the charts is not kept (%s); the address shows all charts", type(error).__name__)
     return chart_address(uri, experiment_id, study.name, view)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from mlflow_icr import summarise, verdict
+from mlflow_icr.monitoring.evidence import NAMES, RATIOS, ratio_key
 from mlflow_icr.monitoring.plots import COLOURS
 
 if TYPE_CHECKING:
@@ -14,17 +15,17 @@ if TYPE_CHECKING:
 
 Rows = Sequence[Mapping[str, float]]
 
-PANELS = (
-    ("repr/icr_debiased", "ICR, debiased\n(low is clean)"),
-    ("repr/view_error_ratio", "view error ratio"),
-    ("mem/ratio_l2", "share of samples\nthat are copies"),
-    ("repr/fisher_residual_energy", "residual energy along\nFisher directions"),
-)
+LABELS = {
+    "repr/icr_debiased": "ICR, debiased\n(low is clean)",
+    **NAMES,
+    "mem/ratio_l2": "share of samples\nthat are copies",
+    "repr/fisher_residual_energy": "residual energy along\nFisher directions",
+}
 BANDS = {
     "repr/icr_debiased": ("repr/icr_low", "repr/icr_high"),
-    "repr/view_error_ratio": ("repr/view_error_ratio_low", "repr/view_error_ratio_high"),
+    **{key: (f"{key}_low", f"{key}_high") for key in RATIOS},
 }
-LOGARITHMIC = ("repr/view_error_ratio", "repr/fisher_residual_energy")
+LOGARITHMIC = (*RATIOS, "repr/fisher_residual_energy")
 
 
 def _draw(axes: Axes, rows: Rows, key: str, colour: str, name: str) -> None:
@@ -48,19 +49,21 @@ def _mark(panels: Sequence[Axes], at: float, text: str, colour: str, panel: int,
 
 
 def study_figure(histories: Mapping[str, Rows], title: str) -> Figure:
-    """Debiased ICR and view error ratio with intervals, copies and Fisher residual energy of each run over images seen.
+    """ICR (debiased), the error ratio that the verdict reads, copies and Fisher residual energy of each run over images seen.
 
     A dashed line and a band mark where a run's verdict dates its turn, a dotted line where copies begin.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 10.5), layout="constrained")
-    panels = figure.subplots(len(PANELS), 1, sharex=True)
+    ratio = ratio_key(row for rows in histories.values() for row in rows)
+    keys = ("repr/icr_debiased", ratio, "mem/ratio_l2", "repr/fisher_residual_energy")
+    panels = figure.subplots(len(keys), 1, sharex=True)
     for (name, rows), colour in zip(histories.items(), COLOURS, strict=False):
         said = verdict(rows)
-        for axes, (key, label) in zip(panels, PANELS, strict=True):
+        for axes, key in zip(panels, keys, strict=True):
             _draw(axes, rows, key, colour, f"{name}: {said.state}")
-            axes.set_ylabel(label)
+            axes.set_ylabel(LABELS[key])
         if said.turned_at is not None and said.low is not None and said.high is not None:
             _mark(panels, said.turned_at / 1000, "turn", colour, 1, "--")
             for axes in panels:
@@ -71,7 +74,7 @@ def study_figure(histories: Mapping[str, Rows], title: str) -> Figure:
     panels[0].set_title(title)
     panels[0].legend(frameon=False, loc="lower left")
     panels[2].set_ylim(-0.02, 1.02)
-    for axes, (key, _) in zip(panels, PANELS, strict=True):
+    for axes, key in zip(panels, keys, strict=True):
         if key in LOGARITHMIC:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")

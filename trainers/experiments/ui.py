@@ -80,6 +80,12 @@ def _page(server: str) -> str:
     return f"#/experiments/{experiment}/runs?{shown}workflowType=machine_learning&compareRunsMode=CHART"
 
 
+def newest_study(outputs: Path) -> Path:
+    """The folder of the study that ended last; without one, the folder of all outputs."""
+    studies = sorted(outputs.glob("*/study.png"), key=lambda path: path.stat().st_mtime)
+    return studies[-1].parent if studies else outputs
+
+
 def main() -> int:
     """Serve until interrupted; returns the exit status."""
     mlflow_port, tensorboard_port = int(os.environ.get("UI_PORT", "5000")), int(os.environ.get("TENSORBOARD_PORT", "6006"))
@@ -87,14 +93,14 @@ def main() -> int:
         print("there is no mlflow.db here yet; run make demo first", file=sys.stderr)
         return 2
     try:
-        servers = start(Path("outputs"), mlflow_port, tensorboard_port)
+        servers = start(newest_study(Path("outputs")), mlflow_port, tensorboard_port)
     except (ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell starts background jobs with it ignored
         signal.signal(number, signal.default_int_handler)
     print(f"MLflow       http://{HOST}:{mlflow_port}/{_page(f'http://{HOST}:{mlflow_port}')}")
-    print(f"TensorBoard  http://{HOST}:{tensorboard_port}/", flush=True)
+    print(f"TensorBoard  http://{HOST}:{tensorboard_port}/ (of all outputs: tensorboard --logdir outputs)", flush=True)
     try:
         signal.pause()
     except KeyboardInterrupt:

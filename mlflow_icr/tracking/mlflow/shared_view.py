@@ -1,4 +1,4 @@
-"""A shared view of an experiment: MLflow's page of charts, opened on ICR, view error ratio, copies and residual energy.
+"""A shared view of an experiment: MLflow's page of charts, opened on ICR, error ratio, copies and residual energy.
 
 MLflow keeps what somebody shares as an experiment tag, `mlflow.sharedViewState.<key>`: JSON whose `state` is deflated JSON
 in base64. An address with `viewStateShareKey=<key>` opens it. The fields are those that the page of MLflow 3.17 writes itself.
@@ -10,11 +10,12 @@ import base64
 import hashlib
 import json
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from packaging.version import InvalidVersion, Version
+
+from mlflow_icr.monitoring.evidence import RATIOS
 
 TAG = "mlflow.sharedViewState."
 OLDEST_SERVER = "3.17"  # an older page ignores the tag, and some do not know the fields
@@ -54,12 +55,12 @@ class Chart:
         return card | ({"selectedMetricKeys": list(self.keys)} if len(self.keys) > 1 else {})
 
 
-CHARTS = (
-    Chart(("repr/icr_debiased", "repr/icr_low", "repr/icr_high")),
-    Chart(("repr/view_error_ratio",)),
-    Chart(("mem/ratio_l2",)),
-    Chart(("repr/fisher_residual_energy",)),
-)
+def charts(ratio: str = RATIOS[0]) -> tuple[Chart, ...]:
+    """The four charts; `ratio` is the error ratio that the verdict of the runs reads."""
+    icr = ("repr/icr_debiased", "repr/icr_low", "repr/icr_high")
+    return Chart(icr), Chart((ratio,)), Chart(("mem/ratio_l2",)), Chart(("repr/fisher_residual_energy",))
+
+
 COLUMNS = ("tags.`verdict`", "metrics.`turned_at_images_seen`", "metrics.`forecast/images_seen`")
 
 
@@ -68,8 +69,8 @@ def view_key(search: str) -> str:
     return f"icr-{hashlib.sha256(search.encode()).hexdigest()[:16]}"
 
 
-def view_state(search: str, title: str, charts: Sequence[Chart] = CHARTS, columns: Sequence[str] = COLUMNS) -> dict[str, Any]:
-    """The page's state: the runs that `search` finds, and one section of charts under a title."""
+def view_state(search: str, title: str, ratio: str = RATIOS[0]) -> dict[str, Any]:
+    """The page's state: the runs that `search` finds, and one section of charts under a title; `ratio` as in `charts`."""
     section = {"uuid": SECTION, "name": title, "display": True, "isReordered": True, "deleted": False, "isGenerated": False}
     return {
         "searchFilter": search,
@@ -79,11 +80,11 @@ def view_state(search: str, title: str, charts: Sequence[Chart] = CHARTS, column
         "lifecycleFilter": "Active",
         "datasetsFilter": [],
         "modelVersionFilter": "All Runs",
-        "selectedColumns": list(columns),
+        "selectedColumns": list(COLUMNS),
         "columnOrder": [],
         "columnWidths": {},
         "runsHiddenMode": "FIRST_10_RUNS",
-        "compareRunCharts": [chart.card(place) for place, chart in enumerate(charts)],
+        "compareRunCharts": [chart.card(place) for place, chart in enumerate(charts(ratio))],
         "compareRunSections": [section | {"columns": 2, "cardHeight": CARD_HEIGHT}],
         "viewMaximized": False,
         "runListHidden": True,  # the charts' legends name the runs, and need its width
@@ -96,26 +97,28 @@ def view_state(search: str, title: str, charts: Sequence[Chart] = CHARTS, column
     }
 
 
-def view_tag(search: str, name: str, title: str, now: int) -> tuple[str, str]:
-    """Key and value of the experiment tag that keeps the view; `now` is in milliseconds.
+def view_tag(search: str, name: str, title: str, now: int, ratio: str = RATIOS[0]) -> tuple[str, str]:
+    """Key and value of the experiment tag that keeps the view; `now` is in milliseconds, `ratio` as in `charts`.
 
     Raises ValueError where the value is larger than MLflow takes.
     """
-    packed = base64.b64encode(zlib.compress(json.dumps(view_state(search, title)).encode(), 9)).decode()
+    packed = base64.b64encode(zlib.compress(json.dumps(view_state(search, title, ratio)).encode(), 9)).decode()
     value = json.dumps({"name": name, "createdAt": now, "updatedAt": now, "state": f"deflate;{packed}"})
     if len(value) > MOST_BYTES:
         raise ValueError(f"search has {len(search)} characters and title {len(title)}; expected fewer: a view has {MOST_BYTES}")
     return TAG + view_key(search), value
 
 
-def share(client: Any, tracking_uri: str, experiment_id: str, search: str, name: str, title: str, now: int) -> str | None:
+def share(
+    client: Any, tracking_uri: str, experiment_id: str, search: str, name: str, title: str, now: int, ratio: str = RATIOS[0]
+) -> str | None:
     """Keep a view of an experiment's runs on its server; returns its key, or None where the server is too old for views.
 
     `client` is an MlflowClient of `tracking_uri`. Raises what MLflow raises where the server does not take the tag.
     """
     if not knows_views(server_version(tracking_uri)):
         return None
-    client.set_experiment_tag(experiment_id, *view_tag(search, name, title, now))
+    client.set_experiment_tag(experiment_id, *view_tag(search, name, title, now, ratio))
     return view_key(search)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from mlflow_icr.monitoring.series import read_history
 from mlflow_icr.tracking.operations import LOGGED, MEASURED, File, Metrics, Operation, Params, Picture
+from mlflow_icr.tracking.tensorboard.answer import answers
 from mlflow_icr.tracking.tensorboard.custom_scalars import Overlay, overlay
 from mlflow_icr.tracking.tensorboard.shown import Shown, scalar, shown
 
@@ -68,7 +69,8 @@ class Book:
                 if operation.source == MEASURED:
                     copies = self._overlay.add({"images_seen": step, **values})
                     copies = self._late_overlay(step) if copies is None else copies
-                    told.values += [scalar(key, step, time / 1000, value) for key, value in copies.items()]
+                    more = answers(values) | copies
+                    told.values += [scalar(key, step, time / 1000, value) for key, value in more.items()]
                 self._note(told)
             case Picture() | File(role="distributions"):
                 told.values = list(shown(self.folder, operation))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from mlflow_icr.monitoring.evidence import RATIOS
 from mlflow_icr.monitoring.series import Rows, series
 
 ICR = "repr/icr_debiased"
@@ -20,8 +21,8 @@ LAYOUT = {
         "share of samples that are copies": ["Margin", [*COPIES]],
     },
     "learning by heart": {
-        "view error ratio": [
-            "Margin", ["repr/view_error_ratio", "repr/view_error_ratio_low", "repr/view_error_ratio_high"],
+        "error ratios: of far views, which the verdict reads, and of the views that show most": [
+            "Margin", [f"{key}{end}" for key in RATIOS for end in ("", "_low", "_high")],
         ],
         "energies along Fisher directions": ["Multiline", ["^repr/fisher_residual_energy$", "^repr/fisher_invariant_energy$"]],
         "losses": ["Multiline", ["^loss/train_eval$", "^loss/heldout$"]],

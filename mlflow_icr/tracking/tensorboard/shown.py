@@ -15,6 +15,7 @@ import numpy as np
 from mlflow_icr.tracking.operations import (
     DISTRIBUTIONS,
     FIGURE,
+    SUMMARY,
     TABLE,
     Dataset,
     End,
@@ -25,6 +26,7 @@ from mlflow_icr.tracking.operations import (
     Picture,
     Tags,
 )  # fmt: skip
+from mlflow_icr.tracking.tensorboard.answer import VERDICT, summary_tag
 from mlflow_icr.tracking.tensorboard.hparams import session_start, text_value
 
 TABLE_ROWS = 50
@@ -46,9 +48,9 @@ class Shown:
 def shown(folder: Path, operation: Operation) -> Iterator[Shown]:
     """What an operation of a run folder is in event files, without what follows from others before it."""
     match operation:
-        case Metrics(values=values, step=step, time=time, texts=texts):
+        case Metrics(values=values, step=step, time=time, texts=texts, source=source):
             for key, number in values.items():
-                yield scalar(key, step, time / 1000, number)
+                yield scalar(summary_tag(key) if source == SUMMARY else key, step, time / 1000, number)
             for key, text in texts.items():
                 yield _text(key, step, time, text)
         case Tags(values=values, step=step, time=time):
@@ -75,7 +77,7 @@ def shown(folder: Path, operation: Operation) -> Iterator[Shown]:
 def _texts(values: Mapping[str, str], step: int | None, time: int) -> Iterator[Shown]:
     """The verdict, and why something is absent or doubtful; tags of the run as one text."""
     if "verdict.text" in values:
-        yield _text("verdict", step or 0, time, values["verdict.text"])
+        yield _text(VERDICT, step or 0, time, values["verdict.text"])
     elif step is None:
         lines = [f"**{key}**: {text}" for key, text in values.items() if not key.startswith("mlflow.")]
         if lines:
@@ -151,7 +153,8 @@ def write_projection(log_dir: Path, name: str, step: int, path: Path) -> None:
 
     with np.load(path) as arrays:
         vectors, images, labels = arrays["vectors"], arrays["images"], arrays["labels"]
-    folder = log_dir / f"{step:05d}" / name
+    place = f"projector/{step:05d}/{name}"
+    folder = log_dir / place
     folder.mkdir(parents=True, exist_ok=True)
     np.savetxt(folder / "tensors.tsv", vectors, delimiter="\t", fmt="%.7g")
     with (folder / "metadata.tsv").open("w", newline="", encoding="utf-8") as file:
@@ -169,8 +172,8 @@ def write_projection(log_dir: Path, name: str, step: int, path: Path) -> None:
     others = [one for one in config.embeddings if one.tensor_name != tag]
     del config.embeddings[:]
     config.embeddings.extend(others)
-    one = config.embeddings.add(tensor_name=tag, tensor_path=f"{step:05d}/{name}/tensors.tsv")
-    one.metadata_path = f"{step:05d}/{name}/metadata.tsv"
-    one.sprite.image_path = f"{step:05d}/{name}/{SPRITE}"
+    one = config.embeddings.add(tensor_name=tag, tensor_path=f"{place}/tensors.tsv")
+    one.metadata_path = f"{place}/metadata.tsv"
+    one.sprite.image_path = f"{place}/{SPRITE}"
     one.sprite.single_image_dim.extend([width, height])
     config_path.write_text(text_format.MessageToString(config))

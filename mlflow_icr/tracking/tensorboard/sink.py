@@ -22,8 +22,8 @@ from mlflow_icr.tracking.tensorboard.shown import Shown, write_projection
 class TensorBoardSink(Sink):
     """Writes one event file into one folder, on the disk after every measurement. On the main process only.
 
-    Beside it, `icr.json` says how far the log is in it, and where its last whole commit ends: a process that goes on cuts off
-    what came after that, and reads no event file. Without it, everything is told again.
+    Beside it, `tensorboard.json` says how far the log is in it, and where its last whole commit ends: a process that goes on
+    cuts off what came after that, and reads no event file. Without it, everything is told again.
 
     Both of TensorBoard's readers hide points, each in its own way. The fast one drops, of a tag whose step does not go up, all
     that it had from that step on. The other one drops everything from the step of a restart on (`SessionLog.START`), of all
@@ -39,8 +39,8 @@ class TensorBoardSink(Sink):
         self._book: Book | None = None
 
     def state_path(self, folder: Path) -> Path:
-        """`icr.json` beside the event file."""
-        return self.log_dir / "icr.json"
+        """`tensorboard.json` beside the event file."""
+        return self.log_dir / "tensorboard.json"
 
     def batch_of(self, lane: str) -> int:
         """As many values as are written before they are brought onto the disk."""

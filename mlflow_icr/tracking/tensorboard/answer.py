@@ -1,0 +1,45 @@
+"""What TensorBoard's pages begin with: ICR, copies, the error ratio that the verdict reads and residual energy, once more.
+
+TensorBoard orders charts and texts by their tags, capitals first, and opens the first group. Values of these keys are therefore
+shown twice, under their own tag and in the group `Answer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from mlflow_icr.monitoring.evidence import RATIOS
+from mlflow_icr.monitoring.summary import SUMMARY_KEYS
+
+GROUP = "Answer/"
+# Of the keys, the first that a row has.
+ANSWERS = {
+    f"{GROUP}ICR": ("repr/icr_debiased", "repr/icr"),
+    f"{GROUP}copies": ("mem/ratio_l2",),
+    f"{GROUP}error ratio": RATIOS,
+    f"{GROUP}residual energy": ("repr/fisher_residual_energy",),
+}
+VERDICT = f"{GROUP}verdict"  # a text
+SUMMARY_GROUP = "summary/"  # of what a whole run comes to: one point each, which belong behind all curves
+
+
+def answer_keys(keys: Collection[str]) -> dict[str, str]:
+    """The tag in the group `Answer` of each key that is shown there, of the keys that there are."""
+    found = {tag: next((key for key in choices if key in keys), None) for tag, choices in ANSWERS.items()}
+    return {key: tag for tag, key in found.items() if key is not None}
+
+
+def answers(values: Mapping[str, float]) -> dict[str, float]:
+    """The values of the group `Answer`, by tag, of a row of a history."""
+    return {tag: values[key] for key, tag in answer_keys(values).items()}
+
+
+def summary_tag(key: str) -> str:
+    """The tag of a value that a whole run comes to."""
+    return SUMMARY_GROUP + key
+
+
+def key_of(tag: str) -> str:
+    """The key of a tag: without the group of summaries where it is one that this package writes."""
+    key = tag.removeprefix(SUMMARY_GROUP)
+    return key if key in SUMMARY_KEYS else tag

@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from mlflow_icr import verdict
+from mlflow_icr.monitoring.catalogue import metric_of
 from mlflow_icr.tracking import read_history
 from tests.servers import free_port
 from tests.test_tracking import as_float32, journal_scalars, mlflow_scalars, tensorboard_scalars
@@ -118,6 +119,12 @@ def test_a_run_leaves_what_the_readme_says(whole: tuple[Path, str], monkeypatch:
 
 
 @pytest.mark.slow
+def test_every_key_of_a_run_is_in_the_catalogue(whole: tuple[Path, str]) -> None:
+    keys = {key for row in read_history(whole[0]) for key in row} - {"images_seen"}
+    assert len(keys) > 20
+    assert not [key for key in sorted(keys) if metric_of(key) is None]
+
+
 def test_samples_are_judged_on_a_schedule_of_their_own(whole: tuple[Path, str], tmp_path: Path) -> None:
     assert (
         run(tmp_path / "run", "--generate-every=3", env=os.environ | {"MLFLOW_TRACKING_URI": "file:/dev/null"}).returncode == 0

@@ -100,7 +100,9 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell starts background jobs with it ignored
         signal.signal(number, signal.default_int_handler)
     print(f"MLflow       http://{HOST}:{mlflow_port}/{_page(f'http://{HOST}:{mlflow_port}')}")
-    print(f"TensorBoard  http://{HOST}:{tensorboard_port}/ (of all outputs: tensorboard --logdir outputs)", flush=True)
+    print(
+        f"TensorBoard  http://{HOST}:{tensorboard_port}/?smoothing=0 (of all outputs: tensorboard --logdir outputs)", flush=True
+    )
     try:
         signal.pause()
     except KeyboardInterrupt:

@@ -32,6 +32,7 @@ from tests.test_backfill import moved
 
 VIEWS = Protocol(num_views=4)
 AT_ONCE = Pace(settle=0.0, poll=0.01)
+pytestmark = pytest.mark.usefixtures("few_errors")
 
 
 @pytest.fixture

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +88,9 @@ if ema is not None:
 """
 
 
+pytestmark = pytest.mark.usefixtures("few_errors")
+
+
 @pytest.fixture
 def data(tmp_path: Path, digits: torch.Tensor) -> Path:
     folder = tmp_path / "images"
@@ -124,15 +129,37 @@ def run(
     return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, cwd=tmp_path)
 
 
+def run_here(tmp_path: Path, name: str, *flags: str, ours: tuple[str, ...] = ()) -> object:
+    """The same in this process, which has imported everything; returns the exit status, or the text that stands for one."""
+    from accelerate.state import AcceleratorState
+
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    own = ["--output_dir", str(tmp_path / name), *flags]
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [*sys.path])
+        patch.setattr(sys, "argv", [str(script), *own])
+        try:
+            if not ours:
+                runpy.run_path(str(script), run_name="__main__")
+                return 0
+            return main([*ours, "--output-dir", str(tmp_path / f"{name}-icr"), str(script), *own])
+        except SystemExit as error:
+            return error.code
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+            AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def test_a_script_trains_the_same_and_is_measured_as_a_monitor_measures(tmp_path: Path, data: Path) -> None:
     """Weights bit for bit those without hooks; values those of a monitor on the average that the script saved."""
     import mlflow
     from diffusers import DDPMScheduler, UNet2DModel
 
-    bare = run(tmp_path, None, "bare")
-    assert bare.returncode == 0, bare.stderr
-    watched = run(tmp_path, data, "watched", ours=("--every", "32", "--num-images", "40", "--save"))
-    assert watched.returncode == 0, watched.stderr
+    assert run_here(tmp_path, "bare") == 0
+    ours = ("--data", str(data), "--every", "32", "--num-images", "40", "--save")
+    assert run_here(tmp_path, "watched", ours=ours) == 0
     for name in ("unet", "ema"):
         weights = [load_file(tmp_path / run / name / "diffusion_pytorch_model.safetensors") for run in ("bare", "watched")]
         assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
@@ -187,7 +214,8 @@ def test_a_script_that_resumes_goes_on_in_the_run(tmp_path: Path, data: Path) ->
     assert len(mlflow.MlflowClient().search_runs(["0"])) == 1
 
 
-def test_two_ranks_measure_together_and_stop_together(tmp_path: Path, data: Path) -> None:
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_ranks_measure_together_and_stop_together(tmp_path: Path, data: Path, ranks: int) -> None:
     """The folder's past is that of a model that has turned: the verdict, of the whole history, ends the training."""
     import mlflow
 
@@ -198,13 +226,16 @@ def test_two_ranks_measure_together_and_stop_together(tmp_path: Path, data: Path
     past = [{"images_seen": 2**k, ratio: 2.0**k, f"{ratio}_low": 0.99 * 2**k, f"{ratio}_high": 1.01 * 2**k} for k in range(5)]
     (folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in past))
     ours = ("--stop-on", "turning", "--every", "64", "--resume")
-    done = run(tmp_path, data, "stopped", "--steps", "1000", ours=ours, ranks=2)
-    assert done.returncode == 0, done.stderr
-    # 0, and where it stopped: after the first step, of two batches of eight on each of two ranks
-    assert [row["images_seen"] for row in read_history(folder)][5:] == [0, 32]
+    if ranks == 1:
+        assert run_here(tmp_path, "stopped", "--steps", "1000", ours=("--data", str(data), *ours)) == 0
+    else:
+        done = run(tmp_path, data, "stopped", "--steps", "1000", ours=ours, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+    # 0, and where it stopped: after the first step, of two batches of eight on each rank
+    assert [row["images_seen"] for row in read_history(folder)][5:] == [0, 16 * ranks]
     (found,) = mlflow.MlflowClient().search_runs(["0"])
     assert (found.info.status, found.data.tags["verdict"]) == ("FINISHED", "turning")
-    assert (folder / "checkpoints" / "000000000032" / "unet" / "diffusion_pytorch_model.safetensors").exists()
+    assert (folder / "checkpoints" / f"{16 * ranks:012d}" / "unet" / "diffusion_pytorch_model.safetensors").exists()
     assert not (tmp_path / "stopped").exists()  # the script did not come to saving
 
 
@@ -245,8 +276,5 @@ def test_bad_input_is_one_line_before_the_script_starts(tmp_path: Path, data: Pa
         assert error.count("\n") == 1
         assert words in error
     assert not (tmp_path / "out").exists()
-    done = run(tmp_path, data, "latent", "--channels", "4")
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].endswith(
-        "the network is a UNet2DModel with 4 channels; expected one of square images, grey or RGB"
-    )
+    said = run_here(tmp_path, "latent", "--channels", "4", ours=("--data", str(data)))
+    assert str(said).endswith("the network is a UNet2DModel with 4 channels; expected one of square images, grey or RGB")

@@ -21,6 +21,7 @@ from tests.loop import my_loop
 from tests.test_tracking import journal_scalars, mlflow_scalars
 
 PROTOCOL = Protocol(num_views=4, num_images=32)
+pytestmark = pytest.mark.usefixtures("few_errors")
 
 
 def loss_of(network: nn.Module, images: Tensor, generator: torch.Generator) -> Tensor:
@@ -149,7 +150,7 @@ def batches(images: Tensor) -> Any:
     return torch.utils.data.DataLoader([{"images": image} for image in images], batch_size=16)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+@pytest.mark.parametrize("package", ["lightning.pytorch", pytest.param("pytorch_lightning", marks=pytest.mark.slow)])
 def test_lightning_is_watched_and_resumes(tmp_path: Path, small_unet: nn.Module, digits: Tensor, package: str) -> None:
     pytest.importorskip(package)
     from mlflow_icr.integrations.lightning import ICRCallback

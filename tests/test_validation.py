@@ -202,6 +202,7 @@ def tiny_plan(**others: object) -> PlannedRun:
     return PlannedRun("tiny", True, (), {"images": "digits8", "num_images": 24}, options, **others)  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("few_errors")
 def test_a_run_changes_midway_and_failures_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from studies.validation.training import train
     from trainers.train import Stop

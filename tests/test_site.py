@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -61,6 +62,22 @@ def test_keys_find_their_own_entry() -> None:
 
 def test_the_page_of_metrics_is_the_catalogue() -> None:
     assert (DOCS / "metrics.md").read_text() == catalogue_page(), "python docs/build_pages.py writes it anew"
+
+
+def test_the_gallery_is_of_kept_histories() -> None:
+    """Its texts are what the histories say, each state is shown, and its pictures are small."""
+    spec = importlib.util.spec_from_file_location("gallery", DOCS / "gallery.py")
+    assert spec is not None
+    assert spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    sys.modules["gallery"] = made  # dataclasses look their module up
+    spec.loader.exec_module(made)
+    page = (DOCS / "reading.md").read_text()
+    assert made.with_gallery(page) == page, "python docs/gallery.py writes it anew"
+    ends = [made.states_of(made.shown_of(case))[-1] for case in made.CASES]
+    assert set(ends) == set(made.COLOURS)
+    for case in made.CASES:
+        assert 5_000 < (DOCS / "images" / f"reading-{case.name}.svg").stat().st_size < 60_000
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:

@@ -1,0 +1,195 @@
+"""The gallery in docs/reading.md, from kept histories of real trainings: `python docs/gallery.py` draws and writes it anew."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlflow_icr import summarise, verdict
+from mlflow_icr.monitoring.evidence import NAMES, ratio_key
+from mlflow_icr.monitoring.verdict import GENERALIZING, MEMORIZING, TURNING, UNDECIDED
+
+DOCS = Path(__file__).parent
+BEGIN, END = "<!-- gallery: python docs/gallery.py writes what follows -->", "<!-- end of the gallery -->"
+COLOURS = {UNDECIDED: "#d9d9d9", GENERALIZING: "#cde7d3", TURNING: "#fde0b2", MEMORIZING: "#f6c6c2"}
+COPIES = ("mem/ratio_l2", "mem/ratio_l2_low", "mem/ratio_l2_high")
+Rows = Sequence[Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A history and what it shows; `until` cuts it, to be seen as it was then. `text` may name what `facts` has."""
+
+    name: str
+    title: str
+    history: str
+    text: str
+    until: int | None = None
+
+
+CASES = (
+    Case(
+        "learning",
+        "Learning",
+        "results/rich-digits8-edm-n1600-w16-d0-none-lr0.001-b48-s2000.json.gz",
+        "1,600 digits, to {end} images seen. ICR falls from {icr_first} to {icr_end}. The {ratio_name} ends at {ratio_end}: "
+        "it grows a little, as digits have an upright place. No sample is a copy. The verdict is *{state}* from {first} on.",
+    ),
+    Case(
+        "turning",
+        "Turning",
+        "results/decoupled-mnist12-v-n64-w16-d0-none-lr0.0025-b128-s1003.json.gz",
+        "64 images of MNIST. The {ratio_name} bends upward. For one measurement the verdict is *undecided*, then "
+        "*turning*, from {turning} images seen on, and dates the turn at {turned}. No sample is a copy yet: the training "
+        "ended there. This is "
+        "the moment to stop, or to add data.",
+    ),
+    Case(
+        "copying",
+        "Copying",
+        "results/fast-cifar8-edm-n64-w32-d0-none-lr0.002-b16-s3209.json.gz",
+        "64 images of CIFAR-10, no dropout. The verdict is *turning* from {turning} images seen on. It is *memorizing* from "
+        "{memorizing} on: there, two detectors find copies. The share of copies in the last panel stays above 5% only from "
+        "{onset} on, and ends at {copies_end}. The warning came at {lead} of that.",
+    ),
+    Case(
+        "undecided",
+        "Undecided",
+        "runs/digits-limited-n256-seed1002/history.jsonl",
+        "256 digits, as it stood at {end} images seen. The {ratio_name} is {ratio_end} and grows, but not surely faster than "
+        "learning explains. The verdict says so, and accuses nobody: measure more often. In the whole history it is "
+        "*turning* from {later} on.",
+        until=48_192,
+    ),
+    Case(
+        "wrong",
+        "Wrong: it stays at turning",
+        "runs/digits-limited-n64-seed1000/history.jsonl",
+        "64 digits. The verdict warned at {turning} images seen. Copies begin at {onset}, and at the end {copies_end} of the "
+        "samples are copies. The verdict still says *{state}*: one detector was measured, and *memorizing* takes two. So "
+        "*memorizing* never came. Measure with two detectors or more.",
+    ),
+    Case(
+        "disputed",
+        "Disputed: memorizing, and few copies",
+        "runs/digits-limited-n512-seed1014/history.jsonl",
+        "512 digits. The verdict is *memorizing* from {memorizing} images seen on. Two detectors agree: samples are too near "
+        "to training images. The third one, distances in the last panel, finds {copies_end} copies even at the end. Who wants "
+        "exact copies alone calls this a false alarm.",
+    ),
+)  # fmt: skip
+
+
+def history_of(case: Case) -> list[dict[str, float]]:
+    """The rows of a case's whole history."""
+    path = DOCS / "validation" / case.history
+    if path.suffix == ".gz":
+        rows: list[dict[str, float]] = json.loads(gzip.decompress(path.read_bytes()))["rows"]
+        return rows
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def shown_of(case: Case) -> list[dict[str, float]]:
+    """The rows that are shown."""
+    return [row for row in history_of(case) if case.until is None or row["images_seen"] <= case.until]
+
+
+def states_of(rows: Rows) -> list[str]:
+    """The verdict at each row, from the history up to it."""
+    return [verdict(rows[: end + 1]).state for end in range(len(rows))]
+
+
+def facts(case: Case) -> dict[str, str]:
+    """What a case's text may name, from its history."""
+    rows, whole = shown_of(case), history_of(case)
+    states, said, ends = states_of(rows), verdict(rows), summarise(rows)
+    at = [int(row["images_seen"]) for row in rows]
+    found = {"end": at[-1], "turned": said.turned_at, "onset": ends.get("mem_onset_images_seen")}
+    found |= {state: at[states.index(state)] if state in states else None for state in (TURNING, MEMORIZING)}
+    found["first"] = next(step for step, state in zip(at, states, strict=True) if state != UNDECIDED)
+    later = states_of(whole)
+    found["later"] = int(whole[later.index(TURNING)]["images_seen"]) if TURNING in later else None
+    texts = {key: "never" if value is None else f"{value:,.0f}" for key, value in found.items()}
+    icr = [row["repr/icr_debiased"] for row in rows if "repr/icr_debiased" in row]
+    ratio = ratio_key(rows)
+    texts |= {"icr_first": f"{icr[0]:.2f}", "icr_end": f"{icr[-1]:.2f}", "state": said.state, "ratio_name": NAMES[ratio]}
+    texts |= {"ratio_end": f"{rows[-1][ratio]:.2f}", "copies_end": f"{rows[-1]['mem/ratio_l2']:.1%}"}
+    if found["onset"] and found[TURNING]:
+        texts["lead"] = f"{found[TURNING] / found['onset']:.0%}"
+    return texts
+
+
+def _panel(axes: Any, rows: Rows, keys: Sequence[str], label: str) -> None:
+    value, low, high = keys
+    points = [row for row in rows if value in row and row["images_seen"] > 0]
+    x = [row["images_seen"] / 1000 for row in points]
+    axes.plot(x, [row[value] for row in points], color="#1f4e79", marker="o", markersize=2.5, linewidth=1.3)
+    if points and low in points[-1]:
+        lower, upper = ([row.get(key, row[value]) for row in points] for key in (low, high))
+        axes.fill_between(x, lower, upper, color="#1f4e79", alpha=0.2, linewidth=0)
+    axes.set_title(label, fontsize=9)
+
+
+def draw(case: Case, path: Path) -> None:
+    """Error ratio, ICR and copies of a case over images seen, on the colours of the verdict there."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    rows = [row for row in shown_of(case) if row["images_seen"] > 0]
+    states = states_of(shown_of(case))[-len(rows) :]
+    ratio = ratio_key(rows)
+    figure = Figure(figsize=(8.2, 2.3), layout="constrained")
+    panels = figure.subplots(1, 3)
+    _panel(panels[0], rows, (ratio, f"{ratio}_low", f"{ratio}_high"), NAMES[ratio])
+    _panel(panels[1], rows, ("repr/icr_debiased", "repr/icr_low", "repr/icr_high"), "ICR")
+    _panel(panels[2], rows, COPIES, "share of copies")
+    edges = [row["images_seen"] / 1000 for row in rows]
+    for axes in panels:
+        axes.set_xscale("log")
+        for place, state in enumerate(states):
+            right = edges[place + 1] if place + 1 < len(edges) else edges[-1] * 1.08
+            axes.axvspan(edges[place], right, color=COLOURS[state], linewidth=0, zorder=0)
+        axes.set_xlim(edges[0], edges[-1] * 1.08)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.xaxis.set_minor_formatter(lambda value, _: "")
+        axes.tick_params(which="both", labelsize=7)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yscale("log")
+    panels[0].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    panels[0].yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if value in (2, 3, 5, 20, 50) else "")
+    panels[2].set_ylim(-0.03, 1.03)
+    panels[1].set_xlabel("images seen, thousands", fontsize=8)
+    there = [state for state in COLOURS if state in states]
+    patches = [matplotlib.patches.Patch(color=COLOURS[state], label=state) for state in there]
+    figure.legend(handles=patches, loc="outside upper center", ncols=len(there), fontsize=8, frameon=False)
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": case.name}):
+        figure.savefig(path, metadata={"Date": None, "Creator": None})
+
+
+def gallery() -> str:
+    """The section of docs/reading.md."""
+    parts = []
+    for case in CASES:
+        run = Path(case.history).parent.name if case.history.startswith("runs") else Path(case.history).name.split(".json")[0]
+        text = re.sub(r"\s+", " ", case.text.format(**facts(case)))
+        picture = f"![Error ratio, ICR and copies](images/reading-{case.name}.svg)"
+        parts.append(f"### {case.title}\n\n{picture}\n\n{text}\n\nHistory: `{run}`.\n")
+    return f"{BEGIN}\n\n" + "\n".join(parts) + f"\n{END}\n"
+
+
+def with_gallery(page: str) -> str:
+    """The page with the gallery as it is now."""
+    before, _, rest = page.partition(BEGIN)
+    return before + gallery() + rest.partition(f"{END}\n")[2]
+
+
+if __name__ == "__main__":
+    for case in CASES:
+        draw(case, DOCS / "images" / f"reading-{case.name}.svg")
+    reading = DOCS / "reading.md"
+    reading.write_text(with_gallery(reading.read_text()))

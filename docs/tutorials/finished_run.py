@@ -29,7 +29,7 @@ printed = run(
 # %% [markdown]
 # ## The verdict
 #
-# `mlflow-icr verdict outputs/finished` prints it. In Python it is an object with fields.
+# `mlflow-icr verdict outputs/finished` prints it. In Python it is an object.
 
 # %%
 from mlflow_icr import verdict
@@ -98,10 +98,11 @@ assert int(kept.name) == found.checkpoint_images_seen
 # %% [markdown]
 # ## The report
 #
-# One HTML page with curves, samples and the audit. It asks no server for anything.
+# The training has written a report: one HTML page with curves, samples and the audit. This command writes it again, or compares
+# several runs. The page needs no server.
 
 # %%
-run("mlflow_icr.cli report outputs/finished")
-page = Path("outputs/finished/report/index.html")
+run("mlflow_icr.cli report outputs/finished --output report.html")
+page = Path("report.html")
 print(f"{page}: {page.stat().st_size / 1e6:.1f} MB")
 assert "How this was computed" in page.read_text()

@@ -88,7 +88,17 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     pages = {path.relative_to(tmp_path / "site").as_posix() for path in (tmp_path / "site").rglob("*.html")}
-    assert {"index.html", "five-minutes.html", "metrics.html", "api/measure.html", "built/modules.html"} <= pages
+    assert {
+        "index.html",
+        "five-minutes.html",
+        "metrics.html",
+        "api/measure.html",
+        "built/modules.html",
+        "commands.html",
+    } <= pages
+    questions = (tmp_path / "site" / "faq.html").read_text()
+    assert "did you mean checkpoints?" in questions, "the command in the page was not run"
+    assert "--images-per-step N" in (tmp_path / "site" / "commands.html").read_text()
     text = (tmp_path / "site" / "api" / "measure.html").read_text()
     assert "Measures the Invariant Contamination Ratio" in text, "the API pages lack the docstrings"
     outside = re.findall(r'(?:src|href)="(https?://[^"]+\.(?:js|css|woff2?))"', text)

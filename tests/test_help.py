@@ -87,3 +87,11 @@ def test_pages_name_only_commands_and_flags_that_exist() -> None:
             assert flag in known[program], f"{page}: {program} has no {flag}"
             seen += 1
     assert seen > 40
+
+
+def test_a_run_that_is_not_there_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("verdict", "summary", "rank-images"):
+        assert cli.main([command, "outputs/nothing"]) == 2
+        line = capsys.readouterr().err
+        expected = "folder is 'outputs/nothing', which holds no history.jsonl; expected the output folder of a run"
+        assert line == f"mlflow-icr: error: {expected}\n"

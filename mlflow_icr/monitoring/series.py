@@ -23,9 +23,11 @@ def read_history(path: Path | str) -> list[dict[str, float]]:
     A torn last line, which a kill or a full disk can leave, is not a row. Raises FileNotFoundError when there is no
     history, ValueError naming the line when another line is not a row.
     """
-    path = Path(path)
+    given = path = Path(path)
     if path.is_dir():
         path = path / HISTORY
+    if not path.exists():
+        raise FileNotFoundError(f"folder is {str(given)!r}, which holds no {HISTORY}; expected the output folder of a run")
     rows = []
     lines = path.read_text(encoding="utf-8").split("\n")
     for number, line in enumerate(lines, 1):

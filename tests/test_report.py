@@ -133,7 +133,7 @@ def test_every_number_is_the_history_s(kept: Kept, tmp_path: Path) -> None:
     for text in ("abc123abc123", "needs 50 training images", "below 0.333 of that to the second nearest", "docs/validation.md"):
         assert text in page.text
     assert all(evidence in page.text for evidence in said.evidence)
-    assert "leaves room" not in page.text  # copies were found
+    assert "allows a share" not in page.text  # copies were found
 
 
 def evil_runs(kept: Kept, place: Path) -> list[RunMaterial]:
@@ -198,7 +198,7 @@ def test_runs_of_different_protocols_are_compared_with_a_warning(kept: Kept, tmp
     same: list[Path | RunMaterial] = [kept.limited, kept.rich]
     page = as_page(same, tmp_path / "same.html")
     assert "not comparable" not in page.text
-    assert {"64", "1600"} <= set(re.findall(r"\d+", page.text[page.text.index("What they differ in") :]))
+    assert {"64", "1600"} <= set(re.findall(r"\d+", page.text[page.text.index("Differences") :]))
     assert [a["class"] for a in page.of("span") if "badge" in a.get("class", "")][:2] == [
         "badge turning",  # one detector of copies is no proof, and this history has no other
         "badge generalizing",

@@ -18,8 +18,8 @@ __all__ = ["BAD", "OK", "WARN", "Check", "doctor_command", "examine"]
 def examine(given_weights: Mapping[str, Path] | None = None, folder: Path | None = None) -> Iterator[Check]:
     """Every check, one after the other; `given_weights` are encoders' files by name, `folder` is where runs are written.
 
-    Nothing stays behind but, on a tracking server, a deleted experiment until its `mlflow gc`. Raises nothing: what fails is a
-    check that is bad.
+    Leaves nothing behind, except a deleted experiment on a tracking server until its `mlflow gc`. Raises nothing: a failure is
+    a check with the state bad.
     """
     checks: dict[str, Callable[[], Iterable[Check]]] = {
         "python": packages.python,
@@ -45,7 +45,7 @@ def doctor_command(tracking_uri: str | None, weight_texts: Sequence[str], *, as_
     """
     given = weights.parse_weights(weight_texts)
     if tracking_uri is not None:
-        os.environ["MLFLOW_TRACKING_URI"] = tracking_uri  # before MLflow is imported, and for whatever it starts
+        os.environ["MLFLOW_TRACKING_URI"] = tracking_uri  # set before MLflow is imported, also for its child processes
     found = []
     for check in examine(given):
         found.append(check)

@@ -1,4 +1,4 @@
-"""What a check says: one line, and what to do about it."""
+"""A check: its result in one line, and what to do about it."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class Check:
 
 
 def first_line(error: BaseException) -> str:
-    """The kind of an error and the first line of what it says."""
+    """The type of an error and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Libraries print and warn while they are tried; what matters is in the checks."""
+    """A context that hides what libraries print and warn while they are tried."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -48,7 +48,7 @@ def quietly() -> Iterator[None]:
 
 
 def carried_out(name: str, check: Callable[[], Iterable[Check]]) -> list[Check]:
-    """The results of a check; one that fails in a way that it does not know is bad, and does not stop the others."""
+    """The results of a check; an unexpected failure is a bad result, and does not stop the others."""
     try:
         with quietly():
             return list(check())

@@ -21,7 +21,7 @@ def devices() -> Iterator[Check]:
     mend = "install torch again, as https://pytorch.org/get-started says for this machine"
     try:
         import torch
-    except Exception as error:  # a library of its that is missing is an OSError, another version's symbol an ImportError
+    except Exception as error:  # a missing library of torch is an OSError, a symbol of another version an ImportError
         yield Check("devices", BAD, f"torch cannot be imported: {first_line(error)}", mend)
         return
     if torch.cuda.is_available():
@@ -40,13 +40,13 @@ def devices() -> Iterator[Check]:
 
 
 def threads() -> Iterator[Check]:
-    """How a training's threads will wait for each other."""
+    """Whether a training's threads sleep or spin while they wait."""
     waiting = any(name in os.environ for name in WAIT_VARIABLES)
-    if not waiting or thread_waiting() == "passive":  # the trainers choose passive waiting where nothing is said
+    if not waiting or thread_waiting() == "passive":  # the trainers choose passive waiting by default
         yield Check("threads", OK, "sleep while they wait in the trainers: several trainings can share these cores")
         return
     mend = f"export OMP_WAIT_POLICY=passive, and unset {' and '.join(WAIT_VARIABLES[1:])}"
-    yield Check("threads", WARN, "spin while they wait: two trainings side by side on the same cores crawl", mend)
+    yield Check("threads", WARN, "spin while they wait: two trainings on the same cores are very slow", mend)
 
 
 def _memory() -> str:
@@ -65,7 +65,7 @@ def disk(folder: Path) -> Iterator[Check]:
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
+    """The folder, or the nearest existing one above it."""
     folder = folder.resolve()
     return next(path for path in (folder, *folder.parents) if path.is_dir())
 

@@ -1,4 +1,4 @@
-"""Python, this package and those that it needs: there, and of versions that fit."""
+"""Python, this package and those that it needs: installed, and of the right versions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mlflow_icr.version import __version__
 
 DISTRIBUTION = "mlflow-icr"
 NAMED = ("torch", "mlflow", "diffusers", "accelerate", "datasets")  # a line each; the others share one
-DEVELOPMENT = "dev"  # an extra that a user does without
+DEVELOPMENT = "dev"  # an extra that a user may not need
 
 
 def python() -> Iterator[Check]:
@@ -45,7 +45,7 @@ def package() -> Iterator[Check]:
 
 
 def _requirements() -> Iterator[tuple[Requirement, str]]:
-    """What the package needs, with the name of the extra that needs it, or an empty one."""
+    """The package's requirements, with the name of the extra that needs each, or an empty one."""
     for text in requires(DISTRIBUTION) or []:
         requirement = Requirement(text)
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
@@ -85,7 +85,7 @@ def required() -> Iterator[Check]:
 
 
 def optional() -> Iterator[Check]:
-    """What the extras need: a line for each extra that is not whole."""
+    """The requirements of extras: a line for each extra that is incomplete."""
     missing: dict[str, list[str]] = {}
     there: set[str] = set()
     for requirement, extra in _requirements():

@@ -1,4 +1,4 @@
-"""MLflow: the tracking store answers and takes results, artifacts too, and the plugins are where MLflow looks for them."""
+"""MLflow: the tracking store and the artifact store answer and accept results, and MLflow finds the plugins."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CONTENT = "written by mlflow-icr doctor"
 
 
 def tracking() -> Iterator[Check]:
-    """Write a run with a metric, a tag and an artifact to an experiment of the doctor's own, read them, and take them away."""
+    """Write a run with a metric, a tag and an artifact to a new experiment, read them, and delete the experiment."""
     import mlflow
 
     from mlflow_icr.tracking.mlflow.store import StoreError, answers, connect, without_credentials
@@ -59,7 +59,7 @@ def _sqlite_file(uri: str) -> Path | None:
 
 
 def _new_file(file: Path, shown: str) -> Check:
-    """A store that is to be made: looking at it would make it."""
+    """The check of a store that does not exist yet; connecting to it would make it."""
     folder = file.resolve().parent
     if os.access(folder, os.W_OK):
         return Check(STORE, OK, f"{shown} is not there yet; the first run makes it")
@@ -109,7 +109,7 @@ def _new_folders(place: str) -> list[Path]:
 
 
 def _take_away(client: Any, experiment: str, folders: list[Path]) -> None:
-    """Delete the doctor's experiment: for good where this process is the store, else as far as a server lets clients."""
+    """Delete the doctor's experiment: permanently if this process is the store, else as far as a server allows."""
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     with contextlib.suppress(Exception):  # the store's own error says best why this cannot be removed

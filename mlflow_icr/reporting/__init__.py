@@ -1,4 +1,4 @@
-"""What a run comes to, on one page: HTML that needs no network, and opens in MLflow's artifact viewer."""
+"""The report of a run, on one HTML page that needs no network and opens in MLflow's artifact viewer."""
 
 from mlflow_icr.reporting.gather import Gathered, gather, gather_all, gather_folder, gather_run
 from mlflow_icr.reporting.material import RunMaterial

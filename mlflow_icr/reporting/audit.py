@@ -1,4 +1,4 @@
-"""The audit: what was tested for copying, how, with what result; what was not, and why; and the likeliest copies."""
+"""The audit: tests for copying with their results, tests that were not made with the reasons, and the likeliest copies."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ INTERVAL_LEVEL = "exact 95 % interval of such a share of samples (Clopper & Pear
 
 @dataclass(frozen=True)
 class Detector:
-    """A detector of copies: the keys that it logs, what it looks for, and from where on it calls something a copy."""
+    """A detector of copies: the keys that it logs, what it looks for, and its threshold."""
 
     pattern: str
     looks_for: str
@@ -68,7 +68,7 @@ def _is_bound(key: str) -> bool:
 
 
 def encoder_text(run: RunMaterial, name: str) -> str:
-    """An encoder with the checksum of its weights, as far as that is known."""
+    """An encoder with the checksum of its weights, if that is known."""
     if name in ("l2", "pixels"):
         return "pixels, no network"
     recorded = run.params.get("encoder_sha256", "") if name == run.encoder else ""
@@ -117,7 +117,7 @@ def _tested(run: RunMaterial) -> list[list[Child]]:
 
 
 def _untested(run: RunMaterial) -> list[Markup]:
-    """What no value stands for, with the reason that was noted while measuring."""
+    """Values that are absent, with the reasons that were recorded."""
     noted, keys = run.noted("absent"), set(run.keys)
     found = []
     for key, why in sorted(noted.items()):
@@ -130,14 +130,14 @@ def _untested(run: RunMaterial) -> list[Markup]:
                 why = f"an embedding made for copy detection ({', '.join(COPY_ENCODERS)}) was not used: copies that are moved, "
                 why += "cropped or recoloured may not be found by the others"
             else:
-                why = "there is no value in the history, and no reason was noted"
+                why = "there is no value in the history, and no reason was recorded"
             name = detector.pattern.replace("(?P<encoder>.+)", "*")
             found.append(element("li", element("code", name), f": {why}"))
     return found
 
 
 def _reach(run: RunMaterial) -> Child:
-    """How small a share of copies the newest samples could have missed."""
+    """The largest share of copies that the newest samples could have missed."""
     counted, ratio = run.last("gen/num_samples"), run.last("mem/ratio_l2")
     if counted is None or ratio is None or counted[1] <= 0:
         return None
@@ -145,7 +145,7 @@ def _reach(run: RunMaterial) -> Child:
     if ratio[1] > 0 or bounds is None:
         return None
     most = joined(number(100 * bounds[1], digits=2), " %")
-    return element("p", f"No copy among {counted[1]:.0f} samples leaves room for a share of up to ", most, " (95 %, exact).")
+    return element("p", f"No copy among {counted[1]:.0f} samples allows a share of up to ", most, " (95 %, exact).")
 
 
 LIMITS = (

@@ -1,4 +1,4 @@
-"""Charts as SVG inside the page: no font, no picture, whole without a script; colours are the page's, light or dark."""
+"""Charts as SVG inside the page: no font, no picture, complete without a script; colours are the page's, light or dark."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Frame:
-    """What a chart's axes say: labels, which of them are logarithmic, and bounds of y where they are given."""
+    """The axes of a chart: labels, which of them are logarithmic, and bounds of y, if given."""
 
     title: str
     y_label: str
@@ -67,12 +67,12 @@ def thinned(points: Sequence[Point]) -> list[Point]:
 
 
 def tick_text(value: float) -> str:
-    """A tick as it is read: no zeros at its end, powers of ten beyond six places."""
+    """A tick's label: no trailing zeros, powers of ten beyond six places."""
     return f"{value:g}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
 
 
 def _drawable(curve: Curve, frame: Frame) -> Curve:
-    """What of a curve its axes have a place for."""
+    """The points of a curve that its axes can show."""
 
     def fits(x: float, *ys: float) -> bool:
         return (x > 0 or not frame.log_x) and (not frame.log_y or min(ys) > 0)

@@ -1,4 +1,4 @@
-"""Several runs side by side: what each came to, whether they may be compared, and what they differ in."""
+"""Compare several runs: their results, whether they may be compared, and their differences."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from mlflow_icr.reporting.curves import comparison_charts
 from mlflow_icr.reporting.markup import Child, Markup, element, fold, images_text, interval, joined, number, table
 from mlflow_icr.reporting.material import RunMaterial
 
-# More lines than colours are coloured by what their runs came to: in the order of the page's colours.
+# If there are more lines than colours, each has the colour of its run's verdict.
 BY_STATE = {MEMORIZING: 0, GENERALIZING: 1, TURNING: 4}
 UNKNOWN_COLOUR = 7
-FOLDED_FROM = 12  # rows of parameters from which on they are folded up
+FOLDED_FROM = 12  # longer tables of parameters are folded
 
 
 def colours_of(runs: Sequence[RunMaterial]) -> list[int]:
@@ -41,7 +41,7 @@ def value_cell(run: RunMaterial, key: str, point: tuple[int, float] | None, *, a
 
 
 def turn_cell(run: RunMaterial) -> Markup:
-    """When a run turned, with the bounds of that; a dash where it did not."""
+    """When a run turned, with bounds; a dash if it did not."""
     said = run.verdict
     if said.turned_at is None or said.low is None or said.high is None:
         return joined("\N{EN DASH}")
@@ -52,7 +52,7 @@ def turn_cell(run: RunMaterial) -> Markup:
 
 
 def onset_cell(run: RunMaterial) -> Markup:
-    """From where on copies are found; a dash for nowhere."""
+    """The onset of copies; a dash for none."""
     onset = run.summary.get("mem_onset_images_seen")
     return joined("\N{EN DASH}") if onset is None else number(onset, key="mem_onset_images_seen")
 
@@ -139,12 +139,14 @@ def comparison(runs: Sequence[RunMaterial], links: Sequence[str]) -> Markup:
     note = None
     if len(runs) > COLOURS:
         states = [Curve(state, (), colour=colour) for state, colour in {**BY_STATE, UNDECIDED: UNKNOWN_COLOUR}.items()]
-        note = joined(element("p", "So many curves have the colours of their runs' verdicts.", class_="quiet"), legend(states))
+        note = joined(
+            element("p", "There are many curves: each has the colour of its run's verdict.", class_="quiet"), legend(states)
+        )
     return joined(
         protocol_warning(runs),
         run_table(runs, links),
         note,
         element("div", comparison_charts(runs, colours), class_="charts"),
-        element("h3", "What they differ in"),
+        element("h3", "Differences"),
         parameter_table(runs),
     )

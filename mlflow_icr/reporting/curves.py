@@ -1,4 +1,4 @@
-"""Which values are drawn together: the charts of one run, and those of several runs over each other."""
+"""The charts of one run, and of several runs in common charts: which values are drawn together."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def curve_of(run: RunMaterial, key: str, name: str, colour: int = 0, *, dashed: 
 
 
 def marks_of(run: RunMaterial, colour: int = 0, word: str = "") -> list[Mark]:
-    """Where a run turned, with the bounds of that, and where copies begin."""
+    """The turn of a run with its bounds, and the onset of copies."""
     said, found = run.verdict, []
     if said.turned_at is not None:
         found.append(Mark(said.turned_at, f"turn{word}", said.low, said.high, colour))
@@ -42,7 +42,7 @@ def marks_of(run: RunMaterial, colour: int = 0, word: str = "") -> list[Mark]:
 
 
 def _group(run: RunMaterial, frame: Frame, keys: Sequence[tuple[str, str]], marks: Sequence[Mark]) -> Markup | None:
-    """A chart of those keys that the run has, or nothing."""
+    """A chart of the keys that the run has, or nothing."""
     there = [(key, name) for key, name in keys if run.of(key)]
     curves = [curve_of(run, key, name, i, dashed=i >= 4) for i, (key, name) in enumerate(there)]
     return chart(frame, curves, marks) if curves else None
@@ -122,7 +122,7 @@ def spectrum_chart(run: RunMaterial) -> Markup | None:
 
 
 def comparison_charts(runs: Sequence[RunMaterial], colours: Sequence[int]) -> Markup:
-    """What decides, of all runs over each other."""
+    """The charts of the values that decide, with all runs."""
     few = len(runs) <= 3  # more marks than that cover the curves
     marks = [mark for run, colour in zip(runs, colours, strict=True) for mark in (marks_of(run, colour) if few else [])]
     parts = []

@@ -1,4 +1,4 @@
-"""From output folders, MLflow runs and experiments to what a report is made of."""
+"""Collect the material of a report from output folders, MLflow runs and experiments."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STUDY, STUDY_NAME = "study", "study_name"  # tags: which study a run is one of, 
 
 @dataclass(frozen=True)
 class Gathered:
-    """The runs of a report, its title, the MLflow run that it belongs to (None: `unlogged` says why), and what to tell."""
+    """The runs of a report, its title, the MLflow run that it belongs to (None: `unlogged` says why), and remarks."""
 
     title: str
     runs: tuple[RunMaterial, ...]
@@ -41,7 +41,7 @@ def _texts(found: object) -> dict[str, str]:
 
 
 def _flat_texts(found: object) -> dict[str, str]:
-    """The same of groups' entries, beside what is in no group."""
+    """Entries of groups by flat name, with those outside of groups."""
     texts: dict[str, str] = {}
     for key, value in found.items() if isinstance(found, dict) else ():
         texts |= _texts(value) if isinstance(value, dict) else {str(key): str(value)}
@@ -91,12 +91,12 @@ def gather_folder(folder: Path | str, name: str = "") -> RunMaterial:
 
 
 def run_of_folder(folder: Path) -> str | None:
-    """The MLflow run of an output folder, once the server has said which it is."""
+    """The MLflow run of an output folder, once it is known."""
     return str(_state(folder).get("run_id") or "") or None
 
 
 def _state(folder: Path) -> dict[str, Any]:
-    """What the folder knows of its run in MLflow; nothing where that is torn or not there."""
+    """The folder's record of its run in MLflow; empty if it is damaged or missing."""
     try:
         found = json.loads((folder / "mlflow.json").read_text())
     except (OSError, ValueError):
@@ -220,14 +220,14 @@ def _many(client: Any, title: str, members: Sequence[Any], run_id: str | None) -
 
 
 def _left_out(count: int, which: str) -> tuple[str, ...]:
-    """What to tell where there are more runs than a page takes."""
+    """A remark if there are more runs than a page takes."""
     if count <= MOST_RUNS:
         return ()
     return (f"Of {count} runs the {which} {MOST_RUNS} are on this page; name some of the others for a page of theirs.",)
 
 
 def gather(target: str) -> Gathered:
-    """What a name stands for: an output folder, or one above several; a run's id; an experiment's name or id.
+    """The runs of a name: an output folder, or one above several; a run's id; an experiment's name or id.
 
     Raises ValueError for what is none of them, StoreError when the tracking store does not answer.
     """

@@ -1,4 +1,4 @@
-"""HTML as text that escapes by itself: whatever is not `Markup` already is escaped when it goes in."""
+"""HTML with automatic escaping: text that is not `Markup` is escaped when it is inserted."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def element(name: str, /, *children: Child, **attributes: str | int | float | bo
 
 
 def images_text(step: float) -> str:
-    """A number of images seen, as it is read: 130,032."""
+    """A number of images seen with separators: 130,032."""
     return f"{step:,.0f}"
 
 

@@ -1,4 +1,4 @@
-"""What a report is made of: one run's history, parameters, tags and pictures, from wherever they were."""
+"""The material of a report: one run's history, parameters, tags and pictures, from a folder or from MLflow."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mlflow_icr.monitoring.verdict import Verdict, verdict
 
 # The prefixes of measurements' keys; a training's own values may have any other name, at steps of its own.
 MEASURED = re.compile(r"(repr[^/]*|gen|mem|loss|perf)/")
-# Without one of these a step is no measurement, whatever a training logs as its loss there.
+# A step without one of these is not a measurement, even if a training logs its loss there.
 TELLING = re.compile(r"(repr[^/]*|gen|mem)/")
 # As the trainers call what a protocol names otherwise.
 PROTOCOL_NAMES = {"num_images": "probe_images", "num_views": "probe_views"}
@@ -31,7 +31,7 @@ PROTOCOL_FIELDS = (
 
 @dataclass(frozen=True, eq=False)
 class RunMaterial:
-    """One run: `rows` of finite numbers by images seen, and what is known of it; pictures and arrays are read when asked for.
+    """One run: `rows` of finite numbers by images seen, and its data; pictures and arrays are read when they are needed.
 
     `pictures` are readers of image files by key and images seen, `figures` those of the whole run by name, `eigenvalues`
     readers of (D,) by images seen. `left_out` counts values that were not finite numbers. `place` is its folder or run id.
@@ -50,7 +50,7 @@ class RunMaterial:
 
     @cached_property
     def verdict(self) -> Verdict:
-        """What the history says."""
+        """The verdict on the history."""
         return verdict(self.rows)
 
     @cached_property
@@ -107,12 +107,12 @@ class RunMaterial:
         return sorted({key for row in self.rows for key in row} - {"images_seen"})
 
     def noted(self, kind: str) -> Mapping[str, str]:
-        """Texts by key that were noted while measuring: `absent` reasons, or `warning`s."""
+        """Texts by key that were recorded while measuring: `absent` reasons, or `warning`s."""
         return {key.removeprefix(f"{kind}."): text for key, text in self.tags.items() if key.startswith(f"{kind}.")}
 
     @property
     def protocol(self) -> Mapping[str, str]:
-        """The protocol's fields as far as they were recorded; `digest` when that was."""
+        """The recorded fields of the protocol; `digest` if it was recorded."""
         given = dict(self.params)
         if "logged.protocol" in self.tags:  # of a training that logs to a tracker of its own
             given |= _json_texts(self.tags["logged.protocol"])
@@ -151,7 +151,7 @@ def _is_number(value: object) -> bool:
 
 
 def finite_rows(rows: Iterable[Mapping[str, float]]) -> tuple[tuple[Mapping[str, float], ...], int]:
-    """Rows with their finite numbers alone, one for each number of images seen, in order; and how many values were left out."""
+    """Rows with finite numbers only, one for each number of images seen, in order; and how many values were left out."""
     by_step: dict[int, dict[str, float]] = {}
     left_out = 0
     for row in rows:

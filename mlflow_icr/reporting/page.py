@@ -1,4 +1,4 @@
-"""The page as a whole: one HTML file that asks for nothing from anywhere."""
+"""The whole page: one HTML file that loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mlflow_icr.version import __version__
 PICTURE_BYTES = 6 * 2**20
 MOST_DETAILED = 12  # runs with a section of their own; of more, a page would be too long to read and to load
 SCRIPT = (Path(__file__).parent / "page.js").read_text()
-# Nothing may be loaded, and nothing run but the page's own script, whatever a name or picture from a tracking store tries.
+# Nothing may be loaded, and only the page's own script may run, even if a name or picture from a store contains code.
 POLICY = (
     f"default-src 'none'; script-src 'sha256-{base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()}'; "
     "style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"

@@ -1,4 +1,4 @@
-"""Pictures inside the page, each within a number of bytes: as they are, or smaller."""
+"""Pictures inside the page, each within a number of bytes; larger ones are scaled down."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def embedded(content: bytes, most_bytes: int) -> Embedded:
 
 
 def picture(read: Callable[[], bytes], caption: str, alternative: str, most_bytes: int) -> Markup:
-    """A figure of one picture with its caption; one that cannot be had is said to be so in its place."""
+    """A figure of one picture with its caption; for a picture that cannot be read, a text says why."""
     text = element("figcaption", caption)
     try:
         found = embedded(read(), most_bytes)

@@ -1,4 +1,4 @@
-"""Writing a report, and putting it where its run is."""
+"""Write a report, and upload it to its run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FOLDER, NAME = "report", "index.html"  # in an output folder and among a run's a
 def write_report(
     runs: Sequence[RunMaterial | Path | str], path: Path | str, *, title: str = "", notes: Sequence[str] = ()
 ) -> Path:
-    """Write the page on some runs, or output folders, as one HTML file, whole or not at all; returns its path.
+    """Write the page on some runs, or output folders, as one HTML file, atomically; returns its path.
 
     Raises ValueError for no runs or a damaged history, FileNotFoundError for a folder without one, OSError.
     """
@@ -55,15 +55,15 @@ def log_report(client: Any, run_id: str, path: Path) -> str:
 
 
 def conclude(tracker: Tracker) -> Path | None:
-    """Write the page of a tracker's folder at the end of its run, and hand it to every sink; returns its path.
+    """Write the page of a tracker's folder at the end of its run, and give it to every sink; returns its path.
 
-    It says again what is recorded already, so that its failure costs a warning, not the run.
+    The page repeats what is recorded already, so a failure is only a warning.
     """
     folder = tracker.journal.folder
     try:
         path = write_report([folder], folder / FOLDER / NAME)
     except Exception as error:  # of whatever kind
-        logger.warning("the report is not written (%s); mlflow-icr report %s makes it", type(error).__name__, folder)
+        logger.warning("the report was not written (%s); mlflow-icr report %s writes it", type(error).__name__, folder)
         logger.debug("the report failed", exc_info=error)
         return None
     tracker.artifact(path, FOLDER)

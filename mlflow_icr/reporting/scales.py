@@ -1,4 +1,4 @@
-"""Axes of a chart: where a value stands on it, and which values get a tick."""
+"""Axes of a chart: the positions of values, and the ticks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Scale:
     log: bool = False
 
     def __call__(self, value: float) -> float:
-        """Where a value stands; what is outside stands at the edge."""
+        """The position of a value; values outside are at the edge."""
         low, high, at = (math.log10(v) if self.log else v for v in (self.low, self.high, value))
         share = min(1.0, max(0.0, (at - low) / (high - low)))
         return self.start + share * (self.end - self.start)

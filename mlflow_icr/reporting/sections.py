@@ -21,11 +21,11 @@ MOST_ROWS = 60  # of the table of measurements; history.jsonl and MLflow have al
 PICTURES_OF_A_RUN = 2 * SAMPLE_STEPS + 8
 
 MEANINGS = {
-    GENERALIZING: "The model still learns what its images share. Go on.",
+    GENERALIZING: "The model still learns what its images have in common. Continue training.",
     TURNING: "The model has begun to learn its images by heart. Samples need not be copies yet; the checkpoint to keep is "
     "named.",
     MEMORIZING: "Samples were looked at, and two detectors of copies or more agree. Look at the audit below.",
-    UNDECIDED: "Evidence is missing, or the signs of a turn are within the noise. This is no acquittal.",
+    UNDECIDED: "Evidence is missing, or the signs of a turn are within the noise. The model may still copy.",
 }
 COLUMNS = (
     ("repr/icr_debiased", "ICR, debiased"),
@@ -77,12 +77,12 @@ def verdict_section(run: RunMaterial) -> Markup:
 
 
 def notes_section(run: RunMaterial) -> Markup:
-    """What to know before reading: few measurements, numbers left out, and what is absent and why."""
+    """Remarks before reading: few measurements, values left out, and absent values with reasons."""
     notes: list[Child] = []
     if len(run.rows) < 6:
         notes.append(f"There are {len(run.rows)} measurements; curves of so few points say little.")
     if run.left_out:
-        notes.append(f"{run.left_out} values of the history are no finite numbers, and are left out.")
+        notes.append(f"{run.left_out} values of the history are not finite numbers, and are left out.")
     for key, why in sorted(run.noted("absent").items()):
         if key.startswith("repr"):
             when = "at some measurements" if key in run.keys else "nowhere"
@@ -112,7 +112,7 @@ def samples_section(run: RunMaterial, most_bytes: int) -> Markup:
 
 
 def features_section(run: RunMaterial, most_bytes: int) -> Markup | None:
-    """Pictures of what the features hold, at the newest measurement, and figures of the whole run."""
+    """Pictures of the features at the newest measurement, and figures of the whole run."""
     shown = []
     for key, caption in FEATURE_PICTURES.items():
         steps = run.pictures.get(key, {})
@@ -122,7 +122,7 @@ def features_section(run: RunMaterial, most_bytes: int) -> Markup | None:
     for name, read in list(run.figures.items())[:3]:
         caption = "Quality of samples against copies, over the training." if name == "trade_off" else name
         shown.append(picture(read, caption, name.replace("_", " "), most_bytes))
-    return fold("What the features hold, and figures of the whole run", shown) if shown else None
+    return fold("Features, and figures of the whole run", shown) if shown else None
 
 
 def protocol_section(run: RunMaterial) -> Markup:
@@ -226,7 +226,7 @@ def method_section() -> Markup:
         "Copies: detectors compare samples with training images (audit). Copies begin at the first measurement from which on "
         f"more than {100 * ONSET_RATIO:g} % of samples are called copies by pixels, to the end.",
         "Energies: traces and Fisher energies are of l2-normalised features; growth is relative to the first measurement after "
-        "the start. A value that could not be computed is left out with its reason; nothing stands in for it.",
+        "the start. A value that could not be computed is left out with its reason; nothing replaces it.",
         "ICR: Li, Jia, et al., Evaluating the Representation Space of Diffusion Models via Self-Supervised Principles, ICML "
         "2026, arXiv 2606.09718. Formulas in full: docs/built/formulas.md of mlflow-icr's sources.",
     ]

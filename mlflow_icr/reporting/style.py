@@ -1,4 +1,4 @@
-"""How the page looks: light and dark, on a phone and on paper; nothing is loaded from anywhere."""
+"""The style of the page: light and dark, on a phone and on paper; nothing is loaded from elsewhere."""
 
 # Colours in the order of charts' curves; the first four are those of the other figures, lighter where the page is dark.
 LIGHT = ("#c2410c", "#1d4ed8", "#15803d", "#7e22ce", "#a16207", "#be185d", "#0e7490", "#57534e")

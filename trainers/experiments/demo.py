@@ -184,7 +184,7 @@ def write_page(study: Study) -> Path | None:
             [gather_folder(folder) for folder in folders], study.folder / "report" / "index.html", title=study.name
         )
     except Exception as error:  # it says again what is on the disk already
-        logger.warning("the report is not written (%s); mlflow-icr report %s makes it", type(error).__name__, study.folder)
+        logger.warning("the report was not written (%s); mlflow-icr report %s writes it", type(error).__name__, study.folder)
         return None
 
 

@@ -58,28 +58,35 @@ class Scale:
     def trainings(self) -> list[Training]:
         """Every run, those that most figures need first."""
         found = []
-        kinds = ((EDM_FEW, self.edm, self.few, self.few_kimg), (FLOW_FEW, self.flow, self.few, self.few_kimg))
+        few = ((EDM_FEW, self.edm, self.few, self.few_kimg), (FLOW_FEW, self.flow, self.few, self.few_kimg))
         rich = ((EDM_MANY, self.edm, self.many, self.many_kimg), (FLOW_MANY, self.flow, self.many, self.many_kimg))
-        for place, seed in enumerate(self.seeds):
-            for role, flags, images, kimg in (*kinds, *(rich if place == 0 else ())):
-                all_flags = {**self.common, **flags, "total_kimg": kimg}
-                found.append(Training(f"{role}-seed{seed}", role, seed, images, all_flags))
+        first, *others = self.seeds
+        edm, flow = ([(kind, seed) for seed in others] for kind in few)
+        for (role, flags, images, kimg), seed in (*((kind, first) for kind in (few[0], rich[0], few[1], rich[1])), *edm, *flow):
+            found.append(Training(f"{role}-seed{seed}", role, seed, images, {**self.common, **flags, "total_kimg": kimg}))
         return found
 
 
-QUIET = {"num_samples": 64, "generate_every": "1000000", "probe_images": 128, "log_models": "none"}  # figures measure anew
+# Figures are measured anew, from checkpoints: the trainings themselves measure little.
+QUIET = {"num_samples": 16, "generate_every": "1000000", "encoder": "pixels", "probe_images": 64, "log_models": "none"}
 SMALL = Scale(
     name="small",
-    few=256,
-    many=16000,
-    few_kimg=250,
-    many_kimg=400,
+    few=64,  # seen a thousand times
+    many=16000,  # seen four times
+    few_kimg=64,
+    many_kimg=64,
     seeds=(0, 1, 2),
-    common={"resolution": 16, "num_heldout": 2000, "measurements": 16, "first_measurement_kimg": 4, **QUIET},
-    edm={"family": "edm", "block_channels": (32, 64), "batch_size": 64, "learning_rate": 1e-3},
-    flow={"family": "flow", "labels": True, "hidden_size": 128, "num_layers": 6, "num_heads": 4, "patch_size": 4},
-    labelled=2000,
-)
+    common={
+        "resolution": 16, "num_heldout": 1200, "measurements": 10, "first_measurement_kimg": 2, "batch_size": 32,
+        "learning_rate": 1e-3, "save_every_minutes": 0, **QUIET,
+    },
+    edm={"family": "edm", "block_channels": (16, 32, 64)},
+    flow={"family": "flow", "labels": True, "hidden_size": 128, "num_layers": 4, "num_heads": 4, "patch_size": 4},
+    views=8,
+    samples=128,
+    sample_steps=12,
+    labelled=600,
+)  # fmt: skip
 PAPER = Scale(
     name="paper",
     few=4096,

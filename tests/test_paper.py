@@ -5,21 +5,47 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import scipy.linalg
+import scipy.stats
 import torch
+from accelerate import Accelerator
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import silhouette_score
+from sklearn.metrics.pairwise import cosine_distances
 from sklearn.neighbors import NearestNeighbors
 
+from mlflow_icr import sweep_noise
+from mlflow_icr.extraction.latents import Autoencoder, encode_images
+from trainers.experiments.paper import beyond, origins
 from trainers.experiments.paper import features as read
 from trainers.experiments.paper.claims import ABSENT, AGREES, DISAGREES, UNDECIDED, all_claims, turn_claim
 from trainers.experiments.paper.command import figure_numbers, reproduce
-from trainers.experiments.paper.plan import EDM_FEW, PAPER, SMALL, Scale
+from trainers.experiments.paper.measurements import Folder, Measured
+from trainers.experiments.paper.plan import (
+    DUPLICATES,
+    EDM_FEW,
+    EDM_MANY,
+    FLOW_FEW,
+    FLOW_MANY,
+    LATENT_FEW,
+    PAPER,
+    SMALL,
+    AutoencoderPlan,
+    Scale,
+)
+from trainers.experiments.paper.preparations import train_autoencoder
 from trainers.experiments.paper.readings import READINGS
+from trainers.families import family_of
+from trainers.inputs import Inputs
+from trainers.loop import new_state, train
 from trainers.train import main
 
 TINY = Scale(
@@ -27,11 +53,12 @@ TINY = Scale(
     common={
         "resolution": 8, "num_heldout": 120, "measurements": 6, "first_measurement_kimg": 0.1, "num_samples": 16,
         "sample_steps": 2, "generate_every": "6", "probe_images": 32, "probe_views": 4, "log_models": "none",
+        "encoder": "pixels",
     },
     edm={"family": "edm", "block_channels": (8, 16), "batch_size": 32},
     flow={"family": "flow", "labels": True, "hidden_size": 32, "num_layers": 3, "num_heads": 2, "batch_size": 32},
     probe=32, views=4, samples=24, sample_steps=2, sigmas=(0.06, 0.3, 1.09), layers=("mid", "decoder"), subsets=(16, 64),
-    labelled=60,
+    labelled=60, autoencoder=AutoencoderPlan((8, 16), kimg=0.06, batch_size=20),
 )  # fmt: skip
 
 
@@ -57,9 +84,16 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_page_has_thirteen_figures_and_statements(study: Path) -> None:
     text = (study / "page" / "index.md").read_text()
     claims = json.loads((study / "page" / "claims.json").read_text())
-    assert [claim["figure"] for claim in claims] == sorted(READINGS) == list(range(2, 15))
+    assert [claim["figure"] for claim in claims] == [*sorted(READINGS), "latents", "outliers", "duplicates"]
+    assert sorted(READINGS) == list(range(2, 15))
     assert {claim["outcome"] for claim in claims} <= {AGREES, DISAGREES, UNDECIDED, ABSENT}
-    for claim in claims:
+    for claim in claims[13:]:
+        assert (study / "page" / f"figure-{claim['figure']}.png").stat().st_size > 3000
+    for role in ("edm-few", "edm-duplicates"):
+        assert (study / "page" / f"copies-{role}.png").stat().st_size > 1000
+        assert f"copies-{role}.png" in text
+    assert "would have told before: 8 groups of 10." in text
+    for claim in claims[:13]:
         picture = study / "page" / f"figure-{claim['figure']:02d}.png"
         assert picture.stat().st_size > 3000
         assert picture.name in text
@@ -67,7 +101,7 @@ def test_the_page_has_thirteen_figures_and_statements(study: Path) -> None:
     for when in ("before", "at", "after"):
         assert (study / "page" / f"figure-06-{when}.png").stat().st_size > 1000
         assert f"figure-06-{when}.png" in text
-    assert "4 of 4 trainings are measured" in text.replace("\n", " ")
+    assert "6 of 6 trainings are measured" in text.replace("\n", " ")
 
 
 def test_figures_again_from_the_result_files_are_the_same_bytes(study: Path, tmp_path: Path) -> None:
@@ -152,9 +186,9 @@ def test_the_paper_s_scale_is_a_configuration_and_takes_a_step(tmp_path: Path) -
         trainings = scale.trainings()
         assert len([t for t in trainings if t.role == EDM_FEW]) >= 3, "a turn is judged on three seeds"
         for training in trainings:
-            config = training.config("uoft-cs/cifar10")
+            config = training.config("uoft-cs/cifar10", tmp_path)
             assert config.data.num_images == training.images
-    few = next(t for t in PAPER.trainings() if t.role == EDM_FEW).config("uoft-cs/cifar10")
+    few = next(t for t in PAPER.trainings() if t.role == EDM_FEW).config("uoft-cs/cifar10", tmp_path)
     assert (few.data.num_images, few.data.resolution, few.optimizer.batch_size) == (4096, 32, 512)
 
 
@@ -163,3 +197,227 @@ def test_numbers_of_figures_are_checked() -> None:
     with pytest.raises(ValueError, match=r"figures is '1'; expected all, or some of 2, 3"):
         figure_numbers("1")
     assert replace(TINY, name="x").trainings() == TINY.trainings()
+
+
+def two_way(features: torch.Tensor) -> dict[str, float]:
+    """ICR, debiased too, and traces of features (N, K, D) by two-way analysis of variance and generalised eigenvalues."""
+    h = features.double().numpy()
+    n, k, d = h.shape
+    means = h.mean(1)
+    r = h - means[:, None] - h.mean(0)[None] + h.mean((0, 1))
+    freedom = (n - 1) * (k - 1)
+    residual = sum(np.outer(row, row) for row in r.reshape(-1, d)) / freedom
+    invariant = np.cov(means.T) - residual / k
+    mean = float(scipy.linalg.eigvals(invariant, residual).real.mean())
+    between = float(np.trace(scipy.linalg.solve(residual, np.cov(means.T))))
+    debiased = (freedom - d - 1) / freedom * between / d - 1 / k
+    return {
+        "icr": 1 / (1 + mean), "icr_debiased": 1 / (1 + max(0.0, debiased)), "trace_invariant": np.trace(invariant),
+        "trace_residual": np.trace(residual),
+    }  # fmt: skip
+
+
+def unit(features: torch.Tensor) -> torch.Tensor:
+    return features.double() / features.double().norm(dim=-1, keepdim=True)
+
+
+def same(found: Any, expected: float, rel: float = 1e-5) -> None:
+    assert found == pytest.approx(expected, rel=rel, abs=1e-9)
+
+
+@pytest.fixture(scope="module")
+def runs(study: Path) -> dict[str, Measured]:
+    return {training.role: Measured(TINY, training, Folder(study)) for training in TINY.trainings()}
+
+
+@pytest.mark.parametrize("role", [EDM_FEW, EDM_MANY, FLOW_FEW, LATENT_FEW])
+def test_values_over_training_are_those_of_numpy_and_scikit_learn(runs: dict[str, Measured], role: str) -> None:
+    """Figures 3 to 7, 10 and 11, each from the checkpoint's own features and samples."""
+    run = runs[role]
+    last, row = max(run.checkpoints), run.trajectory()[-1]
+    denoiser = run.denoiser(last)
+    features, z = run.features(denoiser), unit(run.features(denoiser))
+    for key in ("icr", "icr_debiased"):
+        same(row[key], two_way(features)[key])
+    for key in ("trace_invariant", "trace_residual"):
+        same(row[key], two_way(z)[key])
+    pairs = [np.square((z[:, i] - z[:, j]).numpy()).sum(1).mean() for i, j in combinations(range(TINY.views), 2)]
+    same(row["alignment"], float(np.mean(pairs)))
+    if run.labels is not None:
+        labels = run.labels.numpy()
+        same(row["silhouette"], silhouette_score(z[:, 0].numpy(), labels))
+        far = cosine_distances(features.flatten(0, 1).double().numpy())
+        member = labels.repeat(TINY.views)
+        blocks = [[far[np.ix_(member == a, member == b)].mean() for b in np.unique(labels)] for a in np.unique(labels)]
+        same(row["class_separation"], 1 - float(np.diag(blocks).mean() / np.mean(blocks)))
+    base, mine = (run.row(step)["influence"] for step in (lowest_step(run), last))
+    change = np.array(mine) - np.array(base)
+    if change.any():
+        reach = scipy.stats.t.ppf(0.975, len(change) - 1) * scipy.stats.sem(change)
+        same(row["rise_low"], row["rise"] - float(reach))
+    samples, real, heldout = (x.flatten(1).numpy() / 255 for x in (run.samples(denoiser), run.unique, run.data.heldout))
+    far, _ = NearestNeighbors(n_neighbors=2).fit(real).kneighbors(samples)
+    copies, n = int((far[:, 0] < far[:, 1] / 3).sum()), len(samples)
+    same(row["copies"], copies / n)
+    same(row["copies_high"], scipy.stats.beta.ppf(0.975, copies + 1, n - copies) if copies < n else 1.0)
+    same(row["copies_low"], scipy.stats.beta.ppf(0.025, copies, n - copies + 1) if copies else 0.0)
+    a, b = np.cov(samples.T), np.cov(heldout.T)
+    root = np.sqrt(np.linalg.eigvals(a @ b).astype(complex)).real.sum()  # tr(sqrtm(a b)), of a product without full rank
+    same(row["frechet_pixels"], float(np.square(samples.mean(0) - heldout.mean(0)).sum() + np.trace(a + b) - 2 * root), 1e-4)
+
+
+def lowest_step(run: Measured) -> int:
+    rows = [row for row in run.trajectory() if row["images_seen"] > 0]
+    return int(min(rows, key=lambda row: row["icr_debiased"])["images_seen"])
+
+
+@pytest.mark.parametrize("role", [EDM_FEW, EDM_MANY, FLOW_MANY])
+def test_windows_are_those_of_numpy_and_scikit_learn(
+    runs: dict[str, Measured], role: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Figures 2, 8 and 9; the probe's features are those that the sweep asked it about."""
+    asked: list[float] = []
+
+    def probe(train: torch.Tensor, y: torch.Tensor, test: torch.Tensor, y_test: torch.Tensor) -> float:
+        mean, deviation = train.mean(0), train.double().std(0, correction=0).float()
+        fitted = LogisticRegression(max_iter=2000).fit(((train - mean) / deviation).numpy(), y.numpy())
+        asked.append(float((fitted.predict(((test - mean) / deviation).numpy()) == y_test.numpy()).mean()))
+        return asked[-1]
+
+    run = runs[role]
+    known, step = run.window(max(run.checkpoints)), max(run.checkpoints)
+    monkeypatch.setattr("mlflow_icr.monitoring.sweep.linear_probe_accuracy", probe)
+    again = Measured(TINY, run.training, Folder(run.folder.root))
+    again.folder = Folder(tmp_path)
+    found = again.window(step)
+    assert [point["accuracy"] for point in known] == pytest.approx([point["accuracy"] for point in found], abs=0.02)
+    assert [point["accuracy"] for point in found] == asked
+    for point in known:
+        views = sweep_noise(run.denoiser(step), run.images, sigmas=[point["sigma"]], layers=["decoder"]).num_views
+        features = read.read_features(run.denoiser(step), run.images, layer="decoder", sigma=point["sigma"], views=views)
+        same(point["icr_debiased"], two_way(features)["icr_debiased"])
+        for key in ("trace_invariant", "trace_residual"):
+            same(point[key], two_way(unit(features))[key])
+
+
+def test_subsets_levels_and_layers_are_those_of_numpy(runs: dict[str, Measured]) -> None:
+    """Figures 12 to 14."""
+    rich, few = runs[EDM_MANY], runs[EDM_FEW]
+    step = max(rich.checkpoints)
+    images = rich.data.train[: max(TINY.subsets)]
+    features = read.read_features(rich.denoiser(step), images, layer="decoder", sigma=rich.sigma, views=2)
+    order = np.random.default_rng(0).permutation(len(features))
+    rows = rich.subsets(step)
+    assert [row["images"] for row in rows] == [16, 64]
+    same(rows[1]["icr_debiased"], two_way(features[order[:64]])["icr_debiased"], 1e-4)
+    assert "absent" in rows[0], "16 images in 16 dimensions have no inverse"
+    step = max(few.checkpoints)
+    for kind, rows in (("level", few.levels()), ("layer", few.layers())):
+        for row in rows[-2:]:
+            chosen = {"level": int(row["what"].split()[1])} if kind == "level" else {"layer": row["what"]}
+            same(row["icr_debiased"], two_way(few.features(few.denoiser(step), **chosen))["icr_debiased"], 1e-4)
+
+
+def test_of_repeated_images_one_is_measured(runs: dict[str, Measured]) -> None:
+    run, few = runs[DUPLICATES], runs[EDM_FEW]
+    assert sorted(run.times) == [1] * (TINY.few - 8) + [10] * 8
+    assert {image.numpy().tobytes() for image in run.unique} == {image.numpy().tobytes() for image in few.data.train}
+    repeated = {run.unique[i].numpy().tobytes() for i, times in enumerate(run.times) if times == 10}
+    assert repeated == {image.numpy().tobytes() for image in few.data.train[:8]}
+
+
+class Nothing:
+    """A denoiser that gives 0 for everything, so that an error is the image's mean square."""
+
+    network = torch.nn.Identity()
+
+    def __call__(self, x: torch.Tensor, sigma: object) -> torch.Tensor:
+        return torch.zeros_like(x)
+
+
+def test_own_errors_have_a_closed_form() -> None:
+    images = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (6, 1, 16, 16), dtype=np.uint8))
+    image, view = origins.own_errors(Nothing(), images, 0.3, draws=8)  # type: ignore[arg-type]
+    x = images.numpy()[:, 0] / 127.5 - 1
+    np.testing.assert_allclose(image, np.square(x).mean((1, 2)), rtol=1e-5)
+    edges = [x[:, -1:, :], x[:, :, -1:], x[:, :1, :], x[:, :, :1]]  # a shift by a pixel loses one edge and repeats the other
+    moved = [
+        np.square(x).sum((1, 2)) + sign * (np.square(edges[2]).sum((1, 2)) - np.square(edges[0]).sum((1, 2)))
+        for sign in (1, -1)
+    ]
+    moved += [
+        np.square(x).sum((1, 2)) + sign * (np.square(edges[3]).sum((1, 2)) - np.square(edges[1]).sum((1, 2)))
+        for sign in (1, -1)
+    ]
+    np.testing.assert_allclose(view, np.mean(moved, 0) / 256, rtol=1e-5)
+
+
+def test_a_ratio_turns_where_it_stays_above() -> None:
+    steps = [0, 1000, 2000, 4000]
+    assert origins.turning(steps, [1, 1, 1, 1.4]) is None
+    assert origins.turning(steps, [1, 1.6, 1.2, 2.0]) == pytest.approx(2000 * 2 ** (0.3 / 0.8))
+    assert origins.turning(steps, [1, 2, 2, 2]) == 1000
+    assert origins.turning(steps, [2, 2, 2, 2]) == 0
+
+
+def test_tests_of_which_images_come_first_are_those_of_scipy_and_hold_their_level() -> None:
+    rng = np.random.default_rng(5)
+    covered = {"auc": 0, "spearman": 0}
+    for _ in range(400):
+        a, b = rng.normal(1.0, size=8), rng.normal(size=56)
+        value, low, high = origins.auc(a, b)
+        assert value == pytest.approx(scipy.stats.mannwhitneyu(a, b).statistic / (8 * 56))
+        covered["auc"] += low <= scipy.stats.norm.cdf(1 / 2**0.5) <= high
+        x, y = rng.multivariate_normal([0, 0], [[1, 0.5], [0.5, 1]], 64).T
+        found = origins.rank_correlation(x, y)
+        assert found is not None
+        assert found[0] == pytest.approx(scipy.stats.spearmanr(x, y).statistic)
+        covered["spearman"] += found[1] <= 6 / np.pi * np.arcsin(0.25) <= found[2]
+    # 95 % of 400, and three standard errors of that.
+    assert all(count >= 400 * 0.95 - 3 * 4.4 for count in covered.values()), covered
+    value, low, high = origins.auc(np.ones(8), np.zeros(56))
+    assert (value, high) == (1, 1)
+    assert 0.8 < low < 1
+
+
+def test_outliers_and_repeated_images_are_judged_by_intervals() -> None:
+    def rows(order: Sequence[float], repeated: int = 0) -> list[dict[str, Any]]:
+        return [
+            {"image": i, "turned": 100.0 + t, "to_others": float(i), "times": 10 if i < repeated else 1, "copies": 1}
+            for i, t in enumerate(order)
+        ]  # fmt: skip
+
+    mixed = np.random.default_rng(0).permutation(64).tolist()
+    for order, outcome in ((range(64, 0, -1), AGREES), (range(64), DISAGREES), (mixed, UNDECIDED)):
+        results = {f"r{seed}": {"role": EDM_FEW, "origins": rows(list(order))} for seed in range(3)}
+        assert beyond.outliers_claim(results).outcome == outcome
+    for order, outcome in ((range(64), AGREES), (range(64, 0, -1), DISAGREES), (mixed, UNDECIDED)):
+        results = {"r": {"role": DUPLICATES, "origins": rows(list(order), repeated=8)}}
+        assert beyond.repeats_claim(results).outcome == outcome
+
+
+@pytest.mark.slow  # networks of up to 60 million parameters
+@pytest.mark.parametrize("role", [EDM_FEW, EDM_MANY, FLOW_FEW, FLOW_MANY, DUPLICATES, LATENT_FEW])
+def test_each_training_of_the_paper_s_scale_takes_a_step(role: str, tmp_path: Path) -> None:
+    training = next(training for training in PAPER.trainings() if training.role == role)
+    config = training.config("uoft-cs/cifar10", tmp_path)
+    config = config.changed(batch_size=2, **({"sigma_data": 0.5} if config.network.family == "edm" else {}))
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, 3, 32, 32), dtype=np.uint8))
+    labels = torch.arange(4) if config.network.labels else None
+    inputs = Inputs(images, labels)
+    if role == LATENT_FEW:
+        plan = replace(PAPER.autoencoder, kimg=0.002, batch_size=2)
+        autoencoder = Autoencoder(train_autoencoder(plan, images, 0, lambda: False))
+        inputs = Inputs(encode_images(autoencoder, images), None, latent=True)
+        config.check_network(16)
+    family = family_of(config, None if labels is None else 10)
+    network = family.build(*((4, 16) if role == LATENT_FEW else (3, 32)))
+    before = [weights.detach().clone() for weights in network.parameters()]
+    accelerator = Accelerator(cpu=True)
+    state = new_state(network, config, accelerator)
+    state.images_seen = int(1000 * config.optimizer.rampup_kimg)
+    with closing(train(state, inputs, family, accelerator)) as steps:
+        next(steps)
+    assert np.isfinite(float(state.loss_sum))
+    changed = [bool((a != b).any()) for a, b in zip(before, network.parameters(), strict=True) if b.requires_grad]
+    assert np.mean(changed) > 0.9, "layers that begin at zero have no gradient before them"

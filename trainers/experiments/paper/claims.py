@@ -8,25 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 from scipy.stats import spearmanr
 
-from trainers.experiments.paper.plan import EDM_FEW, EDM_MANY, FLOW_FEW
+from trainers.experiments.paper.plan import EDM_FEW, EDM_MANY, FLOW_FEW, FLOW_MANY
 
 AGREES, DISAGREES, UNDECIDED, ABSENT = "agrees", "disagrees", "undecided", "not measured"
 COPIES_BEGIN = 0.05  # share of samples, by the lower bound of its interval
 FOLLOWS = 0.5  # Spearman's correlation from which a curve follows another
 SATURATED = 0.9  # share of a curve's whole change
 Results = Mapping[str, Mapping[str, Any]]
+Rows = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What the paper says (`claim`, of `figure`), what came out, and by which rule and numbers."""
+    """What is said (`claim`, of a `figure` of the paper or beyond it), what came out, and by which rule and numbers."""
 
-    figure: int
+    figure: int | str
     claim: str
     outcome: str
     numbers: str
@@ -37,13 +40,14 @@ def _of(results: Results, role: str, key: str = "trajectory") -> list[Any]:
     return [result[key] for result in results.values() if result["role"] == role and key in result]
 
 
-def _series(rows: Sequence[Mapping[str, Any]], *keys: str) -> list[np.ndarray]:
+def series(rows: Sequence[Mapping[str, Any]], *keys: str) -> list[np.ndarray]:
     """Columns of the rows after the start that have all keys."""
     there = [row for row in rows if row["images_seen"] > 0 and all(row.get(key) is not None for key in keys)]
     return [np.array([row[key] for row in there], dtype=float) for key in ("images_seen", *keys)]
 
 
-def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's; NaN of fewer than 4, or where one is constant."""
     if len(a) < 4 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return float("nan")
     return float(spearmanr(a, b).statistic)
@@ -58,46 +62,58 @@ def _judged(votes: Sequence[bool | None]) -> str:
     return DISAGREES if all(vote is False for vote in votes) else UNDECIDED
 
 
+Vote = tuple[bool | None, str]  # whether a run shows it, None where that cannot be told, and its numbers
+Judge = Callable[[Any], Vote | None]  # of a run's rows; None where they are too few
+
+
+def judged_claim(
+    results: Results, figure: int | str, claim: str, rule: str, judges: Mapping[str, Judge], key: str = "trajectory"
+) -> Claim:
+    """The statement that the runs come to, each by the judge of its role."""
+    votes = [judge(rows) for role, judge in judges.items() for rows in _of(results, role, key)]
+    known = [vote for vote in votes if vote is not None]
+    return Claim(figure, claim, _judged([vote for vote, _ in known]), "; ".join(note for _, note in known), rule)
+
+
+def _window_vote(points: Rows) -> Vote | None:
+    known = [p for p in points if p["icr_debiased"] is not None and p["accuracy"] is not None]
+    if len(known) < 3:
+        return None
+    u = all(end["rise_low"] is not None and end["rise_low"] > 0 for end in (known[0], known[-1]))
+    lowest = min(range(len(known)), key=lambda i: known[i]["icr_debiased"])
+    best = max(range(len(known)), key=lambda i: known[i]["accuracy"])
+    return u and abs(lowest - best) <= 1, (
+        f"ICR lowest at sigma {known[lowest]['sigma']:g}, probe best at {known[best]['sigma']:g} "
+        f"({known[best]['accuracy']:.3f}), {'a U' if u else 'no U'}"
+    )
+
+
 def window_claim(results: Results) -> Claim:
     """Figure 2: over noise ICR is U-shaped in a model of many images, and lowest where a probe is best."""
-    votes, notes = [], []
-    for points in _of(results, EDM_MANY, "window"):
-        known = [p for p in points if p["icr_debiased"] is not None and p["accuracy"] is not None]
-        if len(known) < 3:
-            continue
-        u = all(end["rise_low"] is not None and end["rise_low"] > 0 for end in (known[0], known[-1]))
-        lowest = min(range(len(known)), key=lambda i: known[i]["icr_debiased"])
-        best = max(range(len(known)), key=lambda i: known[i]["accuracy"])
-        votes.append(u and abs(lowest - best) <= 1)
-        notes.append(
-            f"ICR lowest at sigma {known[lowest]['sigma']:g}, probe best at {known[best]['sigma']:g} "
-            f"({known[best]['accuracy']:.3f}), {'a U' if u else 'no U'}"
-        )
+    text = "ICR over noise is U-shaped; its minimum is where a linear probe is best"
     rule = "both ends above the lowest, paired 95 % interval, and the two optima at most one step of the grid apart"
-    return Claim(
-        2, "ICR over noise is U-shaped; its minimum is where a linear probe is best", _judged(votes), "; ".join(notes), rule
+    return judged_claim(results, 2, text, rule, {EDM_MANY: _window_vote, FLOW_MANY: _window_vote}, "window")
+
+
+def _rich_vote(rows: Rows) -> Vote | None:
+    _, icr, distance = series(rows, "icr_debiased", "frechet_pixels")
+    if len(icr) < 4:
+        return None
+    together = correlation(icr, distance)
+    return together > FOLLOWS and bool(icr[-1] < icr[0]), (
+        f"ICR {icr[0]:.3f} to {icr[-1]:.3f}, Frechet {distance[0]:.3g} to {distance[-1]:.3g}, Spearman {together:.2f}"
     )
 
 
 def rich_claim(results: Results) -> Claim:
     """Figure 3: with many images ICR and the Frechet distance fall together."""
-    votes, notes = [], []
-    for rows in _of(results, EDM_MANY):
-        _, icr, distance = _series(rows, "icr_debiased", "frechet_pixels")
-        if len(icr) < 4:
-            continue
-        together = _correlation(icr, distance)
-        votes.append(together > FOLLOWS and icr[-1] < icr[0])
-        notes.append(
-            f"ICR {icr[0]:.3f} to {icr[-1]:.3f}, Frechet {distance[0]:.3g} to {distance[-1]:.3g}, Spearman {together:.2f}"
-        )
     rule = f"ICR ends below its start, and Spearman's correlation with the distance is above {FOLLOWS}"
-    return Claim(3, "With many images ICR and the Frechet distance fall together", _judged(votes), "; ".join(notes), rule)
+    return judged_claim(results, 3, "With many images ICR and the Frechet distance fall together", rule, {EDM_MANY: _rich_vote})
 
 
-def _turn_vote(rows: Sequence[Mapping[str, Any]]) -> tuple[bool | None, str]:
+def _turn_vote(rows: Rows) -> Vote:
     """Whether ICR turns before copies begin; None where nothing was copied, or ICR has no interval."""
-    seen, icr, rise_low, copies_low, copies = _series(rows, "icr_debiased", "rise_low", "copies_low", "copies")
+    seen, icr, rise_low, copies_low, copies = series(rows, "icr_debiased", "rise_low", "copies_low", "copies")
     if len(icr) < 4:
         return None, "too few measurements"
     lowest = int(icr.argmin())
@@ -109,174 +125,165 @@ def _turn_vote(rows: Sequence[Mapping[str, Any]]) -> tuple[bool | None, str]:
     return bool(rise_low[-1] > 0 and seen[lowest] < seen[begun[0]]), note
 
 
-def turn_claim(results: Results, figure: int, role: str, what: str) -> Claim:
+def turn_claim(results: Results, figure: int | str, role: str, what: str) -> Claim:
     """Figures 4 and 5: with few images ICR falls, turns before samples are copies, and rises."""
-    found = [_turn_vote(rows) for rows in _of(results, role)]
     rule = (
         "on every seed: ICR at the end above its lowest by the paired 95 % interval, and the lowest before the first "
         f"measurement with more than {100 * COPIES_BEGIN:g} % copies by the lower bound"
     )
     text = f"With few images ({what}) ICR falls, turns before samples are copies, and rises"
-    return Claim(figure, text, _judged([vote for vote, _ in found]), "; ".join(note for _, note in found), rule)
+    return judged_claim(results, figure, text, rule, {role: _turn_vote})
+
+
+def _neighbours_vote(rows: Rows) -> Vote | None:
+    _, icr, agreement, error = series(rows, "icr_debiased", "neighbour_agreement", "neighbour_agreement_error")
+    if len(icr) < 4:
+        return None
+    lowest = int(icr.argmin())
+    gaps = [(agreement[lowest] - agreement[i], 1.96 * np.hypot(error[lowest], error[i])) for i in (0, -1)]
+    vote = True if all(g > e for g, e in gaps) else False if any(g < -e for g, e in gaps) else None
+    return vote, f"{agreement[0]:.3f} at first, {agreement[lowest]:.3f} at the lowest ICR, {agreement[-1]:.3f} at the end"
 
 
 def neighbours_claim(results: Results) -> Claim:
     """Figure 6: neighbours by the invariant part agree most in class at the lowest ICR."""
-    votes: list[bool | None] = []
-    notes = []
-    for rows in _of(results, EDM_FEW):
-        _, icr, agreement, error = _series(rows, "icr_debiased", "neighbour_agreement", "neighbour_agreement_error")
-        if len(icr) < 4:
-            continue
-        lowest = int(icr.argmin())
-        gaps = [(agreement[lowest] - agreement[i], 1.96 * np.hypot(error[lowest], error[i])) for i in (0, -1)]
-        votes.append(True if all(g > e for g, e in gaps) else False if any(g < -e for g, e in gaps) else None)
-        notes.append(f"{agreement[0]:.3f} at first, {agreement[lowest]:.3f} at the lowest ICR, {agreement[-1]:.3f} at the end")
     rule = "agreement of nine neighbours in class, at the lowest ICR above both ends by 1.96 standard errors of the difference"
     text = "Neighbours by the invariant part are most semantic at the lowest ICR"
-    return Claim(6, text, _judged(votes), "; ".join(notes), rule)
+    return judged_claim(results, 6, text, rule, {EDM_FEW: _neighbours_vote})
+
+
+def _energies_vote(rows: Rows, limited: bool) -> Vote | None:
+    _, invariant, residual = series(rows, "trace_invariant", "trace_residual")
+    if len(invariant) < 4:
+        return None
+    half = len(invariant) // 2
+    growth_s, growth_x = invariant[-1] / invariant[half], residual[-1] / residual[half]
+    note = f"{'few' if limited else 'many'}: invariant x{growth_s:.2f}, residual x{growth_x:.2f}"
+    return bool(growth_x > growth_s if limited else growth_s > growth_x), note
 
 
 def energies_claim(results: Results) -> Claim:
     """Figure 7: with few images residual energy keeps growing and the invariant one saturates; with many it is the reverse."""
-    votes, notes = [], []
-    for role, limited in ((EDM_FEW, True), (EDM_MANY, False)):
-        for rows in _of(results, role):
-            _, invariant, residual = _series(rows, "trace_invariant", "trace_residual")
-            if len(invariant) < 4:
-                continue
-            half = len(invariant) // 2
-            growth_s, growth_x = invariant[-1] / invariant[half], residual[-1] / residual[half]
-            votes.append(growth_x > growth_s if limited else growth_s > growth_x)
-            notes.append(f"{'few' if limited else 'many'}: invariant x{growth_s:.2f}, residual x{growth_x:.2f}")
     rule = (
         "over the second half of measurements, the larger factor: with few images the residual trace's, with many the invariant"
     )
     text = "With few images residual energy keeps growing and invariant energy saturates; with many, invariant energy grows"
-    return Claim(7, text, _judged(votes), "; ".join(notes), rule)
+    judges = {EDM_FEW: partial(_energies_vote, limited=True), EDM_MANY: partial(_energies_vote, limited=False)}
+    return judged_claim(results, 7, text, rule, judges)
+
+
+def _noise_energies_vote(points: Rows) -> Vote | None:
+    if any("trace_residual" not in p for p in points):
+        return None
+    sigma, residual, invariant = (np.array([p[key] for p in points]) for key in ("sigma", "trace_residual", "trace_invariant"))
+    along, peak = correlation(sigma, residual), int(invariant.argmax())
+    note = f"residual: Spearman {along:.2f} with sigma; invariant largest at sigma {sigma[peak]:g}"
+    return along > 0.9 and 0 < peak < len(points) - 1, note
 
 
 def noise_energies_claim(results: Results) -> Claim:
     """Figure 8: over noise the residual energy grows, and the invariant one peaks in the middle."""
-    votes, notes = [], []
-    for points in _of(results, EDM_MANY, "window"):
-        if any("trace_residual" not in p for p in points):
-            continue
-        sigma, residual, invariant = (
-            np.array([p[key] for p in points]) for key in ("sigma", "trace_residual", "trace_invariant")
-        )
-        along, peak = _correlation(sigma, residual), int(invariant.argmax())
-        votes.append(along > 0.9 and 0 < peak < len(points) - 1)
-        notes.append(f"residual: Spearman {along:.2f} with sigma; invariant largest at sigma {sigma[peak]:g}")
     rule = "Spearman's correlation of the residual trace with sigma above 0.9, and the invariant trace largest inside the grid"
-    return Claim(
-        8, "Residual energy grows with noise; invariant energy peaks in the middle", _judged(votes), "; ".join(notes), rule
-    )
+    text = "Residual energy grows with noise; invariant energy peaks in the middle"
+    return judged_claim(results, 8, text, rule, {EDM_MANY: _noise_energies_vote}, "window")
+
+
+def _lost_window_vote(points: Rows) -> Vote | None:
+    known = [p for p in points if p["icr_debiased"] is not None and p["accuracy"] is not None]
+    if len(known) < 4:
+        return None
+    sigma, icr, accuracy = (np.array([p[key] for p in known]) for key in ("sigma", "icr_debiased", "accuracy"))
+    up, down = correlation(sigma, icr), correlation(sigma, accuracy)
+    return up > 0.9 and down < -0.9, f"Spearman with sigma: ICR {up:.2f}, accuracy {down:.2f}"
 
 
 def lost_window_claim(results: Results) -> Claim:
     """Figure 9: after overfitting ICR rises with noise and the probe's accuracy falls: the window is gone."""
-    votes, notes = [], []
-    for points in _of(results, EDM_FEW, "window"):
-        known = [p for p in points if p["icr_debiased"] is not None and p["accuracy"] is not None]
-        if len(known) < 4:
-            continue
-        sigma, icr, accuracy = (np.array([p[key] for p in known]) for key in ("sigma", "icr_debiased", "accuracy"))
-        up, down = _correlation(sigma, icr), _correlation(sigma, accuracy)
-        votes.append(up > 0.9 and down < -0.9)
-        notes.append(f"Spearman with sigma: ICR {up:.2f}, accuracy {down:.2f}")
     rule = "Spearman's correlation with sigma above 0.9 for ICR, and below -0.9 for the probe's accuracy"
     text = "After overfitting ICR rises with noise and accuracy falls: the window is gone"
-    return Claim(9, text, _judged(votes), "; ".join(notes), rule)
+    return judged_claim(results, 9, text, rule, {EDM_FEW: _lost_window_vote}, "window")
+
+
+def _alignment_vote(rows: Rows) -> Vote | None:
+    _, alignment, distance = series(rows, "alignment", "frechet_pixels")
+    if len(alignment) < 4:
+        return None
+    against = correlation(alignment, distance)
+    note = f"Alignment {alignment[0]:.3f} to {alignment[-1]:.3f}, Spearman with the Frechet distance {against:.2f}"
+    return against < -FOLLOWS, note
 
 
 def alignment_claim(results: Results) -> Claim:
     """Figure 10: with many images Alignment rises while the Frechet distance falls."""
-    votes, notes = [], []
-    for rows in _of(results, EDM_MANY):
-        _, alignment, distance = _series(rows, "alignment", "frechet_pixels")
-        if len(alignment) < 4:
-            continue
-        against = _correlation(alignment, distance)
-        votes.append(against < -FOLLOWS)
-        notes.append(f"Alignment {alignment[0]:.3f} to {alignment[-1]:.3f}, Spearman with the Frechet distance {against:.2f}")
     rule = f"Spearman's correlation of Alignment and the Frechet distance below -{FOLLOWS}"
-    return Claim(
-        10, "With many images Alignment rises while the Frechet distance falls", _judged(votes), "; ".join(notes), rule
-    )
+    text = "With many images Alignment rises while the Frechet distance falls"
+    return judged_claim(results, 10, text, rule, {EDM_MANY: _alignment_vote})
+
+
+def _class_vote(rows: Rows) -> Vote | None:
+    _, icr, copies, silhouettes, separation = series(rows, "icr_debiased", "copies", "silhouette", "class_separation")
+    if len(icr) < 6:
+        return None
+    lowest, half = int(icr.argmin()), len(icr) // 2
+    early = [bool(abs(v[half] - v[0]) >= SATURATED * abs(v[-1] - v[0])) for v in (silhouettes, separation)]
+    follows = correlation(icr[lowest:], copies[lowest:])
+    note = f"saturated by half: {early[0]}, {early[1]}; ICR with copies after its lowest: Spearman {follows:.2f}"
+    return all(early) and follows > FOLLOWS, note
 
 
 def class_claim(results: Results) -> Claim:
     """Figure 11: class measures saturate early, while ICR follows the copies."""
-    votes, notes = [], []
-    for rows in _of(results, EDM_FEW):
-        _, icr, copies, silhouettes, separation = _series(rows, "icr_debiased", "copies", "silhouette", "class_separation")
-        if len(icr) < 6:
-            continue
-        lowest, half = int(icr.argmin()), len(icr) // 2
-        early = [abs(v[half] - v[0]) >= SATURATED * abs(v[-1] - v[0]) for v in (silhouettes, separation)]
-        follows = _correlation(icr[lowest:], copies[lowest:])
-        votes.append(all(early) and follows > FOLLOWS)
-        notes.append(f"saturated by half: {early[0]}, {early[1]}; ICR with copies after its lowest: Spearman {follows:.2f}")
     rule = (
         f"both have {100 * SATURATED:g} % of their change by the middle measurement, and ICR follows copies after its lowest "
         f"(Spearman above {FOLLOWS})"
     )
-    return Claim(11, "Class measures saturate early; ICR follows the copies", _judged(votes), "; ".join(notes), rule)
+    return judged_claim(results, 11, "Class measures saturate early; ICR follows the copies", rule, {EDM_FEW: _class_vote})
+
+
+def _subset_vote(rows: Rows) -> Vote | None:
+    whole, smaller = rows[-1], [r for r in rows[:-1] if r.get("icr_debiased") is not None]
+    if not smaller or whole.get("icr_debiased") is None:
+        return None
+    first = smaller[0]
+    held = sum(r["icr_low"] <= whole["icr_debiased"] <= r["icr_high"] for r in smaller)
+    return bool(first["icr"] < whole["icr_low"]), (
+        f"{first['images']} images, width {first['dim']}: plug-in {first['icr']:.3f}, debiased {first['icr_debiased']:.3f}, "
+        f"all {whole['images']}: {whole['icr_debiased']:.3f}; {held} of {len(smaller)} intervals hold it"
+    )
 
 
 def subset_claim(results: Results) -> Claim:
     """Figure 12: on few images the plug-in ICR is badly low; the debiased one is not."""
-    votes, notes = [], []
-    for rows in _of(results, EDM_MANY, "subsets"):
-        whole = rows[-1]
-        smaller = [r for r in rows[:-1] if r.get("icr_debiased") is not None]
-        if not smaller or whole.get("icr_debiased") is None:
-            continue
-        first = smaller[0]
-        low = first["icr"] < whole["icr_low"]
-        votes.append(bool(low))
-        held = sum(r["icr_low"] <= whole["icr_debiased"] <= r["icr_high"] for r in smaller)
-        notes.append(
-            f"{first['images']} images, width {first['dim']}: plug-in {first['icr']:.3f}, debiased "
-            f"{first['icr_debiased']:.3f}, "
-            f"all {whole['images']}: {whole['icr_debiased']:.3f}; {held} of {len(smaller)} intervals hold it"
-        )
     rule = "plug-in ICR of the smallest subset that has a debiased one, below the interval of all images"
-    return Claim(12, "On few images the plug-in ICR is badly low", _judged(votes), "; ".join(notes), rule)
+    return judged_claim(results, 12, "On few images the plug-in ICR is badly low", rule, {EDM_MANY: _subset_vote}, "subsets")
 
 
-def _same_trend(results: Results, key: str, wanted: Callable[[str], bool]) -> tuple[list[bool], list[str]]:
-    votes, notes = [], []
-    for rows in _of(results, EDM_FEW, key):
-        curves: dict[str, dict[float, float]] = {}
-        for row in rows:
-            if row["images_seen"] > 0 and row.get("icr_debiased") is not None and wanted(row["what"]):
-                curves.setdefault(row["what"], {})[row["images_seen"]] = row["icr_debiased"]
-        names = sorted(curves)
-        found = []
-        for i, a in enumerate(names):
-            for b in names[i + 1 :]:
-                steps = sorted(set(curves[a]) & set(curves[b]))
-                found.append(_correlation(*(np.array([curves[name][s] for s in steps]) for name in (a, b))))
-        if found:
-            votes.append(min(found) > FOLLOWS)
-            notes.append(f"smallest Spearman of {', '.join(names)}: {min(found):.2f}")
-    return votes, notes
+def _trend_vote(rows: Rows, wanted: Callable[[str], bool]) -> Vote | None:
+    """Whether every two of the wanted curves rise and fall together."""
+    curves: dict[str, dict[float, float]] = {}
+    for row in rows:
+        if row["images_seen"] > 0 and row.get("icr_debiased") is not None and wanted(row["what"]):
+            curves.setdefault(row["what"], {})[row["images_seen"]] = row["icr_debiased"]
+    names = sorted(curves)
+    found = []
+    for a, b in combinations(names, 2):
+        steps = sorted(set(curves[a]) & set(curves[b]))
+        found.append(correlation(*(np.array([curves[name][s] for s in steps]) for name in (a, b))))
+    return (min(found) > FOLLOWS, f"smallest Spearman of {', '.join(names)}: {min(found):.2f}") if found else None
 
 
 def level_claim(results: Results) -> Claim:
     """Figure 13: from level 3 up the trend over training is the same."""
-    votes, notes = _same_trend(results, "levels", lambda what: what in ("level 3", "level 4", "level 5"))
     rule = f"Spearman's correlation of every two curves of levels 3, 4 and 5 above {FOLLOWS}"
-    return Claim(13, "From augmentation level 3 up the trends are the same", _judged(votes), "; ".join(notes), rule)
+    judge = partial(_trend_vote, wanted=lambda what: what in ("level 3", "level 4", "level 5"))
+    return judged_claim(results, 13, "From augmentation level 3 up the trends are the same", rule, {EDM_FEW: judge}, "levels")
 
 
 def layer_claim(results: Results) -> Claim:
     """Figure 14: across middle layers the trend over training is the same."""
-    votes, notes = _same_trend(results, "layers", lambda what: True)
     rule = f"Spearman's correlation of every two layers' curves above {FOLLOWS}"
-    return Claim(14, "Across middle layers the trends are the same", _judged(votes), "; ".join(notes), rule)
+    judge = partial(_trend_vote, wanted=lambda what: True)
+    return judged_claim(results, 14, "Across middle layers the trends are the same", rule, {EDM_FEW: judge}, "layers")
 
 
 def all_claims(results: Results) -> list[Claim]:

@@ -30,10 +30,10 @@ def figure_numbers(text: str) -> list[int]:
     return sorted(set(found))
 
 
-def check(scale: Scale, data: str) -> None:
+def check(scale: Scale, data: str, root: Path) -> None:
     """Raise ValueError, before any work, where a training's flags are no configuration."""
     for training in scale.trainings():
-        training.config(data)
+        training.config(data, root)
 
 
 def reproduce(
@@ -47,13 +47,13 @@ def reproduce(
 
     failed = []
     if train is not None:
-        failed = train_missing(scale.trainings(), root / "runs", data, wants_stop, print, train)
+        failed = train_missing(scale, root, data, wants_stop, print, train)
     results = measure_all(scale, folder, wants_stop, print)
     root.mkdir(parents=True, exist_ok=True)
     (root / "results.json").write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
     claims = write_page(scale, results, page, figures, root / "results")
     for claim in claims:
-        print(f"figure {claim.figure:2d}  {claim.outcome:12s}  {claim.claim}")
+        print(f"figure {claim.figure!s:10s}  {claim.outcome:12s}  {claim.claim}")
     print(f"page         {page / 'index.md'}")
     if stop.signal is not None:
         return 128 + stop.signal
@@ -75,11 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.scale not in SCALES:
             raise ValueError(f"scale is {arguments.scale!r}; expected one of {', '.join(SCALES)}")
         scale, figures = SCALES[arguments.scale], figure_numbers(arguments.figures)
-        check(scale, arguments.data)
+        root = arguments.output_dir or Path("outputs") / f"paper-{scale.name}"
+        check(scale, arguments.data, root)
     except (ValueError, OSError) as error:
         print(f"paper: error: {error}", file=sys.stderr)
         return 2
-    root = arguments.output_dir or Path("outputs") / f"paper-{scale.name}"
     page = arguments.page_dir or root / "page"
     return reproduce(
         scale, arguments.data, root, page, figures, stop=Stop(), train=None if arguments.no_train else in_a_process

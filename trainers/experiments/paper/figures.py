@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mlflow_icr.monitoring.plots import COLOURS
+from trainers.experiments.paper.beyond import LATENTS, OUTLIERS, REPEATS
 from trainers.experiments.paper.claims import Results
-from trainers.experiments.paper.plan import EDM_FEW, EDM_MANY, FLOW_FEW, FLOW_MANY
+from trainers.experiments.paper.plan import DUPLICATES, EDM_FEW, EDM_MANY, FLOW_FEW, FLOW_MANY, LATENT_FEW
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -89,6 +90,26 @@ def _kinds_figure(results: Results, key: str) -> Figure:
     return _finish(figure, axes, KIMG, ["ICR"])
 
 
+def origins_figure(results: Results, role: str) -> Figure:
+    """Of each image its distance to the others and when its own error ratio turned; those that did not lie above the line."""
+    figure, axes = _axes(1)
+    for place, (name, rows) in enumerate(_runs(results, role, key="origins")):
+        last = max((row["turned"] for row in rows if row["turned"] is not None), default=1.0)
+        for repeated in (False, True):
+            chosen = [row for row in rows if (row["times"] > 1) == repeated]
+            if not chosen:
+                continue
+            at = [(row["turned"] or 1.5 * last) / 1000 for row in chosen]
+            label = name + (f", {chosen[0]['times']} times each" if repeated else "")
+            colour = COLOURS[(place + repeated) % len(COLOURS)]
+            axes[0].scatter([row["to_others"] for row in chosen], at, s=10, color=colour, label=label)
+        axes[0].axhline(1.25 * last / 1000, color="grey", lw=0.5, ls=":")
+    axes[0].set(xlabel="mean distance to the five nearest, 1 is by chance", ylabel=f"own ratio turned, {KIMG}", yscale="log")
+    if axes[0].get_legend_handles_labels()[1]:
+        axes[0].legend(fontsize=7)
+    return figure
+
+
 CLASSES = (
     ("icr_debiased", "ICR", ICR_BOUNDS),
     ("silhouette", "silhouette", None),
@@ -110,4 +131,11 @@ FIGURES: dict[int, Callable[[Results], Figure]] = {
     12: subset_figure,
     13: lambda results: _kinds_figure(results, "levels"),
     14: lambda results: _kinds_figure(results, "layers"),
+}
+
+DECODED = ("copies_decoded", "copies of decoded images", ("copies_decoded_low", "copies_decoded_high"))
+BEYOND: dict[str, Callable[[Results], Figure]] = {
+    LATENTS: lambda results: _over_training(results, (LATENT_FEW,), (*TURN, DECODED)),
+    OUTLIERS: lambda results: origins_figure(results, EDM_FEW),
+    REPEATS: lambda results: origins_figure(results, DUPLICATES),
 }

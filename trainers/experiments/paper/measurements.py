@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,12 @@ from PIL import Image
 from torch import Tensor
 
 from mlflow_icr import Denoiser, LabelledImages, frechet_distance, memorization_ratio, sweep_noise
+from mlflow_icr.extraction.duplicates import pixel_hashes
 from mlflow_icr.extraction.files import write_whole
+from mlflow_icr.extraction.latents import LatentDenoiser
 from mlflow_icr.extraction.pipelines import load_denoiser
 from mlflow_icr.extraction.views import as_unit_interval
+from mlflow_icr.generation.neighbours import k_nearest
 from mlflow_icr.monitoring.generation import GenerationMonitor
 from mlflow_icr.monitoring.grid import image_grid
 from mlflow_icr.monitoring.neighbours import anchor_images, invariant_part, nearest
@@ -23,10 +27,13 @@ from mlflow_icr.representation import paired_difference
 from mlflow_icr.tracking.checkpoints.folder import checkpoints
 from trainers.data import DataSet, data_of
 from trainers.experiments.paper import features as read
-from trainers.experiments.paper.plan import EDM_FEW, Scale, Training
+from trainers.experiments.paper.origins import image_rows, likeliest, own_errors, repeated_groups
+from trainers.experiments.paper.plan import DUPLICATES, EDM_FEW, EDM_MANY, FLOW_FEW, FLOW_MANY, Scale, Training
 from trainers.experiments.paper.trainings import config_of
 
 LEVELS = (1, 2, 3, 4, 5)
+SHOWN = 8  # of the likeliest copied images
+PER_IMAGE = ("influence", "nearest", "copied")  # of step files, and not of the results
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,20 @@ def once(path: Path, make: Callable[[], Any]) -> Any:
     return json.loads(path.read_text())
 
 
+def as_bytes(images: Tensor) -> Tensor:
+    """Images (N, C, H, W) as uint8."""
+    return (as_unit_interval(images) * 255).round().to(torch.uint8)
+
+
+def unique_images(images: Tensor) -> tuple[list[int], list[int]]:
+    """Of images (N, C, H, W) the places of the different ones, each its first, and how often each is there."""
+    hashes = pixel_hashes(images)
+    counts = Counter(hashes)
+    first = {digest: i for i, digest in reversed(list(enumerate(hashes)))}
+    order = sorted(first.values())
+    return order, [counts[hashes[i]] for i in order]
+
+
 class Measured:
     """One training with its checkpoints: measures what result files lack."""
 
@@ -62,32 +83,43 @@ class Measured:
         self.data: DataSet = data_of(self.config)
         self.checkpoints = dict(sorted(checkpoints(folder.run(training)).items()))
         self.sigma = scale.sigma_flow if self.config.network.family == "flow" else scale.sigma
-        self.images = self.data.train[: scale.probe]
-        self.labels = None if self.data.train_labels is None else self.data.train_labels[: scale.probe]
+        # Of images that are there several times, one: they are what samples are compared with, too.
+        places, self.times = unique_images(self.data.train)
+        self.unique, labels = self.data.train[places], self.data.train_labels
+        self.images = self.unique[: scale.probe]
+        self.labels = None if labels is None else labels[places][: scale.probe]
 
     def denoiser(self, step: int) -> Denoiser:
         """The denoiser of a checkpoint."""
         return load_denoiser(self.checkpoints[step])[0]
 
-    def features(self, denoiser: Denoiser, layer: str = "decoder", level: int = 3) -> Tensor:
-        """Features (N, K, D) of the probe images."""
-        views = self.scale.views
-        return read.read_features(denoiser, self.images, layer=layer, sigma=self.sigma, views=views, level=level)
+    def features(self, denoiser: Denoiser, layer: str = "decoder", level: int = 3, sigma: float | None = None) -> Tensor:
+        """Features (N, K, D) of the probe images, at the scale's noise unless another is given."""
+        views, noise = self.scale.views, self.sigma if sigma is None else sigma
+        return read.read_features(denoiser, self.images, layer=layer, sigma=noise, views=views, level=level)
 
-    def _samples(self, denoiser: Denoiser, step: int) -> dict[str, Any]:
-        """Copies among samples by pixels, with exact bounds, and the Frechet distance of pixels to held-out images."""
-        scale, heldout = self.scale, self.data.heldout
-        classes = self.data.train_labels if self.config.network.labels else None
+    def samples(self, denoiser: Denoiser) -> Tensor:
+        """Generated images, uint8. Raises ValueError where one is not finite."""
+        scale, classes = self.scale, self.data.train_labels if self.config.network.labels else None
         monitor = GenerationMonitor(
             denoiser, self.data.train, num_samples=scale.samples, num_steps=scale.sample_steps, labels=classes
         )
+        return monitor.sample()
+
+    def _copies(self, denoiser: Denoiser) -> dict[str, Any]:
+        """Copies among samples by pixels, with exact bounds, and the Frechet distance of pixels to held-out images."""
+        heldout = self.data.heldout
         try:
-            samples = monitor.sample()
+            flat = as_unit_interval(self.samples(denoiser)).flatten(1)
         except ValueError as error:
             return {"absent_samples": str(error)}
-        flat = as_unit_interval(samples).flatten(1)
-        copies = memorization_ratio(flat, as_unit_interval(self.data.train).flatten(1))
+        copies = memorization_ratio(flat, as_unit_interval(self.unique).flatten(1))
         found: dict[str, Any] = {"copies": copies.value, "copies_low": copies.low, "copies_high": copies.high}
+        found |= {"nearest": copies.nearest.tolist(), "copied": (copies.scores < copies.threshold).tolist()}
+        if isinstance(denoiser, LatentDenoiser):  # what it can make at best are the images as the autoencoder gives them
+            decoded = denoiser.decode(denoiser.encode(as_unit_interval(self.unique) * 2 - 1))
+            again = memorization_ratio(flat, ((decoded.clamp(-1, 1) + 1) / 2).flatten(1))
+            found |= {"copies_decoded": again.value, "copies_decoded_low": again.low, "copies_decoded_high": again.high}
         if len(heldout) > 1:
             found["frechet_pixels"] = frechet_distance(flat, as_unit_interval(heldout).flatten(1))
         return found
@@ -98,7 +130,7 @@ class Measured:
         def make() -> dict[str, Any]:
             denoiser = self.denoiser(step)
             values = read.trajectory_values(self.features(denoiser), self.labels)
-            return {"images_seen": step} | values | self._samples(denoiser, step)
+            return {"images_seen": step} | values | self._copies(denoiser)
 
         return dict(once(self.folder.result(self.training, f"step-{step:012d}"), make))
 
@@ -114,7 +146,36 @@ class Measured:
                 influence = torch.tensor(row["influence"], dtype=torch.float64)
                 low, high = paired_difference(base, influence, rise)
                 row |= {"rise": rise, "rise_low": low, "rise_high": high}
-        return [{key: value for key, value in row.items() if key != "influence"} for row in rows]
+        return [{key: value for key, value in row.items() if key not in PER_IMAGE} for row in rows]
+
+    def origins(self) -> list[dict[str, Any]]:
+        """A row for each image: when its own error ratio turned, its copies, and how typical it is."""
+
+        def errors() -> list[dict[str, Any]]:
+            rows = []
+            for step in self.checkpoints:
+                image, view = own_errors(self.denoiser(step), self.images, self.sigma)
+                rows.append({"images_seen": step, "image_error": image.tolist(), "view_error": view.tolist()})
+            return rows
+
+        measured = list(once(self.folder.result(self.training, "own-errors"), errors))
+        return image_rows(
+            self.images, self.times, measured, [row for row in map(self.row, self.checkpoints) if "copied" in row]
+        )
+
+    def copies_picture(self, rows: Sequence[Mapping[str, Any]]) -> str:
+        """A picture: each row one of the likeliest copied images, the sample next to it, and its nearest others."""
+        path = self.folder.result(self.training, "copies").with_suffix(".png")
+        if not path.exists():
+            samples = self.samples(self.denoiser(max(self.checkpoints)))
+            own = as_unit_interval(self.images).flatten(1)
+            tiles = []
+            for row in likeliest(rows, SHOWN):
+                near = k_nearest(own[row["image"]][None], as_unit_interval(samples).flatten(1), 1).indices[0]
+                tiles += [as_bytes(self.images[[row["image"]]]), samples[near], as_bytes(self.images[row["nearest"]])]
+            grid = Image.fromarray(image_grid(torch.cat(tiles), 2 + len(rows[0]["nearest"])))
+            write_whole(path, lambda file: grid.save(file, "PNG"))
+        return str(path.relative_to(self.folder.root / "results"))
 
     def window(self, step: int) -> list[dict[str, Any]]:
         """ICR, energies and probe accuracy over noise levels, at the monitored layer."""
@@ -166,6 +227,10 @@ class Measured:
         """Debiased ICR of each checkpoint at each of the layers."""
         return self._over("layers", {layer: {"layer": layer} for layer in self.scale.layers})
 
+    def noises(self) -> list[dict[str, Any]]:
+        """Debiased ICR of each checkpoint at less noise and at more, a third and three times as much."""
+        return self._over("noises", {f"sigma {x:.2g}": {"sigma": x} for x in (self.sigma / 3, self.sigma * 3)})
+
     def _over(self, name: str, settings: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
         def make() -> list[dict[str, Any]]:
             rows = []
@@ -186,8 +251,7 @@ class Measured:
             s = invariant_part(self.features(self.denoiser(step)))
             anchors = anchor_images(len(s))
             rows = torch.cat([anchors[:, None], nearest(s, anchors, read.NEIGHBOURS)], 1)
-            shown = (as_unit_interval(self.images) * 255).round().to(torch.uint8)
-            grid = Image.fromarray(image_grid(shown[rows.flatten()], rows.shape[1]))
+            grid = Image.fromarray(image_grid(as_bytes(self.images[rows.flatten()]), rows.shape[1]))
             write_whole(path, lambda file: grid.save(file, "PNG"))
         return path
 
@@ -214,12 +278,21 @@ def measure_all(
         measured = Measured(scale, training, folder)
         result: dict[str, Any] = {"role": training.role, "seed": training.seed, "trajectory": measured.trajectory()}
         last = max(measured.checkpoints)
-        if training.seed == scale.seeds[0]:
+        first = training.seed == scale.seeds[0]
+        if first and training.role in (EDM_FEW, EDM_MANY, FLOW_MANY):
             result["window"] = measured.window(last)
-        if training.role == EDM_FEW and training.seed == scale.seeds[0]:
+        if training.role in (EDM_FEW, DUPLICATES):
+            result["origins"] = measured.origins()
+        if training.role == DUPLICATES:
+            result["groups"] = [len(group) for group in repeated_groups(measured.data.train)]
+        if first and training.role in (EDM_FEW, DUPLICATES):
+            result["copies_picture"] = measured.copies_picture(result["origins"])
+        if first and training.role in (EDM_FEW, FLOW_FEW):
+            result["noises"] = measured.noises()
+        if first and training.role == EDM_FEW:
             result |= {"levels": measured.levels(), "layers": measured.layers()}
             result["neighbours"] = measured.neighbour_pictures(result["trajectory"])
-        if training.name == f"edm-many-seed{scale.seeds[0]}":
+        if first and training.role == EDM_MANY:
             result["subsets"] = measured.subsets(last)
         found[training.name] = result
     return found

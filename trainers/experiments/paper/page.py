@@ -7,11 +7,22 @@ import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from trainers.experiments.paper.beyond import LATENTS, OUTLIERS, REPEATS, beyond_claims
 from trainers.experiments.paper.claims import AGREES, DISAGREES, UNDECIDED, Claim, Results, all_claims
-from trainers.experiments.paper.figures import FIGURES
-from trainers.experiments.paper.plan import Scale
+from trainers.experiments.paper.figures import BEYOND, FIGURES
+from trainers.experiments.paper.origins import likeliest
+from trainers.experiments.paper.plan import DUPLICATES, EDM_FEW, Scale
 from trainers.experiments.paper.readings import READINGS
+from trainers.experiments.paper.tried import tried
+
+HEADINGS = {
+    LATENTS: "In latents",
+    OUTLIERS: "Where copies come from: outliers",
+    REPEATS: "Where copies come from: repeated images",
+}
+LISTED = 8  # of the likeliest copied images
 
 
 def _summary(claims: Sequence[Claim], scale: Scale, results: Results) -> list[str]:
@@ -20,31 +31,97 @@ def _summary(claims: Sequence[Claim], scale: Scale, results: Results) -> list[st
     said = ", ".join(f"{counts[word]} {word}" for word in (AGREES, DISAGREES, UNDECIDED) if counts[word])
     lines = [f"At scale `{scale.name}`, of {len(claims)} claims: {said or 'none is measured yet'}."]
     lines.append(f"{len(results)} of {planned} trainings are measured.")
-    if len(results) < planned:
-        lines.append("**This page is partial**: the same command goes on where it stopped.")
+    missing = [training.name for training in scale.trainings() if training.name not in results]
+    if missing:
+        lines.append(f"**This page is partial**, without {', '.join(missing)}: the same command goes on where it stopped.")
     return lines
 
 
-def page_text(claims: Sequence[Claim], scale: Scale, results: Results) -> str:
+def _setting(scale: Scale) -> list[str]:
+    """What was trained, at this scale."""
+    side = scale.common["resolution"]
+    return [
+        f"CIFAR-10 at {side}x{side}: {scale.few} images (few) for {scale.few_kimg:g} thousand images seen, and {scale.many} "
+        f"(many) for {scale.many_kimg:g}; a measurement is of {scale.probe} training images at most in {scale.views} views, at "
+        f"sigma {scale.sigma:g}, and of {scale.samples} samples. A sample is a copy where its nearest training image by pixels "
+        "is less than a third as far as the second; the Frechet distance is that of pixels to held-out images.",
+        "",
+        "The scale is not the paper's: shapes and orders can be compared, values cannot.",
+    ]
+
+
+def picture_of(claim: Claim) -> str:
+    """The name of a statement's figure."""
+    return f"figure-{claim.figure:02d}.png" if isinstance(claim.figure, int) else f"figure-{claim.figure}.png"
+
+
+def _section(claim: Claim, heading: str, results: Results) -> list[str]:
+    """A statement with its figure, its numbers and its rule."""
+    lines = ["", heading, "", f"{claim.claim}: **{claim.outcome}**.", ""]
+    lines += [f"![{claim.claim}]({picture_of(claim)})", "", "| | |", "|---|---|"]
+    lines.append(f"| here | {claim.numbers or 'not measured'} |")
+    if isinstance(claim.figure, int):
+        lines.append(f"| paper | {READINGS[claim.figure]} |")
+    lines.append(f"| rule | {claim.rule} |")
+    if claim.outcome in (DISAGREES, UNDECIDED) and (words := tried(claim.figure, results)):
+        lines += ["", words]
+    return lines
+
+
+def _seen(value: float | None) -> str:
+    return "not" if value is None else f"{value:,.0f}"
+
+
+def image_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A table of the likeliest copied images, most copies first."""
+    ranks = {row["image"]: place for place, row in enumerate(sorted(rows, key=lambda row: -row["to_others"]), 1)}
+    lines = [
+        "| image | in the set | copies | first copied at | own ratio above 1.5 from | its end | distance to others | nearest |"
+    ]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for row in likeliest(rows, LISTED):
+        lines.append(
+            f"| {row['image']} | {row['times']} x | {row['copies']} | {_seen(row['first_copied'])} | {_seen(row['turned'])} | "
+            f"{row['ratio']:.2f} | {row['to_others']:.2f} (no. {ranks[row['image']]} of {len(rows)}) | "
+            f"{', '.join(map(str, row['nearest']))} |"
+        )
+    return lines
+
+
+def _origins(role: str, results: Results) -> list[str]:
+    """The likeliest copied images of the role's first run that has them: a table and a picture."""
+    for name, result in sorted(results.items()):
+        if result["role"] == role and result.get("copies_picture"):
+            lines = ["", f"The likeliest copied images of {name}, whose places in the training set are their numbers:", ""]
+            lines += image_table(result["origins"])
+            if "groups" in result:
+                sizes: Counter[int] = Counter(result["groups"])
+                found = ", ".join(f"{count} groups of {size}" for size, count in sorted(sizes.items())) or "none"
+                lines += ["", f"`mlflow-icr duplicates` would have told before: {found}."]
+            lines += ["", "Each row such an image, the sample that is nearest to it, and its five nearest in the set:", ""]
+            return [*lines, f"![the likeliest copied images](copies-{role}.png)"]
+    return []
+
+
+def page_text(claims: Sequence[Claim], beyond: Sequence[Claim], scale: Scale, results: Results) -> str:
     """The page as Markdown."""
     lines = ["# The paper, reproduced", "", *_summary(claims, scale, results), ""]
     lines += [
         "Written by `mlflow run . -e paper`, from result files. The paper is Li, Jia, et al., ICML 2026, arXiv 2606.09718."
     ]
-    lines += ["The scale is not the paper's: shapes and orders can be compared, values cannot.", ""]
+    lines += ["", *_setting(scale), ""]
     lines += ["| figure | claim | outcome |", "|---|---|---|"]
     lines += [f"| [{claim.figure}](#figure-{claim.figure}) | {claim.claim} | **{claim.outcome}** |" for claim in claims]
+    lines += [f"| beyond the paper | {claim.claim} | **{claim.outcome}** |" for claim in beyond]
     for claim in claims:
-        lines += ["", f"## Figure {claim.figure}", "", f"{claim.claim}: **{claim.outcome}**.", ""]
-        lines += [f"![Figure {claim.figure}](figure-{claim.figure:02d}.png)", "", "| | |", "|---|---|"]
-        lines += [
-            f"| here | {claim.numbers or 'not measured'} |",
-            f"| paper | {READINGS[claim.figure]} |",
-            f"| rule | {claim.rule} |",
-        ]
+        lines += _section(claim, f"## Figure {claim.figure}", results)
         if claim.figure == 6:
             for what, name in _pictures(results).items():
                 lines += ["", f"Each row an image and its nearest by the invariant part, {what}:", "", f"![{what}]({name})"]
+    lines += ["", "## Beyond the paper"]
+    for claim in beyond:
+        lines += _section(claim, f"### {HEADINGS[str(claim.figure)]}", results)
+        lines += _origins({OUTLIERS: EDM_FEW, REPEATS: DUPLICATES}.get(str(claim.figure), ""), results)
     return "\n".join(lines) + "\n"
 
 
@@ -57,14 +134,18 @@ def _pictures(results: Results) -> dict[str, str]:
 def write_page(scale: Scale, results: Results, place: Path, figures: Sequence[int], pictures: Path) -> list[Claim]:
     """Write figures, `claims.json` and `index.md` to a folder; returns the statements. `pictures` is the results' folder."""
     place.mkdir(parents=True, exist_ok=True)
-    claims = all_claims(results)
-    for number in figures:
+    claims, beyond = all_claims(results), beyond_claims(results)
+    drawn = {f"figure-{number:02d}.png": FIGURES[number] for number in figures}
+    drawn |= {f"figure-{name}.png": draw for name, draw in BEYOND.items()}
+    for name, draw in drawn.items():
         # Without the library's version and the time, which would change the file's bytes.
-        FIGURES[number](results).savefig(place / f"figure-{number:02d}.png", dpi=110, metadata={"Software": None})
+        draw(results).savefig(place / name, dpi=80, metadata={"Software": None})
     for result in results.values():
         for what, path in result.get("neighbours", {}).items():
             shutil.copyfile(pictures / path, place / _pictures(results)[what])
-    plain = [{"figure": c.figure, "claim": c.claim, "outcome": c.outcome, "numbers": c.numbers} for c in claims]
+        if "copies_picture" in result:
+            shutil.copyfile(pictures / result["copies_picture"], place / f"copies-{result['role']}.png")
+    plain = [{"figure": c.figure, "claim": c.claim, "outcome": c.outcome, "numbers": c.numbers} for c in [*claims, *beyond]]
     (place / "claims.json").write_text(json.dumps(plain, indent=1) + "\n")
-    (place / "index.md").write_text(page_text(claims, scale, results))
-    return claims
+    (place / "index.md").write_text(page_text(claims, beyond, scale, results))
+    return [*claims, *beyond]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from trainers.config import TrainConfig, config_from
 
 EDM_FEW, EDM_MANY, FLOW_FEW, FLOW_MANY = "edm-few", "edm-many", "flow-few", "flow-many"
+LATENT_FEW, DUPLICATES = "latent-few", "edm-duplicates"  # beyond the paper
+REPEATED, TIMES = 8, 10  # images that are in the training set again, and how often each is there
 
 
 @dataclass(frozen=True)
@@ -21,9 +24,37 @@ class Training:
     images: int
     flags: Mapping[str, Any]
 
-    def config(self, data: str) -> TrainConfig:
-        """The configuration of the run. Raises ValueError where the flags are none."""
-        return config_from({**self.flags, "data": data, "num_images": self.images, "seed": self.seed})
+    def config(self, data: str, root: Path) -> TrainConfig:
+        """The configuration of the run, in a study's folder. Raises ValueError where the flags are none."""
+        flags = {**self.flags, "data": data, "num_images": self.images, "seed": self.seed}
+        if self.role == LATENT_FEW:
+            flags["autoencoder"] = str(autoencoder_folder(root))
+        if self.role == DUPLICATES:
+            flags |= {"data": str(duplicates_folder(root)), "num_heldout": 0}
+        return config_from(flags)
+
+
+def autoencoder_folder(root: Path) -> Path:
+    """Where a study's autoencoder is."""
+    return root / "autoencoder"
+
+
+def duplicates_folder(root: Path) -> Path:
+    """Where the images of a study's run with duplicates are."""
+    return root / "duplicates"
+
+
+@dataclass(frozen=True)
+class AutoencoderPlan:
+    """A diffusers AutoencoderKL: channels at each resolution, latent channels, and how it is trained, on the rich set."""
+
+    channels: tuple[int, ...]
+    latent_channels: int = 4
+    layers: int = 1
+    kimg: float = 32
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    kl_weight: float = 1e-6  # of the posterior's divergence per pixel, as in latent diffusion
 
 
 @dataclass(frozen=True)
@@ -53,16 +84,20 @@ class Scale:
     layers: tuple[str, ...] = ("mid", "decoder", "decoder+1")
     subsets: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
     labelled: int = 2000
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    autoencoder: AutoencoderPlan = AutoencoderPlan((16, 32), kimg=24)
+    latent: Mapping[str, Any] | None = None  # None: as `edm`
 
     def trainings(self) -> list[Training]:
         """Every run, those that most figures need first."""
         found = []
         few = ((EDM_FEW, self.edm, self.few, self.few_kimg), (FLOW_FEW, self.flow, self.few, self.few_kimg))
         rich = ((EDM_MANY, self.edm, self.many, self.many_kimg), (FLOW_MANY, self.flow, self.many, self.many_kimg))
+        latent = (LATENT_FEW, self.edm if self.latent is None else self.latent, self.few, self.few_kimg)
+        repeated = (DUPLICATES, self.edm, self.few + REPEATED * (TIMES - 1), self.few_kimg)
         first, *others = self.seeds
-        edm, flow = ([(kind, seed) for seed in others] for kind in few)
-        for (role, flags, images, kimg), seed in (*((kind, first) for kind in (few[0], rich[0], few[1], rich[1])), *edm, *flow):
+        order = [(kind, first) for kind in (few[0], rich[0], few[1], rich[1])] + [(few[0], seed) for seed in others]
+        order += [(latent, first), (repeated, first)] + [(few[1], seed) for seed in others]
+        for (role, flags, images, kimg), seed in order:
             found.append(Training(f"{role}-seed{seed}", role, seed, images, {**self.common, **flags, "total_kimg": kimg}))
         return found
 
@@ -86,7 +121,12 @@ SMALL = Scale(
     samples=128,
     sample_steps=12,
     labelled=600,
+    latent={"family": "edm", "block_channels": (32, 64)},
 )  # fmt: skip
+PAPER_EDM = {
+    "family": "edm", "block_channels": (128, 256, 256, 256), "layers_per_block": 4, "attention_resolutions": (16,),
+    "dropout": 0.13, "batch_size": 512, "learning_rate": 1e-3, "rampup_kimg": 10_000,
+}  # fmt: skip
 PAPER = Scale(
     name="paper",
     few=4096,
@@ -96,12 +136,9 @@ PAPER = Scale(
     seeds=(0, 1, 2),
     common={
         "resolution": 32, "num_heldout": 2000, "measurements": 40, "first_measurement_kimg": 500, "log_models": "none",
-        "num_samples": 64, "generate_every": "1000000", "probe_images": 512,
+        "num_samples": 64, "generate_every": "1000000", "encoder": "pixels", "probe_images": 512,
     },
-    edm={
-        "family": "edm", "block_channels": (128, 256, 256, 256), "layers_per_block": 4, "attention_resolutions": (16,),
-        "dropout": 0.13, "batch_size": 512, "learning_rate": 1e-3, "rampup_kimg": 10_000,
-    },
+    edm=PAPER_EDM,
     flow={
         "family": "flow", "labels": True, "hidden_size": 768, "num_layers": 12, "num_heads": 12, "patch_size": 2,
         "batch_size": 256, "learning_rate": 1e-4,
@@ -110,5 +147,7 @@ PAPER = Scale(
     views=2,
     samples=10_000,
     labelled=48000,
+    autoencoder=AutoencoderPlan((128, 256), layers=2, kimg=10_000, batch_size=256, learning_rate=1e-4),
+    latent={**PAPER_EDM, "block_channels": (128, 256, 256)},
 )  # fmt: skip
 SCALES = {scale.name: scale for scale in (SMALL, PAPER)}

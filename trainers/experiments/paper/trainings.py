@@ -11,7 +11,8 @@ import yaml
 
 from mlflow_icr.monitoring.series import read_history
 from trainers.config import TrainConfig, config_from, read_values
-from trainers.experiments.paper.plan import Training
+from trainers.experiments.paper.plan import Scale
+from trainers.experiments.paper.preparations import prepare
 from trainers.launchers.processes import environment
 from trainers.train import CONFIG
 
@@ -41,29 +42,33 @@ def in_a_process(flags: Sequence[str], log: Path) -> int:
 
 
 def train_missing(
-    trainings: Sequence[Training],
-    runs: Path,
+    scale: Scale,
+    root: Path,
     data: str,
     wants_stop: Callable[[], bool],
     say: Callable[[str], None],
     train: Train = in_a_process,
 ) -> list[str]:
-    """Train what has not ended, one after the other; returns the names of those that failed.
+    """Train what has not ended, one after the other, with what it needs first; returns the names of those that failed.
 
     `train` takes the flags of `trainers.train` and a file for its output, and returns the exit status.
     """
-    failed = []
+    failed, runs = [], root / "runs"
     runs.mkdir(parents=True, exist_ok=True)
-    for training in trainings:
+    for training in scale.trainings():
         folder = runs / training.name
         if is_done(folder):
             continue
         if wants_stop():
             break
         say(f"training {training.name}: {training.images} images, {training.flags['total_kimg']:g} kimg")
+        try:
+            prepare(training, scale, data, root, wants_stop)
+        except InterruptedError:
+            break
         resume = ["--resume"] if (folder / CONFIG).exists() else []
         wanted = runs / f"{training.name}.yaml"
-        wanted.write_text(yaml.safe_dump(training.config(data).grouped(), sort_keys=False))
+        wanted.write_text(yaml.safe_dump(training.config(data, root).grouped(), sort_keys=False))
         flags = [f"--config={wanted}", f"--output-dir={folder}", f"--run-name={training.name}", *resume]
         log = runs / f"{training.name}.log"
         status = train(flags, log)

@@ -84,19 +84,21 @@ class Scale:
     layers: tuple[str, ...] = ("mid", "decoder", "decoder+1")
     subsets: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
     labelled: int = 2000
+    flow_few_kimg: float | None = None  # None: as few_kimg; a transformer copies later
     autoencoder: AutoencoderPlan = AutoencoderPlan((16, 32), kimg=24)
     latent: Mapping[str, Any] | None = None  # None: as `edm`
 
     def trainings(self) -> list[Training]:
         """Every run, those that most figures need first."""
         found = []
-        few = ((EDM_FEW, self.edm, self.few, self.few_kimg), (FLOW_FEW, self.flow, self.few, self.few_kimg))
+        flow_kimg = self.few_kimg if self.flow_few_kimg is None else self.flow_few_kimg
+        few = ((EDM_FEW, self.edm, self.few, self.few_kimg), (FLOW_FEW, self.flow, self.few, flow_kimg))
         rich = ((EDM_MANY, self.edm, self.many, self.many_kimg), (FLOW_MANY, self.flow, self.many, self.many_kimg))
         latent = (LATENT_FEW, self.edm if self.latent is None else self.latent, self.few, self.few_kimg)
         repeated = (DUPLICATES, self.edm, self.few + REPEATED * (TIMES - 1), self.few_kimg)
         first, *others = self.seeds
-        order = [(kind, first) for kind in (few[0], rich[0], few[1], rich[1])] + [(few[0], seed) for seed in others]
-        order += [(latent, first), (repeated, first)] + [(few[1], seed) for seed in others]
+        order = [(kind, first) for kind in (few[0], *rich)] + [(few[0], seed) for seed in others]
+        order += [(latent, first), (repeated, first)] + [(few[1], seed) for seed in self.seeds]
         for (role, flags, images, kimg), seed in order:
             found.append(Training(f"{role}-seed{seed}", role, seed, images, {**self.common, **flags, "total_kimg": kimg}))
         return found
@@ -110,6 +112,7 @@ SMALL = Scale(
     many=16000,  # seen four times
     few_kimg=64,
     many_kimg=64,
+    flow_few_kimg=160,  # by 64 the transformer had copied nothing
     seeds=(0, 1, 2),
     common={
         "resolution": 16, "num_heldout": 1200, "measurements": 10, "first_measurement_kimg": 2, "batch_size": 32,

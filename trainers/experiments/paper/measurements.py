@@ -81,7 +81,8 @@ class Measured:
         self.scale, self.training, self.folder = scale, training, folder
         self.config = config_of(folder.run(training))
         self.data: DataSet = data_of(self.config)
-        self.checkpoints = dict(sorted(checkpoints(folder.run(training)).items()))
+        # Of what was trained: no statement is on the network at its start.
+        self.checkpoints = {step: path for step, path in sorted(checkpoints(folder.run(training)).items()) if step > 0}
         self.sigma = scale.sigma_flow if self.config.network.family == "flow" else scale.sigma
         # Of images that are there several times, one: they are what samples are compared with, too.
         places, self.times = unique_images(self.data.train)
@@ -272,7 +273,7 @@ def measure_all(
     """The results of every training that has checkpoints, by its name: trajectory, and what only some have."""
     found: dict[str, dict[str, Any]] = {}
     for training in scale.trainings():
-        if wants_stop() or not checkpoints(folder.run(training)):
+        if wants_stop() or max(checkpoints(folder.run(training)), default=0) == 0:
             continue
         say(f"measuring {training.name}")
         measured = Measured(scale, training, folder)

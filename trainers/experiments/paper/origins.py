@@ -141,6 +141,7 @@ def auc(above: np.ndarray, below: np.ndarray, level: float = 0.95) -> tuple[floa
         spread = bound * (1 - bound) * (1 + star * ((1 - bound) / (2 - bound) + bound / (1 + bound))) / (m * n)
         return (bound - value) ** 2 - z * z * spread
 
-    low = 0.0 if value == 0 else brentq(outside, 0.0, value)
-    high = 1.0 if value == 1 else brentq(outside, value, 1.0)
+    edge = 1e-12  # the bounds 0 and 1 themselves have no spread, and are roots too
+    low = 0.0 if value == 0 else brentq(outside, 0.0, min(value, 1 - edge))
+    high = 1.0 if value == 1 else brentq(outside, max(value, edge), 1.0)
     return value, float(low), float(high)

@@ -40,11 +40,13 @@ def _summary(claims: Sequence[Claim], scale: Scale, results: Results) -> list[st
 def _setting(scale: Scale) -> list[str]:
     """What was trained, at this scale."""
     side = scale.common["resolution"]
+    others = "" if scale.flow_few is None else f", {scale.flow_few} for the transformer"
     return [
-        f"CIFAR-10 at {side}x{side}: {scale.few} images (few) for {scale.few_kimg:g} thousand images seen, and {scale.many} "
-        f"(many) for {scale.many_kimg:g}; a measurement is of {scale.probe} training images at most in {scale.views} views, at "
-        f"sigma {scale.sigma:g}, and of {scale.samples} samples. A sample is a copy where its nearest training image by pixels "
-        "is less than a third as far as the second; the Frechet distance is that of pixels to held-out images.",
+        f"CIFAR-10 at {side}x{side}: {scale.few} images (few{others}) for {scale.few_kimg:g} thousand images seen, and "
+        f"{scale.many} (many) for {scale.many_kimg:g}. A measurement is of {scale.probe} training images at most in "
+        f"{scale.views} views, at sigma {scale.sigma:g}, and of {scale.samples} samples. A sample is a copy where its nearest "
+        "training image by pixels is less than a third as far as the second. The Frechet distance is that of pixels to held-out "
+        "images.",
         "",
         "The scale is not the paper's: shapes and orders can be compared, values cannot.",
     ]

@@ -84,15 +84,15 @@ class Scale:
     layers: tuple[str, ...] = ("mid", "decoder", "decoder+1")
     subsets: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
     labelled: int = 2000
-    flow_few_kimg: float | None = None  # None: as few_kimg; a transformer copies later
+    flow_few: int | None = None  # images of the transformer's runs on few; None: as `few`
     autoencoder: AutoencoderPlan = AutoencoderPlan((16, 32), kimg=24)
     latent: Mapping[str, Any] | None = None  # None: as `edm`
 
     def trainings(self) -> list[Training]:
         """Every run, those that most figures need first."""
         found = []
-        flow_kimg = self.few_kimg if self.flow_few_kimg is None else self.flow_few_kimg
-        few = ((EDM_FEW, self.edm, self.few, self.few_kimg), (FLOW_FEW, self.flow, self.few, flow_kimg))
+        flow_few = self.few if self.flow_few is None else self.flow_few
+        few = ((EDM_FEW, self.edm, self.few, self.few_kimg), (FLOW_FEW, self.flow, flow_few, self.few_kimg))
         rich = ((EDM_MANY, self.edm, self.many, self.many_kimg), (FLOW_MANY, self.flow, self.many, self.many_kimg))
         latent = (LATENT_FEW, self.edm if self.latent is None else self.latent, self.few, self.few_kimg)
         repeated = (DUPLICATES, self.edm, self.few + REPEATED * (TIMES - 1), self.few_kimg)
@@ -112,7 +112,7 @@ SMALL = Scale(
     many=16000,  # seen four times
     few_kimg=64,
     many_kimg=64,
-    flow_few_kimg=160,  # by 64 the transformer had copied nothing
+    flow_few=32,  # of 64 the transformer had copied nothing by then
     seeds=(0, 1, 2),
     common={
         "resolution": 16, "num_heldout": 1200, "measurements": 10, "first_measurement_kimg": 2, "batch_size": 32,
@@ -122,7 +122,7 @@ SMALL = Scale(
     flow={"family": "flow", "labels": True, "hidden_size": 128, "num_layers": 4, "num_heads": 4, "patch_size": 4},
     views=8,
     samples=128,
-    sample_steps=12,
+    sample_steps=10,
     labelled=600,
     latent={"family": "edm", "block_channels": (32, 64)},
 )  # fmt: skip

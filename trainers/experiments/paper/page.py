@@ -45,8 +45,8 @@ def _setting(scale: Scale) -> list[str]:
         f"CIFAR-10 at {side}x{side}: {scale.few} images (few{others}) for {scale.few_kimg:g} thousand images seen, and "
         f"{scale.many} (many) for {scale.many_kimg:g}. A measurement is of {scale.probe} training images at most in "
         f"{scale.views} views, at sigma {scale.sigma:g}, and of {scale.samples} samples. A sample is a copy where its nearest "
-        "training image by pixels is less than a third as far as the second. The Frechet distance is that of pixels to held-out "
-        "images.",
+        "training image by pixels is less than a third as far as the second. The Frechet distance is that of pixels to "
+        "held-out images.",
         "",
         "The scale is not the paper's: shapes and orders can be compared, values cannot.",
     ]

@@ -1,8 +1,8 @@
 """Batches: images, noise levels and noise of a step, drawn by keys. Each rank draws its share, one batch ahead.
 
-Small numbers (order, levels, dropped labels, dropout's keys) are drawn for the whole batch in one stream each, which takes some
-microseconds. The noise, which is nearly all of the work, has a place of its own in a counter-based stream for each row
-(`keyed_rows`): a rank draws the rows of its share alone, and they are the rows of the whole batch.
+Small numbers (order, levels, dropped labels, augmentations, dropout's keys) are drawn for the whole batch in one stream each,
+which takes some microseconds. The noise, which is nearly all of the work, has a place of its own in a counter-based stream for
+each row (`keyed_rows`): a rank draws the rows of its share alone, and they are the rows of the whole batch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mlflow_icr.extraction.keyed import keyed_generator, keyed_rows
-from trainers.augmentation import FLIP, draw_mirrored, mirrored_where
+from trainers.augmentation import EDM, FLIP, Augmented, augment, draw_augmented, draw_mirrored, mirrored_where
 from trainers.families import Family
 from trainers.inputs import Inputs, as_input, take_rows
 
@@ -50,8 +50,8 @@ class Batch:
     """Indices of inputs (B,), noise levels (B,), unit noise (B, C, H, W) and, if the model has classes, classes (B,).
 
     Of latents, `spread` is the unit noise (B, C, H, W) that says which one of the posterior is taken. `dropout_keys` (B,) int64
-    are there where the network has dropout, and `mirrored` (B,) bool where mirror images are trained on. `chosen` are the
-    inputs themselves, where they are kept on the host.
+    are there where the network has dropout, and `mirrored` (B,) bool where mirror images are trained on, or `augmented` where
+    EDM's pipe is. `chosen` are the inputs themselves, where they are kept on the host.
     """
 
     indices: Tensor
@@ -61,11 +61,19 @@ class Batch:
     spread: Tensor | None = None
     dropout_keys: Tensor | None = None
     mirrored: Tensor | None = None
+    augmented: Augmented | None = None
     chosen: Tensor | None = None
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        given = ((entry.name, getattr(self, entry.name)) for entry in fields(self))
-        changed: dict[str, Any] = {name: value if value is None else change(value) for name, value in given}
+        changed: dict[str, Any] = {}
+        for entry in fields(self):
+            match getattr(self, entry.name):
+                case Augmented() as several:
+                    changed[entry.name] = Augmented(*map(change, several))
+                case None:
+                    pass
+                case value:
+                    changed[entry.name] = change(value)
         return Batch(**changed)
 
     def part(self, place: int, parts: int) -> Batch:
@@ -87,6 +95,8 @@ class Batch:
         chosen = _rows(inputs, self.indices, self.mirrored) if self.chosen is None else self.chosen
         if self.spread is None:
             images = as_input(chosen)
+            if self.augmented is not None:
+                return augment(images, self.augmented)
             return images if self.mirrored is None else mirrored_where(self.mirrored, images, images.flip(-1))
         mean, deviation = chosen.chunk(2, 1)
         return mean + deviation * self.spread
@@ -129,8 +139,12 @@ def draw_batch(inputs: Inputs, order: Order, family: Family, images_seen: int, r
     spread = unit("posterior") if inputs.latent else None
     keys = torch.from_numpy(stream("dropout").integers(2**63, size=count)[own]) if has_keys else None
     mirrored = draw_mirrored(stream("mirror"), count)[torch.from_numpy(own)] if config.data.augment == FLIP else None
+    augmented = None
+    if config.data.augment == EDM:
+        entire = draw_augmented(stream("augment"), count, config.data.augment_probability, inputs.shape[1:])
+        augmented = Augmented(*(value[torch.from_numpy(own)] for value in entire))
     chosen = _rows(inputs, indices, mirrored) if inputs.on_host else None
-    return Batch(indices, level, unit("noise"), labels, spread, keys, mirrored, chosen)
+    return Batch(indices, level, unit("noise"), labels, spread, keys, mirrored, augmented, chosen)
 
 
 class Ahead:

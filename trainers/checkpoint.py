@@ -25,6 +25,7 @@ from mlflow_icr.extraction.averages import SNAPSHOTS
 from mlflow_icr.extraction.files import file_sha256, fsync_path
 from mlflow_icr.extraction.latents import Autoencoder
 from mlflow_icr.tracking.checkpoints.folder import checkpoint_path, checkpoints, write_checkpoint
+from trainers.augment_labels import without_label_layer
 from trainers.engine import bare, gathered, load_whole, local, share_of, shared_like
 from trainers.families import Family
 from trainers.loop import TrainState
@@ -124,7 +125,7 @@ def _write_snapshots(part: Path, state: TrainState, family: Family, tensors: dic
         with torch.no_grad():
             for name, parameter in network.named_parameters():
                 parameter.copy_(tensors[f"power/{std:g}/{name}"])
-        for component, module in family.components(network).items():
+        for component, module in family.components(without_label_layer(network)).items():
             content |= {f"{std:g}/{component}/{key}": value.clone() for key, value in module.state_dict().items()}
     save_file(content, part / SNAPSHOTS)
 

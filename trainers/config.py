@@ -20,7 +20,7 @@ from mlflow_icr.extraction.encoders import is_installed
 from mlflow_icr.extraction.images import Size, check_background, check_value_range, height_width, parse_size
 from mlflow_icr.monitoring.schedule import SUSPICION, looks_every
 from mlflow_icr.tracking.checkpoints.folder import LOG_MODELS
-from trainers.augmentation import AUGMENTATIONS, FLIP
+from trainers.augmentation import AUGMENTATIONS, EDM, TRAINED_VIEWS
 from trainers.options import FAMILIES, Group, Option, is_required, option, options_of, refuse, required
 
 PRESETS = Path(__file__).parent / "presets"
@@ -42,7 +42,8 @@ class DataConfig(Group):
     skip_images: int = option(0, "images to leave out before the training images, for a disjoint subset", least=0)
     split: str = option("train", "split of a `datasets` set", flag="data_split")
     balanced: bool = option(False, "equally many images of each class, as far as there are")
-    augment: str = option("", "flip: mirror images are trained on too", one_of=AUGMENTATIONS)
+    augment: str = option("", "flip: mirror images are trained on too; edm: EDM's, of which it is told", one_of=AUGMENTATIONS)
+    augment_probability: float = option(0.12, "with edm: of each way to change an image but its mirror's", least=0, below=1)
     group_by: str = option("", "held-out images are of another folder, file, patient (of DICOM), or match of this expression")
     value_range: tuple[float, ...] = option((), "values that are black and white; empty: what the files say, else measured")
     background: str = option("white", "colour behind transparent parts of images")
@@ -201,6 +202,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         optimizer, monitor = self.optimizer, self.monitor
         self._check_network()
+        if self.network.autoencoder and self.data.augment == EDM:
+            refuse("augment", EDM, "flip or nothing with autoencoder: latents are encoded once, not in each of many places")
         if not self.network.autoencoder:
             self.check_network(self.data.size)
         if optimizer.batch_size % optimizer.gradient_accumulation_steps:
@@ -270,7 +273,7 @@ class TrainConfig:
             num_views=c.probe_views or None,
             projection=c.projection or None,
             shrinkage=c.shrinkage,
-            training_augmentations=(FLIP,) if self.data.augment else (),  # EDM's pipe mirrors too
+            training_augmentations=TRAINED_VIEWS[self.data.augment],
         )
 
     @property

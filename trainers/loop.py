@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from mlflow_icr.extraction.averages import power_beta
+from trainers.augment_labels import RowLabels, tell_labels
+from trainers.augmentation import EDM
 from trainers.batches import Ahead, Batch, Order, draw_batch, rows_of
 from trainers.config import TrainConfig
 from trainers.dropout import RowKeys, key_dropout
@@ -32,6 +34,7 @@ class TrainState:
     ema: nn.Module
     optimizer: torch.optim.Optimizer  # as Accelerate prepared it
     dropout_keys: RowKeys  # where the network reads them
+    augment_labels: RowLabels  # as well
     images_seen: int = 0
     loss_sum: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))  # since the last measurement
     loss_steps: int = 0
@@ -54,6 +57,7 @@ def new_state(network: nn.Module, config: TrainConfig, accelerator: Accelerator)
         network.enable_gradient_checkpointing()  # type: ignore[operator]
     optimizer = make_optimizer(network.parameters(), config.optimizer, accelerator.device)
     dropout_keys = key_dropout(network) if config.network.dropout_masks == "keyed" else RowKeys()
+    augment_labels = tell_labels(network) if config.data.augment == EDM else RowLabels()
     network, optimizer = accelerator.prepare(network, optimizer)
     device, sums = accelerator.device, torch.float32 if accelerator.device.type == "mps" else torch.float64
     state = TrainState(
@@ -61,6 +65,7 @@ def new_state(network: nn.Module, config: TrainConfig, accelerator: Accelerator)
         ema,
         optimizer,
         dropout_keys,
+        augment_labels,
         loss_sum=torch.zeros((), dtype=sums, device=device),
         curve=torch.zeros(2, dtype=sums, device=device),
         skipped=torch.zeros(2, dtype=torch.int64, device=device),
@@ -103,6 +108,8 @@ def train(state: TrainState, inputs: Inputs, family: Family, accelerator: Accele
             for part in parts:
                 local_part = part.to(device)
                 state.dropout_keys.of_rows = local_part.dropout_keys
+                augmented = local_part.augmented
+                state.augment_labels.of_rows = None if augmented is None else augmented.labels
                 with accelerator.accumulate(state.network):
                     loss = family.loss(
                         denoiser, local_part.clean(inputs), local_part.level, local_part.noise, local_part.labels

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from mlflow_icr import Denoiser
 from mlflow_icr.extraction.images import Size, height_width
 from mlflow_icr.extraction.pipelines import NULL_CLASS
+from trainers.augment_labels import add_label_layer, without_label_layer
+from trainers.augmentation import EDM
 from trainers.config import TrainConfig
 from trainers.families.dit import share_embedding
 from trainers.families.pipeline import NoiseToImagePipeline
@@ -55,6 +57,8 @@ class Family(ABC):
             )
             if rank:
                 add_lora(network, rank)
+            if self.config.data.augment == EDM:
+                add_label_layer(network)
             return network
 
     def _trained(self, place: str, channels: int, size: tuple[int, int]) -> nn.Module:
@@ -99,8 +103,9 @@ class Family(ABC):
 
         Where no pipeline of diffusers does it (latents, flow matching), `pipeline.py` is in the folder, and loading it needs
         trust_remote_code=True. Weights are safetensors. Of a LoRA there are the weights of the network with it, and beside them
-        its own, as diffusers' loaders take them.
+        its own, as diffusers' loaders take them. A layer for augmentation's labels is left out: samples have none.
         """
+        network = without_label_layer(network)
         if self.config.network.lora_rank:
             save_lora(folder, next(iter(self.components(network))), network)
             network = without_lora(network)

@@ -1,0 +1,61 @@
+"""How a network is told what was done to its training images, and how a saved one is rid of it.
+
+Nine numbers a row go through a linear layer without bias and are added to the embedding of time, before its first layer, where
+diffusers' TimestepEmbedding has a place for it (`cond_proj`). It begins with zeros, so that a network is what it was without.
+Only the network in training is told: its average, whatever measures or samples it, and a folder of diffusers know zeros alone,
+which is the network without the layer. Source: Karras et al. 2022, appendix F.2.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from trainers.augmentation import LABELS
+
+
+@dataclass(eq=False)
+class RowLabels:
+    """Where a network in training reads the labels (B, 9) of the rows that it is about to see."""
+
+    of_rows: Tensor | None = None
+
+
+def _embedding(network: Any) -> Any:
+    """The embedding of time of a UNet2DModel, or the one that all blocks of a DiT share."""
+    if hasattr(network, "time_embedding"):
+        return network.time_embedding
+    return network.transformer_blocks[0].norm1.emb.timestep_embedder
+
+
+def add_label_layer(network: nn.Module) -> None:
+    """Give a network the layer, which changes nothing yet."""
+    embedding = _embedding(network)
+    embedding.cond_proj = nn.Linear(LABELS, embedding.linear_1.in_features, bias=False)
+    nn.init.zeros_(embedding.cond_proj.weight)
+
+
+def tell_labels(network: nn.Module) -> RowLabels:
+    """Have a network with the layer read labels while it is in training mode; returns where they go."""
+    labels = RowLabels()
+
+    def told(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if not module.training:
+            return None
+        assert labels.of_rows is not None, "a network in training has labels for its rows"
+        return given[0], labels.of_rows.to(given[0].dtype)
+
+    _embedding(network).register_forward_pre_hook(told)
+    return labels
+
+
+def without_label_layer(network: nn.Module) -> nn.Module:
+    """A copy of a network without the layer; itself where it has none."""
+    if _embedding(network).cond_proj is None:
+        return network
+    network = copy.deepcopy(network)
+    _embedding(network).cond_proj = None
+    return network

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.stores import new_store
 from tests.training import run
 
 
@@ -21,11 +21,15 @@ def rng() -> np.random.Generator:
 
 
 @pytest.fixture(autouse=True)
-def _no_tracking_leaks(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """No test logs into somebody's server, or into this folder."""
+def _no_tracking_leaks(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """No test logs into somebody's server, or into this folder; one that writes files finds a new store."""
     for variable in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db")
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    uri = new_store(path) if "tmp_path" in request.fixturenames else f"sqlite:///{path}"  # which MLflow would make itself
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
 
 
 @pytest.fixture
@@ -96,23 +100,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder / "run", store
 
 
-@pytest.fixture(scope="session")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with its tables, which take seconds to make."""
-    from mlflow import MlflowClient
-
-    path, here = tmp_path_factory.mktemp("empty") / "mlflow.db", Path.cwd()
-    os.chdir(path.parent)  # where the default experiment has its artifacts from now on
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    os.chdir(here)
-    return path
-
-
 @pytest.fixture
-def own_store(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A store of its own for each test."""
-    shutil.copy(empty_store, tmp_path / "mlflow.db")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+def own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store in the folder of the test."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", new_store(tmp_path / "mlflow.db"))
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.stores import new_store
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -29,7 +31,7 @@ class Server:
     def __init__(self, folder: Path, store: str | None = None) -> None:
         self.folder, self.port = folder, free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
-        self.store = store or f"sqlite:///{folder}/server.db"
+        self.store = store or new_store(folder / "server.db")
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:

@@ -20,6 +20,7 @@ from mlflow import MlflowClient
 from mlflow_icr.bridge.tensorboard_export import export_runs
 from mlflow_icr.cli import main
 from mlflow_icr.tracking.mlflow import store
+from tests.stores import new_store
 from tests.test_export import START, decoded, export, line, log, new_run, picture, read, shown, stored
 
 
@@ -202,7 +203,7 @@ def test_over_http_and_no_password_is_printed(
         "mlflow",
         "server",
         "--backend-store-uri",
-        f"sqlite:///{tmp_path}/served.db",
+        new_store(tmp_path / "served.db"),
         "--workers",
         "1",
     ]

@@ -24,6 +24,7 @@ from mlflow_icr.cli import main
 from mlflow_icr.tracking import MLflowSink, TensorBoardSink, Tracker, read_history
 from mlflow_icr.tracking.event_log import EVENTS
 from tests.servers import Postgres, Server
+from tests.stores import new_store
 from tests.test_tracking import ODD, as_float32, journal_scalars, tensorboard_scalars
 
 
@@ -331,7 +332,7 @@ def test_everything_can_go_to_another_server(
     tracker.open({"seed": 1}, {})
     tracker.record(report(0))
     tracker.close("FINISHED")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/other.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", new_store(tmp_path / "other.db"))
     monkeypatch.chdir(tmp_path)
     assert main(["sync", "--new-run", str(folder)]) == 0
     assert_the_server_has_exactly_the_journal(folder, "FINISHED")

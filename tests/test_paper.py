@@ -24,6 +24,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from mlflow_icr import sweep_noise
 from mlflow_icr.extraction.latents import Autoencoder, encode_images
+from tests.stores import new_store
 from trainers.experiments.paper import beyond, origins
 from trainers.experiments.paper import features as read
 from trainers.experiments.paper.claims import ABSENT, AGREES, DISAGREES, UNDECIDED, all_claims, turn_claim
@@ -76,7 +77,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The whole chain, once."""
     root = tmp_path_factory.mktemp("paper")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/mlflow.db")
+        patch.setenv("MLFLOW_TRACKING_URI", new_store(root / "mlflow.db"))
         # What the trainings themselves measure is not read here, and is two thirds of their time.
         patch.setattr("mlflow_icr.monitoring.errors.ERROR_IMAGES", 16)
         patch.setattr("mlflow_icr.monitoring.errors.LEVEL_IMAGES", 4)

@@ -25,6 +25,7 @@ from mlflow_icr.tracking import MLflowSink, TensorBoardSink, Tracker, read_histo
 from mlflow_icr.tracking.mlflow.sync import sync
 from tests.browser import PHONE, opened
 from tests.servers import Server, free_port
+from tests.stores import new_store
 
 RUNS = Path(__file__).parents[1] / "docs" / "validation" / "runs"  # histories of whole trainings
 LIMITED, RICH = "digits-limited-n64-seed1000", "digits-rich-n1600-seed2000"
@@ -93,7 +94,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Kept:
 
     place = tmp_path_factory.mktemp("kept")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place}/mlflow.db")
+        patch.setenv("MLFLOW_TRACKING_URI", new_store(place / "mlflow.db"))
         patch.delenv("MLFLOW_RUN_ID", raising=False)
         experiment = mlflow.create_experiment("a <study>", artifact_location=(place / "artifacts").as_uri())
         patch.setenv("MLFLOW_EXPERIMENT_ID", experiment)

@@ -21,6 +21,7 @@ from mlflow_icr.cli import main
 from mlflow_icr.tracking import Logged, MLflowSink, TensorBoardSink, Tracker
 from mlflow_icr.tracking.mlflow.target import absolute_uri, public_uri
 from tests.servers import free_port
+from tests.stores import new_store
 from tests.test_tracking import journal_scalars, mlflow_scalars, report, tensorboard_scalars
 
 pytestmark = pytest.mark.usefixtures("own_store", "_quick")
@@ -365,7 +366,7 @@ def test_every_run_ends(tmp_path: Path, ending: str, status: str) -> None:
 def test_two_servers_in_one_process(tmp_path: Path) -> None:
     import mlflow
 
-    other = f"sqlite:///{tmp_path}/other.db"
+    other = new_store(tmp_path / "other.db")
     near, far = MLflowSink(run_name="near"), MLflowSink(tracking_uri=other, experiment="far", run_name="far")
     tracker = Tracker(tmp_path / "run", [near, far])
     tracker.open({"a": 1}, {})

@@ -18,6 +18,7 @@ from mlflow_icr import Report
 from mlflow_icr.tracking import Logged, MLflowSink, TensorBoardSink, Tracker, read_history, read_logged
 from mlflow_icr.tracking.keys import NOT_MLFLOW, clean_key
 from mlflow_icr.tracking.mlflow.sync import sync
+from tests.stores import empty_store
 from tests.test_restarts import in_both_readers
 from tests.test_tracking import as_float32
 
@@ -98,8 +99,8 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def empty(empty_store: Path) -> Path:
-    return empty_store
+def empty() -> Path:
+    return empty_store()
 
 
 @settings(

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.stores import new_store
-from tests.training import run
+from tests.training import few_errors, run_here
 
 
 @pytest.fixture
@@ -82,6 +82,12 @@ def small_unet() -> torch.nn.Module:
 
 
 @pytest.fixture
+def _few_errors() -> Iterator[None]:
+    with few_errors():
+        yield
+
+
+@pytest.fixture
 def digits() -> torch.Tensor:
     """64 digits, (64, 1, 8, 8) uint8."""
     from sklearn.datasets import load_digits
@@ -89,12 +95,14 @@ def digits() -> torch.Tensor:
     return torch.from_numpy((load_digits().images[:64] * 255 / 16).round().astype(np.uint8))[:, None]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """One uninterrupted short run, and its store."""
     folder = tmp_path_factory.mktemp("whole")
-    store = f"sqlite:///{folder}/mlflow.db"
-    done = run(folder / "run", "--tag=study=s1", env=os.environ | {"MLFLOW_TRACKING_URI": store})
+    store = new_store(folder / "mlflow.db")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", store)
+        done = run_here(folder / "run", "--tag=study=s1")
     assert done.returncode == 0, done.stderr
     assert "finished: lowest ICR" in done.stdout
     return folder / "run", store

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from mlflow_icr.tracking import read_history
-from tests.training import run
+from tests.training import few_errors, run_here
 from trainers.agreement import LateReading
 from trainers.checkpoint import not_finite
 from trainers.config import load_config
@@ -60,7 +60,8 @@ def test_a_reading_of_a_number_on_the_cpu_is_not_late() -> None:
 
 
 def test_a_learning_rate_far_too_high_ends_in_one_line_and_a_lower_one_goes_on(tmp_path: Path) -> None:
-    failed = run(tmp_path, "--learning-rate=1e6")
+    with few_errors():
+        failed = run_here(tmp_path, "--learning-rate=1e6", "--measurements=2")
     assert failed.returncode == 1
     errors = [line for line in failed.stderr.splitlines() if "trainers.train: error" in line or "Traceback" in line]
     assert len(errors) == 1, failed.stderr
@@ -69,10 +70,11 @@ def test_a_learning_rate_far_too_high_ends_in_one_line_and_a_lower_one_goes_on(t
     rows = read_history(tmp_path)
     assert rows[-1]["train/skipped_steps"] > 0
     assert "loss/train" not in rows[-1]
-    done = run(tmp_path, "--resume", "--learning-rate=1e-3")
+    with few_errors():
+        done = run_here(tmp_path, "--resume", "--learning-rate=1e-3", "--total-kimg=0.9")
     assert done.returncode == 0, done.stderr
     rows = read_history(tmp_path)
-    assert rows[-1]["train/optimizer_steps"] == rows[-1]["images_seen"] / 32 == 38
+    assert rows[-1]["train/optimizer_steps"] == rows[-1]["images_seen"] / 32 == 29
     assert rows[-1]["train/batch_size"] == 32
     assert "loss/train" in rows[-1]
     assert "train/skipped_steps" not in rows[-1]

@@ -19,7 +19,7 @@ from types import FrameType
 
 from mlflow_icr.extraction.images import RASTER_SUFFIXES, image_paths
 from mlflow_icr.integrations.ending import end_as_rank
-from mlflow_icr.integrations.watch import STOPPING
+from mlflow_icr.integrations.watch import STOP_VERDICTS
 from mlflow_icr.monitoring.protocol import Protocol
 from mlflow_icr.monitoring.schedule import SUSPICION, looks_every, measuring_steps
 from mlflow_icr.tracking import check_folder
@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         "--generate-every", default=SUSPICION, metavar="N", help="look at samples every N measurements; default: on suspicion"
     )
     when.add_argument(
-        "--stop-on", default="", metavar="VERDICT", help=f"end the training at this verdict: {' or '.join(STOPPING)}"
+        "--stop-on", default="", metavar="VERDICT", help=f"end the training at this verdict: {' or '.join(STOP_VERDICTS)}"
     )
     where = parser.add_argument_group("where results go")
     where.add_argument(
@@ -95,8 +95,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError(f"data is {str(arguments.data)!r}; expected a folder, a .zip or a .npz file of images")
     if arguments.every is not None and arguments.at is not None:
         raise ValueError("every and at are both given; expected one of them")
-    if arguments.stop_on not in ("", *STOPPING):
-        raise ValueError(f"stop_on is {arguments.stop_on!r}; expected one of {', '.join(STOPPING)}")
+    if arguments.stop_on not in ("", *STOP_VERDICTS):
+        raise ValueError(f"stop_on is {arguments.stop_on!r}; expected one of {', '.join(STOP_VERDICTS)}")
     if arguments.num_samples < 0:
         raise ValueError(f"num_samples is {arguments.num_samples}; expected 0 for none, or more")
     looks_every(arguments.generate_every)

@@ -25,7 +25,7 @@ from mlflow_icr.tracking import Logged, Tracker, check_folder, folder_tracker
 from mlflow_icr.tracking.checkpoints.folder import ALL, mark_turning, remove_old, write_checkpoint
 from mlflow_icr.tracking.ending import end_at_exit, status_of
 
-STOPPING = (TURNING, MEMORIZING)  # in this order: memorizing comes after turning
+STOP_VERDICTS = (TURNING, MEMORIZING)  # in this order: memorizing comes after turning
 MONITOR_STATE = "monitor.safetensors"
 # Ranks count their own images. Summing them after every batch would make the ranks wait for each other.
 COUNT_EVERY = 8
@@ -33,8 +33,8 @@ COUNT_EVERY = 8
 
 def check_stop_on(stop_on: str) -> None:
     """Raise ValueError unless it is a verdict to stop on, or empty."""
-    if stop_on not in ("", *STOPPING):
-        raise ValueError(f"stop_on is {stop_on!r}; expected one of {', '.join(STOPPING)}, or empty")
+    if stop_on not in ("", *STOP_VERDICTS):
+        raise ValueError(f"stop_on is {stop_on!r}; expected one of {', '.join(STOP_VERDICTS)}, or empty")
 
 
 def described(monitor: ICRMonitor, denoiser: Denoiser) -> dict[str, Any]:
@@ -178,7 +178,7 @@ class ICRWatch:
             self.tracker.journal.write_file(MONITOR_STATE, state_of(self.monitor))
             self.tracker.record(report)
             found = self.verdict
-            wants = bool(self.stop_on) and found.state in STOPPING[STOPPING.index(self.stop_on) :]
+            wants = bool(self.stop_on) and found.state in STOP_VERDICTS[STOP_VERDICTS.index(self.stop_on) :]
             self._checkpoint(self.tracker, step, found)
         self.stops = sum_over_ranks(int(wants), device_of(self.denoiser)) > 0
         return report

@@ -21,8 +21,8 @@ from torch.nn.functional import affine_grid, grid_sample
 
 FLIP, EDM = "flip", "edm"
 AUGMENTATIONS = ("", FLIP, EDM)
-# What error views do that training does as well. EDM's pipe shifts one image in eight, each by a way of its own: an error view's
-# comes about once in a thousand times, so that shifted views still tell what is known by heart, and mirrored ones do not.
+# What error views do that training does as well. EDM's pipe shifts one image in eight, each by a way of its own, and by that of
+# an error view about once in a thousand times: shifted views still tell what is known by heart, and mirrored ones do not.
 TRAINED_VIEWS: dict[str, tuple[str, ...]] = {"": (), FLIP: (FLIP,), EDM: (FLIP,)}
 LABELS = 9  # x-flip, y-flip, scaling, rotation (2), anisotropy (2), translation (2)
 # EDM's constants: a standard deviation's scaling and stretching, and its way as a share of the side.

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.stores import new_store
-from tests.training import few_errors, run_here
+from tests.training import run_here
 
 
 @pytest.fixture
@@ -79,12 +79,6 @@ def small_unet() -> torch.nn.Module:
         norm_num_groups=4,
         add_attention=False,
     )
-
-
-@pytest.fixture
-def _few_errors() -> Iterator[None]:
-    with few_errors():
-        yield
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from mlflow_icr.extraction.latents import LatentDenoiser
 from mlflow_icr.extraction.pipelines import load_denoiser
 from mlflow_icr.extraction.taps import Tap, resolve_layer
 from tests import tiny_models
-from tests.training import few_errors
+from tests.training import errors_of
 
 MAKERS: dict[str, Callable[[Path], Any]] = {
     "stable_diffusion": tiny_models.stable_diffusion,
@@ -265,7 +265,7 @@ def test_a_saved_pipeline_is_measured_by_the_command(
     command = ["measure", "--pipeline", str(tmp_path / "saved"), "--data", write(tmp_path / "data", images)]
     command += ["--resolution", str(SIDE), "--num-views", "8", "--num-images", "10", "--layer", "first"]
     # Errors are some hundred passes of 512 tokens: here one of each image and view will do.
-    with few_errors(10):
+    with errors_of(10):
         assert main(command) == 0
     found = json.loads(capsys.readouterr().out)
     monitor = ICRMonitor(adapt_pipeline(pipeline, side=SIDE), images, Protocol("first", num_images=10, num_views=8))

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from mlflow_icr.tracking import read_history
-from tests.training import few_errors, run_here
+from tests.training import errors_of, run_here
 from trainers.agreement import LateReading
 from trainers.checkpoint import not_finite
 from trainers.config import load_config
@@ -60,7 +60,7 @@ def test_a_reading_of_a_number_on_the_cpu_is_not_late() -> None:
 
 
 def test_a_learning_rate_far_too_high_ends_in_one_line_and_a_lower_one_goes_on(tmp_path: Path) -> None:
-    with few_errors():
+    with errors_of():
         failed = run_here(tmp_path, "--learning-rate=1e6", "--measurements=2")
     assert failed.returncode == 1
     errors = [line for line in failed.stderr.splitlines() if "trainers.train: error" in line or "Traceback" in line]
@@ -70,7 +70,7 @@ def test_a_learning_rate_far_too_high_ends_in_one_line_and_a_lower_one_goes_on(t
     rows = read_history(tmp_path)
     assert rows[-1]["train/skipped_steps"] > 0
     assert "loss/train" not in rows[-1]
-    with few_errors():
+    with errors_of():
         done = run_here(tmp_path, "--resume", "--learning-rate=1e-3", "--total-kimg=0.9")
     assert done.returncode == 0, done.stderr
     rows = read_history(tmp_path)

@@ -25,7 +25,7 @@ def _train(rank: int, folder: str, ranks: int, port: int, parts: int, engine: st
     os.environ["ACCELERATE_DYNAMO_BACKEND"] = engine if engine in ("aot_eager", "inductor") else "no"
     from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 
-    from tests.training import few_errors, process_as_it_was
+    from tests.training import errors_of, process_as_it_was
     from trainers.checkpoint import state_tensors
     from trainers.data import data_of
     from trainers.engine import is_sharded
@@ -63,7 +63,7 @@ def _train(rank: int, folder: str, ranks: int, port: int, parts: int, engine: st
         if engine == "fsdp":  # between measurements no rank has the whole average
             assert state.shares is not None
             assert sum(share.numel() for share in state.shares) < 0.6 * sum(p.numel() for p in family.build(1, 8).parameters())
-        with whole_average(state, accelerator), few_errors():
+        with whole_average(state, accelerator), errors_of():
             monitor = ICRMonitor(EDMDenoiser(state.ema), data.train, Protocol(num_images=48, num_views=4))
             report = monitor.measure(state.images_seen)
         tensors = state_tensors(state, accelerator, {})
@@ -166,5 +166,6 @@ def trained(folder: Path, ranks: int, parts: int, engine: str) -> Trained:
 def test_ranks_parts_and_engines_change_nothing_but_rounding(folder: Path, ranks: int, parts: int, engine: str) -> None:
     one, other = trained(folder, 1, 1, "plain"), trained(folder, ranks, parts, engine)
     assert other["losses"] == pytest.approx(one["losses"], rel=1e-4)
-    assert other["values"] == pytest.approx(one["values"], rel=1e-4)
+    # An excess is a difference of errors, near 0 here: the rounding is that of the errors, which are of the order of 1.
+    assert other["values"] == pytest.approx(one["values"], rel=1e-4, abs=1e-5)
     assert other["tensors"].keys() == one["tensors"].keys()

@@ -22,7 +22,7 @@ from mlflow_icr.monitoring.series import read_history
 from tests import tiny_models
 
 peft = pytest.importorskip("peft")
-pytestmark = pytest.mark.usefixtures("_few_errors")
+pytestmark = pytest.mark.usefixtures("few_errors")
 BATCH, SIDE = 4, 16
 
 

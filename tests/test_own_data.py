@@ -81,7 +81,7 @@ def archive(folder: Path) -> tuple[Path, list[str]]:
     return CIFAR, ["--resolution=8"]
 
 
-@pytest.mark.usefixtures("_few_errors")
+@pytest.mark.usefixtures("few_errors")
 @pytest.mark.parametrize("make", [twelve_bits, rectangles, slices_by_patient, parquet, archive])
 def test_a_set_trains_and_is_measured_from_one_line(
     make: Callable[[Path], tuple[Path, list[str]]], tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -13,7 +13,7 @@ from torch import multiprocessing, nn
 
 from mlflow_icr import EDMDenoiser, GenerationMonitor, ICRMonitor, Protocol, ViewMoments, icr
 from tests.features import covariance, gaussian_features
-from tests.training import few_errors
+from tests.training import errors_of
 from trainers.data import load_data
 
 RANKS = 3
@@ -38,7 +38,7 @@ def _moments(rank: int, folder: str) -> dict[str, object]:
 def _monitors(rank: int, folder: str) -> dict[str, object]:
     network, images = torch.load(f"{folder}/model.pt", weights_only=False)  # written by this test
     denoiser = EDMDenoiser(network)
-    with few_errors():
+    with errors_of():
         report = ICRMonitor(denoiser, images, PROTOCOL, companions=("rankme", "lidar"), pictures=True).measure(5)
     samples = GenerationMonitor(denoiser, images[:40], images[40:], num_samples=71, num_steps=4)
     # One image that only one rank sees makes features that are not finite: all ranks must say so, and none may hang.
@@ -100,7 +100,7 @@ def test_monitors_of_all_ranks_report_what_one_reports(
     set_of_digits: torch.Tensor, small_unet: nn.Module, results: list[dict[str, Any]]
 ) -> None:
     denoiser, digits, found = EDMDenoiser(small_unet), set_of_digits, [result["monitors"] for result in results]
-    with few_errors():
+    with errors_of():
         report = ICRMonitor(denoiser, digits, PROTOCOL, companions=("rankme", "lidar"), pictures=True).measure(5)
     alone, influence = report.values, torch.from_numpy(report.arrays["repr/influence"])
     samples = GenerationMonitor(denoiser, digits[:40], digits[40:], num_samples=71, num_steps=4).sample()

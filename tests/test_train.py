@@ -24,7 +24,7 @@ from mlflow_icr.monitoring.catalogue import metric_of
 from mlflow_icr.tracking import read_history
 from tests.servers import free_port
 from tests.test_tracking import as_float32, journal_scalars, mlflow_scalars, tensorboard_scalars
-from tests.training import SHORT, few_errors, measured, run_here
+from tests.training import SHORT, errors_of, measured, run_here
 from trainers import train
 from trainers.config import config_from, load_config, preset_names
 from trainers.data import load_data
@@ -155,7 +155,7 @@ def test_the_command_line_measures_a_checkpoint_as_the_run_did(
     for i, image in enumerate(data.train):
         Image.fromarray(image[0].numpy()).save(tmp_path / f"{i:03d}.png")
     checkpoint = str(whole[0] / "checkpoints" / "000000001216")
-    with few_errors():
+    with errors_of():
         assert cli.main(["measure", checkpoint, "--data", str(tmp_path), "--num-views", "4"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["repr/icr"] == pytest.approx(read_history(whole[0])[-1]["repr/icr"], rel=1e-4)
@@ -326,7 +326,7 @@ def test_trackers_are_told_of_the_end_when_the_disk_takes_no_table(tmp_path: Pat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Run, "conclude", full)
-    with few_errors():
+    with errors_of():
         assert run_here(tmp_path / "run", "--total-kimg=0.3", "--measurements=2").returncode == 1
     (run,) = MlflowClient().search_runs(["0"])
     assert run.info.status == "FINISHED"

@@ -18,7 +18,7 @@ from mlflow_icr.monitoring.evidence import SlopeWindow, Thresholds
 from mlflow_icr.monitoring.series import read_history
 from mlflow_icr.monitoring.verdict import folded, may_be_kept
 from mlflow_icr.tracking import Tracker
-from tests.training import few_errors, process_as_it_was
+from tests.training import errors_of, process_as_it_was
 from trainers import train
 
 STEPS = [0, *(round(2000 * 1.25**i) for i in range(18))]
@@ -428,7 +428,7 @@ def test_training_stops_on_a_turn_and_marks_its_checkpoint(tmp_path: Path, capsy
         "--block-channels=16,32", "--num-samples=8", "--sample-steps=4", "--first-measurement-kimg=1", "--stop-on=turning",
         "--learning-rate=3e-3", "--num-heldout=16", "--checkpoints-total-limit=1", f"--output-dir={tmp_path / 'run'}",
     ]  # fmt: skip
-    with process_as_it_was(), few_errors(64):
+    with process_as_it_was(), errors_of(64):
         assert train.main(flags) == 0
     said = capsys.readouterr().out
     assert "stops: turning" in said or "stops: memorizing" in said

@@ -48,7 +48,7 @@ def process_as_it_was() -> Iterator[None]:
 
 
 @contextmanager
-def few_errors(count: int = 32) -> Iterator[None]:
+def errors_of(count: int = 32) -> Iterator[None]:
     """A context in which measurements denoise few images: most of their time, where it is not what a test is about."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("ERROR_IMAGES", "LEVEL_IMAGES"):

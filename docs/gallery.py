@@ -62,7 +62,7 @@ CASES = (
         "Undecided",
         "runs/digits-limited-n256-seed1002/history.jsonl",
         "256 digits, as it stood at {end} images seen. The {ratio_name} is {ratio_end} and grows, but not surely faster than "
-        "learning explains. The verdict says so, and accuses nobody: measure more often. In the whole history it is "
+        "learning explains. The verdict says so, and makes no claim: measure more often. In the whole history it is "
         "*turning* from {later} on.",
         until=48_192,
     ),

@@ -166,7 +166,7 @@ def check_start(start: Start, channels: int, size: tuple[int, int], num_classes:
 
 
 def load_start(start: Start, num_classes: int | None) -> nn.Module:
-    """The network, in float32; its table of classes is drawn anew where the data has another number of them (None: any)."""
+    """The network, in float32; its table of classes is drawn again if the data has another number of them (None: any)."""
     network = load_network(start.folder)
     if num_classes is None:
         return network

@@ -163,21 +163,21 @@ class ErrorReader:
         images = self.images if name == "error" else self.heldout
         assert images is not None
         count = min(len(images), wanted)
-        device, mine = device_of(denoiser), _share(count)
+        device, local_indices = device_of(denoiser), _share(count)
         draws = -(-wanted // count) if name == "error" else 1
 
         def rows_of(rows: slice) -> Tensor:
             """Errors, ways and single errors (B, 3, columns) of some of this rank's images."""
-            batch_indices = mine[rows]
+            batch_indices = local_indices[rows]
             x = self._clean(name, batch_indices, draws, denoiser)
             noise = self._noise(name, batch_indices, (draws, 2, *x.shape[3:]), device)
             # All columns have the first noise, the last of several has the second.
             noise = torch.cat([noise[:, :, :1].expand(-1, -1, x.shape[2] - 1, *[-1] * (x.ndim - 3)), noise[:, :, -1:]], 2)
             noisy = (x + sigma * noise).flatten(0, 2)
-            told = None if labels is None else labels[batch_indices].to(device).repeat_interleave(draws * x.shape[2])
+            class_labels = None if labels is None else labels[batch_indices].to(device).repeat_interleave(draws * x.shape[2])
 
             def denoise(part: slice) -> Tensor:
-                known = {} if told is None else {"labels": told[part]}
+                known = {} if class_labels is None else {"labels": class_labels[part]}
                 return denoiser(noisy[part], sigma, **known)
 
             # One image may have more views than a batch holds.
@@ -185,7 +185,7 @@ class ErrorReader:
             errors, ways = ((y - z).square().flatten(3).mean(3) for y, z in ((denoised, x), (x, x[:, :, :1])))
             return torch.stack([errors.mean(1), ways.mean(1), errors[:, 0]], 1)
 
-        parts = list(self.batches.over(len(mine), rows_of, each=draws * len(self.columns)))
+        parts = list(self.batches.over(len(local_indices), rows_of, each=draws * len(self.columns)))
         columns = len(self.columns) if name == "error" else 1
         rows = torch.cat(parts) if parts else torch.empty(0, 3, columns, device=device)
         errors, ways, single = gather_rows(rows, count).cpu().double().unbind(1)
@@ -225,14 +225,14 @@ class ErrorReader:
 
         Source: SimA, arXiv 2509.25003.
         """
-        device, mine, encode = device_of(denoiser), _share(len(self.images)), encoder_of(denoiser)
+        device, local_indices, encode = device_of(denoiser), _share(len(self.images)), encoder_of(denoiser)
 
         def lengths(rows: slice) -> Tensor:
-            x = as_unit_interval(self.images[mine[rows]]).to(device) * 2 - 1
+            x = as_unit_interval(self.images[local_indices[rows]]).to(device) * 2 - 1
             x = x if encode is None else encode(x)
             return (x - denoiser(x, sigma)).square().flatten(1).mean(1).sqrt() / sigma
 
         with evaluating(denoiser.network):
-            parts = list(self.batches.over(len(mine), lengths))
+            parts = list(self.batches.over(len(local_indices), lengths))
         rows = torch.cat(parts) if parts else torch.empty(0, device=device)
         return float(gather_rows(rows, len(self.images)).cpu().double().mean())

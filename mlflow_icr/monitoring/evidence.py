@@ -36,8 +36,8 @@ def ratio_key(rows: Iterable[Row]) -> str:
     return next((key for key in RATIOS if key in there), RATIOS[0])
 
 
-class Says(Enum):
-    """What a kind of evidence says at a row."""
+class Strength(Enum):
+    """How strong one kind of evidence of copying is at a row."""
 
     NOTHING = "nothing"  # it was not measured
     TOO_FEW = "too few"  # it was, but too seldom to acquit
@@ -78,7 +78,7 @@ class Thresholds:
 class Finding:
     """The finding of one kind of evidence at a row, as an enum and in words; `since` is the first row that it rests on."""
 
-    says: Says
+    strength: Strength
     text: str
     since: int | None = None
 
@@ -173,7 +173,7 @@ class SlopeWindow:
 
 
 class RatioEvidence:
-    """What the error ratio says: by its growth, or by its level over its lowest since the origin."""
+    """The evidence of the error ratio: its growth, or its level over its lowest since the origin."""
 
     def __init__(self, t: Thresholds) -> None:
         self._t = t
@@ -195,7 +195,7 @@ class RatioEvidence:
         self.below, at = False, int(row["images_seen"])
         ratio = row.get(self.key, math.nan)
         if not 0 < ratio < math.inf:
-            return Finding(Says.NOTHING, f"{self.key} is missing at {at:,} images seen"), begins
+            return Finding(Strength.NOTHING, f"{self.key} is missing at {at:,} images seen"), begins
         low, high = (row.get(f"{self.key}_{end}", ratio) for end in ("low", "high"))
         self.baseline = min(self.baseline, ratio)
         self.relative = ratio / self.baseline
@@ -212,17 +212,17 @@ class RatioEvidence:
             text += "; too few measurements for its rate"
         else:
             text += f", growing with the power {slope.value:.2f} ({slope.low:.2f} to {slope.high:.2f}) of images seen"
-        says = Says.TOO_FEW if slope is None else Says.CLEAN
-        for value, found in ((ratio, Says.DOUBTFUL), (low, Says.CERTAIN)):
+        strength = Strength.TOO_FEW if slope is None else Strength.CLEAN
+        for value, found in ((ratio, Strength.DOUBTFUL), (low, Strength.CERTAIN)):
             if value > t.absolute_level or value > t.level * self.baseline:
-                says = found
+                strength = found
         if slope is not None and slope.value > t.elasticity and ratio > t.growth_level * self.baseline:
             since = min(since, slope.since)
             if slope.low > t.elasticity and low > t.growth_level * self.baseline:
-                says = Says.CERTAIN
-            elif says is Says.CLEAN:
-                says = Says.DOUBTFUL
-        return Finding(says, text, since)
+                strength = Strength.CERTAIN
+            elif strength is Strength.CLEAN:
+                strength = Strength.DOUBTFUL
+        return Finding(strength, text, since)
 
 
 def has_near_views_alone(row: Row) -> bool:
@@ -251,17 +251,17 @@ class ExcessEvidence:
         low, high = (row.get(f"{EXCESS}_{end}", value) for end in ("low", "high"))
         self.below = high < t.excess / 2
         if not math.isfinite(value):
-            return Finding(Says.NOTHING, f"{EXCESS} is missing at {at:,} images seen")
+            return Finding(Strength.NOTHING, f"{EXCESS} is missing at {at:,} images seen")
         self._count += 1
         since, self._since = self._since, at
         text = f"near views: {value:.0%} ({low:.0%} to {high:.0%}) of the way back to the image is taken"
         if value <= t.excess:
-            return Finding(Says.TOO_FEW if self._count <= t.fewest_points else Says.CLEAN, text)
-        return Finding(Says.CERTAIN if low > t.excess else Says.DOUBTFUL, text, at if since is None else since)
+            return Finding(Strength.TOO_FEW if self._count <= t.fewest_points else Strength.CLEAN, text)
+        return Finding(Strength.CERTAIN if low > t.excess else Strength.DOUBTFUL, text, at if since is None else since)
 
 
 class RiseEvidence:
-    """What ICR says by its rise over its lowest value since training began, confirmed by both energies.
+    """The evidence of ICR: its rise over its lowest value since training began, confirmed by both energies.
 
     It is never evidence against copying: ICR fell to the end in some runs that copied. `best` is the row where it is lowest.
     """
@@ -284,7 +284,7 @@ class RiseEvidence:
             self._clear()
         value = row.get(self._key, math.nan)
         if at == 0 or not math.isfinite(value):
-            return Finding(Says.NOTHING, f"{self._key} is missing at {at:,} images seen")
+            return Finding(Strength.NOTHING, f"{self._key} is missing at {at:,} images seen")
         self._count += 1
         self._last.append(value)
         if value < self._lowest:
@@ -293,10 +293,10 @@ class RiseEvidence:
         lowest_at, rise = int(self.best["images_seen"]), value - self._lowest
         text = f"{self._name} {value:.3f}, {rise:.3f} above its lowest ({self._lowest:.3f} at {lowest_at:,} images seen)"
         if self._count < 2 * self._t.fewest_points:
-            return Finding(Says.TOO_FEW, text)
+            return Finding(Strength.TOO_FEW, text)
         if rise < self._t.rise or self._invariant_keeps_up(row):
-            return Finding(Says.CLEAN, text)
-        return Finding(Says.CERTAIN if self._is_certain(row) else Says.DOUBTFUL, text, lowest_at)
+            return Finding(Strength.CLEAN, text)
+        return Finding(Strength.CERTAIN if self._is_certain(row) else Strength.DOUBTFUL, text, lowest_at)
 
     def _invariant_keeps_up(self, row: Row) -> bool:
         """Whether the invariant energy grew as much as the residual energy: then views share what was learned."""
@@ -348,9 +348,9 @@ class SampleEvidence:
             count = f"{len(self.agree)} of {len(measured)} detectors say copies{names}"
             self._text = f"samples at {at:,} images seen: {count}: {', '.join(text for _, _, text in measured)}"
         if not self.looks:
-            return Finding(Says.NOTHING, "no samples were compared with training images")
-        says = (Says.CLEAN, Says.DOUBTFUL, Says.CERTAIN)[min(2, len(self.agree))]
-        return Finding(says, self._text, self.looks[0])
+            return Finding(Strength.NOTHING, "no samples were compared with training images")
+        strength = (Strength.CLEAN, Strength.DOUBTFUL, Strength.CERTAIN)[min(2, len(self.agree))]
+        return Finding(strength, self._text, self.looks[0])
 
     def _detectors(self, row: Row) -> Iterator[tuple[str, bool, str]]:
         """Each detector's name, whether it finds copies, and its value in words; the words are empty if it was not measured."""

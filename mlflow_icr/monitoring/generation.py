@@ -114,10 +114,10 @@ class GenerationMonitor:
         """The samples, and the path of the first `watched` ones, None for 0."""
         device = device_of(self.denoiser)
         rank, ranks = world()
-        mine = list(range(rank, self.num_samples, ranks))
+        local_indices = list(range(rank, self.num_samples, ranks))
         seen = len(range(rank, watched, ranks))
-        images = torch.empty(len(mine), *self.shape, dtype=torch.uint8, device=device)
-        finite, done = torch.ones(len(mine), 1, dtype=torch.uint8, device=device), 0
+        images = torch.empty(len(local_indices), *self.shape, dtype=torch.uint8, device=device)
+        finite, done = torch.ones(len(local_indices), 1, dtype=torch.uint8, device=device), 0
         paths: list[Path] = []
 
         def keep(x: Tensor) -> None:
@@ -127,10 +127,10 @@ class GenerationMonitor:
             done += len(x)
 
         with evaluating(self.denoiser.network):
-            for x, path in self.batches.over(seen, lambda rows: self._draw_watched(mine[:seen][rows], device)):
+            for x, path in self.batches.over(seen, lambda rows: self._draw_watched(local_indices[:seen][rows], device)):
                 keep(x)
                 paths.append(path)
-            for x in self.batches.over(len(mine) - seen, lambda rows: self._draw(mine[seen:][rows], device)):
+            for x in self.batches.over(len(local_indices) - seen, lambda rows: self._draw(local_indices[seen:][rows], device)):
                 keep(x)
         broken = int((gather_rows(finite, self.num_samples) == 0).sum())
         if broken:
@@ -141,8 +141,8 @@ class GenerationMonitor:
     def _encode(self, images: Tensor) -> Tensor:
         """Embeddings (N, dim) of images that every rank has, each rank encoding its share."""
         rank, ranks = world()
-        mine = self.encoder(images[rank::ranks]).to(device_of(self.denoiser))
-        return gather_rows(mine, len(images)).cpu()
+        local_embeddings = self.encoder(images[rank::ranks]).to(device_of(self.denoiser))
+        return gather_rows(local_embeddings, len(images)).cpu()
 
     def _reference(self, images: Tensor) -> Reference:
         """The reference of real images: read where every rank finds it, else made by all of them and kept by the first."""

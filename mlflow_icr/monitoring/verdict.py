@@ -26,7 +26,7 @@ from mlflow_icr.monitoring.evidence import (
     RiseEvidence,
     Row,
     SampleEvidence,
-    Says,
+    Strength,
     Thresholds,
     has_near_views_alone,
     without_ratios,
@@ -112,7 +112,7 @@ class VerdictTracker:
         self._turn: _Turn | None = None
         self._suspicion: tuple[int, int] | None = None  # the start of the present evidence of a turn, and its lower bound
         self._below = 0  # measurements in a row that are surely below the level at which a turn clears
-        self._errors, self._copies = Finding(Says.NOTHING, "nothing was measured"), Finding(Says.NOTHING, "")
+        self._errors, self._copies = Finding(Strength.NOTHING, "nothing was measured"), Finding(Strength.NOTHING, "")
         self._said = ""  # ICR's finding in words, besides that of the ratio
         self._first: int | None = None
         self.newest: int | None = None  # images seen of the last row
@@ -145,21 +145,24 @@ class VerdictTracker:
             ratio = self._excess.add(row)
         if begins:  # after a change of data, findings on the old data do not count
             self._turn, self._suspicion, self._below = None, None, 0
-            self._samples, self._copies = SampleEvidence(self._t), Finding(Says.NOTHING, "")
+            self._samples, self._copies = SampleEvidence(self._t), Finding(Strength.NOTHING, "")
         self._forecaster.add(self._ratio, at, begins)
         # ICR alone convicts only where there is no ratio, and never acquits.
         self._errors, self._said = (ratio, rise.text) if self._has_ratio else (rise, "")
-        if self._errors.says in (Says.DOUBTFUL, Says.CERTAIN):
+        if self._errors.strength in (Strength.DOUBTFUL, Strength.CERTAIN):
             if self._suspicion is None:
                 since = at if self._errors.since is None else self._errors.since
                 self._suspicion = (at, since) if self._has_ratio else (since, since)
-        elif self._errors.says is not Says.NOTHING:
+        elif self._errors.strength is not Strength.NOTHING:
             self._suspicion = None
-        if self._errors.says is Says.CERTAIN and not (self._turn and self._turn.holds):
+        if self._errors.strength is Strength.CERTAIN and not (self._turn and self._turn.holds):
             assert self._suspicion is not None
             self._turn = _Turn(*self._suspicion, at)
-        comes_back = (self._excess if near else self._ratio).below and self._errors.says in (Says.CLEAN, Says.TOO_FEW)
-        self._below = self._below + 1 if comes_back and self._copies.says is not Says.CERTAIN else 0
+        comes_back = (self._excess if near else self._ratio).below and self._errors.strength in (
+            Strength.CLEAN,
+            Strength.TOO_FEW,
+        )
+        self._below = self._below + 1 if comes_back and self._copies.strength is not Strength.CERTAIN else 0
         if self._turn and self._turn.holds and self._below >= self._t.fewest_points:
             self._turn = _Turn(self._turn.at, self._turn.low, self._turn.high, at)
 
@@ -167,11 +170,15 @@ class VerdictTracker:
         self.newest, last = at, self.verdict
         self._copies = self._samples.add(row)
         turned = self._turn is not None and self._turn.holds
-        copies = self._copies.says is Says.CERTAIN and (turned or self._samples.is_direct)
+        copies = self._copies.strength is Strength.CERTAIN and (turned or self._samples.is_direct)
         if copies and not turned:  # the errors gave no date: somewhere since the previous look
             before = self._samples.looks[0]
             self._turn, turned = _Turn(before, before, at), True
-        acquitted = self._errors.says is Says.CLEAN and self._has_ratio and self._copies.says in (Says.CLEAN, Says.NOTHING)
+        acquitted = (
+            self._errors.strength is Strength.CLEAN
+            and self._has_ratio
+            and self._copies.strength in (Strength.CLEAN, Strength.NOTHING)
+        )
         state = MEMORIZING if copies else TURNING if turned else GENERALIZING if acquitted else UNDECIDED
         since = last.since if state == last.state and last.since is not None else at
         turn = self._turn
@@ -188,7 +195,7 @@ class VerdictTracker:
             evidence=tuple(evidence),
             checkpoint_images_seen=turn.at if turn is not None and turned else self.newest,
             origin=self._ratio.clock.origin,
-            wants_samples=turned or (state != GENERALIZING and self._errors.says is not Says.TOO_FEW),
+            wants_samples=turned or (state != GENERALIZING and self._errors.strength is not Strength.TOO_FEW),
             forecast=self._forecaster.forecast(turned, copies),
         )
         return self.verdict

@@ -1,4 +1,4 @@
-"""A training script in plain diffusers and peft, as somebody else would write it. It imports nothing of this library.
+"""A training script in plain diffusers and peft, as other projects have it. It imports nothing of this library.
 
     python tune.py FOLDER OUT --images-seen N [--base PIPELINE [--lora]]
 

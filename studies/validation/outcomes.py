@@ -1,4 +1,4 @@
-"""What became of each run: from where on each detector says that it copies, and how far it went."""
+"""The outcome of each run: the onset of copies by each detector, and how far the run went."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def onsets_of(rows: Rows, truth: Mapping[str, Mapping[str, Any]]) -> dict[str, i
 
 
 def outcome_of(result: Result, plan: Plan) -> Outcome:
-    """What became of a run. Raises ValueError for one that is not in the plan."""
+    """The outcome of a run. Raises ValueError for one that is not in the plan."""
     half = {run.name: run.chosen_on for run in plan.runs}
     if result.name not in half:
         raise ValueError(f"result is of {result.name!r}, which the plan does not have")

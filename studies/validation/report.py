@@ -109,7 +109,7 @@ def write_figure(outcomes: Sequence[Outcome], path: Path) -> None:
 def window_table(results: Path) -> str:
     """Where the features of each model are cleanest, layer by layer."""
     if not results.exists():
-        return "It is not trained yet: `make validate` goes on with it."
+        return "It is not trained yet: `make validate` continues."
     return tables.table(HEAD_OF_WINDOW, window_rows(read_sweeps(results)))
 
 

@@ -102,7 +102,7 @@ def _in_child(arguments: list[str], log: Path) -> None:
 
 
 def _train(run: PlannedRun, work: Path, results: Path, children: list[BaseProcess]) -> str | None:
-    """Train one run, or go on with it, in a process of its own; returns what went wrong."""
+    """Train one run, or continue it, in a process of its own; returns what went wrong."""
     log = work / f"{run.name}.log"
     # Forked from a process that has imported torch and diffusers once: that takes as long as a tenth of a training.
     context = multiprocessing.get_context("forkserver")

@@ -50,7 +50,7 @@ def images_seen(folder: Path) -> int:
 def _train_until(config: TrainConfig, folder: Path, stop: Stop, until: float) -> dict[str, Any]:
     """Train to the end, or up to so many images seen; returns the run's parameters. Raises StoppedError."""
     run = Run(config, folder, resume=(folder / HISTORY).exists())
-    run.monitor.pictures = run.generation.pictures = False  # nobody looks at them
+    run.monitor.pictures = run.generation.pictures = False  # they are not looked at
     tracker = Tracker(folder, [], resume="allow")
     tracker.open(run.params(), {})
     try:

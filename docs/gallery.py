@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -36,31 +35,31 @@ CASES = (
     Case(
         "learning",
         "Learning",
-        "results/rich-digits8-edm-n1600-w16-d0-none-lr0.001-b48-s2000.json.gz",
-        "1,600 digits, to {end} images seen. ICR falls from {icr_first} to {icr_end}. The {ratio_name} ends at {ratio_end}: "
-        "it grows a little, as digits have an upright place. No sample is a copy. The verdict is *{state}* from {first} on.",
+        "histories/demo-control.jsonl",
+        "The demo's control, 1,600 digits, to {end} images seen. ICR falls from {icr_first} to {icr_end}. The {ratio_name} "
+        "ends at {ratio_end}: it grows a little, as digits have an upright place. No sample is a copy. The verdict is "
+        "*{state}* from {first} on.",
     ),
     Case(
         "turning",
         "Turning",
-        "results/decoupled-mnist12-v-n64-w16-d0-none-lr0.0025-b128-s1003.json.gz",
+        "histories/mnist12-n64.jsonl",
         "64 images of MNIST. The {ratio_name} bends upward. For one measurement the verdict is *undecided*, then "
         "*turning*, from {turning} images seen on, and dates the turn at {turned}. No sample is a copy yet: the training "
-        "ended there. This is "
-        "the moment to stop, or to add data.",
+        "ended there. This is the moment to stop, or to add data.",
     ),
     Case(
         "copying",
         "Copying",
-        "results/fast-cifar8-edm-n64-w32-d0-none-lr0.002-b16-s3209.json.gz",
-        "64 images of CIFAR-10, no dropout. The verdict is *turning* from {turning} images seen on. It is *memorizing* from "
-        "{memorizing} on: there, two detectors find copies. The share of copies in the last panel stays above 5% only from "
-        "{onset} on, and ends at {copies_end}. The warning came at {lead} of that.",
+        "histories/demo-limited.jsonl",
+        "The demo's limited run, 128 digits. The verdict is *turning* from {turning} images seen on. It is *memorizing* from "
+        "{memorizing} on: there, two detectors find copies. The share of copies in the last panel stays above 5% from {onset} "
+        "on, and ends at {copies_end}. The warning came at {lead} of that. ICR has turned, and rises.",
     ),
     Case(
         "undecided",
         "Undecided",
-        "runs/digits-limited-n256-seed1002/history.jsonl",
+        "validation/runs/digits-limited-n256-seed1002/history.jsonl",
         "256 digits, as it stood at {end} images seen. The {ratio_name} is {ratio_end} and grows, but not surely faster than "
         "learning explains. The verdict says so, and makes no claim: measure more often. In the whole history it is "
         "*turning* from {later} on.",
@@ -69,7 +68,7 @@ CASES = (
     Case(
         "wrong",
         "Wrong: it stays at turning",
-        "runs/digits-limited-n64-seed1000/history.jsonl",
+        "validation/runs/digits-limited-n64-seed1000/history.jsonl",
         "64 digits. The verdict warned at {turning} images seen. Copies begin at {onset}, and at the end {copies_end} of the "
         "samples are copies. The verdict still says *{state}*: one detector was measured, and *memorizing* takes two. So "
         "*memorizing* never came. Measure with two detectors or more.",
@@ -77,7 +76,7 @@ CASES = (
     Case(
         "disputed",
         "Disputed: memorizing, and few copies",
-        "runs/digits-limited-n512-seed1014/history.jsonl",
+        "validation/runs/digits-limited-n512-seed1014/history.jsonl",
         "512 digits. The verdict is *memorizing* from {memorizing} images seen on. Two detectors agree: samples are too near "
         "to training images. The third one, distances in the last panel, finds {copies_end} copies even at the end. Who wants "
         "exact copies alone calls this a false alarm.",
@@ -87,11 +86,7 @@ CASES = (
 
 def history_of(case: Case) -> list[dict[str, float]]:
     """The rows of a case's whole history."""
-    path = DOCS / "validation" / case.history
-    if path.suffix == ".gz":
-        rows: list[dict[str, float]] = json.loads(gzip.decompress(path.read_bytes()))["rows"]
-        return rows
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in (DOCS / case.history).read_text().splitlines()]
 
 
 def shown_of(case: Case) -> list[dict[str, float]]:
@@ -175,10 +170,9 @@ def gallery() -> str:
     """The section of docs/reading.md."""
     parts = []
     for case in CASES:
-        run = Path(case.history).parent.name if case.history.startswith("runs") else Path(case.history).name.split(".json")[0]
         text = re.sub(r"\s+", " ", case.text.format(**facts(case)))
         picture = f"![Error ratio, ICR and copies](images/reading-{case.name}.svg)"
-        parts.append(f"### {case.title}\n\n{picture}\n\n{text}\n\nHistory: `{run}`.\n")
+        parts.append(f"### {case.title}\n\n{picture}\n\n{text}\n\nHistory: `docs/{case.history}`.\n")
     return f"{BEGIN}\n\n" + "\n".join(parts) + f"\n{END}\n"
 
 

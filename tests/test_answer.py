@@ -78,6 +78,11 @@ def test_the_far_ratio_is_the_answer_where_there_is_one() -> None:
     row = {"repr/view_error_ratio": 1.5, "repr/far_error_ratio": 4.0, "repr/icr": 0.3, "images_seen": 1.0}
     assert answers(row) == {"Answer/ICR": 0.3, "Answer/error ratio": 4.0}
     assert answers({"repr/view_error_ratio": 1.5}) == {"Answer/error ratio": 1.5}
+    near = {"repr/view_error_ratio": 1.5, "repr/near_error_ratio": 1.5, "repr/view_excess": 0.2}
+    assert answers(near) == {"Answer/view excess": 0.2}
+    assert [ratio_key([found]) for found in (row, near, {"repr/view_error_ratio": 1.5})] == [
+        "repr/far_error_ratio", "repr/view_excess", "repr/view_error_ratio",
+    ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

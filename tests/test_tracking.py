@@ -261,7 +261,7 @@ def test_the_last_verdict_shown_is_of_all_measurements_also_of_those_that_come_l
     assert said[-1] != said[-2]
     tracker.close("FINISHED")
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert events.Tensors("verdict/text_summary")[-1].tensor_proto.string_val[0].decode() == said[-1]
+    assert events.Tensors("Answer/verdict/text_summary")[-1].tensor_proto.string_val[0].decode() == said[-1]
 
 
 def test_a_dead_server_costs_nothing_but_a_warning(

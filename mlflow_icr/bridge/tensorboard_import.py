@@ -17,8 +17,9 @@ import numpy as np
 
 from mlflow_icr.bridge.event_folder import Folder, Text, event_folders, read_folder, read_images
 from mlflow_icr.bridge.run_export import STEPPED
+from mlflow_icr.monitoring.evidence import EXCESS
 from mlflow_icr.tracking.mlflow import store
-from mlflow_icr.tracking.tensorboard.answer import ANSWERS, key_of
+from mlflow_icr.tracking.tensorboard.answer import ANSWERS, VIEW_EXCESS, key_of
 from mlflow_icr.tracking.tensorboard.custom_scalars import COPIES, ICR, OVERLAY
 from mlflow_icr.tracking.tensorboard.event_file import as_points, float64_bits, unseen
 from mlflow_icr.tracking.tensorboard.hparams import RENAMED, SYSTEM, TAG_PREFIX, parameter_text
@@ -99,7 +100,7 @@ class _FolderImport:
         if {ICR, COPIES[0]} <= folder.scalars.keys():  # the sink's own, which follows from these two
             for tag in OVERLAY:
                 folder.scalars.pop(tag, None)
-        for tag, keys in ANSWERS.items():
+        for tag, keys in {**ANSWERS, VIEW_EXCESS: (EXCESS,)}.items():
             if not folder.scalars.keys().isdisjoint(keys):
                 folder.scalars.pop(tag, None)
         for tag in [tag for tag in folder.scalars if key_of(tag) not in folder.scalars]:

@@ -25,14 +25,16 @@ import numpy as np
 # far views. Near views, which move by 1/128 of the side, move the ratio by a few per cent only: `ExcessEvidence` reads them.
 RATIOS = ("repr/far_error_ratio", "repr/view_error_ratio")
 NEAR, EXCESS = "repr/near_error_ratio", "repr/view_excess"
-NAMES = dict(zip(RATIOS, ("far error ratio", "view error ratio"), strict=True))
+NAMES = dict(zip((*RATIOS, EXCESS), ("far error ratio", "view error ratio", "view excess"), strict=True))
 TRAIN_KEYS = ("train/optimizer_steps", "train/batch_size", "train/origin_images_seen")
 Row = Mapping[str, float]
 
 
 def ratio_key(rows: Iterable[Row]) -> str:
-    """The error ratio that the verdict reads in these rows: that of far views where there is one."""
-    there = {key for row in rows for key in RATIOS if key in row}
+    """What the verdict reads of the errors: the far ratio, the excess where there are near views alone, or the older ratio."""
+    there = {key for row in rows for key in (*RATIOS, NEAR, EXCESS) if key in row}
+    if RATIOS[0] not in there and {NEAR, EXCESS} <= there:
+        return EXCESS
     return next((key for key in RATIOS if key in there), RATIOS[0])
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from mlflow_icr.monitoring.evidence import RATIOS
 from mlflow_icr.reporting.charts import Curve, Frame, Mark, chart
 from mlflow_icr.reporting.markup import Markup, images_text, joined
 from mlflow_icr.reporting.material import RunMaterial
@@ -121,6 +122,10 @@ def spectrum_chart(run: RunMaterial) -> Markup | None:
     return chart(frame, curves)
 
 
+def _ratio_of(run: RunMaterial) -> str:
+    return run.ratio_key if run.ratio_key in RATIOS else RATIOS[-1]  # an excess is no ratio
+
+
 def comparison_charts(runs: Sequence[RunMaterial], colours: Sequence[int]) -> Markup:
     """The charts of the values that decide, with all runs."""
     few = len(runs) <= 3  # more marks than that cover the curves
@@ -134,7 +139,7 @@ def comparison_charts(runs: Sequence[RunMaterial], colours: Sequence[int]) -> Ma
     )
     for frame, key in frames:
         curves = [
-            curve_of(run, {"icr": run.icr_key, "ratio": run.ratio_key}.get(key, key), run.name, colour)
+            curve_of(run, {"icr": run.icr_key, "ratio": _ratio_of(run)}.get(key, key), run.name, colour)
             for run, colour in zip(runs, colours, strict=True)
         ]
         if any(curve.points for curve in curves):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from mlflow_icr.monitoring.evidence import RATIOS
+from mlflow_icr.monitoring.evidence import EXCESS, NEAR, RATIOS
 from mlflow_icr.monitoring.summary import SUMMARY_KEYS
 
 GROUP = "Answer/"
@@ -19,6 +19,7 @@ ANSWERS = {
     f"{GROUP}error ratio": RATIOS,
     f"{GROUP}residual energy": ("repr/fisher_residual_energy",),
 }
+VIEW_EXCESS = f"{GROUP}view excess"  # in place of the ratio, where there are near views alone: the verdict reads it then
 VERDICT = f"{GROUP}verdict"  # a text
 SUMMARY_GROUP = "summary/"  # of what a whole run comes to: one point each, which belong behind all curves
 
@@ -26,6 +27,8 @@ SUMMARY_GROUP = "summary/"  # of what a whole run comes to: one point each, whic
 def answer_keys(keys: Collection[str]) -> dict[str, str]:
     """The tag in the group `Answer` of each key that is shown there, of the keys that there are."""
     found = {tag: next((key for key in choices if key in keys), None) for tag, choices in ANSWERS.items()}
+    if RATIOS[0] not in keys and NEAR in keys:
+        found |= {f"{GROUP}error ratio": None, VIEW_EXCESS: EXCESS if EXCESS in keys else None}
     return {key: tag for tag, key in found.items() if key is not None}
 
 

@@ -25,9 +25,9 @@ def measured(tracker: Tracker, step: int, pipeline: Path) -> None:
     tracker.checkpoint(step)
 
 
-def trained(folder: Path, pipeline: Path, log_models: str = "all") -> MLflowSink:
+def trained(folder: Path, pipeline: Path, log_models: str = "all", register: str | None = None) -> MLflowSink:
     """A run with four measurements."""
-    sink = MLflowSink(log_models=log_models)
+    sink = MLflowSink(log_models=log_models, register=register)
     tracker = Tracker(folder, [sink])
     tracker.open({"seed": 1}, {})
     for step in STEPS:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.request
@@ -16,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import programs
 from tests.stores import new_store
 
 
@@ -25,39 +24,49 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+SERVE = """
+import sys
+from mlflow.server.handlers import initialize_backend_stores
+initialize_backend_stores(sys.argv[1], sys.argv[1], sys.argv[2])
+import uvicorn
+uvicorn.run("mlflow.server.fastapi_app:app", host="127.0.0.1", port=int(sys.argv[3]), log_level="warning")
+"""
+
+
 class Server:
-    """`mlflow server` with its store and artifacts in a folder, at the same address each time it is started."""
+    """What `mlflow server` runs, with its store and artifacts in a folder, at the same address each time it is started."""
 
     def __init__(self, folder: Path, store: str | None = None) -> None:
         self.folder, self.port = folder, free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
-        self.store = store or new_store(folder / "server.db")
-        self._process: subprocess.Popen[bytes] | None = None
+        self.store = store or new_store(folder / "server.db", artifacts="mlflow-artifacts:/0")
+        self._program: programs.Program | None = None
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--port", str(self.port), "--workers", "1"]
-        command += ["--backend-store-uri", self.store, "--artifacts-destination", str(self.folder / "artifacts")]
         environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
-        with (self.folder / "server.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                command, stdout=log, stderr=log, env=environment, cwd=self.folder, start_new_session=True
-            )
+        environment |= {  # as the command hands its options on to the server
+            "_MLFLOW_SERVER_FILE_STORE": self.store, "_MLFLOW_SERVER_ARTIFACT_ROOT": "mlflow-artifacts:/",
+            "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true", "_MLFLOW_SERVER_ARTIFACT_DESTINATION": str(self.folder / "artifacts"),
+            "_MLFLOW_SGI_NAME": "uvicorn",
+        }  # fmt: skip
+        arguments = ["-c", SERVE, self.store, "mlflow-artifacts:/", str(self.port)]
+        self._program = programs.start(arguments, env=environment, cwd=self.folder)
         deadline = time.monotonic() + 90
         while time.monotonic() < deadline:
             try:
                 with urllib.request.urlopen(f"{self.uri}/health", timeout=2):
                     return
             except OSError:
-                assert self._process.poll() is None, (self.folder / "server.log").read_text()[-2000:]
-                time.sleep(0.1)
+                assert self._program.running, self._program.output[1][-2000:]
+                time.sleep(0.05)
         raise AssertionError("the server does not come up")
 
     def kill(self) -> None:
-        if self._process is not None:
+        if self._program is not None:
             with contextlib.suppress(ProcessLookupError):  # it may have died of something else
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._process = None
+                self._program.kill()
+            self._program.wait()
+            self._program = None
 
 
 class Postgres:

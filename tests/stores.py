@@ -29,11 +29,11 @@ def empty_store() -> Path:
     return path
 
 
-def new_store(path: Path) -> str:
-    """The address of a new store at a path, which has its default experiment's artifacts beside it."""
+def new_store(path: Path, *, artifacts: str = "") -> str:
+    """The address of a new store at a path; its default experiment's artifacts are beside it, or where `artifacts` says."""
     shutil.copy(empty_store(), path)
     with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("PRAGMA synchronous = OFF")
-        place = str(path.parent / "mlruns" / "0")
+        place = artifacts or str(path.parent / "mlruns" / "0")
         connection.execute("UPDATE experiments SET artifact_location = ? WHERE experiment_id = 0", (place,))
     return f"sqlite:///{path}"

@@ -25,6 +25,7 @@ from mlflow_icr.cli import main
 from mlflow_icr.integrations.backfill import measure_checkpoints
 from mlflow_icr.integrations.saved import find_checkpoints
 from mlflow_icr.monitoring.series import read_arrays, read_history
+from tests import programs
 
 ROOT = Path(__file__).parents[1]
 STEPS = (2, 4, 10)  # whose names are not in this order
@@ -287,9 +288,9 @@ def test_one_model_is_measured_into_a_run_of_the_same_protocol(
 def test_mlflow_run_measures_into_its_own_run(training: Path, data: Path, tmp_path: Path) -> None:
     path = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     given = {"data": data, "checkpoints": training, "images_per_step": BATCH, "num_views": 4, "output_dir": tmp_path / "out"}
-    command = [sys.executable, "-m", "mlflow", "run", str(ROOT), "-e", "measure", "--env-manager", "local"]
+    command = ["-m", "mlflow", "run", str(ROOT), "-e", "measure", "--env-manager", "local"]
     command += [part for key, value in given.items() for part in ("-P", f"{key}={value}")]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | path, capture_output=True, text=True, timeout=400)
+    done = programs.run(command, cwd=ROOT, env=os.environ | path, timeout=400)
     assert done.returncode == 0, done.stderr
     (run,) = mlflow.MlflowClient().search_runs(["0"])
     rows = read_history(tmp_path / "out")

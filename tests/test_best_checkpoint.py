@@ -18,8 +18,6 @@ from mlflow_icr.tracking.checkpoints.folder import checkpoint_path, checkpoints,
 from tests.checkpoint_runs import models_of, trained
 from tests.test_verdict import history
 
-pytestmark = pytest.mark.usefixtures("own_store")
-
 
 def test_the_best_checkpoint_of_a_run_and_of_a_folder(
     pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

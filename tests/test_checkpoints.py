@@ -7,8 +7,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -27,12 +25,12 @@ from mlflow_icr import EDMDenoiser, Report, best_checkpoint, heun_sample
 from mlflow_icr.cli import main
 from mlflow_icr.extraction.samplers import starting_noise
 from mlflow_icr.monitoring.generation import to_uint8
+from mlflow_icr.monitoring.verdict import Verdict
 from mlflow_icr.tracking import MLflowSink, Tracker, read_history
 from mlflow_icr.tracking.checkpoints.folder import checkpoint_path, checkpoints, remove_old
+from tests import programs
 from tests.checkpoint_runs import ICR, STEPS, measured, models_of, trained
 from tests.servers import Server
-
-pytestmark = pytest.mark.usefixtures("own_store")
 
 
 def artifacts_of(model: Any, folder: str | None = None) -> set[str]:
@@ -102,8 +100,28 @@ def test_each_checkpoint_is_a_model_with_its_metrics(pipeline: Path, tmp_path: P
     }
 
 
+def test_the_checkpoint_to_keep_gets_an_alias(pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    turned = Verdict("turning", turned_at=200, low=200, high=300, checkpoint_images_seen=100)
+    monkeypatch.setattr(Tracker, "verdict", property(lambda tracker: turned))
+    sink = trained(tmp_path / "run", pipeline, "kept", register="digits")
+    client = MlflowClient()
+    for _ in range(2):
+        version = client.get_model_version_by_alias("digits", "keep")
+        assert (version.run_id, version.model_id) == (sink.run_id, models_of(sink.run_id)[100].model_id)
+        assert [one.tags for one in client.search_model_versions("name = 'digits'")] == [{"images_seen": "100"}]
+        assert main(["sync", "--tracking-uri", os.environ["MLFLOW_TRACKING_URI"], str(tmp_path / "run")]) == 0
+    for name, log_models, message in (
+        ("a/b", "all", "register is 'a/b'; expected the name of a registered model"),
+        ("digits", "none", "register is 'digits' and log_models 'none'; expected log_models all or kept"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            MLflowSink(register=name, log_models=log_models)
+
+
 def test_a_fresh_process_samples_a_model(pipeline: Path, tmp_path: Path, small_unet: torch.nn.Module) -> None:
-    sink = MLflowSink(log_models="all")
+    sink = MLflowSink(log_models="all", register="digits")
     tracker = Tracker(tmp_path / "run", [sink])
     tracker.open({}, {})
     measured(tracker, 100, pipeline)
@@ -124,9 +142,7 @@ for bad, message in (({"steps": 1}, "steps is 1; expected a whole number >= 2"),
         raise AssertionError(bad)
 np.save(sys.argv[2], x)
 """
-    uri = f"models:/{models_of(sink.run_id)[100].model_id}"
-    command = [sys.executable, "-c", code, uri, str(tmp_path / "x.npy")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    done = programs.run(["-c", code, "models:/digits@keep", str(tmp_path / "x.npy")], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     sampled = np.load(tmp_path / "x.npy")
     small_unet.eval()

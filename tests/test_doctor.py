@@ -18,6 +18,7 @@ from mlflow_icr.cli import main
 from mlflow_icr.doctor import machine
 from mlflow_icr.environment import WAIT_VARIABLES
 from tests.servers import Server, free_port
+from tests.stores import new_store
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,11 +41,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of MLflow's own making, with a run of somebody else's in it."""
     import mlflow
 
-    file = tmp_path_factory.mktemp("made") / "mlflow.db"
-    client = mlflow.MlflowClient(f"sqlite:///{file}")
+    folder = tmp_path_factory.mktemp("made")
+    client = mlflow.MlflowClient(new_store(folder / "mlflow.db"))
     run = client.create_run("0", run_name="somebody else's")
     client.log_metric(run.info.run_id, "x", 1.0)
-    return file
+    return folder / "mlflow.db"
 
 
 @pytest.fixture

@@ -205,6 +205,52 @@ def test_pictures_come_with_key_and_step(tmp_path: Path) -> None:
     assert np.array_equal(decoded(plain[0]), picture(1))
 
 
+def test_a_picture_that_was_replaced_by_one_of_its_size_is_its_next_version(tmp_path: Path) -> None:
+    from PIL import Image
+
+    client, run_id = MlflowClient(), new_run()
+    for seed in (1, 1, 2, 2, 1):
+        client.log_image(run_id, Image.fromarray(picture(seed)), "plain.bmp")  # not compressed: one size for all
+        folder = export(tmp_path, run_id)
+    events = read(folder).Images("plain.bmp")
+    assert [event.step for event in events] == [0, 1, 2]
+    assert [np.array_equal(decoded(e), picture(seed)) for e, seed in zip(events, (1, 2, 1), strict=True)] == [True] * 3
+
+
+def test_following_lists_folders_without_pictures_once_in_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    client, run_id = MlflowClient(), new_run()
+    (tmp_path / "weights").write_bytes(b"w")
+    for step in range(10):
+        for part in ("unet", "scheduler"):
+            client.log_artifact(run_id, str(tmp_path / "weights"), f"checkpoints/{step}/{part}")
+    client.log_image(run_id, picture(1), "figures/a.png")
+    listed: list[str | None] = []
+    real, looks = MlflowClient.list_artifacts, 0
+
+    def counted(self: MlflowClient, run_id: str, path: str | None = None) -> Any:
+        listed.append(path)
+        return real(self, run_id, path)
+
+    def look(found: Any) -> None:
+        nonlocal looks
+        looks += 1
+        if looks == 1:
+            assert len(listed) == 33  # all there is, once
+        elif looks == 3:
+            assert listed[33:] == [None, "figures"] * 2
+            client.log_image(run_id, picture(2), "figures/b.png")
+            client.log_image(run_id, picture(3), "new/c.png")
+            client.log_image(run_id, picture(4), "checkpoints/3/unet/d.png")
+            client.set_terminated(run_id)
+
+    monkeypatch.setattr(MlflowClient, "list_artifacts", counted)
+    (found,) = export_runs(tmp_path / "tb", experiment="Default", follow=True, interval=0.01, tell=look)
+    assert found.new_images == 4  # at the run's end everything is looked at
+    assert sorted(read(found.folder).Tags()["images"]) == [
+        "checkpoints/3/unet/d.png", "figures/a.png", "figures/b.png", "new/c.png",
+    ]  # fmt: skip
+
+
 def test_nested_runs_are_in_the_folder_of_their_parent_whichever_is_asked_for(tmp_path: Path) -> None:
     parent = new_run("parent")
     child = new_run("child", **{"mlflow.parentRunId": parent})

@@ -6,8 +6,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -20,16 +18,18 @@ from mlflow import MlflowClient
 from mlflow_icr.bridge.tensorboard_export import export_runs
 from mlflow_icr.cli import main
 from mlflow_icr.tracking.mlflow import store
-from tests.stores import new_store
+from tests import programs
+from tests.servers import Server
 from tests.test_export import START, decoded, export, line, log, new_run, picture, read, shown, stored
 
 
-def start_export(logdir: Path, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "mlflow_icr.cli", "export-tensorboard", "--experiment", "Default", "--logdir", str(logdir)]
-    return subprocess.Popen([*command, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start_export(logdir: Path, *more: str) -> programs.Program:
+    return programs.start(
+        ["-m", "mlflow_icr.cli", "export-tensorboard", "--experiment", "Default", "--logdir", str(logdir), *more]
+    )
 
 
-def wait_for(condition: Any, seconds: float = 40) -> None:
+def wait_for(condition: Any, seconds: float = 150) -> None:
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, "waited too long"
@@ -46,8 +46,8 @@ def test_an_export_that_was_killed_heals(tmp_path: Path, monkeypatch: pytest.Mon
         return sum(path.stat().st_size for path in tmp_path.glob("*/events*data"))
 
     wait_for(lambda: written() > 300_000)  # some page of the three metrics
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.wait()
     folder = next(tmp_path.iterdir())
     # What a kill in the middle of a page leaves: whole records and a torn one that no state knows of.
     with next(folder.glob("*data")).open("r+b") as file:
@@ -92,9 +92,9 @@ def test_follow_mirrors_running_runs_until_they_end(tmp_path: Path) -> None:
     client.set_terminated(first)
     log(second, "gain", line(4, start=3))
     client.set_terminated(second)
-    out, error = process.communicate(timeout=40)
-    assert process.returncode == 0, error
-    assert "FINISHED" in out
+    done = process.wait(150)
+    assert done.returncode == 0, done.stderr
+    assert "FINISHED" in done.stdout
     assert mirrored(first)
     assert mirrored(second)
 
@@ -102,10 +102,10 @@ def test_follow_mirrors_running_runs_until_they_end(tmp_path: Path) -> None:
     log(third, "loss", line(5))
     process = start_export(tmp_path, "--follow", "--interval", "0.2")
     wait_for(lambda: mirrored(third))
-    process.send_signal(signal.SIGINT)
-    out, error = process.communicate(timeout=40)
-    assert process.returncode == 130
-    assert "Traceback" not in error
+    process.kill(signal.SIGINT)
+    done = process.wait(150)
+    assert done.returncode == 130
+    assert "Traceback" not in done.stderr
     assert mirrored(third)
 
 
@@ -190,36 +190,10 @@ def test_follow_waits_for_a_store_that_goes_away(tmp_path: Path, monkeypatch: py
 def test_over_http_and_no_password_is_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    import socket
-
-    import requests
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "server",
-        "--backend-store-uri",
-        new_store(tmp_path / "served.db"),
-        "--workers",
-        "1",
-    ]
-    command += ["--artifacts-destination", str(tmp_path / "artifacts"), "--host", "127.0.0.1", "--port", str(port)]
-    with (tmp_path / "server.log").open("w") as log_file:
-        server = subprocess.Popen(command, stdout=log_file, stderr=log_file, start_new_session=True)
+    server = Server(tmp_path)
+    server.start()
     try:
-
-        def healthy() -> bool:
-            try:
-                return requests.get(f"http://127.0.0.1:{port}/health", timeout=5).ok
-            except requests.RequestException:
-                return False
-
-        wait_for(healthy, 60)
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:hunter2@127.0.0.1:{port}")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri.replace("://", "://user:hunter2@"))
         monkeypatch.setattr(store, "PAGE", 100)
         run_id = new_run()
         log(run_id, "loss/train", [*line(250), (1, START, math.inf)])
@@ -236,5 +210,4 @@ def test_over_http_and_no_password_is_printed(
         [back] = MlflowClient().search_runs([MlflowClient().get_experiment_by_name("back").experiment_id])
         assert stored(back.info.run_id) == stored(run_id)
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(30)
+        server.kill()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import math
 import re
+import shutil
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -123,6 +125,41 @@ def test_a_repeat_adds_what_is_new_and_nothing_twice(logdir: Path, capsys: pytes
     assert len(there["loss"]) == 1501
     assert {len(there[key]) for key in there if key.startswith("Loss")} == {1}
     assert len([key for key in there if key.startswith("Loss")]) == 3
+
+
+def test_a_logdir_that_was_moved_has_the_runs_that_it_had(logdir: Path, tmp_path: Path) -> None:
+    first = {run.folder.name: run.run_id for run in import_runs(logdir, "imported")}
+    moved = logdir.rename(tmp_path / "elsewhere")
+    said: list[str] = []
+    again = import_runs(moved, "imported", say=said.append)
+    assert added(again) == (0, 0)
+    assert {run.folder.name: run.run_id for run in again} == {"elsewhere": first["somebody's logs"], "test": first["test"]}
+    # What is at the old place now is another training's, and a copy is one too.
+    with SummaryWriter(str(logdir), filename_suffix=".new") as writer:
+        writer.add_scalar("loss", 1.0, 0, walltime=WALL)
+    (other,) = import_runs(logdir, "imported")
+    assert (other.run_id in first.values(), other.new_points) == (False, 1)
+    shutil.copytree(moved / "eval", tmp_path / "copy")
+    (copied,) = import_runs(tmp_path / "copy", "imported")
+    assert (copied.run_id in first.values(), copied.new_points) == (False, 4)
+    assert added(import_runs(moved, "imported")) == (0, 0)
+
+
+def test_an_import_leaves_the_output_of_other_threads_alone(logdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`set_terminated` prints the run's address, which may have a password; nothing is redirected for that."""
+    seen: list[bool] = []
+    stdout = sys.stdout
+    for name in ("set_terminated", "update_run", "log_batch"):
+        real = getattr(MlflowClient, name)
+
+        def noted(*arguments: Any, real: Any = real, **keywords: Any) -> Any:
+            seen.append(sys.stdout is stdout)
+            return real(*arguments, **keywords)
+
+        monkeypatch.setattr(MlflowClient, name, noted)
+    import_runs(logdir, "imported")
+    assert seen
+    assert all(seen)
 
 
 def test_there_and_back_gives_the_same_events(logdir: Path, tmp_path: Path) -> None:

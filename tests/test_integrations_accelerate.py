@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +19,8 @@ from mlflow_icr.integrations.pictures import as_pictures
 from mlflow_icr.tracking import MLflowSink, TensorBoardSink, Tracker, read_history, read_logged
 from mlflow_icr.tracking.keys import clean_key
 from mlflow_icr.tracking.logged import Logged
+from tests import programs
+from tests.servers import free_port
 from tests.test_tracking import mlflow_scalars, tensorboard_scalars
 
 ROOT = Path(__file__).parents[1]
@@ -98,8 +98,7 @@ for step in range(3):
     accelerator.log({{"loss": step}}, step=step)
 {ending}
 """
-    command = [sys.executable, "-c", code, str(tmp_path / "out")]
-    subprocess.run(command, capture_output=True, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    programs.run(["-c", code, str(tmp_path / "out")])
     (run,) = mlflow.MlflowClient().search_runs(["0"])
     assert run.info.status == status
     assert mlflow_scalars(run.info.run_id)["loss"] == [(0, 0), (1, 1), (2, 2)]
@@ -108,8 +107,7 @@ for step in range(3):
 def test_two_ranks_have_one_run(tmp_path: Path) -> None:
     import mlflow
 
-    script = tmp_path / "script.py"
-    script.write_text("""
+    code = """
 import sys
 from accelerate import Accelerator
 from mlflow_icr.integrations.accelerate import ICRTracker
@@ -117,12 +115,15 @@ accelerator = Accelerator(cpu=True, log_with=ICRTracker(sys.argv[1], images_per_
 accelerator.init_trackers("project")
 accelerator.log({"rank": accelerator.process_index, "ranks": accelerator.num_processes}, step=2)
 accelerator.end_training()
-""")
-    mlflow.search_runs()  # a fresh store is made by one process
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29631", str(script)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(tmp_path / "out")], capture_output=True, text=True, timeout=120, env=environment)
-    assert done.returncode == 0, done.stderr
+"""
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
+    ranks = [
+        programs.start(["-c", code, str(tmp_path / "out")], env={**os.environ, **world, "RANK": rank, "LOCAL_RANK": rank})
+        for rank in ("0", "1")
+    ]
+    for rank in ranks:
+        done = rank.wait()
+        assert done.returncode == 0, done.stderr
     (run,) = mlflow.MlflowClient().search_runs(["0"])
     assert mlflow_scalars(run.info.run_id) == {"rank": [(64, 0)], "ranks": [(64, 2)]}
 

@@ -18,6 +18,7 @@ from PIL import Image
 
 from mlflow_icr import environment
 from mlflow_icr.plugin.datasets import from_image_folder, from_tensor
+from tests.stores import new_store
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,8 +45,8 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A new sqlite store; making one takes seconds."""
-    return f"sqlite:///{tmp_path_factory.mktemp('doors')}/mlflow.db"
+    """A new sqlite store."""
+    return new_store(tmp_path_factory.mktemp("doors") / "mlflow.db")
 
 
 def run(python: Path, *arguments: str, cwd: Path, **variables: str) -> str:

@@ -56,7 +56,7 @@ def begun(folder: Path, *, mlflow: bool = False) -> Tracker:
     return tracker
 
 
-def test_what_a_killed_training_logged_is_taken_back_where_it_is_logged_again(tmp_path: Path, own_store: None) -> None:
+def test_what_a_killed_training_logged_is_taken_back_where_it_is_logged_again(tmp_path: Path) -> None:
     picture = np.full((4, 4, 3), 7, np.uint8)
     tracker = begun(tmp_path, mlflow=True)
     tracker.log(Logged(0, 1000.0, {"parameters": 9.0}))
@@ -103,7 +103,7 @@ def test_what_was_written_but_not_noted_is_not_written_twice(tmp_path: Path) -> 
     assert in_both_readers(tmp_path / "tensorboard")["loss"] == [(step, float(step)) for step in range(9)]
 
 
-def test_a_measurement_that_was_missed_comes_into_its_place(tmp_path: Path, own_store: None) -> None:
+def test_a_measurement_that_was_missed_comes_into_its_place(tmp_path: Path) -> None:
     """The fast reader would hide those after it."""
     tracker = begun(tmp_path)
     for step in range(0, 60, 10):

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from mlflow_icr.tracking import read_history
+from tests import programs
 from trainers.experiments import demo as experiment
 from trainers.experiments.address import chart_address, without_secrets
 from trainers.experiments.figure import study_figure
@@ -26,12 +27,10 @@ SHORT = [
 ]  # fmt: skip
 
 
-def mlflow_run(*flags: str, **options: object) -> subprocess.Popen[str]:
+def mlflow_run(*flags: str) -> programs.Program:
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    command = [sys.executable, "-m", "mlflow", "run", str(ROOT), "--env-manager", "local", *SHORT, *flags]
-    return subprocess.Popen(
-        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options  # type: ignore[call-overload]
-    )  # fmt: skip
+    command = ["-m", "mlflow", "run", str(ROOT), "--env-manager", "local", *SHORT, *flags]
+    return programs.start(command, env=environment, cwd=ROOT, stderr=subprocess.STDOUT)
 
 
 @pytest.mark.slow
@@ -41,8 +40,9 @@ def test_mlflow_run_makes_two_siblings_and_a_study(tmp_path: Path) -> None:
     child = mlflow_run(
         "-P", f"output_dir={tmp_path / 'study'}", "-P", "seed=4", "-P", "control_images=64", "-P", "total_kimg=0.6"
     )
-    output, _ = child.communicate(timeout=400)
-    assert child.returncode == 0, output
+    done = child.wait(400)
+    output = done.stdout
+    assert done.returncode == 0, output
     client = MlflowClient()
     runs = {run.data.tags.get("role"): run for run in client.search_runs(["0"])}
     assert set(runs) == {"study", "limited", "control"}
@@ -98,7 +98,7 @@ def test_a_failing_sibling_ends_the_study_with_its_error(tmp_path: Path, monkeyp
         f"--output-dir={tmp_path / 'other'}",
         str(study.folder),
     ]
-    done = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True, timeout=300)
+    done = programs.run(["-c", code, *flags], timeout=300)
     assert done.returncode == 1
     assert "[control] trainers.train: error: data is not given" in done.stdout  # what the folder has is no configuration
     assert "FAILED: not all runs came to their end" in done.stderr
@@ -136,12 +136,12 @@ def test_ctrl_c_under_mlflow_run_leaves_a_checkpoint_and_an_ended_run(tmp_path: 
     """The terminal sends SIGINT to the whole group, and MLflow sends SIGTERM after it: together one wish to stop."""
     from mlflow import MlflowClient
 
-    child = mlflow_run("-e", "train", "-P", f"output_dir={tmp_path / 'run'}", "-P", "total_kimg=400", start_new_session=True)
+    child = mlflow_run("-e", "train", "-P", f"output_dir={tmp_path / 'run'}", "-P", "total_kimg=400")
     deadline = time.monotonic() + 200
     while not (tmp_path / "run" / "history.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    os.killpg(child.pid, signal.SIGINT)
-    output, _ = child.communicate(timeout=120)
+    child.kill(signal.SIGINT)
+    output = child.wait(120).stdout
     (run,) = MlflowClient().search_runs(["0"])
     assert "killed: lowest ICR" in output
     assert run.info.status == "FAILED"  # ours was KILLED; `mlflow run`, interrupted, has the last word on the run it made
@@ -157,9 +157,7 @@ def test_a_study_that_breaks_is_not_called_finished(tmp_path: Path) -> None:
         "from trainers.train import Stop; g.run_siblings = lambda *_: 1 / 0;"
         "g.run_study(g.plan(sys.argv[1:]), Stop())"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, f"--output-dir={tmp_path / 's'}"], cwd=ROOT, capture_output=True, text=True
-    )
+    done = programs.run(["-c", code, f"--output-dir={tmp_path / 's'}"], cwd=ROOT)
     assert "ZeroDivisionError" in done.stderr
     (run,) = MlflowClient().search_runs(["0"])
     assert run.info.status == "FAILED"

@@ -126,6 +126,14 @@ def train_parser() -> CommandLine:
     parser.add_argument("--resume", nargs="?", const="yes", default="no", metavar="auto", help=resume)
     parser.add_argument("--run-name", metavar="NAME", help="name of the new MLflow run")
     parser.add_argument(
+        "--on-verdict", metavar="COMMAND", help="command, or URL of a webhook, to tell when the verdict changes"
+    )
+    parser.add_argument(
+        "--register",
+        metavar="NAME",
+        help="registered model whose alias keep is given to the checkpoint to keep",
+    )
+    parser.add_argument(
         "--num-processes", type=int, default=1, metavar="N", help="number of processes (ranks) to start; default 1"
     )
     parser.add_argument(

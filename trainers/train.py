@@ -19,6 +19,7 @@ import mlflow_icr
 from mlflow_icr.arguments import refuse_unknown
 from mlflow_icr.integrations.ending import end_as_rank
 from mlflow_icr.monitoring.series import HISTORY, read_history
+from mlflow_icr.tracking.checkpoints.folder import check_register
 from trainers.command_line import config_changes, parse_tags, train_parser
 from trainers.config import TrainConfig, config_from, preset_names, preset_values, read_values, with_changes
 from trainers.launch import check_launcher, check_processes, is_launched, launch
@@ -155,14 +156,21 @@ def configure(arguments: Any) -> tuple[TrainConfig, Path, dict[str, str], str | 
         raise ValueError(f"preset is not given; expected one of {', '.join(preset_names())}, or --data alone")
     tags = parse_tags(arguments.tag)
     config = prepare_folder(output_dir, config, changes, resume)
+    if arguments.register is not None:
+        check_register(arguments.register, config.run.log_models)
     check_project()
     if not is_launched():
         check_processes(arguments.num_processes, config)
     return config, output_dir, tags, arguments.run_name, resume
 
 
-def train_run(run: Run, stop: Stop, output_dir: Path, tags: Mapping[str, str], run_name: str | None, resume: bool) -> str:
-    """Train, measure, record and save until the end or a wish to stop; returns FINISHED or KILLED."""
+def train_run(
+    run: Run, stop: Stop, output_dir: Path, tags: Mapping[str, str], resume: bool, options: Mapping[str, str | None]
+) -> str:
+    """Train, measure, record and save until the end or a wish to stop; returns FINISHED or KILLED.
+
+    `options` are more of `folder_tracker`'s.
+    """
     from mlflow_icr.extraction.files import write_whole
     from mlflow_icr.reporting import conclude
     from mlflow_icr.tracking import folder_tracker
@@ -176,7 +184,7 @@ def train_run(run: Run, stop: Stop, output_dir: Path, tags: Mapping[str, str], r
         content = yaml.safe_dump(run.config.grouped(), sort_keys=False).encode()
         write_whole(output_dir / CONFIG, lambda file: file.write(content))  # a resumption must not find half of it
         # A resumed run goes on in the MLflow run of its folder.
-        tracker = folder_tracker(output_dir, run_name=run_name, resume=resume, log_models=run.config.run.log_models)
+        tracker = folder_tracker(output_dir, resume=resume, log_models=run.config.run.log_models, **options)  # type: ignore[arg-type]
         tracker.open(run.params(), {**run.tags(), **tags})
         run.show_data(tracker)
     status = "FAILED"
@@ -216,7 +224,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"trainers.train: error: {error}", file=sys.stderr)
         return 2
     try:
-        status = train_run(run, stop, output_dir, tags, run_name, resume)
+        # Not of the configuration, which trackers show: an address can be a secret.
+        options = {"run_name": run_name, "on_verdict": arguments.on_verdict, "register": arguments.register}
+        status = train_run(run, stop, output_dir, tags, resume, options)
     except OSError as error:  # a full disk, most of all: what was measured before is whole, and so is the last checkpoint
         print(f"trainers.train: error: {error}; continue with --resume when that is fixed", file=sys.stderr)
         return 1

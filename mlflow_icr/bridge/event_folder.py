@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,11 @@ class Folder:
 
     A writer that was restarted says from which step on; what earlier files hold from there on is left out, as
     TensorBoard does it. `others` counts what is of no kind that MLflow has; `torn` says which files are not whole;
-    `span` is the first and the last wall time in ms.
+    `span` is the first and the last wall time in ms; `identities` are those of the files.
     """
 
     path: Path
+    identities: list[str] = field(default_factory=list)
     scalars: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=dict)
     images: list[tuple[str, int, int]] = field(default_factory=list)
     texts: dict[str, list[Text]] = field(default_factory=dict)
@@ -50,6 +53,20 @@ def event_folders(logdir: Path) -> Iterator[Path]:
 def event_files(folder: Path) -> list[Path]:
     """The event files of a folder, in the order that TensorBoard reads them in."""
     return sorted(path for path in folder.iterdir() if is_event_file(path.name) and path.is_file())
+
+
+def identities(folder: Path) -> list[str]:
+    """What names each event file of a folder wherever that is, (N,) hexadecimal; nothing where there is no such folder."""
+    found = (_identity(path) for path in event_files(folder)) if folder.is_dir() else ()
+    return [identity for identity in found if identity]
+
+
+def _identity(path: Path) -> str:
+    """A digest of a file's name and of its first record with a wall time; empty where it has none yet."""
+    for event in islice(events(path), 2):  # the first one of an export here has no time
+        if event.wall_time:
+            return hashlib.sha256(path.name.encode() + event.SerializeToString()).hexdigest()[:12]
+    return ""
 
 
 class _Reader:
@@ -111,7 +128,7 @@ def _milliseconds(event: Any) -> int:
 
 def read_folder(path: Path) -> Folder:
     """Read a folder's event files; images are only listed, see `read_images`."""
-    folder = Folder(path)
+    folder = Folder(path, identities(path))
     points: dict[str, Columns] = {}
     first, last = None, 0
     reader = _Reader(path)

@@ -7,9 +7,10 @@ import io
 import json
 import re
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from mlflow_icr.tracking.tensorboard.event_file import EventFile
 from mlflow_icr.tracking.tensorboard.hparams import RENAMED, description
 
 STATE = ".mlflow-export.json"
-STATE_VERSION = 1
+STATE_VERSION = 2
 # In the order that TensorBoard reads them: the description is replaced when it changes, the data is appended to.
 DESCRIPTION = "events.out.tfevents.mlflow.0.description"
 DATA = "events.out.tfevents.mlflow.1.data"
@@ -35,17 +36,21 @@ PREVIEW = re.compile(r"images/.+[+%]step[+%]-?\d+[+%]timestamp[+%].+[+%]compress
 # A protocol buffer ends at 2 GB, and TensorBoard holds every image in memory.
 LARGEST_IMAGE = 64 << 20
 COMMIT_BYTES = 8 << 20
+LOOK_AT_ALL_SECONDS = 60.0  # between two looks, while a run goes on, at folders without pictures and into known pictures
 Say = Callable[[str], None]
 
 
 @dataclass
 class State:
-    """What a run's folder holds: the committed size, per metric the number of points and the last one, image versions."""
+    """What a run's folder holds: the committed size, per metric the number of points and the last one, image versions.
+
+    A version of an image is its size in bytes and the digest of its content.
+    """
 
     run_id: str
     size: int = 0
     points: dict[str, tuple[int, str]] = field(default_factory=dict)
-    images: dict[str, list[int]] = field(default_factory=dict)
+    images: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
     described: str = ""
 
     @classmethod
@@ -94,11 +99,19 @@ def _mark(point: Any) -> str:
     return f"{point.timestamp} {point.step} {point.value!r}"
 
 
-class RunExport:
-    """One run into one folder, under its lock."""
+@dataclass
+class Looked:
+    """When somebody looked at all artifacts of a run, and which of their folders had no picture then, at or below them."""
 
-    def __init__(self, client: Any, run: Any, folder: Path, group: str, say: Say) -> None:
-        self.client, self.run, self.folder, self.say = client, run, folder, say
+    at: float = -LOOK_AT_ALL_SECONDS
+    without: set[str] = field(default_factory=set)
+
+
+class RunExport:
+    """One run into one folder, under its lock; `looked` is what an earlier one in this process has seen."""
+
+    def __init__(self, client: Any, run: Any, folder: Path, group: str, say: Say, looked: Looked) -> None:
+        self.client, self.run, self.folder, self.say, self.looked = client, run, folder, say, looked
         self.group = group
         self.run_id: str = run.info.run_id
         self.tags: dict[str, str] = run.data.tags
@@ -187,29 +200,39 @@ class RunExport:
 
     def _images(self) -> None:
         """Append the images that the file does not have; one that was logged again under its name is a new version."""
+        ended = self.run.info.status in store.ENDED
+        look_at_all = ended or time.monotonic() - self.looked.at >= LOOK_AT_ALL_SECONDS
         found = []
-        for artifact in self._artifacts():
-            versions = self.state.images.get(artifact.path, [])
-            size = int(artifact.file_size or 0)
-            if artifact.path.lower().endswith(IMAGES) and not PREVIEW.fullmatch(artifact.path) and size not in versions[-1:]:
-                found.append((*self._place(artifact.path, len(versions)), artifact.path, size))
+        for path, size in self._listed(look_at_all):
+            versions = self.state.images.get(path, [])
+            # What a store lists has no time and no digest: a picture of the same size has to be read. A stepped one has a
+            # name of its own.
+            if not versions or versions[-1][0] != size or (look_at_all and not STEPPED.fullmatch(path)):
+                found.append((*self._place(path, len(versions)), path, size))
         with tempfile.TemporaryDirectory() as temporary:
             for tag, moment, step, path, size in sorted(found):
-                if self._image(tag, moment, step, path, size, Path(temporary)):
-                    self.state.images.setdefault(path, []).append(size)
-                    self.new_images += 1
+                self._image(tag, moment, step, path, size, Path(temporary))
                 if self.file.waiting > COMMIT_BYTES:
                     self._commit()
-        if found:
+        if self.file.waiting:
             self._commit()
 
-    def _artifacts(self) -> list[Any]:
+    def _listed(self, look_at_all: bool) -> list[tuple[str, int]]:
+        """Paths and sizes of the pictures among the artifacts, of all of them or not in folders that had none."""
+        skip = set() if look_at_all else self.looked.without
         try:
-            return list(store.files(self.client, self.run_id))
+            files = list(store.files(self.client, self.run_id, skip=skip))
         except store.StoreError as error:
             self._unless_gone(error)
             self.say(f"images of run {self.run_id} are left out ({error}); the next export tries again")
             return []
+        pictures = [(file.path, int(file.file_size or 0)) for file in files if file.path.lower().endswith(IMAGES)]
+        with_pictures = {parent for path, _ in pictures for parent in PurePosixPath(path).parents}
+        without = {str(parent) for file in files for parent in PurePosixPath(file.path).parents if parent not in with_pictures}
+        self.looked.without = skip | without
+        if look_at_all:
+            self.looked.at = time.monotonic()
+        return [(path, size) for path, size in pictures if not PREVIEW.fullmatch(path)]
 
     def _unless_gone(self, error: store.StoreError) -> None:
         """Raise an error of the artifacts where the tracking store does not answer either."""
@@ -227,14 +250,19 @@ class RunExport:
         # TensorBoard shows one kind of thing under one tag.
         return (f"images/{tag}" if key in self.run.data.metrics else tag), moment, step
 
-    def _image(self, tag: str, moment: int, step: int, path: str, size: int, temporary: Path) -> bool:
+    def _image(self, tag: str, moment: int, step: int, path: str, size: int, temporary: Path) -> None:
+        """Append an image, unless its content is that of its last version."""
         from PIL import Image
 
         if size > LARGEST_IMAGE:
             self.say(f"{path} of run {self.run_id} is left out: {size >> 20} MiB, expected at most {LARGEST_IMAGE >> 20}")
-            return False
+            return
         try:
             content = store.download(self.client, self.run_id, path, temporary)
+            version = (size, hashlib.sha256(content).hexdigest()[:16])
+            versions = self.state.images.get(path, [])
+            if versions and versions[-1][1] == version[1]:
+                return
             with Image.open(io.BytesIO(content)) as image:
                 if image.format not in SHOWN_AS_THEY_ARE:
                     converted = io.BytesIO()
@@ -245,9 +273,10 @@ class RunExport:
             if isinstance(error, store.StoreError):
                 self._unless_gone(error)
             self.say(f"{path} of run {self.run_id} is left out: {type(error).__name__}; the next export tries it again")
-            return False
+            return
         self.file.image(tag, step, moment / 1000, content, width, height)
-        return True
+        self.state.images[path] = [*versions, version]
+        self.new_images += 1
 
 
 def _write_description(file: Any, event: bytes) -> None:

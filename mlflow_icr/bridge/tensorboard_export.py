@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlflow_icr.bridge.run_export import Exported, RunExport, Say, owner
+from mlflow_icr.bridge.run_export import Exported, Looked, RunExport, Say, owner
 from mlflow_icr.tracking.mlflow import store
 
 
@@ -32,6 +32,7 @@ class Exporter:
         self.client = client if client is not None else store.connect()
         self.say = self._once(say)
         self._folders: dict[str, Path] = {}
+        self._looked: dict[str, Looked] = {}
 
     @staticmethod
     def _once(say: Say) -> Say:
@@ -48,7 +49,8 @@ class Exporter:
         """Bring the folder of a run (MLflow's Run) up to the store."""
         folder = self._folder(run, ())
         group = folder.relative_to(self.logdir).as_posix()
-        return RunExport(self.client, run, folder, group, self.say)()
+        looked = self._looked.setdefault(run.info.run_id, Looked())
+        return RunExport(self.client, run, folder, group, self.say, looked)()
 
     def _folder(self, run: Any, below: Sequence[str]) -> Path:
         """A run's folder, in that of its parent whichever of them is exported first."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import posixpath
@@ -15,21 +14,21 @@ from typing import Any
 
 import numpy as np
 
-from mlflow_icr.bridge.event_folder import Folder, Text, event_folders, read_folder, read_images
+from mlflow_icr.bridge.event_folder import Folder, Text, event_folders, identities, read_folder, read_images
 from mlflow_icr.bridge.run_export import STEPPED
 from mlflow_icr.monitoring.evidence import EXCESS
+from mlflow_icr.tracking.keys import LONGEST_PARAM, LONGEST_TAG, METRICS_PER_CALL, TEXTS_PER_CALL
 from mlflow_icr.tracking.mlflow import store
 from mlflow_icr.tracking.tensorboard.answer import ANSWERS, VIEW_EXCESS, key_of
 from mlflow_icr.tracking.tensorboard.custom_scalars import COPIES, ICR, OVERLAY
 from mlflow_icr.tracking.tensorboard.event_file import as_points, float64_bits, unseen
 from mlflow_icr.tracking.tensorboard.hparams import RENAMED, SYSTEM, TAG_PREFIX, parameter_text
 
-SOURCE = "tensorboard.source"
+SOURCE = "tensorboard.source"  # of a run: where its event files were last
+FILES = "tensorboard.files"  # and which they are, wherever they are
+MOST_FILES = 600  # that a tag has room for
 TEXTS = "tensorboard.texts"
 TEXT_PREFIX = "tensorboard.text."
-# The store's limits for one batch and for one entry.
-METRICS_BATCH, BATCH = 1000, 100
-LONGEST_PARAM, LONGEST_TAG = 6000, 8000
 # MLflow allows 250 characters, a file system 255 for a file's name; log_image adds some 90 to a key for that.
 LONGEST_KEY = 150
 # What MLflow's metrics, parameters, tags and images all allow, on every system.
@@ -89,8 +88,9 @@ class _FolderImport:
         self.client, self.folder, self.name, self.say = client, folder, name, say
         self.is_new = run is None
         if run is None:
+            tags = {SOURCE: str(folder.path), FILES: " ".join(folder.identities[:MOST_FILES])}
             with store.answers():
-                run = client.create_run(experiment, start_time=folder.span[0], run_name=name, tags={SOURCE: str(folder.path)})
+                run = client.create_run(experiment, start_time=folder.span[0], run_name=name, tags=tags)
         self.run = run
         self.run_id: str = run.info.run_id
         self.names = Names(run.data.tags, run.data.metrics)
@@ -107,6 +107,7 @@ class _FolderImport:
             folder.scalars[key_of(tag)] = folder.scalars.pop(tag)
         self.names.settle({*folder.scalars, *folder.texts, *folder.hparams, *(name for name, _, _ in folder.images)})
         self._hparams()
+        self._tags({SOURCE: str(folder.path), FILES: " ".join(folder.identities[:MOST_FILES])})
         self._tags({RENAMED + key: tag for key, tag in self.names.new.items()})
         points = sum(self._metric(tag, *columns) for tag, columns in folder.scalars.items())
         images = self._images() if folder.images else 0
@@ -129,8 +130,10 @@ class _FolderImport:
         once = np.sort(once)
         if not self.is_new and key in self.run.data.metrics:
             once = once[unseen(points[once], self._stored(key))]
-        for start in range(0, len(once), METRICS_BATCH):
-            batch = [Metric(key, float(values[i]), int(moments[i]), int(steps[i])) for i in once[start : start + METRICS_BATCH]]
+        for start in range(0, len(once), METRICS_PER_CALL):
+            batch = [
+                Metric(key, float(values[i]), int(moments[i]), int(steps[i])) for i in once[start : start + METRICS_PER_CALL]
+            ]
             with store.answers():
                 self.client.log_batch(self.run_id, metrics=batch)
         return len(once)
@@ -164,9 +167,9 @@ class _FolderImport:
                 self.say(f"{self.name}: hparam {name} is now {text!r}; the run keeps {there[key]!r}")
             if len(text) > LONGEST_PARAM:
                 self.say(f"{self.name}: hparam {name} is cut at {LONGEST_PARAM} characters")
-        for start in range(0, len(params), BATCH):
+        for start in range(0, len(params), TEXTS_PER_CALL):
             with store.answers():
-                self.client.log_batch(self.run_id, params=params[start : start + BATCH])
+                self.client.log_batch(self.run_id, params=params[start : start + TEXTS_PER_CALL])
         self._tags(tags)
 
     def _tags(self, tags: Mapping[str, str]) -> None:
@@ -174,9 +177,9 @@ class _FolderImport:
 
         there = self.run.data.tags
         new = [RunTag(key, text[:LONGEST_TAG]) for key, text in tags.items() if there.get(key) != text[:LONGEST_TAG]]
-        for start in range(0, len(new), BATCH):
+        for start in range(0, len(new), TEXTS_PER_CALL):
             with store.answers():
-                self.client.log_batch(self.run_id, tags=new[start : start + BATCH])
+                self.client.log_batch(self.run_id, tags=new[start : start + TEXTS_PER_CALL])
 
     def _images(self) -> int:
         """Log the images that the run does not have, by name, step and time. Returns how many."""
@@ -228,9 +231,8 @@ class _FolderImport:
         """Set the run's status and its end, the time of the last event."""
         status = "FAILED" if self.folder.failed else "FINISHED"
         if self.run.info.status != status or self.run.info.end_time != self.folder.span[1]:
-            # MLflow prints the run's address here, with the password where the tracking URI has one.
-            with store.answers(), contextlib.redirect_stdout(io.StringIO()):
-                self.client.set_terminated(self.run_id, status, end_time=self.folder.span[1])
+            with store.answers():
+                store.end_run(self.client, self.run_id, status, self.folder.span[1])
 
 
 def _markdown(versions: list[Text]) -> str:
@@ -247,9 +249,10 @@ def import_runs(
 ) -> list[Imported]:
     """Import every folder of event files at or below a logdir; returns what each one's run got.
 
-    A folder's run is found again by the tag `tensorboard.source`, so that a repeat adds what is new and nothing twice. The
-    experiment is made where there is none. `tell` hears of each run, `say` of what is left out. Raises ValueError when the
-    logdir has no event files or the experiment was deleted, store.StoreError (an OSError) when the store does not answer.
+    A folder's run is found again by its event files, also where the folder was moved, so that a repeat adds what is new and
+    nothing twice; a copy beside the original is a run of its own. The experiment is made where there is none. `tell` hears of
+    each run, `say` of what is left out. Raises ValueError when the logdir has no event files or the experiment was deleted,
+    store.StoreError (an OSError) when the store does not answer.
     """
     root = Path(logdir).resolve()
     folders = list(event_folders(root)) if root.is_dir() else []
@@ -259,14 +262,29 @@ def import_runs(
         )
     client = client if client is not None else store.connect()
     experiment_id = _experiment(client, experiment)
-    known = {run.data.tags[SOURCE]: run for run in store.runs(client, experiment_id) if SOURCE in run.data.tags}
+    known = [run for run in store.runs(client, experiment_id) if FILES in run.data.tags]
     found = []
     for path in folders:
         relative = path.relative_to(root).as_posix()
         name = root.name if relative == "." else relative
-        found.append(_FolderImport(client, experiment_id, read_folder(path), name, known.get(str(path)), say)())
+        folder = read_folder(path)
+        run = _run_of(folder, known)
+        if run is not None:
+            known.remove(run)
+            if run.data.tags[SOURCE] != str(path):
+                say(f"{name}: it was imported from {run.data.tags[SOURCE]}, and goes on in the same run")
+        found.append(_FolderImport(client, experiment_id, folder, name, run, say)())
         tell(found[-1])
     return found
+
+
+def _run_of(folder: Folder, known: Iterable[Any]) -> Any:
+    """The run that a folder was imported to, from here or from where it was before it was moved; None where there is none."""
+    files = set(folder.identities)
+    same = [run for run in known if files & set(run.data.tags[FILES].split())]
+    here = (run for run in same if run.data.tags[SOURCE] == str(folder.path))
+    moved = (run for run in same if not files & set(identities(Path(run.data.tags[SOURCE]))))
+    return next(here, None) or next(moved, None)
 
 
 def _experiment(client: Any, name: str) -> str:

@@ -36,7 +36,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from mlflow_icr.bridge.run_export import Exported
     from mlflow_icr.bridge.tensorboard_export import export_runs
 
-    printed_runs: set[str] = set()
+    printed: dict[str, str] = {}  # the status that was printed last, by run
     stopped = threading.Event()
 
     def interrupt(number: int, frame: object) -> None:
@@ -47,8 +47,8 @@ def _run(arguments: argparse.Namespace) -> int:
     signal.signal(signal.SIGINT, interrupt)
 
     def tell(run: Exported) -> None:
-        if run.run_id not in printed_runs or run.new_points or run.new_images:
-            printed_runs.add(run.run_id)
+        if printed.get(run.run_id) != run.status or run.new_points or run.new_images:
+            printed[run.run_id] = run.status
             print(f"{run.folder}: {run.new_points} points and {run.new_images} images added, {run.status}", flush=True)
 
     export_runs(
@@ -63,5 +63,5 @@ def _run(arguments: argparse.Namespace) -> int:
     )
     if stopped.is_set():
         raise KeyboardInterrupt
-    print(f"look at them with: tensorboard --logdir {arguments.logdir}" if printed_runs else "there are no runs yet")
+    print(f"look at them with: tensorboard --logdir {arguments.logdir}" if printed else "there are no runs yet")
     return 0

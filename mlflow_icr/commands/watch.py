@@ -70,6 +70,7 @@ def add(commands: Commands) -> None:
     where = parser.add_argument_group("where results go")
     where.add_argument("--output-dir", type=Path, metavar="DIR", help="history, report and event files; default: DIR/icr")
     where.add_argument("--run-name", metavar="NAME", help="of the MLflow run; default: the folder's name")
+    where.add_argument("--on-verdict", metavar="COMMAND", help="a command, or a webhook's URL, told when the verdict changes")
     _add_measuring(parser.add_argument_group("how it is measured"))
     parser.set_defaults(run=_run)
 
@@ -112,6 +113,7 @@ def _run(arguments: argparse.Namespace) -> int:
         pace=Pace(arguments.follow, arguments.poll, arguments.settle, arguments.end_after),
         say=say,
         on_verdict=_print,
+        reaction=arguments.on_verdict,
         resolution=arguments.resolution,
         device=arguments.device,
         dtype=arguments.dtype,

@@ -92,7 +92,8 @@ class CheckpointWatch:
     which is measured at 0 images seen; None where the checkpoints are pipelines themselves. Results are in `output_dir` (None:
     `icr` in the folder), and a watch that was ended continues there, in the same MLflow run. `images_per_step` None is what the
     checkpoints' metadata say, else 1; `images_per_epoch` None is the number of training images. `say` gets a line for each
-    measurement, `on_verdict` the verdict whenever its state has changed. `options` are those of `load_pipeline`.
+    measurement, `on_verdict` the verdict whenever its state has changed. A `reaction`, a command or a webhook's URL, is told of
+    that too, as `Tracker` does it. `options` are those of `load_pipeline`.
 
     When several checkpoints wait, the newest comes first, and then the next newest: what the model does now is known as early
     as can be. The earliest one comes before all of them, since growth is relative to it. Raises ValueError for input that does
@@ -115,6 +116,7 @@ class CheckpointWatch:
         pace: Pace | None = None,
         say: Say = lambda text: None,
         on_verdict: Callable[[Verdict], object] = lambda verdict: None,
+        reaction: str | None = None,
         **options: Any,
     ) -> None:
         self.folder, self._data, self.base = Path(folder), data, base
@@ -123,7 +125,7 @@ class CheckpointWatch:
         self._images_per_epoch = len(ImageFiles(data)) if images_per_epoch is None else images_per_epoch
         Units(1 if images_per_step is None else images_per_step, self._images_per_epoch)  # refuses impossible values
         self._how: dict[str, Any] = {"protocol": protocol, "companions": companions, "batch_size": batch_size}
-        self._options, self._run_name = options, run_name
+        self._options, self._run_name, self._reaction = options, run_name, reaction
         self.pace, self._say, self._on_verdict = pace or Pace(), say, on_verdict
         self.measured: list[int] = []  # images seen, in the order of measuring
         self.left_out: dict[str, str] = {}  # reasons by name
@@ -205,7 +207,8 @@ class CheckpointWatch:
         self._measurement = CheckpointMeasurement(
             self._training, self._data, self.output_dir, units=self._units(first), options=self._options, **self._how
         )
-        tracker = folder_tracker(self.output_dir, run_name=self._run_name or self.folder.resolve().name, resume=True)
+        name = self._run_name or self.folder.resolve().name
+        tracker = folder_tracker(self.output_dir, run_name=name, resume=True, on_verdict=self._reaction)
         tracker.journal.write_file(SETTINGS, json.dumps(self._measurement.settings).encode())
         tracker.open(self._measurement.params, {"icr.watch": "checkpoints"})
         self._tracker = tracker

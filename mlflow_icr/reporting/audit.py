@@ -11,6 +11,7 @@ from typing import Any
 from mlflow_icr.extraction.encoder_weights import FIDELITY, WEIGHTS
 from mlflow_icr.generation import carlini_ratio, copy_similarity, memorization_ratio
 from mlflow_icr.monitoring.judgement import CARLINI_NEIGHBOURS, COPY_ENCODERS
+from mlflow_icr.reporting.gate import FORBIDDEN, MAX_COPIES, gate
 from mlflow_icr.reporting.markup import Child, Markup, element, images_text, interval, joined, number, table
 from mlflow_icr.reporting.material import RunMaterial
 from mlflow_icr.reporting.pictures import picture
@@ -177,6 +178,9 @@ def audit(run: RunMaterial, most_bytes: int) -> Markup:
         parts.append(_reach(run))
     else:
         parts.append(element("p", element("strong", "Nothing was tested for copying in this run."), class_="warning"))
+    found = gate(run, MAX_COPIES, FORBIDDEN)
+    asked = f"mlflow-icr gate --max-copies {MAX_COPIES:g} --forbid {' --forbid '.join(FORBIDDEN)}"
+    parts.append(element("p", element("strong", found.text), " (", element("code", asked), ")"))
     warned = {key: text for key, text in run.noted("warning").items() if key.startswith(("mem/", "gen/"))}
     if warned:
         parts.append(element("h4", "To know about these values"))

@@ -7,6 +7,7 @@ from mlflow_icr.tracking.journal import Journal
 from mlflow_icr.tracking.logged import Logged, read_logged
 from mlflow_icr.tracking.mlflow.sink import MLflowSink
 from mlflow_icr.tracking.mlflow.sync import sync
+from mlflow_icr.tracking.reactions import VerdictChange
 from mlflow_icr.tracking.sink import Sink
 from mlflow_icr.tracking.tensorboard.sink import TensorBoardSink
 from mlflow_icr.tracking.tracker import Tracker
@@ -18,6 +19,7 @@ __all__ = [
     "Sink",
     "TensorBoardSink",
     "Tracker",
+    "VerdictChange",
     "best_checkpoint",
     "check_folder",
     "folder_tracker",

@@ -12,22 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mlflow_icr.extraction.files import write_whole
-from mlflow_icr.tracking.operations import (
-    LOGGED,
-    MEASURED,
-    SUMMARY,
-    TABLE,
-    Dataset,
-    End,
-    File,
-    Metrics,
-    Model,
-    Operation,
-    Params,
-    Picture,
-    Tags,
-    to_line,
-)  # fmt: skip
+from mlflow_icr.tracking import operations as told
+from mlflow_icr.tracking.operations import LOGGED, MEASURED, SUMMARY, TABLE, to_line
 
 OPERATIONS, MODELS, VALUES, SENT = "mlflow.jsonl", "models.jsonl", "logged/values.jsonl", "logged/sent.json"
 Rows = dict[int, dict[str, float]]
@@ -52,71 +38,71 @@ def _state(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _operations(content: dict[str, Any], rows: Rows, write: Write) -> list[Operation]:
+def _operations(content: dict[str, Any], rows: Rows, write: Write) -> list[told.Operation]:
     """The operations that stand for one of the earlier format; none for what is damaged."""
     try:
         match content.get("kind"):
             case "start":
-                tags = [Tags(content["tags"])] if content["tags"] else []
-                return [Params(content["params"]), *tags]
+                tags = [told.Tags(content["tags"])] if content["tags"] else []
+                return [told.Params(content["params"]), *tags]
             case "tags":
-                return [Tags(content["tags"])]
+                return [told.Tags(content["tags"])]
             case "metrics":
                 measured = content["values"].items() <= rows.get(content["step"], {}).items()
-                return [Metrics(content["step"], content["time"], content["values"], MEASURED if measured else SUMMARY)]
+                return [told.Metrics(content["step"], content["time"], content["values"], MEASURED if measured else SUMMARY)]
             case "points":
-                return [Metrics(step, time, {key: value}, LOGGED) for key, value, step, time in content["points"]]
+                return [told.Metrics(step, time, {key: value}, LOGGED) for key, value, step, time in content["points"]]
             case "picture":
-                return [Picture(content["key"], content["step"], content["time"], content["path"])]
+                return [told.Picture(content["key"], content["step"], content["time"], content["path"])]
             case "table":
                 write(content["to"], json.dumps(content["content"]).encode())
                 folder, _, name = content["to"].rpartition("/")
-                return [File(content["to"], folder, TABLE, name.removesuffix(".json"))]
+                return [told.File(content["to"], folder, TABLE, name.removesuffix(".json"))]
             case "artifact":
-                return [File(content["path"], content["to"] or "")]
+                return [told.File(content["path"], content["to"] or "")]
             case "dataset":
-                return [Dataset(content["description"], content["context"])]
+                return [told.Dataset(content["description"], content["context"])]
             case "model":
                 times = [time for *_, time in content["points"]]
                 values = {key: value for key, value, *_ in content["points"]}
                 return [
-                    Model(
+                    told.Model(
                         content["step"], max(times, default=0), content["path"], values, content["weights"], content["turning"]
                     )
                 ]
             case "end":
-                return [End(content["status"], content["time"])]
+                return [told.End(content["status"], content["time"])]
     except (KeyError, TypeError, ValueError):
         pass
     return []
 
 
-def _logged(content: dict[str, Any]) -> list[Operation]:
+def _logged(content: dict[str, Any]) -> list[told.Operation]:
     try:
         values = {key: float(value) for key, value in content["values"].items()}
         time, texts = round(content["time"] * 1000), content.get("texts", {})
-        return [Metrics(content["step"], time, values, LOGGED, texts, content.get("resumes", False))]
+        return [told.Metrics(content["step"], time, values, LOGGED, texts, content.get("resumes", False))]
     except (KeyError, TypeError, ValueError):
         return []
 
 
 def _parts(
     folder: Path, write: Callable[[str, bytes], object]
-) -> tuple[list[list[Operation]], list[list[Operation]], list[Operation]]:
+) -> tuple[list[list[told.Operation]], list[list[told.Operation]], list[told.Operation]]:
     """What each line of both outboxes stands for, and the training's own values, which take the place of their copies."""
     from mlflow_icr.monitoring.series import HISTORY
 
     rows: Rows = {int(row["images_seen"]): row for row in _contents(folder / HISTORY) if "images_seen" in row}
-    told = [_operations(content, rows, write) for content in _contents(folder / OPERATIONS)]
+    outbox = [_operations(content, rows, write) for content in _contents(folder / OPERATIONS)]
     models = [_operations(content, rows, write) for content in _contents(folder / MODELS)]
     logged = [operation for content in _contents(folder / VALUES) for operation in _logged(content)]
-    return told, models, logged
+    return outbox, models, logged
 
 
-def earlier_operations(folder: Path) -> Iterator[Operation]:
+def earlier_operations(folder: Path) -> Iterator[told.Operation]:
     """What an earlier folder told, in order; nothing where there is no such folder."""
-    told, models, _ = _parts(folder, lambda name, content: None)
-    for part in (*told, *models):
+    outbox, models, _ = _parts(folder, lambda name, content: None)
+    for part in (*outbox, *models):
         yield from part
 
 
@@ -126,12 +112,12 @@ def write_events(folder: Path, path: Path) -> None:
     def keep(name: str, content: bytes) -> None:
         write_whole(folder / name, lambda file: file.write(content))
 
-    told, models, logged = _parts(folder, keep)
-    operations: list[Operation] = []
+    outbox, models, logged = _parts(folder, keep)
+    operations: list[told.Operation] = []
     places: list[int] = []  # for each line of both outboxes, how many operations end it
-    for part in (*told, *models):
+    for part in (*outbox, *models):
         # Its copies in MLflow's outbox have no texts, and not what the training took back.
-        operations += [o for o in part if not (logged and isinstance(o, Metrics) and o.source == LOGGED)]
+        operations += [o for o in part if not (logged and isinstance(o, told.Metrics) and o.source == LOGGED)]
         places.append(len(operations))
     before = len(operations)
     operations += logged
@@ -144,8 +130,8 @@ def write_events(folder: Path, path: Path) -> None:
         # Values of its own that MLflow was not told are told again where others follow them: it has each once.
         acknowledged, taken = state["acknowledged"], _state(folder / "models.json").get("acknowledged", 0)
         points = places[acknowledged - 1] if acknowledged else 0
-        kept = places[len(told) + taken - 1] if taken else 0
-        if points == (places[len(told) - 1] if told else 0) and _has_sent_all(folder):
+        kept = places[len(outbox) + taken - 1] if taken else 0
+        if points == (places[len(outbox) - 1] if outbox else 0) and _has_sent_all(folder):
             points = before + len(logged)
         cursors = {lane: [offsets[n], n] for lane, n in (("points", points), ("files", points), ("models", kept))}
         models_state = _state(folder / "models.json")

@@ -10,6 +10,7 @@ from mlflow_icr.tracking.earlier import OPERATIONS, VALUES
 from mlflow_icr.tracking.event_log import EVENTS
 
 if TYPE_CHECKING:
+    from mlflow_icr.tracking.reactions import Listener
     from mlflow_icr.tracking.tracker import Tracker
 
 
@@ -29,17 +30,24 @@ def check_folder(output_dir: Path | str, resume: bool) -> None:
 
 
 def folder_tracker(
-    output_dir: Path | str, *, run_name: str | None = None, resume: bool = False, log_models: str | None = None
+    output_dir: Path | str,
+    *,
+    run_name: str | None = None,
+    resume: bool = False,
+    log_models: str | None = None,
+    register: str | None = None,
+    on_verdict: Listener | str | None = None,
 ) -> Tracker:
     """A tracker of MLflow and of TensorBoard event files in the folder, to be opened on the main process.
 
-    With `resume` it goes on in the MLflow run that the folder belongs to. `log_models` is `MLflowSink`'s. Raises ValueError as
-    `Tracker` and `MLflowSink` do.
+    With `resume` it goes on in the MLflow run that the folder belongs to. `log_models` and `register` are `MLflowSink`'s,
+    `on_verdict` is `Tracker`'s. Raises ValueError as those do.
     """
     from mlflow_icr.tracking.mlflow.sink import MLflowSink
     from mlflow_icr.tracking.tensorboard.sink import TensorBoardSink
     from mlflow_icr.tracking.tracker import ALLOW, NEVER, Tracker
 
     folder = Path(output_dir)
-    sinks = [MLflowSink(run_name=run_name, log_models=log_models), TensorBoardSink(folder)]
-    return Tracker(folder, sinks, resume=ALLOW if resume else NEVER)
+    server = MLflowSink(run_name=run_name, log_models=log_models, register=register)
+    sinks = [server, TensorBoardSink(folder)]
+    return Tracker(folder, sinks, resume=ALLOW if resume else NEVER, on_verdict=on_verdict)

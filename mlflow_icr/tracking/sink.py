@@ -11,21 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlflow_icr.extraction.files import write_whole
+from mlflow_icr.tracking import operations as told
 from mlflow_icr.tracking.event_log import Cursor, EventLog
-from mlflow_icr.tracking.operations import (
-    ALL,
-    Dataset,
-    End,
-    File,
-    Metrics,
-    Model,
-    Operation,
-    Params,
-    Picture,
-    Tags,
-    described,
-    to_content,
-)  # fmt: skip
+from mlflow_icr.tracking.operations import ALL, described, to_content
 
 if TYPE_CHECKING:
     from mlflow_icr.tracking.worker import Worker
@@ -34,6 +22,11 @@ if TYPE_CHECKING:
 def say_on_stderr(text: str) -> None:
     """Show a line to whoever watches the program."""
     print(text, file=sys.stderr, flush=True)
+
+
+def not_taken(name: str, error: Exception, where: Path) -> str:
+    """What is said once of a place that fails. The error's type only: an address with a password can be part of its text."""
+    return f"{name} does not take results ({type(error).__name__}); training goes on, and everything measured is in {where}"
 
 
 class Failure(Enum):
@@ -76,7 +69,7 @@ class SinkState:
         """What was set aside: `what`, `why`, `lane` and `operation`, by its number in the log and what it is."""
         return dict(self.content["refused"])
 
-    def refuse(self, lane: str, number: int, operation: Operation, why: str) -> None:
+    def refuse(self, lane: str, number: int, operation: told.Operation, why: str) -> None:
         """Set an operation aside, for a reason."""
         what = described(operation)
         with self.lock:
@@ -140,6 +133,28 @@ class Sink:
 
         return drain(self.workers)
 
+    @property
+    def delivered_by(self) -> str:
+        """Who delivers what waits when the run has ended, for whoever is told of it."""
+        return "a tracker that goes on in this folder"
+
+    @property
+    def waiting_text(self) -> str:
+        """What it has not taken, in a line; empty where it has everything."""
+        waiting = sum(worker.waiting for worker in self.workers)
+        where = f"{waiting} operations wait in {self.folder}; {self.delivered_by} delivers them"
+        return f"{self.name} has not taken everything: {where}" if waiting else ""
+
+    @property
+    def refused_text(self) -> str:
+        """What it did not want, in a line; empty where it wanted everything."""
+        refused = self.state.refused if self.workers else {}
+        if not refused:
+            return ""
+        first = next(iter(refused.values()))
+        which = f"{len(refused)} operations, the first of them {first['what']} ({first['why']})"
+        return f"{self.name} did not want {which}; {self.delivered_by} offers them again"
+
     def state_path(self, folder: Path) -> Path:
         """Where the sink keeps how far it has come."""
         return folder / f"{self.name.lower()}.json"
@@ -157,29 +172,29 @@ class Sink:
     def in_caller(self) -> None:
         """Do what is to be done in the caller's thread; at every measurement."""
 
-    def send(self, lane: str, operations: Sequence[Operation], may_be_repeated: bool) -> None:
+    def send(self, lane: str, operations: Sequence[told.Operation], may_be_repeated: bool) -> None:
         """Take operations in order; `may_be_repeated`: they may have arrived before, in part or as a whole."""
         for operation in operations:
             self.take(operation)
 
-    def take(self, operation: Operation) -> None:
+    def take(self, operation: told.Operation) -> None:
         """Take one operation."""
         match operation:
-            case Params(values=values):
+            case told.Params(values=values):
                 self.params(values)
-            case Tags(values=values, step=step):
+            case told.Tags(values=values, step=step):
                 self.tags(values, step)
-            case Metrics(values=values, step=step, time=time):
+            case told.Metrics(values=values, step=step, time=time):
                 self.metrics(values, step, time)
-            case Picture(key=key, path=path, step=step):
+            case told.Picture(key=key, path=path, step=step):
                 self.picture(key, self.folder / path, step)
-            case File() as file:
+            case told.File() as file:
                 self.file(self.folder / file.path, file)
-            case Dataset(description=description, context=context):
+            case told.Dataset(description=description, context=context):
                 self.dataset(description, context)
-            case Model() as model:
+            case told.Model() as model:
                 self.model(self.folder / model.path, model)
-            case End(status=status):
+            case told.End(status=status):
                 self.end(status)
 
     def params(self, values: Mapping[str, Any]) -> None:
@@ -194,13 +209,13 @@ class Sink:
     def picture(self, key: str, path: Path, step: int) -> None:
         """A picture of a step, a PNG."""
 
-    def file(self, path: Path, file: File) -> None:
+    def file(self, path: Path, file: told.File) -> None:
         """A file: its `role` says whether it is an artifact, a figure, a table, distributions or vectors."""
 
     def dataset(self, description: Mapping[str, str], context: str) -> None:
         """A set of images, as MLflow describes it; `context` is "training" or "validation"."""
 
-    def model(self, path: Path, model: Model) -> None:
+    def model(self, path: Path, model: told.Model) -> None:
         """A checkpoint, a diffusers folder."""
 
     def end(self, status: str) -> None:

@@ -24,8 +24,9 @@ from mlflow_icr.tracking.folder import holds_run
 from mlflow_icr.tracking.journal import Journal
 from mlflow_icr.tracking.lock import Lock
 from mlflow_icr.tracking.logged import Logged
+from mlflow_icr.tracking.reactions import Listener, Reaction
 from mlflow_icr.tracking.report_operations import missing_operations, now_ms, report_operations, text_operations
-from mlflow_icr.tracking.sink import Sink, SinkState, say_on_stderr
+from mlflow_icr.tracking.sink import Sink, SinkState, not_taken, say_on_stderr
 from mlflow_icr.tracking.worker import LAST_ATTEMPTS, Worker, drain
 
 logger = logging.getLogger(__name__)
@@ -44,11 +45,21 @@ class Tracker:
     ends with `close`, or as FAILED or KILLED with the program. `resume` says what is done with a folder that holds a run:
     "never" refuses it, "allow" goes on in it, "must" refuses one that does not. `mode` (or MLFLOW_ICR_MODE, or "online"):
     "offline" tells remote sinks nothing, `mlflow-icr sync` does that later; "disabled" tells no sink anything.
+    `on_verdict`, a function, a shell command or a webhook's URL, is told of each change of the verdict's state, as a
+    `VerdictChange`.
     One process uses a folder at a time, and one thread a tracker; a forked or spawned worker's calls do nothing.
     Raises ValueError for a folder that is refused, in use or damaged.
     """
 
-    def __init__(self, output_dir: Path | str, sinks: Sequence[Sink], *, resume: str = NEVER, mode: str | None = None) -> None:
+    def __init__(
+        self,
+        output_dir: Path | str,
+        sinks: Sequence[Sink],
+        *,
+        resume: str = NEVER,
+        mode: str | None = None,
+        on_verdict: Listener | str | None = None,
+    ) -> None:
         self.mode = mode or os.environ.get(MODE_VARIABLE) or ONLINE
         for name, value, allowed in (("resume", resume, RESUMES), ("mode", self.mode, MODES)):
             if value not in allowed:
@@ -67,12 +78,13 @@ class Tracker:
         except BaseException:
             self._lock.release()
             raise
-        self.sinks = list(sinks)
+        self._verdicts = folded(self.journal.rows)
+        told_of_verdicts = [] if on_verdict is None else [Reaction(on_verdict, self.verdict.state)]
+        self.sinks = [*sinks, *told_of_verdicts]
         self.workers: list[Worker] = []
         self.say: Callable[[str], None] = say_on_stderr
         self.quiet = False  # whether the caller tells of failures
         self.ends_by_itself = True  # with the program; False where the caller sees to that
-        self._verdicts = folded(self.journal.rows)
         self._shown_verdict: dict[str, str] = {}
         self._noted = False  # whether somebody has written a description of the run's page
         self._warned: set[str] = set()
@@ -156,26 +168,13 @@ class Tracker:
             self.log_file.append([told.End(status, now_ms())])
         finally:
             drain(self.workers, patience=LAST_ATTEMPTS, closing=True)
-            self._tell_of_the_rest()
+            for sink in self.sinks if not self.quiet else ():
+                if sink.waiting_text:
+                    logger.warning("%s", sink.waiting_text)
+                if sink.refused_text:
+                    self.say(sink.refused_text)
             self.abandon()
         return values
-
-    def _tell_of_the_rest(self) -> None:
-        folder = self.journal.folder
-        for sink in self.sinks:
-            waiting = sum(worker.waiting for worker in sink.workers)
-            if waiting and not self.quiet:
-                logger.warning(
-                    "%s has not taken everything: %d operations wait in %s; mlflow-icr sync %s delivers them",
-                    sink.name, waiting, folder, folder,
-                )  # fmt: skip
-            refused = sink.state.refused if sink.workers else {}
-            if refused and not self.quiet:
-                first = next(iter(refused.values()))
-                self.say(
-                    f"{sink.name} did not want {len(refused)} operations, the first of them {first['what']} ({first['why']}); "
-                    f"mlflow-icr sync {folder} offers them again"
-                )
 
     def abandon(self) -> None:
         """Let the folder go as a killed process does: nothing more is told, and others may use it."""
@@ -391,10 +390,5 @@ class Tracker:
             logger.warning("%s", text)
 
     def _warn_of(self, sink: Sink, error: Exception) -> None:
-        # The type only: a tracking URI, which may hold a password, can be part of the message.
-        self._warn(
-            f"failure {sink.name}",
-            f"{sink.name} does not take results ({type(error).__name__}); training goes on, and everything measured is in "
-            f"{self.journal.path}",
-        )
+        self._warn(f"failure {sink.name}", not_taken(sink.name, error, self.journal.path))
         logger.debug("%s failed", sink.name, exc_info=error)

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from mlflow_icr.tracking.event_log import Cursor, Entry, EventLog
 from mlflow_icr.tracking.operations import from_content, halves
-from mlflow_icr.tracking.sink import Failure, Sink
+from mlflow_icr.tracking.sink import Failure, Sink, not_taken
 
 logger = logging.getLogger(__name__)
 
@@ -167,13 +167,9 @@ class Worker:
                 self._deliver(part, True)
 
     def _warn_of(self, error: Exception) -> None:
-        # The type only: an address, which may hold a password, can be part of the message.
         if "failure" not in self._warned:
             self._warned.add("failure")
-            self._warn(
-                f"{self.sink.name} does not take results ({type(error).__name__}); training goes on, and everything measured "
-                f"is in {self.log.folder}"
-            )
+            self._warn(not_taken(self.sink.name, error, self.log.folder))
         logger.debug("%s failed", self.sink.name, exc_info=error)
 
     def _warn(self, text: str) -> None:

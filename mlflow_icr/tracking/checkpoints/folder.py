@@ -28,6 +28,14 @@ def check_log_models(log_models: str) -> None:
         raise ValueError(f"log_models is {log_models!r}; expected one of {', '.join(LOG_MODELS)}")
 
 
+def check_register(name: str, log_models: str | None) -> None:
+    """Raise ValueError for a registered model's name that cannot be, or where no weights are logged that it could have."""
+    if not name.strip() or set(name) & set("/:\"'%.\\"):
+        raise ValueError(f"register is {name!r}; expected the name of a registered model, without / : . % and quotes")
+    if log_models == NONE:
+        raise ValueError(f"register is {name!r} and log_models 'none'; expected log_models {ALL} or {KEPT}")
+
+
 def is_pipeline(folder: Path) -> bool:
     """Whether a folder holds a diffusers pipeline."""
     return (folder / INDEX).is_file() or (folder / "unet" / "config.json").is_file()

@@ -18,6 +18,7 @@ EXTERNAL = "mlflow.model.isExternal"  # MLflow's own tag for models whose weight
 # Tags of a model. `role` is turning (the one to keep) or newest; `weights` says where they are.
 STEP_TAG, ROLE_TAG, WEIGHTS_TAG = "images_seen", "role", "weights"
 TURNING, NEWEST = "turning", "newest"
+ALIAS = "keep"  # of a registered model: the checkpoint to keep
 UPLOADED, LOCAL, REMOVED = "uploaded", "in the output folder", "removed from the output folder before they were uploaded"
 
 
@@ -53,6 +54,29 @@ class ModelDelivery:
             if error.error_code == "ENDPOINT_NOT_FOUND":  # MLflow 2
                 raise RefusalError("this server has no logged models; checkpoints stay in the output folder") from None
             raise
+
+    def register(self, step: int, name: str) -> None:
+        """Give the checkpoint the alias `keep` of a registered model, which is made where there is none.
+
+        Idempotent. A model without weights, which nobody could load, gets none.
+        """
+        from mlflow.exceptions import MlflowException
+
+        model = self._named(step)
+        if model is None or model.tags.get(WEIGHTS_TAG) != UPLOADED:
+            return
+        try:
+            self._client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        versions = self._client.search_model_versions(f"name = '{name}'")
+        version = next((version for version in versions if version.source == model.artifact_location), None)
+        if version is None:
+            version = self._client.create_model_version(
+                name, model.artifact_location, run_id=self.run_id, model_id=model.model_id, tags={STEP_TAG: str(step)}
+            )
+        self._client.set_registered_model_alias(name, ALIAS, version.version)
 
     def _search(self, condition: str) -> list[Any]:
         """The run's models that meet a condition, oldest first."""

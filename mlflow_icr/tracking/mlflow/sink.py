@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mlflow_icr.environment import ours
-from mlflow_icr.tracking.checkpoints.folder import ALL, KEPT, NONE, check_log_models
+from mlflow_icr.tracking import operations as told
+from mlflow_icr.tracking.checkpoints.folder import ALL, KEPT, NONE, check_log_models, check_register
 from mlflow_icr.tracking.checkpoints.model_delivery import ModelDelivery
 from mlflow_icr.tracking.event_log import EventLog
 from mlflow_icr.tracking.keys import (
@@ -27,21 +28,9 @@ from mlflow_icr.tracking.keys import (
 from mlflow_icr.tracking.mlflow.active import activate, deactivate, users_run
 from mlflow_icr.tracking.mlflow.artifacts import log_dataset, log_file, log_picture
 from mlflow_icr.tracking.mlflow.failures import failure_of, reason_of
+from mlflow_icr.tracking.mlflow.store import end_run
 from mlflow_icr.tracking.mlflow.target import Target, absolute_uri, public_uri, resolve, run_address, with_credentials
-from mlflow_icr.tracking.operations import (
-    FILES,
-    MODELS,
-    POINTS,
-    Dataset,
-    End,
-    File,
-    Metrics,
-    Model,
-    Operation,
-    Params,
-    Picture,
-    Tags,
-)  # fmt: skip
+from mlflow_icr.tracking.operations import FILES, MODELS, POINTS
 from mlflow_icr.tracking.sink import Failure, Sink, SinkState
 
 KEY_TAG = "icr.log"  # of a run: which folder's log it shows
@@ -61,7 +50,8 @@ class MLflowSink(Sink):
     and what it has already, `known` keys by step, is not told again.
 
     Checkpoints are models of the run: `log_models` says whose weights are uploaded, "all", "kept" (those that are kept at the
-    end), or "none", and then there are no models; None for what the folder's earlier process had. Raises ValueError for others.
+    end), or "none", and then there are no models; None for what the folder's earlier process had. `register` names a registered
+    model whose alias `keep` the checkpoint to keep gets at the end. Raises ValueError for others, and for names that cannot be.
 
     A `tracking_uri` is where the server of a resumed folder is now; with `starts_over` the folder's run is forgotten, and a new
     one gets everything.
@@ -83,15 +73,20 @@ class MLflowSink(Sink):
         joins: bool = False,
         known: Mapping[int, set[str]] | None = None,
         log_models: str | None = None,
+        register: str | None = None,
         starts_over: bool = False,
     ) -> None:
         if joins and run_id is None:
             raise ValueError("joins is True and run_id None; expected the run to join")
         if log_models is not None:
             check_log_models(log_models)
+        if register is not None:
+            check_register(register, log_models)
         self.tracking_uri, self.experiment, self.run_name = tracking_uri, experiment, run_name
         self.parent_run_id, self.joins, self.known = parent_run_id, joins, known or {}
-        self._given, self._log_models, self._starts_over = run_id, log_models, starts_over
+        self._given, self._starts_over = run_id, starts_over
+        # What the folder keeps for later processes, `mlflow-icr sync` among them.
+        self._wishes = {key: wish for key, wish in (("log_models", log_models), ("register", register)) if wish is not None}
         self._client: Any = None
         self._run: Any = None  # as it was when it was found or made
         self._making = threading.Lock()  # lanes have one run
@@ -131,6 +126,11 @@ class MLflowSink(Sink):
         return next((worker.failure for worker in self.workers if worker.failure is not None), None)
 
     @property
+    def delivered_by(self) -> str:
+        """The command that delivers what waits."""
+        return f"mlflow-icr sync {self.folder}"
+
+    @property
     def policy(self) -> str:
         """Whose weights are uploaded."""
         return str(self.state.content.get("log_models", NONE))
@@ -145,8 +145,8 @@ class MLflowSink(Sink):
         """Get the folder; what is told of models from now on is as `log_models` says."""
         super().attach(folder, log, state, say)
         self._client = self._run = None
-        if self._log_models is not None and state.content.get("log_models") != self._log_models:
-            state.update(log_models=self._log_models)
+        if not self._wishes.items() <= state.content.items():
+            state.update(**self._wishes)
 
     def open(self, opening: bool, *, offline: bool = False) -> None:
         """Find out where results go, unless the folder knows it."""
@@ -236,42 +236,43 @@ class MLflowSink(Sink):
         """An exception in a line, without credentials."""
         return reason_of(error)
 
-    def send(self, lane: str, operations: Sequence[Operation], may_be_repeated: bool) -> None:
+    def send(self, lane: str, operations: Sequence[told.Operation], may_be_repeated: bool) -> None:
         """Tell the run some operations; values and texts in a row in as few calls as MLflow allows."""
         self._ensure_run(may_be_repeated)
-        metrics: list[Metrics] = []
+        metrics: list[told.Metrics] = []
         tags: dict[str, str] = {}
         for operation in operations:
             match operation:
-                case Metrics():
+                case told.Metrics():
                     metrics.append(operation)
                     tags |= {f"logged.{key}": text for key, text in operation.texts.items()}
-                case Tags(values=values):
+                case told.Tags(values=values):
                     tags |= values
-                case Params(values=values):
+                case told.Params(values=values):
                     self._log_params(values)
-                case Dataset():
+                case told.Dataset():
                     log_dataset(self._client, self._id, operation)
-                case Picture(step=step) if not self.known.get(step):
+                case told.Picture(step=step) if not self.known.get(step):
                     log_picture(self._client, self._id, self.folder, operation, may_be_repeated)
-                case File(folder=folder) if folder is not None:
+                case told.File(folder=folder) if folder is not None:
                     log_file(self._client, self._id, self.folder, operation, folder)
-                case Model() if self.policy != NONE:
+                case told.Model() if self.policy != NONE:
                     self._log_model(operation)
                 case _:
                     pass
         self._log_metrics(metrics, may_be_repeated)
         self._log_tags(tags)
         for operation in operations:  # after all that came before it, and MLflow takes values of ended runs too
-            if isinstance(operation, End) and self.target.owned and self.log.status is not None:  # else it goes on again
-                self._end(operation)
+            if isinstance(operation, told.End) and self.target.owned and self.log.status is not None:  # else it goes on again
+                end_run(self._client, self._id, operation.status, operation.time)
 
     def _connect(self) -> Any:
         import mlflow
 
         if self._client is None:
             uri = with_credentials(self.target.uri, self.tracking_uri, mlflow.get_tracking_uri())
-            self._client = mlflow.MlflowClient(tracking_uri=uri)
+            elsewhere = self.target.uri != public_uri(absolute_uri(mlflow.get_tracking_uri()))
+            self._client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri if elsewhere else None)
         return self._client
 
     @property
@@ -358,12 +359,12 @@ class MLflowSink(Sink):
         for start in range(0, len(tags), TEXTS_PER_CALL):
             self._client.log_batch(self._id, tags=tags[start : start + TEXTS_PER_CALL])
 
-    def _log_metrics(self, told: Sequence[Metrics], may_be_repeated: bool) -> None:
+    def _log_metrics(self, parts: Sequence[told.Metrics], may_be_repeated: bool) -> None:
         from mlflow.entities import Metric
 
         points = [
             Metric(self._key(key), value, part.time, part.step)
-            for part in told
+            for part in parts
             for key, value in part.values.items()
             if key not in self.known.get(part.step, ())
         ]
@@ -375,17 +376,13 @@ class MLflowSink(Sink):
         for start in range(0, len(points), METRICS_PER_CALL):
             self._client.log_batch(self._id, metrics=points[start : start + METRICS_PER_CALL])
 
-    def _log_model(self, operation: Model) -> None:
+    def _log_model(self, operation: told.Model) -> None:
         assert self.experiment_id is not None, "it is known with the run"
         weights = self.policy == ALL or (self.policy == KEPT and operation.kept)
         delivery = ModelDelivery(self._client, self._id, self.experiment_id, self.folder)
         newest, turning = max(self.log.models, default=operation.step), self.log.turning
         params = {self._key(key): str(value)[:LONGEST_PARAM] for key, value in self.log.params.items()}
         delivery.send(operation, params, weights=weights, newest=newest, turning=turning)
-
-    def _end(self, operation: End) -> None:
-        from mlflow.entities import RunStatus
-
-        # Not by `set_terminated`, which prints the run's address, with the password where the tracking URI has one.
-        store = self._client._tracking_client.store
-        store.update_run_info(self._id, RunStatus.from_string(operation.status), operation.time, None)
+        register = self.state.content.get("register")
+        if register and operation.kept and operation.step == (newest if turning is None else turning):
+            delivery.register(operation.step, register)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -149,15 +149,15 @@ def artifacts_answer() -> Iterator[None]:
         raise StoreError(f"the artifact store does not answer: {type(error).__name__}") from error
 
 
-def files(client: Any, run_id: str, folder: str | None = None) -> Iterator[Any]:
-    """Every artifact file of a run, depth first."""
+def files(client: Any, run_id: str, folder: str | None = None, *, skip: Container[str] = ()) -> Iterator[Any]:
+    """Every artifact file of a run, depth first, but those in folders of `skip`; one call for each folder."""
     with artifacts_answer():
         entries = client.list_artifacts(run_id, folder)
     for entry in entries:
-        if entry.is_dir:
-            yield from files(client, run_id, entry.path)
-        else:
+        if not entry.is_dir:
             yield entry
+        elif entry.path not in skip:
+            yield from files(client, run_id, entry.path, skip=skip)
 
 
 def download(client: Any, run_id: str, path: str, folder: Path) -> bytes:
@@ -169,6 +169,17 @@ def download(client: Any, run_id: str, path: str, folder: Path) -> bytes:
     finally:
         if folder in local.parents:  # a local store may hand out its own file
             local.unlink()
+
+
+def end_run(client: Any, run_id: str, status: str, end_time: int) -> None:
+    """Set a run's status and its end, in Unix ms.
+
+    Not by `set_terminated`, which prints the run's address, with the password where the tracking URI has one; to keep that
+    back, the output of the whole process would have to be redirected.
+    """
+    from mlflow.entities import RunStatus
+
+    client._tracking_client.store.update_run_info(run_id, RunStatus.from_string(status), end_time, None)
 
 
 def is_alive(client: Any, run_id: str) -> bool:

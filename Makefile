@@ -4,7 +4,7 @@ BIN := .venv/bin
 UI_PORT ?= 5000
 TENSORBOARD_PORT ?= 6006
 
-.PHONY: help .venv demo test slow soak lint format docs wheel ui benchmarks validate screenshots clean
+.PHONY: help .venv demo test slow soak lint format docs tutorials wheel ui benchmarks validate screenshots clean
 
 # What there is, from the lines above the targets.
 help:
@@ -54,6 +54,10 @@ format: .venv
 docs: .venv
 	$(BIN)/python docs/build_pages.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+# The tutorials, run; their pages show what they print and draw.
+tutorials: .venv
+	$(BIN)/python docs/run_tutorials.py
 
 # Source distribution and wheel in dist/, checked.
 wheel: .venv

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Gate a pipeline of diffusers
 #
-# Somebody has trained a pipeline with plain diffusers code. Before it is published, you want to know whether it copies its
-# training images. This tutorial measures its checkpoints and its samples, and refuses a pipeline that copies. It takes about a
-# minute on one CPU core.
+# A pipeline was trained with plain diffusers code. Before it is published, you want to know whether it copies its
+# training images. This tutorial measures its checkpoints and its samples, and refuses a pipeline that copies. It takes about
+# two minutes on one CPU core.
 #
 # ## A training in plain diffusers
 #

@@ -2,7 +2,7 @@
 # # Watch your own loop
 #
 # You have a network, images and a training loop. This tutorial adds a watch to the loop and reads what it finds.
-# It takes about a minute on one CPU core.
+# It takes one to two minutes on one CPU core.
 #
 # ## A loop without a watch
 #

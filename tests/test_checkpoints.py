@@ -368,7 +368,7 @@ def test_a_server_without_models_gets_the_rest_and_one_warning(
     sink = trained(tmp_path / "run", pipeline)
     assert sink.run_id is not None
     warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-    assert warnings == ["MLflow does not want model (this server has no logged models; checkpoints stay in the output folder)"]
+    assert warnings == ["MLflow refuses model (this server has no logged models; checkpoints stay in the output folder)"]
     run = MlflowClient().get_run(sink.run_id)
     assert (run.info.status, run.data.metrics["repr/icr"]) == ("FINISHED", ICR[300])
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)  # it has been brought up to date

@@ -14,6 +14,7 @@ from mlflow_icr import cli
 from mlflow_icr.integrations import diffusers as diffusers_script
 from trainers.command_line import train_parser
 from trainers.experiments import demo, split_halves
+from trainers.experiments.paper import command as paper
 from trainers.experiments.sweep import plan as sweep
 
 ROOT = Path(__file__).parents[1]
@@ -23,6 +24,7 @@ PROGRAMS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "mlflow_icr.integrations.diffusers": diffusers_script._parser,
     "trainers.train": train_parser,
     "trainers.experiments.demo": demo._parser,
+    "trainers.experiments.paper": paper._parser,
     "trainers.experiments.split_halves": split_halves._parser,
     "trainers.experiments.sweep": sweep._parser,
 }

@@ -276,7 +276,7 @@ def test_what_the_server_refuses_does_not_hold_up_the_rest(
     tracker.metrics({"a": 1.0, "b": 2.0}, 0)
     tracker.record(report(0))
     tracker.close("FINISHED")
-    assert "MLflow does not want metrics (Invalid value" in caplog.text
+    assert "MLflow refuses metrics (Invalid value" in caplog.text
     from mlflow import MlflowClient
 
     assert sink.run_id is not None

@@ -56,7 +56,7 @@ def test_artifacts_that_cannot_be_stored_hold_up_no_points(tmp_path: Path, capsy
     assert (run.info.status, "repr/icr" in run.data.metrics) == ("FINISHED", True)
     (refused,) = state(tmp_path / "run")["refused"].values()
     assert (refused["what"], "boto" in refused["why"]) == ("picture 'samples' at step 1", True)
-    assert "MLflow did not want 1 operations, the first of them picture 'samples'" in capsys.readouterr().err
+    assert "MLflow refused 1 operations, the first of them picture 'samples'" in capsys.readouterr().err
 
 
 def test_a_name_that_a_file_store_cannot_have_costs_that_one_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""How a network is told what was done to its training images, and how a saved one is rid of it.
+"""Augmentation labels: a network in training gets them as an input; a saved network has no such input.
 
 Nine numbers a row go through a linear layer without bias and are added to the embedding of time, before its first layer, where
 diffusers' TimestepEmbedding has a place for it (`cond_proj`). It begins with zeros, so that a network is what it was without.
@@ -42,13 +42,13 @@ def tell_labels(network: nn.Module) -> RowLabels:
     """Have a network with the layer read labels while it is in training mode; returns where they go."""
     labels = RowLabels()
 
-    def told(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    def with_labels(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         if not module.training:
             return None
         assert labels.of_rows is not None, "a network in training has labels for its rows"
         return given[0], labels.of_rows.to(given[0].dtype)
 
-    _embedding(network).register_forward_pre_hook(told)
+    _embedding(network).register_forward_pre_hook(with_labels)
     return labels
 
 

@@ -1,4 +1,4 @@
-"""What becomes of a training image before it is noised, drawn by keys as the noise is: mirror images, or EDM's pipe.
+"""Augmentation of training images, before noise, drawn by keys as the noise is: mirror images, or EDM's pipe.
 
 Mirror images (`flip`) stand beside the images themselves, as if the data had both: samples may be mirrored too, and a view that
 is mirrored tells the monitor nothing. Of latents, mirror images are encoded once, as the images are: an autoencoder does not
@@ -57,11 +57,11 @@ class Warps:
     down: np.ndarray
 
     def labels(self) -> Tensor:
-        """What the network is told, (B, 9) float32; zeros for an image as it is."""
+        """The augmentation labels for the network, (B, 9) float32; zeros for an unchanged image."""
         turned = np.cos(self.turn) - 1, np.sin(self.turn)
         stretched = self.stretch * np.cos(self.axis), self.stretch * np.sin(self.axis)
-        told = (self.flip_x, self.flip_y, self.scale, *turned, *stretched, self.right, self.down)
-        return torch.from_numpy(np.stack(told, 1)).float()
+        columns = (self.flip_x, self.flip_y, self.scale, *turned, *stretched, self.right, self.down)
+        return torch.from_numpy(np.stack(columns, 1)).float()
 
     def matrices(self, size: tuple[int, int]) -> np.ndarray:
         """Where pixels go, (B, 2, 3): from (x, y, 1), counted from the centre, right and down; mirrors left aside."""

@@ -1,4 +1,4 @@
-"""Between the trackers: runs of MLflow as event files, and event files as runs of MLflow."""
+"""Export of MLflow runs to TensorBoard event files, and import of event files as MLflow runs."""
 
 from mlflow_icr.bridge.tensorboard_export import export_runs
 from mlflow_icr.bridge.tensorboard_import import import_runs

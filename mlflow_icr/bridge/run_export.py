@@ -55,7 +55,7 @@ class State:
 
     @classmethod
     def load(cls, folder: Path, run_id: str) -> State:
-        """A folder's state; a new one, with which the export begins anew, when it does not fit the files."""
+        """A folder's state; a new one, with which the export starts again, if it does not fit the files."""
         try:
             content = json.loads((folder / STATE).read_text(encoding="utf-8"))
             if content.pop("version") != STATE_VERSION or content["run_id"] != run_id:
@@ -101,7 +101,7 @@ def _mark(point: Any) -> str:
 
 @dataclass
 class Looked:
-    """When somebody looked at all artifacts of a run, and which of their folders had no picture then, at or below them."""
+    """When all artifacts were last listed of a run, and which of their folders had no picture then, at or below them."""
 
     at: float = -LOOK_AT_ALL_SECONDS
     without: set[str] = field(default_factory=set)

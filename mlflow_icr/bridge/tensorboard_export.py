@@ -36,11 +36,11 @@ class Exporter:
 
     @staticmethod
     def _once(say: Say) -> Say:
-        told: set[str] = set()
+        printed: set[str] = set()
 
         def tell(text: str) -> None:
-            if text not in told:
-                told.add(text)
+            if text not in printed:
+                printed.add(text)
                 say(text)
 
         return tell
@@ -112,9 +112,9 @@ def export_runs(
 ) -> list[Exported]:
     """Export an experiment by its name, or runs with those nested in them; returns what each run got.
 
-    With `follow`, again every `interval` seconds until no run is running; runs that come are taken up, and a store that
-    does not answer for a while is waited for; `stop` ends it between two looks. `tell` hears of each look at a run, `say`
-    of what is left out. Raises ValueError for an unknown experiment or run and an unwritable logdir, store.StoreError (an
+    With `follow`, again every `interval` seconds until no run is running; runs that come are taken up, and a store that does
+    not answer for a while is waited for; `stop` ends it between two looks. `tell` is called after each look, `say` with lines
+    on what is left out. Raises ValueError for an unknown experiment or run and an unwritable logdir, store.StoreError (an
     OSError) when the store does not answer at the start.
     """
     if (experiment is None) == (not run_ids):

@@ -92,8 +92,8 @@ class CheckpointWatch:
     which is measured at 0 images seen; None where the checkpoints are pipelines themselves. Results are in `output_dir` (None:
     `icr` in the folder), and a watch that was ended continues there, in the same MLflow run. `images_per_step` None is what the
     checkpoints' metadata say, else 1; `images_per_epoch` None is the number of training images. `say` gets a line for each
-    measurement, `on_verdict` the verdict whenever its state has changed. A `reaction`, a command or a webhook's URL, is told of
-    that too, as `Tracker` does it. `options` are those of `load_pipeline`.
+    measurement, `on_verdict` the verdict whenever its state has changed. A `reaction`, a command or a webhook's URL, gets
+    it too, as `Tracker` does it. `options` are those of `load_pipeline`.
 
     When several checkpoints wait, the newest comes first, and then the next newest: what the model does now is known as early
     as can be. The earliest one comes before all of them, since growth is relative to it. Raises ValueError for input that does

@@ -11,7 +11,7 @@ from mlflow_icr.monitoring.verdict import GENERALIZING, MEMORIZING, TURNING, UND
 from mlflow_icr.reporting.material import RunMaterial
 
 STATES = (GENERALIZING, TURNING, MEMORIZING)
-# What a report's page asks where nobody has asked otherwise.
+# The criterion of a report's page.
 MAX_COPIES, FORBIDDEN = 0.01, (MEMORIZING,)
 # Detectors whose values are shares of samples.
 SHARES = re.compile(r"mem/(ratio|copies)_.+|mem/carlini")
@@ -35,7 +35,7 @@ def gate(run: RunMaterial, max_copies: float | None = None, forbid: Collection[s
     """Judge a run at its newest measurement.
 
     With `max_copies`, a share, the interval of each detector's share of copies has to lie at or below it. With `forbid`, the
-    verdict must be none of these states, and not undecided. Raises ValueError for a share or state that cannot be, or for
+    verdict must be none of these states, and not undecided. Raises ValueError for an impossible share or state, or for
     neither.
     """
     if max_copies is None and not forbid:

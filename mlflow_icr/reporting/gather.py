@@ -56,7 +56,7 @@ def _described(folder: Path) -> tuple[str, dict[str, str], dict[str, str], str]:
     for operation in read_operations(folder):
         match operation:
             case Params(values=values):
-                params = _texts(values) | params  # a run's parameter stays what it was first
+                params = _texts(values) | params  # a parameter of a run keeps its first value
                 status = ""
             case Tags(values=values):
                 tags |= _texts(values)

@@ -1,7 +1,7 @@
-"""Run folders as they were before there was one event log: their operations, and how much of them MLflow has.
+"""Read run folders of the format before the event log: their operations, and how many of them MLflow has.
 
-`mlflow.jsonl` and `models.jsonl` were what MLflow was to be told, `mlflow.json` and `models.json` how much it had, and
-`logged/values.jsonl` a training's own values, with `logged/sent.json`. They are read once, and left as they are.
+`mlflow.jsonl` and `models.jsonl` held what MLflow was to get, `mlflow.json` and `models.json` how much of it had arrived, and
+`logged/values.jsonl` a training's own values, with `logged/sent.json`. They are read once and not changed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Write = Callable[[str, bytes], object]
 
 
 def _contents(path: Path) -> Iterator[dict[str, Any]]:
-    """The finished lines of a file, which may not be there; damaged ones are empty."""
+    """The complete lines of a file, none if it does not exist; damaged ones are empty."""
     for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else []:
         try:
             content = json.loads(line)
@@ -39,7 +39,7 @@ def _state(path: Path) -> dict[str, Any]:
 
 
 def _operations(content: dict[str, Any], rows: Rows, write: Write) -> list[told.Operation]:
-    """The operations that stand for one of the earlier format; none for what is damaged."""
+    """The operations for one line of the earlier format; none for a damaged line."""
     try:
         match content.get("kind"):
             case "start":
@@ -89,7 +89,7 @@ def _logged(content: dict[str, Any]) -> list[told.Operation]:
 def _parts(
     folder: Path, write: Callable[[str, bytes], object]
 ) -> tuple[list[list[told.Operation]], list[list[told.Operation]], list[told.Operation]]:
-    """What each line of both outboxes stands for, and the training's own values, which take the place of their copies."""
+    """The operations of each line of both outboxes, with the training's own values in place of their copies."""
     from mlflow_icr.monitoring.series import HISTORY
 
     rows: Rows = {int(row["images_seen"]): row for row in _contents(folder / HISTORY) if "images_seen" in row}
@@ -100,14 +100,14 @@ def _parts(
 
 
 def earlier_operations(folder: Path) -> Iterator[told.Operation]:
-    """What an earlier folder told, in order; nothing where there is no such folder."""
+    """The operations of a folder of the earlier format, in order; none if it is no such folder."""
     outbox, models, _ = _parts(folder, lambda name, content: None)
     for part in (*outbox, *models):
         yield from part
 
 
 def write_events(folder: Path, path: Path) -> None:
-    """Make the event log of a folder, from an earlier format where it has one, with MLflow's cursors. Raises OSError."""
+    """Write the event log of a folder, converted if it has the earlier format, with MLflow's cursors. Raises OSError."""
 
     def keep(name: str, content: bytes) -> None:
         write_whole(folder / name, lambda file: file.write(content))
@@ -127,7 +127,7 @@ def write_events(folder: Path, path: Path) -> None:
         offsets.append(offsets[-1] + len(line.encode()))
     state = _state(folder / "mlflow.json")
     if "acknowledged" in state:
-        # Values of its own that MLflow was not told are told again where others follow them: it has each once.
+        # Values that MLflow did not get are sent again, also if it has later ones: it keeps each point once.
         acknowledged, taken = state["acknowledged"], _state(folder / "models.json").get("acknowledged", 0)
         points = places[acknowledged - 1] if acknowledged else 0
         kept = places[len(outbox) + taken - 1] if taken else 0

@@ -1,4 +1,4 @@
-"""How a run ends that nobody ended: by an exception that left the program, by a signal, or by the program's end."""
+"""End a run with the program: after an uncaught exception, a signal, or a normal exit."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def status_of(error: BaseException | None) -> str:
 
 
 def end_at_exit(close: Callable[[str], object], *, otherwise: str = "FINISHED") -> Callable[[], None]:
-    """Call `close(status)` when the interpreter ends; returns what takes that back.
+    """Call `close(status)` when the interpreter exits; returns a function that cancels this.
 
-    An exception that nobody caught has gone through the interpreter by then, and is what the status comes from. Without one,
-    and after `sys.exit`, which has not, it is `otherwise`. Register it after MLflow was imported, which ends its active run at
-    exit as FINISHED: the last that registers is the first that is called. A forked child calls nothing.
+    The status follows from an uncaught exception. Without one, and after `sys.exit`, it is `otherwise`. Register this after
+    MLflow was imported: MLflow ends its active run at exit as FINISHED, and exit handlers run in reverse order. A forked child
+    calls nothing.
     """
     before, process = getattr(sys, "last_value", None), os.getpid()
 
@@ -44,10 +44,10 @@ def end_at_exit(close: Callable[[str], object], *, otherwise: str = "FINISHED") 
 
 
 def exit_on_sigterm() -> Callable[[], None]:
-    """Have SIGTERM end the program as `sys.exit(143)` does, where nobody else handles it; returns what takes that back.
+    """Make SIGTERM end the program as `sys.exit(143)` does, unless it has a handler; returns a function that cancels this.
 
-    By default it ends a process without its exit handlers, and a run would stay RUNNING. In the main thread only: elsewhere it
-    does nothing.
+    By default SIGTERM skips exit handlers, and a run would stay RUNNING. Works in the main thread only; in others it does
+    nothing.
     """
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         return lambda: None

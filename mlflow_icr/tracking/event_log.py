@@ -1,4 +1,4 @@
-"""The event log of a run folder, `events.jsonl`: one operation a line, in the order in which they were told; it only grows."""
+"""The event log of a run folder, `events.jsonl`: one operation a line, in order. Lines are only appended."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mlflow_icr.tracking.operations import (
 )  # fmt: skip
 
 EVENTS = "events.jsonl"
-BATCH_BYTES = 4 * 2**20  # of the log at a time, so that a sink that was away for days costs no memory
+BATCH_BYTES = 4 * 2**20  # bytes of the log that are read at a time, so that a sink that was away for days costs no memory
 
 
 @dataclass(frozen=True)
@@ -47,29 +47,29 @@ class Cursor:
 
 
 def _kind(line: bytes) -> str:
-    """The kind of a line, which is its first value, without reading the rest."""
+    """The kind of a line, which is its first value, without parsing the rest."""
     return line[10 : line.find(b'"', 10)].decode("utf-8", "replace") if line.startswith(b'{"kind": "') else ""
 
 
 class EventLog:
     """The log of a folder, for one process; several threads may append and read.
 
-    `changed` is notified of everything that is appended. A folder of an earlier format gets its log from what is there.
+    `changed` is notified after each append. A folder of the earlier format is converted.
     """
 
     def __init__(self, folder: Path, *, read_only: bool = False) -> None:
         self.folder, self.path = folder, folder / EVENTS
         self.changed = threading.Condition(threading.RLock())
-        self.status: str | None = None  # as the run ended; None where it was not begun, or goes on
-        self.params: dict[str, Any] = {}  # a run's parameter stays what it was first
-        self.models: dict[int, bool] = {}  # checkpoints by step, and whether one was told of as kept
+        self.status: str | None = None  # how the run ended; None if it has not begun, or is going on
+        self.params: dict[str, Any] = {}  # a parameter of a run keeps its first value
+        self.models: dict[int, bool] = {}  # checkpoints by step, and whether one was logged as kept
         self.turning: int | None = None  # the checkpoint to keep
         self.measured: dict[int, Cursor] = {}  # where the line of each step's measurement begins, in their order
         self.logged = False  # whether it has values of a training's own
-        self.summary: Metrics | None = None  # what the run came to, when it ended last
+        self.summary: Metrics | None = None  # the summary of the run, when it ended last
         self.end = Cursor()
-        self.urgent = 0  # up to here in bytes nobody waits for more to come
-        self.closed = False  # the folder may be another process's by now: nothing is added any more
+        self.urgent = 0  # urgent operations end here, in bytes
+        self.closed = False  # another process may have the folder: nothing is added any more
         self._unsynced = False
         if not self.path.exists() and not read_only:
             write_events(folder, self.path)
@@ -77,7 +77,7 @@ class EventLog:
             self._scan(read_only)
 
     def _scan(self, read_only: bool) -> None:
-        """Note what the log says of the run as a whole; cut off an unfinished last line, which nobody was promised."""
+        """Read the log's state of the run, and cut off an incomplete last line, which was never acknowledged."""
         offset = number = 0
         summary = b""
         with self.path.open("rb") as file:
@@ -138,9 +138,9 @@ class EventLog:
             self.changed.notify_all()
 
     def sync(self) -> None:
-        """Put on the disk what was added, before it is sent: a power cut would have it told a second time. Raises OSError."""
+        """fsync what was appended, before it is sent: after a power cut it would be sent twice. Raises OSError."""
         if self._unsynced:
-            self._unsynced = False  # before: what is added meanwhile may not be on the disk
+            self._unsynced = False  # read first: what is added meanwhile may not be on the disk
             try:
                 fsync_path(self.path)
             except OSError:
@@ -148,9 +148,9 @@ class EventLog:
                 raise
 
     def read(self, since: Cursor, lane: str = ALL, limit: int = 2000) -> tuple[list[Entry], Cursor]:
-        """Operations of a lane from a place on, at most so many values and 4 MiB; and the place after what was looked at.
+        """Operations of a lane from a cursor on, at most so many values and 4 MiB; and the cursor after them.
 
-        Raises ValueError for a line that is no operation.
+        Raises ValueError for a line that is not an operation.
         """
         found: list[Entry] = []
         offset, number, values = since.offset, since.number, 0
@@ -172,7 +172,7 @@ class EventLog:
         return found, Cursor(offset, number)
 
     def entries(self, since: Cursor = Cursor()) -> Iterator[Entry]:
-        """All operations from a place on. Raises ValueError for a line that is none."""
+        """All operations from a cursor on. Raises ValueError for a line that is not one."""
         while since.offset < self.end.offset:
             found, since = self.read(since)
             yield from found
@@ -185,7 +185,7 @@ class EventLog:
         return None
 
     def count(self, since: Cursor, lane: str) -> int:
-        """How many operations of a lane there are from a place on."""
+        """The number of operations of a lane from a cursor on."""
         if lane == ALL or since.offset >= self.end.offset:
             return self.end.number - since.number
         with self.path.open("rb") as file:
@@ -199,7 +199,7 @@ def _lines(path: Path, start: bytes) -> Iterator[bytes]:
 
 
 def read_operations(folder: Path | str) -> Iterator[Operation]:
-    """What a folder's log says, of today's format or an earlier one, without taking it; damaged lines are passed over."""
+    """The operations of a folder's log, of either format, without taking its lock; damaged lines are skipped."""
     folder = Path(folder)
     if not (folder / EVENTS).exists():
         from mlflow_icr.tracking.earlier import earlier_operations
@@ -215,9 +215,9 @@ def read_operations(folder: Path | str) -> Iterator[Operation]:
 
 
 def ended_as(folder: Path | str) -> str | None:
-    """FINISHED, FAILED or KILLED, as the run of an output folder ended; None where none was started, or one goes on.
+    """How the run of an output folder ended: FINISHED, FAILED or KILLED; None if none was started, or one is going on.
 
-    It takes no lock, and so also answers while the run is being written. Raises ValueError naming a line that is damaged.
+    It takes no lock, so it also works while the run is being written. Raises ValueError naming a damaged line.
     """
     path, status = Path(folder) / EVENTS, None
     if not path.exists():

@@ -1,4 +1,4 @@
-"""An output folder with its trackers: MLflow and TensorBoard, and the run that a resumed training goes on in."""
+"""An output folder with its trackers, MLflow and TensorBoard, also for a training that resumes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a folder holds measurements, or anything else that trackers were told."""
+    """Whether a folder holds measurements, or other operations for trackers."""
     return any((folder / name).exists() and (folder / name).stat().st_size for name in (HISTORY, EVENTS, OPERATIONS, VALUES))
 
 

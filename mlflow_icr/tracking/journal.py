@@ -1,4 +1,4 @@
-"""The journal: everything that was measured, in the output folder, before anybody else hears of it."""
+"""The journal: all measurements, written to the output folder before any tracker gets them."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class Journal:
         return self.by_step.keys()
 
     def _drop_torn_line(self) -> None:
-        """Cut an unfinished last line off, so that the next row starts on a line of its own."""
+        """Cut off an incomplete last line, so that the next row starts on a new line."""
         if not self.path.exists():
             return
         content = self.path.read_bytes()
         whole = content.rfind(b"\n") + 1
         if whole == len(content):
             return
-        if len(content[:whole].split(b"\n")) - 1 < len(self.rows):  # the row is whole, only its newline is missing
+        if len(content[:whole].split(b"\n")) - 1 < len(self.rows):  # the row is complete, only its newline is missing
             with self.path.open("ab") as file:
                 file.write(b"\n")
         else:
@@ -95,13 +95,13 @@ class Journal:
         return Path(os.path.relpath(path, self.folder)).as_posix()
 
     def picture(self, key: str, step: int) -> Path:
-        """Where the picture of a key at a step is kept."""
-        # Parts of dots alone would lead out of the folder.
+        """The path of the picture of a key at a step."""
+        # Parts that consist of dots would lead out of the folder.
         parts = [part if part.strip(".") else "_" * len(part) for part in key.split("/") if part]
         return self.folder.joinpath("images", *parts, f"{step:012d}.png")
 
     def report(self, row: dict[str, float]) -> Report:
-        """A recorded row as a report again, with the pictures and distributions that were kept for it."""
+        """The report of a recorded row, with its pictures and distributions."""
         from PIL import Image
 
         step = int(row["images_seen"])
@@ -114,11 +114,11 @@ class Journal:
         return Report(step, values, figures, distributions=read_distributions(self.folder, step) if there else {})
 
     def figure(self, name: str) -> Path:
-        """Where a figure of the whole run is kept."""
+        """The path of a figure of the whole run."""
         return self.folder / "figures" / f"{name}.png"
 
     def write_figure(self, name: str, picture: np.ndarray) -> Path:
-        """Write a figure (H, W, 3) uint8 of the whole run in place of an older one; returns its path."""
+        """Write a figure (H, W, 3) uint8 of the whole run, replacing an older one; returns its path."""
         from PIL import Image
 
         path = self.figure(name)

@@ -1,4 +1,4 @@
-"""Keys and values as trackers take them: MLflow's limits, and what a key becomes that is not allowed."""
+"""Keys and values that trackers accept: MLflow's limits, and the replacement of keys that are not allowed."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import numpy as np
 # MLflow's limits: metrics of one call, parameters or tags of one call, and characters of keys and values.
 METRICS_PER_CALL, TEXTS_PER_CALL = 1000, 100
 LONGEST_KEY, LONGEST_PARAM, LONGEST_TAG = 250, 6000, 8000
-LONGEST_LIST = 64  # numbers of one list or vector that become values of their own
+LONGEST_LIST = 64  # longer lists and vectors do not become separate values
 # Characters that are not allowed: in any key of MLflow's; in one that is a file's name too, or a picture's in MLflow.
 NOT_MLFLOW = re.compile(r"[^\w.\-/ :]")
 NOT_FILE = re.compile(r"[^A-Za-z0-9_./-]")
 
 
 def clean_key(key: object, wrong: re.Pattern[str] = NOT_FILE) -> str:
-    """The key that stands for any text: allowed characters, no empty or dotted parts, 250 of them; an allowed one is itself."""
+    """A key for any text: allowed characters, no empty or dotted parts, at most 250 long; an allowed text is its own key."""
     parts = wrong.sub("_", str(key)).split("/")
     return "/".join(part if part.strip(".") else "_" * len(part) for part in parts if part)[:LONGEST_KEY].rstrip("/") or "_"
 
 
 def plain_values(values: Mapping[Any, Any]) -> tuple[dict[str, float], dict[str, str]]:
-    """Numbers and texts by clean key, from what people log: numbers, 0-d tensors and arrays on any device, text, nested dicts.
+    """Numbers and texts by clean key, from logged values: numbers, 0-d tensors and arrays on any device, text, nested dicts.
 
     A dict's keys are joined with `/`; short lists and vectors have their places as keys. Anything else becomes text.
     """

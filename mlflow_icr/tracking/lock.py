@@ -1,4 +1,4 @@
-"""One process at a time: a lock on a folder or file that goes with the process that took it, and not with its children."""
+"""A lock on a folder or file, for one process at a time. It ends with that process; its children do not hold it."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Lock:
         _HELD.add(self)
 
     def release(self) -> None:
-        """Let others take it; a second time, nothing."""
+        """Release the lock. Does nothing the second time."""
         _HELD.discard(self)
         self._lock.release()
 
     def _forget(self) -> None:
-        """In a forked child: close the file, which leaves the parent's lock as it is, as unlocking would not."""
+        """In a forked child: close the file without unlocking, which would release the parent's lock."""
         descriptor = self._lock._context.lock_file_fd
         if descriptor is not None:
             os.close(descriptor)

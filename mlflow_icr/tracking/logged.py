@@ -1,4 +1,4 @@
-"""What a training logs of its own: plain values and texts at its own steps, beside the measurements of the journal."""
+"""A training's own values and texts, at its own steps, apart from the measurements of the journal."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ FOLDER = "logged"  # of pictures and tables that a training logs
 class Logged:
     """Values and texts by key that were logged together, at `step` (the training's own unit) and `time` (Unix seconds).
 
-    `resumes`: it is the first of a later process, which may come by steps again that an earlier one had logged already. Of
-    each key, what is logged from here on counts in place of what was logged before at the same step and later ones.
+    `resumes`: the first entry of a later process, which may repeat steps of an earlier one. For each key, values from here on
+    replace earlier values at the same and later steps.
     """
 
     step: int
@@ -28,12 +28,12 @@ class Logged:
 
 
 def read_logged(output_dir: Path | str) -> list[Logged]:
-    """All that a training logged of its own, in order, also what a resumed one took back. Raises FileNotFoundError."""
+    """All values of a training's own, in order, also those that a resumed one replaced. Raises FileNotFoundError."""
     folder = Path(output_dir)
     if not folder.is_dir():
         raise FileNotFoundError(2, "no such output folder", str(output_dir))
     return [
-        Logged(told.step, told.time / 1000, told.values, told.texts, told.resumes)
-        for told in read_operations(folder)
-        if isinstance(told, Metrics) and told.source == LOGGED
+        Logged(entry.step, entry.time / 1000, entry.values, entry.texts, entry.resumes)
+        for entry in read_operations(folder)
+        if isinstance(entry, Metrics) and entry.source == LOGGED
     ]

@@ -1,4 +1,4 @@
-"""What trackers are to be told, as typed operations; each is one line of JSON in a folder's event log."""
+"""Typed operations for trackers; each is one line of JSON in a folder's event log."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, Final
 
-# Lanes: what waits in one does not hold up another. A sink with one lane gets everything in order.
+# Lanes do not wait for each other. A sink with one lane gets everything in order.
 POINTS, FILES, MODELS, ALL = "points", "files", "models", "all"
-# Where values come from: a measurement, which the journal has; a training's own log; what a whole run comes to.
+# Where values come from: a measurement, which the journal has; a training's own log; the summary of a run.
 MEASURED, LOGGED, SUMMARY = "measured", "logged", "summary"
 # What a file is: kept as it is, a figure of the whole run, a table, distributions of a step, vectors for the projector.
 ARTIFACT, FIGURE, TABLE, DISTRIBUTIONS, EMBEDDING = "artifact", "figure", "table", "distributions", "embedding"
@@ -18,7 +18,7 @@ ARTIFACT, FIGURE, TABLE, DISTRIBUTIONS, EMBEDDING = "artifact", "figure", "table
 
 @dataclass(frozen=True)
 class Params:
-    """The run's parameters; it begins what one process tells. `time` is Unix milliseconds, here and in all others."""
+    """The run's parameters, the first operation of a process. `time` is Unix milliseconds, here and in all others."""
 
     values: Mapping[str, Any]
     time: int = 0
@@ -26,7 +26,7 @@ class Params:
 
 @dataclass(frozen=True)
 class Tags:
-    """Texts by key, of which the last stays; those of a step have it."""
+    """Texts by key, of which the last stays; `step` for those of a measurement."""
 
     values: Mapping[str, str]
     step: int | None = None
@@ -47,7 +47,7 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture of a step, which is the PNG at `path` in the folder."""
+    """A picture of a step: the PNG at `path` in the folder."""
 
     key: str
     step: int
@@ -57,7 +57,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class File:
-    """The file at `path` in the folder; `folder` is where a place that keeps files has it, "" at the top, None not at all."""
+    """The file at `path` in the folder; `folder` is its place among artifacts, "" for the top, None for no artifact."""
 
     path: str
     folder: str | None = None
@@ -114,12 +114,12 @@ def lane_of(kind: str) -> str:
 
 
 def _number(value: float) -> float | str:
-    """A number as strict JSON has it: infinities and NaN, which a diverged loss is, as text."""
+    """A number in strict JSON: infinities and NaN, such as a diverged loss, are texts."""
     return value if math.isfinite(value) else str(value)
 
 
 def to_content(operation: Operation) -> dict[str, Any]:
-    """An operation as plain data, without what is as it would be by default."""
+    """An operation as plain data, without fields that have their defaults."""
     content: dict[str, Any] = {"kind": type(operation).__name__.lower()}
     for part in fields(operation):
         value = getattr(operation, part.name)
@@ -138,7 +138,7 @@ def to_line(operation: Operation) -> str:
 
 
 def from_content(content: Mapping[str, Any]) -> Operation:
-    """The operation that plain data says. Raises ValueError for what is none."""
+    """The operation of plain data. Raises ValueError for other data."""
     try:
         kind = KINDS[content["kind"]]
         operation: Operation = kind(**{key: value for key, value in content.items() if key != "kind"})
@@ -151,19 +151,19 @@ def from_content(content: Mapping[str, Any]) -> Operation:
 
 
 def from_line(line: bytes | str) -> Operation:
-    """The operation of a line. Raises ValueError for what is none."""
+    """The operation of a line. Raises ValueError for another line."""
     return from_content(json.loads(line))
 
 
 def described(operation: Operation) -> str:
-    """An operation in a few words, for whoever is told that it waits or is refused."""
+    """An operation in a few words, for messages that it waits or is refused."""
     match operation:
         case Metrics(step=step, values=values):
-            return f"metrics {_some(list(values))} at step {step}"
+            return f"metrics {_shown_keys(list(values))} at step {step}"
         case Params(values=values):
-            return f"parameters {_some(list(values))}"
+            return f"parameters {_shown_keys(list(values))}"
         case Tags(values=values):
-            return f"tags {_some(list(values))}"
+            return f"tags {_shown_keys(list(values))}"
         case Picture(key=key, step=step):
             return f"picture {key!r} at step {step}"
         case File(path=path):
@@ -176,13 +176,13 @@ def described(operation: Operation) -> str:
             return f"the end, {status}"
 
 
-def _some(keys: Sequence[str]) -> str:
+def _shown_keys(keys: Sequence[str]) -> str:
     shown = ", ".join(map(repr, keys[:3]))
     return f"{shown} and {len(keys) - 3} more" if len(keys) > 3 else shown
 
 
 def halves(operation: Operation) -> list[Operation]:
-    """An operation of several values as two; any other as it is."""
+    """An operation of several values, split in two; any other unchanged."""
     match operation:
         case Metrics(values=values) if len(values) > 1:
             first, second = _halved(values)

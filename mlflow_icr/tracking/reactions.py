@@ -1,4 +1,4 @@
-"""What is done about the verdict: each change of its state is told to a function, a command or a webhook."""
+"""Reactions to the verdict: each change of its state calls a function, a command or a webhook."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ Listener = Callable[[VerdictChange], object]
 
 
 class Reaction(Sink):
-    """Tells one listener of each change of the verdict's state, once, from a thread of its own.
+    """Calls one listener at each change of the verdict's state, once, from a thread of its own.
 
-    `listener` is a function, a shell command, or the http(s) address of a webhook. What fails or takes too long is said in one
-    line, and is not repeated; a webhook that nobody answers at is tried again, as a server is. `state` is that of the verdict
-    before this process: what is in the log by then is no news.
+    `listener` is a function, a shell command, or the http(s) address of a webhook. A failure, or a call that takes too long, is
+    logged in one line and not repeated; a webhook that does not answer is tried again, like a server. `state` is that of the
+    verdict before this process: changes that are in the log by then are not reported.
     """
 
     def __init__(self, listener: Listener | str, state: str = UNDECIDED) -> None:
@@ -68,11 +68,11 @@ class Reaction(Sink):
         self.name = f"on_verdict webhook at {urlsplit(str(listener)).hostname}" if self._url else "on_verdict"
 
     def state_path(self, folder: Path) -> Path:
-        """`on_verdict.json`: the state that was told last."""
+        """`on_verdict.json`: the state that was reported last."""
         return folder / "on_verdict.json"
 
     def open(self, opening: bool, *, offline: bool = False) -> None:
-        """Begin with what is told from now on, unless an earlier process has begun."""
+        """Begin with changes from now on, unless an earlier process has begun."""
         if "state" not in self.state.content:
             self.state.update(state=self._before)
             self.state.advance(ALL, self.log.end)
@@ -99,7 +99,7 @@ class Reaction(Sink):
         return None if found is None else str(found)
 
     def _tell(self, change: VerdictChange) -> str:
-        """What went wrong, in some words; empty where nothing did. Raises ConnectionError where nobody answers."""
+        """What went wrong, in some words; empty where nothing did. Raises ConnectionError if the server does not answer."""
         if callable(self._listener):
             return call(self._listener, change, SECONDS)
         if self._url:
@@ -131,9 +131,9 @@ def run(command: str, change: VerdictChange, seconds: float) -> str:
 
     One that takes too long is killed with all that it has started. Returns what went wrong.
     """
-    told = {"STATE": change.state, "PREVIOUS": change.previous, "IMAGES_SEEN": change.images_seen}
-    told |= {"OUTPUT_DIR": change.output_dir, "RUN_ID": change.run_id or ""}
-    environment = os.environ | {f"ICR_{name}": str(value) for name, value in told.items()}
+    variables = {"STATE": change.state, "PREVIOUS": change.previous, "IMAGES_SEEN": change.images_seen}
+    variables |= {"OUTPUT_DIR": change.output_dir, "RUN_ID": change.run_id or ""}
+    environment = os.environ | {f"ICR_{name}": str(value) for name, value in variables.items()}
     with tempfile.TemporaryFile() as payload, tempfile.TemporaryFile() as errors:  # no pipe, which a child could keep open
         payload.write(json.dumps(change.payload).encode())
         payload.seek(0)

@@ -1,4 +1,4 @@
-"""What a report is in the event log; its pictures and distributions are in the folder."""
+"""The operations of a report in the event log; its pictures and distributions are in the folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def now_ms() -> int:
 
 
 def report_operations(report: Report, journal: Journal, now: int) -> list[Operation]:
-    """The operations of a measurement that the journal has; also one without values was measured."""
+    """The operations of a measurement that the journal has, also of one without values."""
     step = report.step
     found: list[Operation] = [Metrics(step, now, dict(report.values))]
     found += [Picture(key, step, now, journal.relative(journal.picture(key, step))) for key in report.figures]
@@ -28,17 +28,17 @@ def report_operations(report: Report, journal: Journal, now: int) -> list[Operat
 
 
 def text_operations(report: Report, now: int) -> list[Operation]:
-    """Why something is absent or doubtful."""
+    """The reasons why values are absent or uncertain."""
     texts = {f"absent.{key}": why for key, why in report.absent.items()}
     texts |= {f"warning.{key}": text for key, text in report.warnings.items()}
     return [Tags(texts, report.step, now)] if texts else []
 
 
 def missing_operations(journal: Journal, log: EventLog) -> list[Operation]:
-    """What the journal has and the log has not: a kill, or a power cut, came between them."""
+    """Operations of measurements that are in the journal but not in the log, after a kill or a power cut between the two."""
     there: set[tuple[str, int]] = set()
     newest = next(reversed(log.measured), None)
-    if newest is not None:  # its pictures may be what the kill came before
+    if newest is not None:  # the kill may have come before its pictures
         there |= {_name(entry.operation) for entry in log.entries(log.measured[newest])}
     cut_off = [] if newest is None else [row for row in journal.rows[-1:] if int(row["images_seen"]) == newest]
     rows = [*cut_off, *(row for row in journal.rows if int(row["images_seen"]) not in log.measured)]

@@ -1,4 +1,4 @@
-"""A sink: a place that results go to. It reads a folder's event log; how far it has come is kept in a file of its own."""
+"""A sink: a place for results. It reads a folder's event log, and keeps its cursor in a file of its own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def say_on_stderr(text: str) -> None:
-    """Show a line to whoever watches the program."""
+    """Print a line on standard error."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -30,7 +30,7 @@ def not_taken(name: str, error: Exception, where: Path) -> str:
 
 
 class Failure(Enum):
-    """What an exception says: nobody answers; this operation is not wanted; or it is not known, and may pass."""
+    """The meaning of an exception: the server does not answer; this operation is refused; or unknown, and perhaps temporary."""
 
     OUTAGE = "outage"
     REFUSED = "refused"
@@ -38,7 +38,7 @@ class Failure(Enum):
 
 
 class SinkState:
-    """How far a sink has come in the log, lane by lane, and what was refused, with its reason; a file of the run folder.
+    """The cursors of a sink in the log, for each lane, and refused operations with reasons; a file of the run folder.
 
     Sinks may keep more in `content`. Threads may share it.
     """
@@ -51,14 +51,14 @@ class SinkState:
         except FileNotFoundError:
             pass
         except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error}); without it, everything is told again") from None
+            raise ValueError(f"{path} is damaged ({error}); without it, everything is sent again") from None
 
     def cursor(self, lane: str) -> Cursor:
-        """Where a lane goes on."""
+        """The cursor of a lane."""
         return Cursor(*self.content["cursors"].get(lane, (0, 0)))
 
     def advance(self, lane: str, cursor: Cursor, *, write: bool = True) -> None:
-        """A lane has come to a place."""
+        """Move the cursor of a lane."""
         with self.lock:
             self.content["cursors"][lane] = [cursor.offset, cursor.number]
             if write:
@@ -66,11 +66,11 @@ class SinkState:
 
     @property
     def refused(self) -> Mapping[str, Mapping[str, Any]]:
-        """What was set aside: `what`, `why`, `lane` and `operation`, by its number in the log and what it is."""
+        """Refused operations: `what`, `why`, `lane` and `operation`, by number in the log."""
         return dict(self.content["refused"])
 
     def refuse(self, lane: str, number: int, operation: told.Operation, why: str) -> None:
-        """Set an operation aside, for a reason."""
+        """Set a refused operation aside, with its reason."""
         what = described(operation)
         with self.lock:
             self.content["refused"][f"{number} {what}"] = {
@@ -79,64 +79,64 @@ class SinkState:
             self.write()
 
     def accept(self, key: str) -> None:
-        """What was set aside is taken after all."""
+        """Remove an operation from those set aside: it was accepted."""
         with self.lock:
             self.content["refused"].pop(key, None)
             self.write()
 
     def update(self, **content: Any) -> None:
-        """Keep some more."""
+        """Update `content`."""
         with self.lock:
             self.content |= content
             self.write()
 
     def write(self) -> None:
-        """Bring it onto the disk. Raises OSError."""
+        """Write the state to the disk. Raises OSError."""
         with self.lock:
             text = json.dumps(self.content)
             write_whole(self.path, lambda file: file.write(text.encode()))
 
 
 class Sink:
-    """What a place is told: override what it can show, everything else is passed over. Methods may raise.
+    """Base of sinks: override the methods for what the place can show; everything else is ignored. Methods may raise.
 
-    They are called in a thread of the sink's own, in the log's order, each operation until it has not raised: a connection
-    that fails is tried for ever, anything else three times, and then it is set aside with its reason. A process that is
-    killed may have one operation told again by the next. `remote` sinks wait while a tracker is offline.
+    They are called in a thread of the sink, in the log's order. An operation that raises is tried again: for ever if the
+    connection fails, else three times, and then it is set aside with its reason. After a kill, the next process may repeat one
+    operation. `remote` sinks wait while a tracker is offline.
     """
 
     name = "sink"
     remote = False
     lanes: Sequence[str] = (ALL,)
-    pace = 0.0  # seconds from one `send` to the next, where nothing is urgent
+    pace = 0.0  # seconds between two calls of `send`, unless something is urgent
 
     folder: Path
     log: EventLog
     state: SinkState
     say: Callable[[str], None]
-    warned: set[str]  # what was told of, by all of its workers
-    workers: Sequence[Worker] = ()  # that bring it what it is told, while a tracker is open
+    warned: set[str]  # keys of warnings that were shown, by all of its workers
+    workers: Sequence[Worker] = ()  # the workers that deliver to it, while a tracker is open
 
     @property
     def run_id(self) -> str | None:
-        """MLflow's run, of a sink that has one."""
+        """The id of the MLflow run, if the sink has one."""
         return None
 
     @property
     def experiment_id(self) -> str | None:
-        """Its experiment."""
+        """The id of the run's experiment, if there is one."""
         return None
 
     def flush(self) -> bool:
-        """Wait until everything is there, or cannot be there now; whether it is, with nothing refused."""
+        """Wait until everything is delivered, or cannot be now; returns whether it is, with nothing refused."""
         from mlflow_icr.tracking.worker import drain
 
         return drain(self.workers)
 
     @property
     def delivered_by(self) -> str:
-        """Who delivers what waits when the run has ended, for whoever is told of it."""
-        return "a tracker that goes on in this folder"
+        """What delivers operations that wait when the run has ended, for messages."""
+        return "a tracker that resumes in this folder"
 
     @property
     def waiting_text(self) -> str:
@@ -147,38 +147,38 @@ class Sink:
 
     @property
     def refused_text(self) -> str:
-        """What it did not want, in a line; empty where it wanted everything."""
+        """Refused operations, in a line; empty if there are none."""
         refused = self.state.refused if self.workers else {}
         if not refused:
             return ""
         first = next(iter(refused.values()))
         which = f"{len(refused)} operations, the first of them {first['what']} ({first['why']})"
-        return f"{self.name} did not want {which}; {self.delivered_by} offers them again"
+        return f"{self.name} refused {which}; {self.delivered_by} sends them again"
 
     def state_path(self, folder: Path) -> Path:
-        """Where the sink keeps how far it has come."""
+        """The file of the sink's cursors."""
         return folder / f"{self.name.lower()}.json"
 
     def attach(self, folder: Path, log: EventLog, state: SinkState, say: Callable[[str], None]) -> None:
-        """Get the run's folder, its log and how far the sink has come; `say` shows a line to whoever watches."""
+        """Attach to the run's folder, its log and the sink's state; `say` prints a line. Called once, before `open`."""
         self.folder, self.log, self.state, self.say, self.warned = folder, log, state, say, set()
 
     def open(self, opening: bool, *, offline: bool = False) -> None:
-        """Get ready, in the caller's thread; not `opening`: only to be brought up to the log."""
+        """Get ready, in the caller's thread. Without `opening`, the sink is only brought up to the log."""
 
     def opened(self) -> None:
-        """The run was opened, and threads are at work; in the caller's thread."""
+        """Called in the caller's thread after the run was opened and threads have started."""
 
     def in_caller(self) -> None:
-        """Do what is to be done in the caller's thread; at every measurement."""
+        """Called in the caller's thread at every measurement."""
 
     def send(self, lane: str, operations: Sequence[told.Operation], may_be_repeated: bool) -> None:
-        """Take operations in order; `may_be_repeated`: they may have arrived before, in part or as a whole."""
+        """Deliver operations in order; `may_be_repeated`: all or some may have arrived before."""
         for operation in operations:
             self.take(operation)
 
     def take(self, operation: told.Operation) -> None:
-        """Take one operation."""
+        """Deliver one operation."""
         match operation:
             case told.Params(values=values):
                 self.params(values)
@@ -198,7 +198,7 @@ class Sink:
                 self.end(status)
 
     def params(self, values: Mapping[str, Any]) -> None:
-        """The run's parameters; once for each process that goes on with it."""
+        """The run's parameters, once for each process that continues it."""
 
     def tags(self, values: Mapping[str, str], step: int | None) -> None:
         """Texts by key: tags, the verdict, why something is absent."""
@@ -222,19 +222,19 @@ class Sink:
         """The run has ended: FINISHED, FAILED or KILLED."""
 
     def batch_of(self, lane: str) -> int:
-        """How many values `send` gets at a time of a lane."""
+        """The most values of a lane in one `send`."""
         return 1
 
     def patience_of(self, lane: str) -> float:
-        """Seconds without progress after which the end of a run waits no more for a lane."""
+        """Seconds without progress after which the end of a run no longer waits for a lane."""
         return 90.0
 
     def reachable(self) -> bool:
-        """Whether the place answers just now, within some 3 s."""
+        """Whether the place answers now, within about 3 s."""
         return True
 
     def failure_of(self, error: Exception) -> Failure:
-        """What an exception of `send` says."""
+        """The meaning of an exception of `send`."""
         return Failure.OUTAGE if isinstance(error, (ConnectionError, TimeoutError)) else Failure.UNCLEAR
 
     def reason_of(self, error: Exception) -> str:
@@ -242,4 +242,4 @@ class Sink:
         return f"{type(error).__name__}: {str(error).splitlines()[0][:300]}" if str(error) else type(error).__name__
 
     def close(self) -> None:
-        """Let go of everything; called when all was told, or will be told by another process."""
+        """Release all resources; called when everything is delivered, or will be by another process."""

@@ -1,4 +1,4 @@
-"""One report, written once: to the journal, then to the event log, from which threads bring it to every sink."""
+"""The tracker: it writes a report to the journal, then to the event log, from which threads deliver it to every sink."""
 
 from __future__ import annotations
 
@@ -39,14 +39,13 @@ RESUMES, MODES, MODE_VARIABLE = (NEVER, ALLOW, MUST), (ONLINE, OFFLINE, DISABLED
 
 
 class Tracker:
-    """Journal first, then the event log, and from there the sinks, none of which can stop a training or make it wait.
+    """Writes to the journal, then to the event log, and from there to sinks, which cannot stop a training or make it wait.
 
     Use it as a context: the run ends as FINISHED, as FAILED by an exception, as KILLED by a signal or an exit. Without one it
-    ends with `close`, or as FAILED or KILLED with the program. `resume` says what is done with a folder that holds a run:
-    "never" refuses it, "allow" goes on in it, "must" refuses one that does not. `mode` (or MLFLOW_ICR_MODE, or "online"):
-    "offline" tells remote sinks nothing, `mlflow-icr sync` does that later; "disabled" tells no sink anything.
-    `on_verdict`, a function, a shell command or a webhook's URL, is told of each change of the verdict's state, as a
-    `VerdictChange`.
+    ends with `close`, or as FAILED or KILLED with the program. `resume` is for a folder that holds a run: "never" refuses it,
+    "allow" continues it, "must" refuses a folder without one. `mode` (or MLFLOW_ICR_MODE, or "online"): "offline" sends
+    nothing to remote sinks, which `mlflow-icr sync` does later; "disabled" sends nothing to any sink.
+    `on_verdict`, a function, a shell command or a webhook's URL, gets each change of the verdict's state, as a `VerdictChange`.
     One process uses a folder at a time, and one thread a tracker; a forked or spawned worker's calls do nothing.
     Raises ValueError for a folder that is refused, in use or damaged.
     """
@@ -83,10 +82,10 @@ class Tracker:
         self.sinks = [*sinks, *told_of_verdicts]
         self.workers: list[Worker] = []
         self.say: Callable[[str], None] = say_on_stderr
-        self.quiet = False  # whether the caller tells of failures
-        self.ends_by_itself = True  # with the program; False where the caller sees to that
+        self.quiet = False  # whether the caller reports failures
+        self.ends_by_itself = True  # end with the program; False if the caller does that
         self._shown_verdict: dict[str, str] = {}
-        self._noted = False  # whether somebody has written a description of the run's page
+        self._noted = False  # whether a user has written the description of the run's page
         self._warned: set[str] = set()
         self._given_times: dict[int, int] = {}  # of measurements that were made before they were recorded
         self._resumes_log = self.log_file.logged  # until the first value of a training's own
@@ -95,8 +94,8 @@ class Tracker:
         self._undo_signal: Callable[[], None] = lambda: None
 
     def open(self, params: Mapping[str, object] | None = None, tags: Mapping[str, str] | None = None) -> None:
-        """Begin the run, or go on with it; every sink is brought up to what the folder has."""
-        if not self._mine():
+        """Begin the run, or continue it; every sink is brought up to what the folder has."""
+        if not self._is_usable():
             return
         named, now = params or {}, now_ms()
         plain = {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in named.items()}
@@ -107,7 +106,7 @@ class Tracker:
             self._stay = end_at_exit(self.close, otherwise="KILLED")
 
     def begin(self, *, opening: bool = False) -> None:
-        """Have the log complete and every sink at work, once; `opening`: because the run begins, or goes on."""
+        """Complete the log and start every sink, once; `opening`: the run begins or continues."""
         if self._begun:
             return
         self._begun = True
@@ -117,7 +116,7 @@ class Tracker:
         paths: list[Path] = []
         for sink in list(self.sinks):
             if sink.remote and self.mode == OFFLINE:
-                self.say(f"{sink.name} is told nothing now; mlflow-icr sync {self.journal.folder} does that")
+                self.say(f"nothing is sent to {sink.name} now; mlflow-icr sync {self.journal.folder} does that")
             try:
                 path = sink.state_path(self.journal.folder)
                 while path in paths:  # a second sink of a kind
@@ -139,19 +138,19 @@ class Tracker:
                     sink.opened()
 
     def _complete(self) -> None:
-        """Bring the log up to the journal: a kill, or a power cut, may have come between them."""
+        """Bring the log up to the journal, after a kill or a power cut between the two."""
         missing = missing_operations(self.journal, self.log_file)
         self.log_file.append(missing)
-        if any(isinstance(one, told.Metrics) for one in missing):  # whose verdict nobody told of
+        if any(isinstance(one, told.Metrics) for one in missing):  # whose verdict was not logged
             self.log_file.append(self._verdict_tags())
         self._offer(checkpoints(self.journal.folder))
 
     def close(self, status: str) -> dict[str, float]:
-        """End the run with a status, FINISHED, FAILED or KILLED; returns the summary of the history. A second time, nothing.
+        """End the run with a status, FINISHED, FAILED or KILLED; returns the summary of the history.
 
-        Waits for every place that takes things. Raises OSError where the disk does not take what is to be told.
+        Does nothing the second time. Waits for every sink that answers. Raises OSError if the disk is full.
         """
-        if self._closed or not self._mine():
+        if self._closed or not self._is_usable():
             return {}
         self._closed = True  # set first, so that an interruption does not repeat the end
         self._stay()
@@ -160,7 +159,7 @@ class Tracker:
             self.begin()
             values = summarise(self.journal.rows) | self.verdict.summary()
             step = max(self.journal.steps, default=0)
-            last = self.log_file.summary  # a run that is opened and closed again comes to the same
+            last = self.log_file.summary  # a run that is opened and closed again has the same summary
             if values and (last is None or (last.step, last.values) != (step, values)):
                 self.log_file.append([told.Metrics(step, self._given_times.get(step, now_ms()), values, told.SUMMARY)])
             kept = {step, self.verdict.checkpoint_images_seen}
@@ -177,7 +176,7 @@ class Tracker:
         return values
 
     def abandon(self) -> None:
-        """Let the folder go as a killed process does: nothing more is told, and others may use it."""
+        """Release the folder as a killed process does: nothing more is sent, and other processes may use it."""
         self._closed = True
         self._stay()
         self._undo_signal()
@@ -199,26 +198,26 @@ class Tracker:
         self.close(status_of(error))
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy in another process, which does nothing."""
+        """The state of a copy for another process; the copy does nothing."""
         return {"_process": -1, "_warned": set(), "_closed": False}
 
-    def _mine(self) -> bool:
-        """Whether this is the process that made it, before the end; others are told once that their calls do nothing."""
+    def _is_usable(self) -> bool:
+        """Whether this process made the tracker and it is open; others get one warning that their calls do nothing."""
         if os.getpid() == self._process:
             if self._closed:
-                self._warn("closed", f"the tracker of {self.journal.folder} is closed; what it is told now is not recorded")
+                self._warn("closed", f"the tracker of {self.journal.folder} is closed; this is not recorded")
             return not self._closed
         if "process" not in self._warned:
             self._warned.add("process")
-            logger.warning("this tracker is another process's; what process %d tells it is not recorded", os.getpid())
+            logger.warning("this tracker belongs to another process; what process %d logs is not recorded", os.getpid())
         return False
 
     def record(self, report: Report, *, time: float | None = None) -> None:
-        """Write a measurement to the journal, then everywhere; one that the journal has is not written again.
+        """Write a measurement to the journal, then to every sink; one that the journal has is not written again.
 
-        `time` is when it was made, in Unix seconds, where that is not now. Raises OSError when the disk does not take it.
+        `time` is the time of the measurement, in Unix seconds, if it is not now. Raises OSError if the disk is full.
         """
-        if not self._mine() or report.step in self.journal.steps:
+        if not self._is_usable() or report.step in self.journal.steps:
             return
         self.begin()
         for sink in self.sinks:
@@ -238,7 +237,7 @@ class Tracker:
         self.log_file.append([*report_operations(report, self.journal, now), *self._verdict_tags()])
 
     def _verdict_tags(self) -> list[told.Operation]:
-        """What the verdict says, unless that was told already; at the last step, for it is of all measurements."""
+        """The verdict as tags at the last step, unless it was logged before."""
         found = self.verdict
         texts = {"verdict": found.state, "verdict.text": found.text}
         texts |= {f"verdict.{key}": f"{value:.0f}" for key, value in found.summary().items()}
@@ -248,11 +247,11 @@ class Tracker:
         return [told.Tags(texts | ({} if self._noted else {NOTE: found.text}), self._verdicts.newest, now_ms())]
 
     def log(self, row: Logged) -> None:
-        """Write a training's own values to the log, and within seconds everywhere. Raises OSError when the disk is full.
+        """Write a training's own values to the log, and within seconds to every sink. Raises OSError if the disk is full.
 
-        They are apart from the journal: its rows are measurements, one for each number of images seen.
+        They are not in the journal, whose rows are measurements, one for each number of images seen.
         """
-        if not self._mine():
+        if not self._is_usable():
             return
         self.begin()
         resumes, self._resumes_log = self._resumes_log, False
@@ -261,7 +260,7 @@ class Tracker:
         self.log_file.append([operation], urgent=False)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Show values that are neither a measurement nor a training's own, such as what a study comes to."""
+        """Log values that are neither a measurement nor a training's own, such as the results of a study."""
         self._tell(told.Metrics(step, now_ms(), dict(values), told.SUMMARY))
 
     def tags(self, values: Mapping[str, str]) -> None:
@@ -274,12 +273,12 @@ class Tracker:
         self.tags({NOTE: markdown})
 
     def describe(self, line: str) -> None:
-        """Add a line below the verdict in the run's description; nothing where somebody has written one."""
+        """Add a line below the verdict in the run's description, unless a user has written the description."""
         if not self._noted:
             self.tags({NOTE: f"{self.verdict.text}\n\n{line}"})
 
     def show(self, report: Report) -> None:
-        """Show a report's values and pictures, but not in the journal: it is no measurement."""
+        """Log a report's values and pictures, but not in the journal: it is not a measurement."""
         from PIL import Image
 
         parts = text_operations(report, now_ms())
@@ -311,7 +310,7 @@ class Tracker:
 
     def table(self, name: str, rows: Sequence[Mapping[str, object]], step: int) -> None:
         """Write a table to `tables/<name>.csv` in the folder and show it; rows have the same keys. Nothing for no rows."""
-        if not rows or not self._mine():
+        if not rows or not self._is_usable():
             return
         self.journal.write_table(name, rows)
         content = {"columns": list(rows[0]), "data": [[row[key] for key in rows[0]] for row in rows]}
@@ -321,28 +320,28 @@ class Tracker:
 
     def figure(self, name: str, picture: np.ndarray, step: int) -> None:
         """Write a figure (H, W, 3) uint8 of the whole run to `figures/<name>.png` in the folder, and show it."""
-        if self._mine():
+        if self._is_usable():
             path = self.journal.write_figure(name, picture)
             self._tell(told.File(self.journal.relative(path), "figures", told.FIGURE, name, step, now_ms()))
 
     def embedding(self, name: str, vectors: np.ndarray, images: np.ndarray, labels: Sequence[str], step: int) -> None:
         """Show vectors (N, D) with thumbnails (N, H, W, 3) uint8 and texts where there is a projector."""
-        if self._mine():
+        if self._is_usable():
             path = self.journal.write_arrays(f"embeddings/{name}.npz", vectors=vectors, images=images, labels=np.array(labels))
             self._tell(told.File(self.journal.relative(path), None, told.EMBEDDING, name, step, now_ms()))
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
-        """Keep a file of the output folder where files are kept, in a folder of that name."""
+        """Keep a file of the output folder as an artifact, in a folder of that name."""
         self._tell(told.File(self.journal.relative(path), folder or "", time=now_ms()))
 
     def checkpoint(self, images_seen: int) -> None:
-        """Show the checkpoint at a measurement; nothing where there is none, or nothing was measured."""
-        if self._mine():
+        """Log the checkpoint at a measurement, if there is one, and if it was measured."""
+        if self._is_usable():
             self.begin()
             self._offer({step: path for step, path in checkpoints(self.journal.folder).items() if step == images_seen})
 
     def _offer(self, folders: Mapping[int, Path], *, kept: bool = False) -> None:
-        # What was told is not told again, unless it is now kept.
+        # A checkpoint that was logged is not logged again, unless it is now kept.
         known = self.log_file.models
         new = {step: path for step, path in folders.items() if step not in known or (kept and not known[step])}
         new = {step: path for step, path in new.items() if step in self.journal.steps}
@@ -357,23 +356,23 @@ class Tracker:
                 self.log_file.append([told.Model(step, at, self.journal.relative(path), values, kept, turning)])
 
     def _tell(self, *operations: told.Operation) -> None:
-        if self._mine():
+        if self._is_usable():
             self.begin()
             self.log_file.append(operations)
 
     @property
     def verdict(self) -> Verdict:
-        """What the history says so far; each row is read once."""
+        """The verdict on the history so far; each row is read once."""
         return self._verdicts.verdict
 
     @property
     def run_id(self) -> str | None:
-        """The MLflow run, once the server has said which it is."""
+        """The id of the MLflow run, once it is known."""
         return next((sink.run_id for sink in self.sinks if sink.run_id is not None), None)
 
     @property
     def experiment_id(self) -> str | None:
-        """The run's experiment, once the server has said so."""
+        """The id of the run's experiment, once it is known."""
         return next((sink.experiment_id for sink in self.sinks if sink.experiment_id is not None), None)
 
     def settle(self) -> None:
@@ -381,7 +380,7 @@ class Tracker:
         drain([worker for worker in self.workers if not worker.sink.remote], patience=LAST_ATTEMPTS)
 
     def flush(self) -> bool:
-        """Wait until every sink has everything, or cannot have it now; whether it has."""
+        """Wait until every sink has everything, or cannot have it now; returns whether it has."""
         return drain(self.workers)
 
     def _warn(self, key: str, text: str) -> None:

@@ -1,4 +1,4 @@
-"""The thread that brings one lane of the event log to one sink, and goes on trying while nobody answers there."""
+"""The thread that delivers one lane of the event log to one sink, and tries again while the sink does not answer."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from mlflow_icr.tracking.sink import Failure, Sink, not_taken
 
 logger = logging.getLogger(__name__)
 
-PAUSES = (1.0, 2.0, 5.0, 15.0, 30.0)  # seconds from one attempt to the next, as long as nobody answers
-LAST_ATTEMPTS = 3  # at the end of a run, before what waits is left to the next process
-UNCLEAR_ATTEMPTS = 3  # at what may pass, before it is set aside; a server has more time to come to itself
-LOOK_SECONDS = 2.0  # without progress, after which whoever waits for the end asks whether anybody is there
+PAUSES = (1.0, 2.0, 5.0, 15.0, 30.0)  # seconds between attempts while the sink does not answer
+LAST_ATTEMPTS = 3  # at the end of a run, before the rest is left to the next process
+# After an error that may be temporary, before the operation is set aside; a server gets more time.
+UNCLEAR_ATTEMPTS = 3
+LOOK_SECONDS = 2.0  # without progress, after which the waiting caller checks whether the sink answers
 
 
 class Worker:
-    """One lane of one sink. `quiet`: the caller tells of failures."""
+    """One lane of one sink. `quiet`: the caller reports failures."""
 
     def __init__(self, sink: Sink, lane: str, log: EventLog, *, quiet: bool = False) -> None:
         self.sink, self.lane, self.log = sink, lane, log
         self.failure: Exception | None = None  # of the last attempt
         self.cursor = sink.state.cursor(lane)
         self.delivered = 0
-        self.attempts = self.failed = 0  # how many there were, and how many failed since somebody began to wait
+        self.attempts = self.failed = 0  # attempts, and failed attempts since a caller began to wait
         self._mark = 0  # the attempts at that moment
         self._quiet = quiet
         self._warned = sink.warned
@@ -57,14 +58,14 @@ class Worker:
         return self.cursor.offset >= self.log.end.offset
 
     def hurry(self, *, closing: bool = False) -> None:
-        """Somebody waits: no pause before the next attempt; `closing`: and stop when there is nothing more, or no hope."""
+        """Skip the pause before the next attempt; `closing`: stop when everything is delivered, or cannot be."""
         with self.log.changed:
             self._mark, self.failed = self.attempts, 0
             self._hurry, self._closing = True, self._closing or closing
             self.log.changed.notify_all()
 
     def abandon(self) -> None:
-        """Note nothing any more: the folder is somebody else's now."""
+        """Write no state any more: another process has the folder."""
         with self.log.changed:
             self._abandoned = self._closing = True
             self.log.changed.notify_all()
@@ -72,7 +73,7 @@ class Worker:
             self._thread.join(0.2)
 
     def retry_refused(self) -> None:
-        """Offer what was set aside again, in the caller's thread; what is refused again stays, with its new reason."""
+        """Send refused operations again, in the caller's thread; those that are refused again get their new reason."""
         for key, entry in self.sink.state.refused.items():
             if entry["lane"] != self.lane:
                 continue
@@ -134,7 +135,7 @@ class Worker:
     def _pause(self, failures: int) -> bool:
         """Wait for the next attempt; False when it is not to come."""
         with self.log.changed:
-            self._hurry = self._mark == self.attempts  # somebody came while this attempt was made: the next one is at once
+            self._hurry = self._mark == self.attempts  # a caller began to wait during this attempt: the next one is immediate
             self.failed += self.attempts > self._mark
             self.log.changed.notify_all()
             if self._abandoned or (self._closing and self.failed >= LAST_ATTEMPTS):
@@ -144,7 +145,7 @@ class Worker:
             return not self._abandoned
 
     def _deliver(self, batch: Sequence[Entry], may_be_repeated: bool) -> None:
-        """Send a batch; where something in it is not wanted, send its parts, until that alone is set aside."""
+        """Send a batch; if part of it is refused, send its halves, until only the refused operation is set aside."""
         try:
             self.sink.send(self.lane, [entry.operation for entry in batch], may_be_repeated)
             return
@@ -161,7 +162,7 @@ class Worker:
             (entry,) = batch
             self.sink.state.refuse(self.lane, entry.number, entry.operation, why)
             kind = type(entry.operation).__name__.lower()
-            self._warn(f"{self.sink.name} does not want {kind} ({why})")
+            self._warn(f"{self.sink.name} refuses {kind} ({why})")
         else:
             for part in parts:
                 self._deliver(part, True)
@@ -187,10 +188,10 @@ def _parts(batch: Sequence[Entry]) -> list[Sequence[Entry]]:
 
 
 def drain(workers: Sequence[Worker], *, patience: int = 1, closing: bool = False) -> bool:
-    """Wait until the workers have delivered everything: whether they have, and nothing is set aside.
+    """Wait until the workers have delivered everything; returns whether they have, with nothing set aside.
 
-    One is not waited for when `patience` attempts that began after this call have failed, when nobody answers there for
-    some 5 s, or when one operation takes longer than the sink allows.
+    A worker is no longer waited for after `patience` failed attempts since this call, after about 5 s without an answer, or
+    when one operation takes longer than the sink allows.
     """
     for worker in workers:
         worker.hurry(closing=closing)

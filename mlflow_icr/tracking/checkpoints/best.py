@@ -1,4 +1,4 @@
-"""The checkpoint to keep, of an output folder or of a run in MLflow: found, and fetched as a plain diffusers folder."""
+"""Find the checkpoint to keep, of an output folder or of a run in MLflow, and fetch it as a plain diffusers folder."""
 
 from __future__ import annotations
 

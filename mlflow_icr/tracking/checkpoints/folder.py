@@ -1,6 +1,6 @@
-"""`checkpoints/` of an output folder: a diffusers folder for each number of images seen, which of them to keep, and for whom.
+"""`checkpoints/` of an output folder: a diffusers folder for each number of images seen, and which of them to keep.
 
-A folder is whole or not there: it is written, and taken away, under another name. `turning.json` names the one to keep.
+A folder is complete or absent: it is written, and removed, under another name. `turning.json` names the one to keep.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from mlflow_icr.monitoring.verdict import Verdict
 FOLDER, TURNING, INDEX = "checkpoints", "turning.json", "model_index.json"
 CODE = "pipeline.py"  # of a pipeline that diffusers has no class for
 
-# Whose weights a tracker takes: of all measured checkpoints, of those that a run keeps at its end, or of none.
+# Which weights a tracker uploads: those of all measured checkpoints, of those that a run keeps at its end, or none.
 ALL, KEPT, NONE = "all", "kept", "none"
 LOG_MODELS = (ALL, KEPT, NONE)
 
 
 def check_log_models(log_models: str) -> None:
-    """Raise ValueError unless it says whose weights are logged."""
+    """Raise ValueError unless `log_models` is one of its allowed values."""
     if log_models not in LOG_MODELS:
         raise ValueError(f"log_models is {log_models!r}; expected one of {', '.join(LOG_MODELS)}")
 
 
 def check_register(name: str, log_models: str | None) -> None:
-    """Raise ValueError for a registered model's name that cannot be, or where no weights are logged that it could have."""
+    """Raise ValueError for an impossible name of a registered model, or if no weights are logged for it."""
     if not name.strip() or set(name) & set("/:\"'%.\\"):
         raise ValueError(f"register is {name!r}; expected the name of a registered model, without / : . % and quotes")
     if log_models == NONE:
@@ -42,14 +42,14 @@ def is_pipeline(folder: Path) -> bool:
 
 
 def pipeline_files(folder: Path) -> list[Path]:
-    """The files of a diffusers folder, without what training keeps beside it in order to go on."""
+    """The files of a diffusers folder, without those that training resumes from."""
     return sorted(
         path for path in folder.rglob("*") if path.is_file() and (path.parent != folder or path.name in (INDEX, CODE))
     )  # fmt: skip
 
 
 def copy_pipeline(folder: Path, to: Path) -> None:
-    """Copy the pipeline of a folder, and nothing else that is in it, to a folder that is not there or empty."""
+    """Copy the pipeline of a folder, without its other files, to a new or empty folder."""
     for path in pipeline_files(folder):
         target = to / path.relative_to(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -57,17 +57,17 @@ def copy_pipeline(folder: Path, to: Path) -> None:
 
 
 def checkpoint_path(output_dir: Path, images_seen: int) -> Path:
-    """Where the checkpoint at so many images seen is."""
+    """The folder of the checkpoint at so many images seen."""
     return output_dir / FOLDER / f"{images_seen:012d}"
 
 
 def part_of(folder: Path) -> Path:
-    """Where a checkpoint is while it is written."""
+    """The folder of a checkpoint while it is written."""
     return folder.with_name(f".{folder.name}.part")
 
 
 def write_checkpoint(output_dir: Path, images_seen: int, write: Callable[[Path], object]) -> Path:
-    """Make a checkpoint by `write`, which gets an empty folder: on the disk as a whole when this returns. Raises OSError."""
+    """Make a checkpoint by `write`, which gets an empty folder; it is complete on disk when this returns. Raises OSError."""
     folder = checkpoint_path(output_dir, images_seen)
     part = part_of(folder)
     shutil.rmtree(part, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Delivery of checkpoints: each a LoggedModel of the run, with the metrics of its measurement, its weights and a sampler."""
+"""Deliver checkpoints to MLflow, each as a LoggedModel of the run, with its metrics, its weights and a sampler."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def model_name(images_seen: int) -> str:
 
 
 class ModelDelivery:
-    """Brings checkpoints of a folder to its run in MLflow; each model is looked up before it is made, so that there is one."""
+    """Delivers a folder's checkpoints to its run in MLflow; each model is looked up before it is made, so there is only one."""
 
     def __init__(self, client: Any, run_id: str, experiment_id: str, folder: Path) -> None:
         self._client, self.run_id, self.experiment_id, self.folder = client, run_id, experiment_id, folder
 
-    def send(self, told: Model, params: Mapping[str, str], *, weights: bool, newest: int, turning: int | None) -> None:
+    def send(self, checkpoint: Model, params: Mapping[str, str], *, weights: bool, newest: int, turning: int | None) -> None:
         """Have the model, its metrics, its weights where they are wanted, and the roles of `newest` and `turning`.
 
         `params` are the run's, which may not have them yet.
@@ -43,10 +43,10 @@ class ModelDelivery:
         from mlflow.exceptions import MlflowException
 
         try:
-            found = self._named(told.step)
-            model = self._model(told.step, params, found)
-            self._link_metrics(model, told)
-            self._finish(model, told, weights, {} if found is None else self._sizes(model.model_id))
+            found = self._named(checkpoint.step)
+            model = self._model(checkpoint.step, params, found)
+            self._link_metrics(model, checkpoint)
+            self._finish(model, checkpoint, weights, {} if found is None else self._sizes(model.model_id))
             self._set_roles(newest, turning)
         except NotImplementedError:
             raise RefusalError("this store has no logged models; checkpoints stay in the output folder") from None
@@ -58,7 +58,7 @@ class ModelDelivery:
     def register(self, step: int, name: str) -> None:
         """Give the checkpoint the alias `keep` of a registered model, which is made where there is none.
 
-        Idempotent. A model without weights, which nobody could load, gets none.
+        Idempotent. A model without weights cannot be loaded, and gets none.
         """
         from mlflow.exceptions import MlflowException
 
@@ -113,24 +113,24 @@ class ModelDelivery:
             self._client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step)])
         return model
 
-    def _link_metrics(self, model: Any, told: Model) -> None:
+    def _link_metrics(self, model: Any, checkpoint: Model) -> None:
         """Log the measurement's points once more, now as the model's; for the run they are the points that it has."""
         from mlflow.entities import Metric
 
         there = {(metric.key, metric.step, metric.timestamp) for metric in model.metrics or []}
         metrics = [
-            Metric(clean_key(key, NOT_MLFLOW), value, told.time, told.step, model_id=model.model_id)
-            for key, value in told.values.items()
-            if (clean_key(key, NOT_MLFLOW), told.step, told.time) not in there
+            Metric(clean_key(key, NOT_MLFLOW), value, checkpoint.time, checkpoint.step, model_id=model.model_id)
+            for key, value in checkpoint.values.items()
+            if (clean_key(key, NOT_MLFLOW), checkpoint.step, checkpoint.time) not in there
         ]
         for start in range(0, len(metrics), METRICS_PER_CALL):
             self._client.log_batch(self.run_id, metrics=metrics[start : start + METRICS_PER_CALL])
 
-    def _finish(self, model: Any, told: Model, weights: bool, there: dict[str, int]) -> None:
+    def _finish(self, model: Any, checkpoint: Model, weights: bool, there: dict[str, int]) -> None:
         """Upload what is wanted and there, and have the model say where its weights are."""
         if model.tags.get(WEIGHTS_TAG) == UPLOADED:
             return
-        state = self._upload(model, told, there) if weights else LOCAL
+        state = self._upload(model, checkpoint, there) if weights else LOCAL
         self._client.finalize_logged_model(model.model_id, "READY")
         if state == UPLOADED and EXTERNAL in model.tags:
             self._client.delete_logged_model_tag(model.model_id, EXTERNAL)
@@ -138,8 +138,8 @@ class ModelDelivery:
         tags = {WEIGHTS_TAG: state} | ({} if state == UPLOADED else {EXTERNAL: "true"})
         self._client.set_logged_model_tags(model.model_id, tags)
 
-    def _upload(self, model: Any, told: Model, there: dict[str, int]) -> str:
-        folder = self.folder / told.path
+    def _upload(self, model: Any, checkpoint: Model, there: dict[str, int]) -> str:
+        folder = self.folder / checkpoint.path
         if not is_pipeline(folder):
             return REMOVED
         try:
@@ -150,7 +150,7 @@ class ModelDelivery:
                 raise
             return REMOVED  # meanwhile, by the training: its limit is more important than the upload
         with tempfile.TemporaryDirectory() as scratch:
-            for path in write_model_files(Path(scratch), model, told.step):
+            for path in write_model_files(Path(scratch), model, checkpoint.step):
                 self._put(model, path, path.name, {})
         return UPLOADED
 

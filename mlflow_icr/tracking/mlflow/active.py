@@ -1,7 +1,7 @@
-"""The run as MLflow's active one in the caller's thread, so that `mlflow.log_metric` beside a tracker goes to it.
+"""Make the run MLflow's active one in the caller's thread, so that `mlflow.log_metric` goes to it.
 
-`mlflow.start_run(run_id=...)` would ask the server some more, and `mlflow.end_run` prints the run's address, with the password
-where the tracking URI has one; so its list of active runs is used as it is (MLflow 3.17; a test pins it).
+`mlflow.start_run(run_id=...)` would send more requests, and `mlflow.end_run` prints the run's address, with the password if the
+tracking URI has one. So MLflow's list of active runs is used directly (MLflow 3.17; a test pins it).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def activate(run: Any) -> None:
 
 
 def deactivate(run_id: str) -> None:
-    """Take a run that was made active here out of the active ones, of whichever thread."""
+    """Remove a run that was made active here from the active runs of all threads."""
     from mlflow.tracking.fluent import _active_run_stack
 
     if run_id in _OURS:

@@ -1,4 +1,4 @@
-"""Pictures, files and data sets of a run folder, brought to a run in MLflow."""
+"""Upload pictures, files and data sets of a run folder to a run in MLflow."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def log_picture(client: Any, run_id: str, folder: Path, operation: Picture, may_
 
 
 def _is_there(client: Any, run_id: str, key: str, operation: Picture) -> bool:
-    """Whether a picture is whole, as the file and its thumbnail; what is there of half a one is taken away."""
+    """Whether a picture is complete, with its thumbnail; a partial upload is removed."""
     sanitised = re.escape(key.replace("/", "~"))
     pattern = re.compile(rf"images/{sanitised}\Wstep\W{operation.step}\Wtimestamp\W{operation.time}\W")
     parts = [file.path for file in client.list_artifacts(run_id, "images") if pattern.match(file.path)]

@@ -1,4 +1,4 @@
-"""What MLflow's exceptions say: that nobody answers, that one operation is not wanted, or neither for sure."""
+"""The meaning of MLflow's exceptions: the server does not answer, one operation is refused, or it is not known."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import re
 from mlflow_icr.tracking.mlflow.store import without_credentials
 from mlflow_icr.tracking.sink import Failure
 
-# Statuses that say nothing of what was sent: not now, not by this user, or by a proxy whose server is gone.
+# Statuses that do not depend on what was sent: not now, not for this user, or from a proxy without its server.
 NOT_NOW = {401, 403, 407, 408, 425, 429, 502, 503, 504}
 STATUS = re.compile(r"failed with error code (\d+)")
 INACTIVE = "must be in the 'active' state"
 
 
 class RefusalError(Exception):
-    """This operation is not wanted; what follows may be welcome."""
+    """This operation is refused; later ones may be accepted."""
 
 
 def _of_status(status: int) -> Failure:
@@ -25,7 +25,7 @@ def _of_status(status: int) -> Failure:
 
 
 def failure_of(error: Exception) -> Failure:
-    """What an exception of MLflow's client, or of an artifact store's library, says."""
+    """The meaning of an exception of MLflow's client, or of an artifact store's library."""
     import requests
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import OperationalError

@@ -1,6 +1,6 @@
 """A shared view of an experiment: MLflow's page of charts, opened on ICR, error ratio, copies and residual energy.
 
-MLflow keeps what somebody shares as an experiment tag, `mlflow.sharedViewState.<key>`: JSON whose `state` is deflated JSON
+MLflow keeps a shared view as an experiment tag, `mlflow.sharedViewState.<key>`: JSON whose `state` is deflated JSON
 in base64. An address with `viewStateShareKey=<key>` opens it. The fields are those that the page of MLflow 3.17 writes itself.
 """
 

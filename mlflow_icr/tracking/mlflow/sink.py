@@ -34,7 +34,7 @@ from mlflow_icr.tracking.operations import FILES, MODELS, POINTS
 from mlflow_icr.tracking.sink import Failure, Sink, SinkState
 
 KEY_TAG = "icr.log"  # of a run: which folder's log it shows
-NAME_TAG = "icr.key."  # and a key that MLflow does not take: what it was
+NAME_TAG = "icr.key."  # and the original of a key that MLflow does not accept
 OPEN_SECONDS = 1.0  # that opening waits for the run of a server
 LOCAL_OPEN_SECONDS = 30.0  # and of a database on this machine, whose tables may have to be made
 PROBE_SECONDS = 3.0
@@ -43,15 +43,15 @@ PROBE_SECONDS = 3.0
 class MLflowSink(Sink):
     """Writes to the run that MLFLOW_RUN_ID or `run_id` names, to the active one, or to a new one.
 
-    Server, experiment and run are found out when a tracker opens, kept in the folder, and nothing goes anywhere else: arguments
-    come before `mlflow.set_tracking_uri` and `set_experiment`, and those before the environment. The run is the active one of
-    the thread that opened it, where its server is MLflow's own of this process. Parameters that it has already (those of
-    `mlflow run -P`) stay. With `joins`, results are added to the run of `run_id` as it is: it is neither set running nor ended,
-    and what it has already, `known` keys by step, is not told again.
+    Server, experiment and run are determined when a tracker opens, and kept in the folder; results go nowhere else. Arguments
+    come before `mlflow.set_tracking_uri` and `set_experiment`, and those before the environment. The run becomes the active one
+    of the thread that opened it, if its server is MLflow's own of this process. Parameters that it has already (those of
+    `mlflow run -P`) stay. With `joins`, results are added to the run of `run_id`: it is neither set running nor ended, and
+    values that it has already (`known` keys by step) are not sent again.
 
     Checkpoints are models of the run: `log_models` says whose weights are uploaded, "all", "kept" (those that are kept at the
     end), or "none", and then there are no models; None for what the folder's earlier process had. `register` names a registered
-    model whose alias `keep` the checkpoint to keep gets at the end. Raises ValueError for others, and for names that cannot be.
+    model whose alias `keep` the checkpoint to keep gets at the end. Raises ValueError for others, and for impossible names.
 
     A `tracking_uri` is where the server of a resumed folder is now; with `starts_over` the folder's run is forgotten, and a new
     one gets everything.
@@ -93,7 +93,7 @@ class MLflowSink(Sink):
         self._found = threading.Event()
         self._wants_running = False
         self._activates = False
-        self._reached: tuple[float, bool] = (-60.0, False)  # when somebody looked last, and whether anybody was there
+        self._reached: tuple[float, bool] = (-60.0, False)  # when the server was last asked, and whether it answered
 
     # What is known of the run
 
@@ -105,18 +105,18 @@ class MLflowSink(Sink):
 
     @property
     def experiment_id(self) -> str | None:
-        """The run's experiment, once the server has said so."""
+        """The id of the run's experiment, once it is known."""
         state = getattr(self, "state", None)
         return None if state is None else state.content.get("experiment_id")
 
     @property
     def target(self) -> Target:
-        """Where results go."""
+        """The server, experiment and run of the results."""
         return Target.of(self.state.content["target"])
 
     @property
     def address(self) -> str | None:
-        """Where the run is seen, once there is one."""
+        """The address of the run's page, once there is a run."""
         run_id, experiment_id = self.run_id, self.experiment_id
         return run_address(self.target.uri, experiment_id, run_id) if run_id and experiment_id else None
 
@@ -132,7 +132,7 @@ class MLflowSink(Sink):
 
     @property
     def policy(self) -> str:
-        """Whose weights are uploaded."""
+        """Which checkpoints' weights are uploaded."""
         return str(self.state.content.get("log_models", NONE))
 
     # Opening and closing
@@ -142,14 +142,14 @@ class MLflowSink(Sink):
         return folder / "mlflow.json"
 
     def attach(self, folder: Path, log: EventLog, state: SinkState, say: Callable[[str], None]) -> None:
-        """Get the folder; what is told of models from now on is as `log_models` says."""
+        """Attach to the folder; from now on models are logged as `log_models` says."""
         super().attach(folder, log, state, say)
         self._client = self._run = None
         if not self._wishes.items() <= state.content.items():
             state.update(**self._wishes)
 
     def open(self, opening: bool, *, offline: bool = False) -> None:
-        """Find out where results go, unless the folder knows it."""
+        """Determine server, experiment and run, unless the folder has them."""
         import mlflow  # in this thread: an import in another one may see half of it
 
         self._wants_running = opening and not self.joins
@@ -177,7 +177,7 @@ class MLflowSink(Sink):
         self._activates = self._wants_running and not offline and self.target.uri == public_uri(here)
 
     def opened(self) -> None:
-        """Wait a moment for the run, and make it the active one of this thread."""
+        """Wait briefly for the run, and make it the active one of this thread."""
         local = not self.target.uri.startswith(("http://", "https://"))
         deadline = time.monotonic() + (LOCAL_OPEN_SECONDS if local else OPEN_SECONDS)
         while time.monotonic() < deadline and self.failure is None and not self._found.wait(0.01):
@@ -191,13 +191,13 @@ class MLflowSink(Sink):
             activate(self._run)
 
     def redirect(self, tracking_uri: str) -> None:
-        """The server has moved to another address, or what waits is to go to another one. The run stays where it is known."""
+        """Deliver to another address: the server has moved, or another one is wanted. The run keeps its id if it is known."""
         self.tracking_uri = tracking_uri
         self.state.update(target=replace(self.target, uri=public_uri(absolute_uri(tracking_uri))).as_dict())
         self._client, self._reached = None, (-60.0, False)
 
     def close(self) -> None:
-        """Let go of the run, in the thread where it was active too."""
+        """Release the run, also as the active one of its thread."""
         if self.run_id is not None:
             deactivate(self.run_id)
 
@@ -212,7 +212,7 @@ class MLflowSink(Sink):
         return 90.0 if lane == POINTS else 600.0
 
     def reachable(self) -> bool:
-        """Whether a server answers within 3 s, with whatever status; a database or folder is taken to be there."""
+        """Whether a server answers within 3 s, with any status; a database or folder is assumed to."""
         import requests
 
         uri = self.target.uri
@@ -237,7 +237,7 @@ class MLflowSink(Sink):
         return reason_of(error)
 
     def send(self, lane: str, operations: Sequence[told.Operation], may_be_repeated: bool) -> None:
-        """Tell the run some operations; values and texts in a row in as few calls as MLflow allows."""
+        """Send operations to the run; consecutive values and texts go in as few calls as MLflow allows."""
         self._ensure_run(may_be_repeated)
         metrics: list[told.Metrics] = []
         tags: dict[str, str] = {}
@@ -262,7 +262,7 @@ class MLflowSink(Sink):
                     pass
         self._log_metrics(metrics, may_be_repeated)
         self._log_tags(tags)
-        for operation in operations:  # after all that came before it, and MLflow takes values of ended runs too
+        for operation in operations:  # sent last; MLflow accepts values of ended runs too
             if isinstance(operation, told.End) and self.target.owned and self.log.status is not None:  # else it goes on again
                 end_run(self._client, self._id, operation.status, operation.time)
 
@@ -308,7 +308,7 @@ class MLflowSink(Sink):
                     raise
             self.say(f"MLflow: MLFLOW_RUN_ID is {target.given!r}, which the server does not have; a new run is made")
         key = self.state.content["key"]
-        if may_be_repeated:  # an attempt without an answer may have left one
+        if may_be_repeated:  # an attempt without an answer may have made one
             experiments = [experiment.experiment_id for experiment in client.search_experiments()]
             found = client.search_runs(experiments, f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
             if found:
@@ -328,7 +328,7 @@ class MLflowSink(Sink):
         return target.experiment_id or "0"
 
     def _key(self, key: str, wrong: re.Pattern[str] = NOT_MLFLOW) -> str:
-        """The key that MLflow takes for this one; what it was is kept, here and in a tag of the run."""
+        """The key that MLflow accepts for this one; the original is kept here and in a tag of the run."""
         clean = clean_key(key, wrong)
         names: dict[str, str] = self.state.content.get("keys", {})
         if clean == key and clean not in names:

@@ -1,4 +1,4 @@
-"""MLflow's store, read exactly and in bounded memory; what goes wrong there as one line without credentials."""
+"""Read MLflow's store exactly and in bounded memory; its errors become one line without credentials."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class StoreError(OSError):
 def connect(uri: str | None = None) -> Any:
     """A client of a tracking URI, or of MLflow's own of this process. Raises StoreError for a server that does not answer now.
 
-    It is asked first because one call to a dead one takes MLflow four minutes, and its time-outs are settings of the process.
+    The server is checked first: a call to a dead one takes MLflow four minutes, and its time-outs are settings of the process.
     """
     with answers(uri):
         import mlflow
@@ -50,7 +50,7 @@ def without_credentials(text: str, uri: str = "") -> str:
 
 @contextmanager
 def answers(uri: str | None = None) -> Iterator[None]:
-    """Turn what MLflow and its transports raise into StoreError: one line, no credentials; `uri` where it is not MLflow's."""
+    """Turn exceptions of MLflow and its transports into StoreError: one line, no credentials; `uri` if it is not MLflow's."""
     import requests
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
@@ -63,7 +63,7 @@ def answers(uri: str | None = None) -> Iterator[None]:
         uri = uri or mlflow.get_tracking_uri()
         lines = str(error).strip().splitlines() or [""]
         why = without_credentials(lines[0], uri)[:300]
-        # A refused or unanswered connection; the rest is urllib3's inner life.
+        # A refused or unanswered connection; the rest are internals of urllib3.
         if why.startswith("API request to") or isinstance(error, (requests.ConnectionError, requests.Timeout)):
             why = "it does not answer"
         raise StoreError(f"MLFLOW_TRACKING_URI is {without_credentials(uri, uri)!r}: {type(error).__name__}: {why}") from error
@@ -142,7 +142,7 @@ def metric_page(client: Any, run_id: str, key: str, start: int) -> tuple[Sequenc
 
 @contextmanager
 def artifacts_answer() -> Iterator[None]:
-    """Turn anything that an artifact store raises into StoreError: each brings its own library with its own errors."""
+    """Turn any exception of an artifact store into StoreError: each store has its own library with its own errors."""
     try:
         yield
     except Exception as error:
@@ -161,7 +161,7 @@ def files(client: Any, run_id: str, folder: str | None = None, *, skip: Containe
 
 
 def download(client: Any, run_id: str, path: str, folder: Path) -> bytes:
-    """The content of one artifact, by way of a folder that it is deleted from again."""
+    """The content of one artifact, downloaded to a temporary folder."""
     with artifacts_answer():
         local = Path(client.download_artifacts(run_id, path, str(folder)))
     try:

@@ -1,4 +1,4 @@
-"""Bringing an MLflow server up to the logs of run folders, after an outage or a kill."""
+"""Bring an MLflow server up to the logs of run folders, after an outage or a kill."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mlflow_icr.tracking.worker import LAST_ATTEMPTS, drain
 
 @dataclass(frozen=True)
 class Synced:
-    """What was delivered of one folder to a run: operations taken now, those that wait by lane, and refusals with reasons."""
+    """The result for one folder: operations delivered now, those that wait by lane, and refusals with reasons."""
 
     folder: Path
     run_id: str | None
@@ -70,9 +70,9 @@ def _refusals(state: SinkState) -> dict[str, str]:
 def deliver_folder(folder: Path, *, new_run: bool = False, tracking_uri: str | None = None, status: str = "KILLED") -> Synced:
     """Deliver what the server does not have of one folder; a run whose process was killed is ended with a status.
 
-    Idempotent. What was refused is offered again. It goes where the folder's results go, or to `tracking_uri`, where that
-    server is now; with `new_run` to a new run there, or on the server of this process. Raises ValueError for a folder that a
-    process is writing just now, or a damaged journal.
+    Idempotent. Refused operations are sent again. The server is the folder's, or `tracking_uri` if that server has moved; with
+    `new_run` everything goes to a new run there, or on the server of this process. Raises ValueError for a folder that a
+    process is writing, or a damaged journal.
     """
     sink = MLflowSink(tracking_uri=tracking_uri, starts_over=new_run)
     tracker = Tracker(folder, [sink], resume=ALLOW, mode=ONLINE)
@@ -100,7 +100,7 @@ def deliver_folder(folder: Path, *, new_run: bool = False, tracking_uri: str | N
 
 
 def waiting_of(folder: Path) -> Synced:
-    """What waits in one folder, without delivering it, or taking the folder."""
+    """The undelivered operations of one folder; takes no lock and delivers nothing."""
     sink = MLflowSink()
     state = SinkState(sink.state_path(folder))
     log = EventLog(folder, read_only=True)
@@ -119,9 +119,9 @@ def sync(
     dry_run: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Synced]:
-    """Deliver what the server does not have of a run's or a study's folder; `say` hears a line for each.
+    """Deliver what the server does not have of a run's or a study's folder; `say` gets a line for each.
 
-    With `dry_run` it is only said what waits for what.
+    With `dry_run` the undelivered operations are only listed.
     """
     found = []
     for part in folders_of(folder):

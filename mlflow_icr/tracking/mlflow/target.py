@@ -1,4 +1,4 @@
-"""Where a run's results go: which server, experiment and run. It is found out once, and kept in the run folder."""
+"""The target of a run's results: server, experiment and run. It is determined once, and kept in the run folder."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ SECRET = ("pass", "token", "secret", "key")  # in the name of a part of an addre
 
 @dataclass(frozen=True)
 class Target:
-    """A tracking URI without credentials, an experiment by name or id, and what is known of the run.
+    """A tracking URI without credentials, an experiment by name or id, and the run as far as it is known.
 
-    `given` is the run to go on in; it was `inherited` where MLFLOW_RUN_ID said so, and another one takes its place if it is not
-    there. `owned`: the run is ended by us.
+    `given` is the run to continue; it is `inherited` if it came from MLFLOW_RUN_ID, and then a new one replaces it if it does
+    not exist. `owned`: this package ends the run.
     """
 
     uri: str
@@ -30,11 +30,11 @@ class Target:
 
     @staticmethod
     def of(content: dict[str, Any]) -> Target:
-        """A target as it was kept."""
+        """A target from its kept form."""
         return Target(**content)
 
     def as_dict(self) -> dict[str, Any]:
-        """What to keep of it."""
+        """The form of a target to keep."""
         return asdict(self)
 
 
@@ -48,7 +48,7 @@ def absolute_uri(uri: str) -> str:
 
 
 def public_uri(uri: str) -> str:
-    """A URI without user, password, and what its query has of secrets."""
+    """A URI without user, password, and secrets in its query."""
     if "://" not in uri:
         return uri
     parts = urlsplit(uri)
@@ -59,7 +59,7 @@ def public_uri(uri: str) -> str:
 
 
 def with_credentials(uri: str, *known: str | None) -> str:
-    """The one of some known URIs that is this one with credentials, or the URI itself."""
+    """The known URI that is this one with credentials, or the URI itself."""
     return next((one for one in known if one and public_uri(absolute_uri(one)) == uri), uri)
 
 
@@ -72,7 +72,7 @@ def resolve(
     run_id: str | None,
     owned: bool = True,
 ) -> Target:
-    """The target that arguments, MLflow's settings of this process and its environment say. Asks no server."""
+    """The target by arguments, MLflow's settings of this process, and its environment. Asks no server."""
     import mlflow
     from mlflow.tracking import fluent
 
@@ -94,7 +94,7 @@ def resolve(
 
 
 def run_address(uri: str, experiment_id: str, run_id: str) -> str:
-    """Where a run is seen: its page, or its store's URI and its id."""
+    """The address of a run: its page, or its store's URI and its id."""
     if uri.startswith(("http://", "https://")):
         return f"{public_uri(uri).rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
     return f"run {run_id} in {public_uri(uri)}"

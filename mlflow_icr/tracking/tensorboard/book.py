@@ -1,7 +1,7 @@
-"""What a log shows in TensorBoard, operation by operation: new values, and earlier ones that they take back.
+"""What a log shows in TensorBoard, operation by operation: new values, and earlier values that they replace.
 
-A training that goes on from a checkpoint comes by steps again that it had logged before it was killed. What it had logged of a
-key from there on is taken back, as soon as it logs the key again; what is the same stays.
+A training that resumes from a checkpoint may log steps again that it had logged before it was killed. The earlier values of a
+key from that step on are removed as soon as the key is logged again; equal values stay.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Last = dict[str, tuple[int, float]]  # the last step of a tag, and the value the
 
 
 @dataclass
-class Told:
+class Addition:
     """What one operation adds; each tag's values from its step in `cuts` on that were there before do not count.
 
     `late` is the earliest step that comes after a later one of its tag.
@@ -36,7 +36,7 @@ class Told:
 
 
 class Book:
-    """What is known of the operations so far, as plain data in `state`."""
+    """The state after the operations so far, as plain data in `state`."""
 
     def __init__(self, folder: Path, state: Mapping[str, Any] | None = None) -> None:
         self.folder, state = folder, state or {}
@@ -48,38 +48,38 @@ class Book:
 
     @property
     def state(self) -> dict[str, Any]:
-        """Plain data to make the same book of."""
+        """Plain data from which the same book can be made."""
         return {
             "last": dict(self._last), "before": dict(self._before), "begun": sorted(self._begun),
             "overlay": dict(self._overlay.state), "described": self._described,
         }  # fmt: skip
 
-    def add(self, operation: Operation) -> Told:
-        """Take in the next operation."""
-        told = Told()
+    def add(self, operation: Operation) -> Addition:
+        """Add the next operation."""
+        addition = Addition()
         match operation:
             case Params():
                 if not self._described:  # those of a process that goes on would be one more run on the page
-                    told.values = list(shown(self.folder, operation))
+                    addition.values = list(shown(self.folder, operation))
                 self._described = True
             case Metrics(source=source) if source == LOGGED:
-                self._add_logged(operation, told)
+                self._add_logged(operation, addition)
             case Metrics(step=step, time=time, values=values):
-                told.values = list(shown(self.folder, operation))
+                addition.values = list(shown(self.folder, operation))
                 if operation.source == MEASURED:
                     copies = self._overlay.add({"images_seen": step, **values})
                     copies = self._late_overlay(step) if copies is None else copies
                     more = answers(values) | copies
-                    told.values += [scalar(key, step, time / 1000, value) for key, value in more.items()]
-                self._note(told)
+                    addition.values += [scalar(key, step, time / 1000, value) for key, value in more.items()]
+                self._note(addition)
             case Picture() | File(role="distributions"):
-                told.values = list(shown(self.folder, operation))
-                self._note(told)
+                addition.values = list(shown(self.folder, operation))
+                self._note(addition)
             case _:
-                told.values = list(shown(self.folder, operation))
-        return told
+                addition.values = list(shown(self.folder, operation))
+        return addition
 
-    def _add_logged(self, operation: Metrics, told: Told) -> None:
+    def _add_logged(self, operation: Metrics, addition: Addition) -> None:
         if operation.resumes:
             self._before, self._begun = dict(self._last), set()
         for value in shown(self.folder, operation):
@@ -91,15 +91,15 @@ class Book:
                     if last == step and np.float32(there) == np.float32(number):
                         continue
                     if last >= step:
-                        told.cuts[tag] = step
+                        addition.cuts[tag] = step
                 if step >= self._last.get(tag, (step, 0.0))[0]:
                     self._last[tag] = (step, number)
-            told.values.append(value)
+            addition.values.append(value)
 
-    def _note(self, told: Told) -> None:
-        for value in told.values:
+    def _note(self, addition: Addition) -> None:
+        for value in addition.values:
             if self._last.get(value.tag, (value.step, 0.0))[0] > value.step:
-                told.late = value.step
+                addition.late = value.step
             else:
                 self._last[value.tag] = (value.step, math.nan if value.number is None else value.number)
 
@@ -110,11 +110,11 @@ class Book:
 
 
 def all_shown(folder: Path, operations: Iterable[Operation], since: int) -> list[Shown]:
-    """What operations show from a step on, in the order of their steps."""
+    """All values that operations show from a step on, in the order of their steps."""
     book, found = Book(folder), list[Shown]()
     for operation in operations:
-        told = book.add(operation)
-        if told.cuts:
-            found = [value for value in found if value.step < told.cuts.get(value.tag, value.step + 1)]
-        found += [value for value in told.values if value.step >= since]
+        addition = book.add(operation)
+        if addition.cuts:
+            found = [value for value in found if value.step < addition.cuts.get(value.tag, value.step + 1)]
+        found += [value for value in addition.values if value.step >= since]
     return sorted(found, key=lambda value: value.step)

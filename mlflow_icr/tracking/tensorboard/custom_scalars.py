@@ -1,4 +1,4 @@
-"""TensorBoard's custom scalars page: which charts it has, and the copies' place on the axis of ICR."""
+"""TensorBoard's custom scalars page: its charts, and the overlay of copies on the axis of ICR."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TensorBoard's event files: one that is appended to and survives a kill, and what is read back from it."""
+"""TensorBoard's event files: append in whole commits, so that a file survives a kill, and read them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class EventFile:
         self._picture = self._image.summary.value.add()
 
     def start(self, committed: int) -> None:
-        """Cut off what came after the last commit, whose size in bytes this is; 0 begins the file anew."""
+        """Cut off everything after the last commit, which ended at `size` bytes; 0 empties the file."""
         from tensorboard.compat.proto.event_pb2 import Event
 
         self.committed = committed
@@ -77,7 +77,7 @@ class EventFile:
         self._records.write(event.SerializeToString())
 
     def commit(self) -> int:
-        """Bring everything onto the disk; returns the size to hand over the next time."""
+        """Write everything to the disk; returns the size to pass to `start` the next time."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self.committed = int(self._file.tell())
@@ -104,12 +104,12 @@ class EventFile:
 
 
 def is_event_file(name: str) -> bool:
-    """Whether TensorBoard takes a file of this name for an event file."""
+    """Whether TensorBoard reads a file of this name as an event file."""
     return "tfevents" in name
 
 
 def events(path: Path, torn: Callable[[int], object] = lambda offset: None) -> Iterator[Any]:
-    """The events of a file up to its end, or up to what is no record; `torn` is told where in the file that is."""
+    """The events of a file up to its end, or up to a damaged record; `torn` is called with the place of that."""
     from google.protobuf.message import DecodeError
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
     from tensorboard.compat.proto.event_pb2 import Event
@@ -141,7 +141,7 @@ def float64_bits(values: Any) -> np.ndarray:
 
 
 def unseen(points: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """Indices of the points (N, 3) that are not among those seen (M, 3), each as often as it is missing."""
+    """Indices of the points (N, 3) that are not among those seen (M, 3), with repetitions counted."""
     both = np.concatenate([seen, points])
     if not len(both):
         return np.zeros(0, dtype=np.int64)

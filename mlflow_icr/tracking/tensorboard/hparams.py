@@ -9,7 +9,7 @@ from typing import Any
 
 # Tags and parameters may share names; the hparams page has one column for each name.
 TAG_PREFIX = "tag/"
-# Tags that say how a run came about, not what it is: they are in the text only.
+# Tags about a run's origin are in the text only.
 SYSTEM = ("mlflow.", "tensorboard.")
 # How this package's own import remembers names that MLflow does not allow.
 RENAMED = "tensorboard.tag."
@@ -19,7 +19,7 @@ STATUSES = {"FINISHED": "STATUS_SUCCESS", "FAILED": "STATUS_FAILURE", "KILLED": 
 
 
 def parameter_value(text: str) -> bool | float | str:
-    """What MLflow keeps as text, as the hparams page can sort it: a number or a truth value where nothing is lost."""
+    """A parameter's text as a value that the hparams page can sort: a number or a truth value if nothing is lost."""
     if text in ("True", "False"):
         return text == "True"
     if NUMBER.fullmatch(text):
@@ -31,7 +31,7 @@ def parameter_value(text: str) -> bool | float | str:
 
 
 def parameter_text(value: bool | float | str) -> str:
-    """The other way: what `parameter_value` made of a text, as text; 3.0 is 3."""
+    """The inverse of `parameter_value`: a value as text; 3.0 is 3."""
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         return str(int(value))
     return str(value)
@@ -83,7 +83,7 @@ def session_start(params: Mapping[str, Any], seconds: float) -> Any:
 
 
 def description(info: Any, params: Mapping[str, str], tags: Mapping[str, str], group: str) -> bytes:
-    """The event of a run's description, serialized: the same for the same run, so that a change can be told.
+    """The event of a run's description, serialized: the same for the same run, so that a change is noticed.
 
     `info` is MLflow's RunInfo. There is no list of metrics in it: TensorBoard would take one run's list for all runs,
     and makes the list from the scalars itself where there is none.

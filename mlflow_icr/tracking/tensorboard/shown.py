@@ -1,4 +1,4 @@
-"""What an operation is in TensorBoard: values by tag, at a step and a time; and the projector's files."""
+"""An operation's values in TensorBoard, by tag, at a step and a time; and the projector's files."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Shown:
 
 
 def shown(folder: Path, operation: Operation) -> Iterator[Shown]:
-    """What an operation of a run folder is in event files, without what follows from others before it."""
+    """The values of an operation in event files, without values that depend on earlier operations."""
     match operation:
         case Metrics(values=values, step=step, time=time, texts=texts, source=source):
             for key, number in values.items():
@@ -75,7 +75,7 @@ def shown(folder: Path, operation: Operation) -> Iterator[Shown]:
 
 
 def _texts(values: Mapping[str, str], step: int | None, time: int) -> Iterator[Shown]:
-    """The verdict, and why something is absent or doubtful; tags of the run as one text."""
+    """The verdict, and reasons for absent or uncertain values; tags of the run as one text."""
     if "verdict.text" in values:
         yield _text(VERDICT, step or 0, time, values["verdict.text"])
     elif step is None:
@@ -108,7 +108,7 @@ def _image(path: Path, key: str, step: int, time: int) -> Iterator[Shown]:
     from PIL import Image
     from tensorboard.compat.proto.summary_pb2 import Summary
 
-    if not path.is_file():  # it was taken away: nothing else waits for it
+    if not path.is_file():  # the file was removed; other operations do not depend on it
         return
     content = path.read_bytes()
     with Image.open(BytesIO(content)) as image:
@@ -146,7 +146,7 @@ def _table(path: Path) -> str:
 
 
 def write_projection(log_dir: Path, name: str, step: int, path: Path) -> None:
-    """Have the projector show the vectors, thumbnails and texts of an embedding's file, in place of those of the same step."""
+    """Write the vectors, thumbnails and texts of an embedding for the projector, replacing those of the same step."""
     from google.protobuf import text_format
     from PIL import Image
     from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig

@@ -23,7 +23,7 @@ class TensorBoardSink(Sink):
     """Writes one event file into one folder, on the disk after every measurement. On the main process only.
 
     Beside it, `tensorboard.json` says how far the log is in it, and where its last whole commit ends: a process that goes on
-    cuts off what came after that, and reads no event file. Without it, everything is told again.
+    cuts off what came after that, and reads no event file. Without it, everything is written again.
 
     Both of TensorBoard's readers hide points, each in its own way. The fast one drops, of a tag whose step does not go up, all
     that it had from that step on. The other one drops everything from the step of a restart on (`SessionLog.START`), of all
@@ -43,11 +43,11 @@ class TensorBoardSink(Sink):
         return self.log_dir / "tensorboard.json"
 
     def batch_of(self, lane: str) -> int:
-        """As many values as are written before they are brought onto the disk."""
+        """The number of values that are written before they are synced to the disk."""
         return 1000
 
     def open(self, opening: bool, *, offline: bool = False) -> None:
-        """Go on with the event file, or begin one."""
+        """Continue the event file, or begin one."""
         self.log_dir.mkdir(parents=True, exist_ok=True)
         content = self.state.content
         path = self.log_dir / content.get("file", "")
@@ -72,7 +72,7 @@ class TensorBoardSink(Sink):
         self.state.write()
 
     def send(self, lane: str, operations: Sequence[Operation], may_be_repeated: bool) -> None:
-        """Add operations to the event file and bring it onto the disk, or leave it as it was."""
+        """Append operations to the event file and sync it, or leave it unchanged."""
         assert self._file is not None
         assert self._book is not None
         number, late = self.state.cursor(ALL).number, list[int]()
@@ -80,11 +80,11 @@ class TensorBoardSink(Sink):
             for place, operation in enumerate(operations, number):
                 if isinstance(operation, File) and operation.role == EMBEDDING:
                     write_projection(self.log_dir, operation.name, operation.step, self.folder / operation.path)
-                told = self._book.add(operation)
-                if told.cuts:
-                    self._tell_again(min(told.cuts.values()), place, told.cuts)
-                self._write(told.values)
-                late += [] if told.late is None else [told.late]
+                addition = self._book.add(operation)
+                if addition.cuts:
+                    self._tell_again(min(addition.cuts.values()), place, addition.cuts)
+                self._write(addition.values)
+                late += [] if addition.late is None else [addition.late]
             if late:
                 self._tell_again(min(late), number + len(operations))
             self.state.content |= {"committed": self._file.commit(), "book": self._book.state}
@@ -101,7 +101,7 @@ class TensorBoardSink(Sink):
             self._file.add(_event(step, seconds, Summary(value=[value.value for value in group])))
 
     def _tell_again(self, since: int, until: int, cuts: dict[str, int] | None = None) -> None:
-        """Have everything from a step on in order, of the operations before a number in the log, without what is cut."""
+        """Write all values from a step on again in order, of operations before a number in the log, without removed ones."""
         assert self._file is not None
         entries: Iterable[Entry] = self.log.entries()
         again = all_shown(self.folder, (entry.operation for entry in entries if entry.number < until), since)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import os
@@ -60,17 +61,38 @@ def reproduce(
     return 1 if failed else 0
 
 
+def _parser() -> OneLineParser:
+    parser = OneLineParser(
+        prog="paper",
+        description=__doc__,
+        epilog="example:\n  python -m trainers.experiments.paper --scale small --figures 2,4",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--scale", default="small", metavar="NAME", help=f"size of the study: {', '.join(SCALES)}")
+    parser.add_argument("--figures", default="all", metavar="N,...", help="numbers of the figures to draw; default: all")
+    data = f"CIFAR-10: a folder, an archive or a name on the hub; default: ${VARIABLE}, or the hub's"
+    parser.add_argument("--data", default=os.environ.get(VARIABLE, CIFAR10), metavar="DATA", help=data)
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="folder of runs and result files; the same command continues in it",
+    )
+    parser.add_argument(
+        "--page-dir", type=Path, default=None, metavar="DIR", help="folder of the page; default: page/ in the output folder"
+    )
+    parser.add_argument(
+        "--no-train", action="store_true", help="draw figures from existing checkpoints and result files; train nothing"
+    )
+    return parser
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    parser = OneLineParser(prog="paper", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--scale", default="small", help=f"one of {', '.join(SCALES)}")
-    parser.add_argument("--figures", default="all", help="all, or numbers: 2,4")
-    parser.add_argument("--data", default=os.environ.get(VARIABLE, CIFAR10), help=f"CIFAR-10; {VARIABLE} names a copy of yours")
-    parser.add_argument("--output-dir", type=Path, default=None, help="of runs and result files; it may be gone on with")
-    parser.add_argument("--page-dir", type=Path, default=None, help="of the page; page/ in the output folder")
-    parser.add_argument("--no-train", action="store_true", help="figures from the result files and checkpoints that are there")
-    arguments = parser.parse_args(dashed(sys.argv[1:] if argv is None else argv))
+    arguments = _parser().parse_args(dashed(sys.argv[1:] if argv is None else argv))
     try:
         if arguments.scale not in SCALES:
             raise ValueError(f"scale is {arguments.scale!r}; expected one of {', '.join(SCALES)}")

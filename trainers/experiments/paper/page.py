@@ -33,7 +33,7 @@ def _summary(claims: Sequence[Claim], scale: Scale, results: Results) -> list[st
     lines.append(f"{len(results)} of {planned} trainings are measured.")
     missing = [training.name for training in scale.trainings() if training.name not in results]
     if missing:
-        lines.append(f"**This page is partial**, without {', '.join(missing)}: the same command goes on where it stopped.")
+        lines.append(f"**This page is partial**, without {', '.join(missing)}: the same command continues where it stopped.")
     return lines
 
 

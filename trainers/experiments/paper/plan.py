@@ -104,7 +104,7 @@ class Scale:
         return found
 
 
-# Figures are measured anew, from checkpoints: the trainings themselves measure little.
+# Figures are measured again, from checkpoints: the trainings themselves measure little.
 QUIET = {"num_samples": 16, "generate_every": "1000000", "encoder": "pixels", "probe_images": 64, "log_models": "none"}
 SMALL = Scale(
     name="small",

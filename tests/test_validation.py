@@ -204,6 +204,7 @@ def tiny_plan(**others: object) -> PlannedRun:
 
 @pytest.mark.usefixtures("few_errors")
 def test_a_run_changes_midway_and_failures_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from studies.validation.remeasure import measured_anew
     from studies.validation.training import train
     from trainers.train import Stop
 
@@ -219,6 +220,14 @@ def test_a_run_changes_midway_and_failures_are_told(tmp_path: Path, monkeypatch:
     assert result.rows[-1]["train/optimizer_steps"] == 50 + 15
     assert result.params["feature_dim"] == 16
     assert not list(tmp_path.glob("work/tiny/checkpoints/*/state.safetensors"))
+    # Measured anew from its checkpoints, a run has the values that it had.
+    again = measured_anew(run, plan, tmp_path / "work" / "tiny", result)
+    for before, after in zip(result.rows, again.rows, strict=True):
+        assert before.keys() == {key for key in after if not key.startswith("perf/")}
+        values = {key: after[key] for key in before if key.startswith("repr/")}
+        assert {key: before[key] for key in values} == pytest.approx(values, rel=1e-4, abs=1e-6)
+    with pytest.raises(ValueError, match="has no checkpoint, with which tiny began"):
+        measured_anew(replace(run, before={}), plan, tmp_path / "work" / "tiny", result)
     unknown = replace(run, options={**run.options, "augmentt": "flip"})
     assert "augmentt" in (missing_feature(unknown, plan) or "")
     with pytest.raises(ValueError, match="run is 'nobody'; expected one of the"):

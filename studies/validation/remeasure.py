@@ -34,9 +34,20 @@ def load_weights(network: nn.Module, path: Path) -> None:
         raise ValueError(f"{path} does not hold this network ({str(error).splitlines()[0]})") from None
 
 
+def began_with(run: PlannedRun, folder: Path) -> dict[str, str]:
+    """The option that says which network a run began with, if it began with one. Raises ValueError where that is gone."""
+    if run.before is None:
+        return {}
+    before = folder.with_name(f"{folder.name}.before")
+    there = checkpoints(before)
+    if not there:
+        raise ValueError(f"{before} has no checkpoint, with which {run.name} began")
+    return {"init_from": str(there[max(there)])}
+
+
 def measured_anew(run: PlannedRun, plan: Plan, folder: Path, result: Result) -> Result:
     """A run's result with what the monitor says of each checkpoint now. Raises ValueError where some are not there."""
-    live, there = Run(config_of(run.options, plan), folder), checkpoints(folder)
+    live, there = Run(config_of(run.options, plan, **began_with(run, folder)), folder), checkpoints(folder)
     live.monitor.pictures = live.generation.pictures = False
     rows = []
     for row in result.rows:

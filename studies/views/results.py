@@ -71,7 +71,7 @@ def table_of(lines: Sequence[Line]) -> str:
             x.images, x.denoiser, f"{x.near_half:.3f}", f"{x.near:.3f}", f"{x.near_double:.3f}", f"{x.near_fourfold:.3f}",
             f"{x.far:.2f}", f"{x.auc:.2f} ({x.auc_low:.2f} to {x.auc_high:.2f})", x.chosen,
         ]
-        for x in lines
+        for x in sorted(lines, key=lambda line: [other.images for other in lines].index(line.images))
     ]  # fmt: skip
     text = "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
     near, far = farthest(lines, "near"), farthest(lines, "far")

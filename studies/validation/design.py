@@ -4,8 +4,8 @@
 of its runs was trained, and a test holds it to this code. It was amended three times: after six and after ten runs, of which
 none copied anything, lengths became multiples of N in optimizer steps, by width, and `fast_runs` were added. The third time,
 after fourteen runs, was for cost: fewer runs, each measured more seldom and with fewer samples, and learning rates and lengths
-by which most of the small ones should copy within minutes. All runs are new since, with seeds and halves of their own, and the fourteen are in no table, for the plan was amended after a look at them.
-Detectors, horizons and comparisons are what they were.
+by which most of the small ones should copy within minutes. All runs are new since, with seeds and halves of their own, and the
+fourteen are in no table, for the plan was amended after a look at them. Detectors, horizons and comparisons are what they were.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ def test_the_checkpoint_to_keep_gets_an_alias(pipeline: Path, tmp_path: Path, mo
     client = MlflowClient()
     for _ in range(2):
         version = client.get_model_version_by_alias("digits", "keep")
-        assert (version.run_id, version.model_id) == (sink.run_id, models_of(sink.run_id)[100].model_id)
+        assert (version.run_id, version.source) == (sink.run_id, models_of(sink.run_id)[100].artifact_location)
         assert [one.tags for one in client.search_model_versions("name = 'digits'")] == [{"images_seen": "100"}]
         assert main(["sync", "--tracking-uri", os.environ["MLFLOW_TRACKING_URI"], str(tmp_path / "run")]) == 0
     for name, log_models, message in (

@@ -13,8 +13,10 @@ import socket
 import sys
 from pathlib import Path
 
+from mlflow import MlflowClient
 from playwright.sync_api import Page, sync_playwright
 
+from mlflow_icr.tracking.mlflow.shared_view import newest_view
 from trainers.experiments.address import chart_address
 from trainers.experiments.ui import newest_study, start, stop
 
@@ -30,32 +32,27 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-SHOWN = "repr/icr$|mem/ratio_l2|view_error_ratio$"
-
-
 def shoot_mlflow(page: Page, port: int, study: str, experiment_id: str) -> None:
-    """The page that the study prints, narrowed down to three charts."""
-    page.set_viewport_size({"width": 1400, "height": 1180})
-    page.goto(chart_address("sqlite:///mlflow.db", experiment_id, study).replace("127.0.0.1:5000", f"127.0.0.1:{port}"))
-    page.get_by_text("2 matching runs").wait_for(timeout=90_000)
+    """The page that the study prints."""
+    found = newest_view(MlflowClient(f"http://127.0.0.1:{port}"))
+    view = None if found is None or found[0] != experiment_id else found[1]
+    page.set_viewport_size({"width": 1400, "height": 860})
+    address = chart_address("sqlite:///mlflow.db", experiment_id, study, view)
+    page.goto(address.replace("127.0.0.1:5000", f"127.0.0.1:{port}"))
+    page.locator(".js-plotly-plot").nth(3).wait_for(timeout=240_000)
     assistant = page.get_by_text("MLflow Assistant").first
     if assistant.is_visible():
         assistant.locator("xpath=ancestor::div[.//button][1]").get_by_role("button").last.click()
-    page.get_by_placeholder("Search metric charts").fill(SHOWN)
-    for run in ("limited n=128", "control n=1600"):
-        page.get_by_text(f"{run} (repr/icr)").first.wait_for(timeout=60_000)  # both curves in one chart
-    page.wait_for_timeout(3000)  # the charts draw themselves in
+    page.wait_for_timeout(6000)  # the charts draw themselves in
     page.screenshot(path=PICTURES / "mlflow.png")
 
 
 def shoot_tensorboard(page: Page, port: int) -> None:
-    """The time series page, narrowed down to the same three."""
-    page.set_viewport_size({"width": 1400, "height": 620})
-    page.goto(f"http://127.0.0.1:{port}/?smoothing=0#timeseries")
-    page.get_by_role("combobox", name="Filter tags (regex)").fill(SHOWN)
-    page.get_by_role("button", name="Settings").last.click()  # fold the settings away
-    page.locator("scalar-card").nth(2).wait_for(timeout=60_000)
-    page.wait_for_timeout(4000)
+    """The page that `make ui` prints."""
+    page.set_viewport_size({"width": 1400, "height": 700})
+    page.goto(f"http://127.0.0.1:{port}/?smoothing=0")
+    page.locator("scalar-card").nth(1).get_by_text("limited").wait_for(timeout=240_000)
+    page.wait_for_timeout(10_000)
     page.screenshot(path=PICTURES / "tensorboard.png")
 
 

@@ -223,7 +223,10 @@ def test_ranks_measure_together_and_stop_together(tmp_path: Path, data: Path, ra
     folder = tmp_path / "stopped-icr"
     folder.mkdir()
     ratio = "repr/far_error_ratio"
-    past = [{"images_seen": 2**k, ratio: 2.0**k, f"{ratio}_low": 0.99 * 2**k, f"{ratio}_high": 1.01 * 2**k} for k in range(5)]
+    past = [
+        {"images_seen": seen, ratio: 2.0**k, f"{ratio}_low": 0.99 * 2**k, f"{ratio}_high": 1.01 * 2**k}
+        for k, seen in enumerate((1, 2, 4, 8, 15))
+    ]
     (folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in past))
     ours = ("--stop-on", "turning", "--every", "64", "--resume")
     if ranks == 1:

@@ -7,7 +7,9 @@ from itertools import combinations
 
 import numpy as np
 
+from trainers.experiments.paper.beyond import OUTLIERS
 from trainers.experiments.paper.claims import Results, Rows, correlation, series
+from trainers.experiments.paper.origins import rank_correlation
 from trainers.experiments.paper.plan import EDM_FEW, EDM_MANY, FLOW_FEW, FLOW_MANY
 
 
@@ -101,6 +103,17 @@ def _pairs(key: str) -> Callable[[Results], str]:
     return words
 
 
+def _outliers(results: Results) -> str:
+    found = []
+    for name, rows in _named(results, (EDM_FEW,), "origins"):
+        far, copies = (np.array([row[key] for row in rows], dtype=float) for key in ("to_others", "copies"))
+        value = rank_correlation(far, copies)
+        if value is not None:
+            found.append(f"{name} {value[0]:.2f} [{value[1]:.2f}, {value[2]:.2f}]")
+    what = "the same distance and the number of copies among the last samples"
+    return f"Looked at besides: {what}, Spearman's correlation: {', '.join(found)}." if found else ""
+
+
 TRIED: dict[int | str, Callable[[Results], str]] = {
     2: _window,
     3: _with("icr", (EDM_MANY,), "frechet_pixels", "the plug-in ICR in place of the debiased one"),
@@ -113,6 +126,7 @@ TRIED: dict[int | str, Callable[[Results], str]] = {
     11: _with("icr_debiased", (EDM_FEW,), "copies", "ICR and copies over the whole training"),
     13: _pairs("levels"),
     14: _pairs("layers"),
+    OUTLIERS: _outliers,
 }
 
 

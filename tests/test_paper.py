@@ -24,6 +24,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from mlflow_icr import sweep_noise
 from mlflow_icr.extraction.latents import Autoencoder, encode_images
+from mlflow_icr.extraction.taps import resolve_layer
 from tests.stores import new_store
 from trainers.experiments.paper import beyond, origins
 from trainers.experiments.paper import features as read
@@ -58,7 +59,7 @@ TINY = Scale(
     },
     edm={"family": "edm", "block_channels": (8, 16), "batch_size": 32},
     flow={"family": "flow", "labels": True, "hidden_size": 32, "num_layers": 3, "num_heads": 2, "batch_size": 32},
-    probe=32, views=4, samples=24, sample_steps=2, sigmas=(0.06, 0.3, 1.09), layers=("mid", "decoder"), subsets=(16, 64),
+    probe=32, views=4, samples=24, sample_steps=2, sigmas=(0.06, 0.3, 1.09), layers=("mid", "mid+2"), subsets=(16, 64),
     labelled=60, autoencoder=AutoencoderPlan((8, 16), kimg=0.06, batch_size=20),
 )  # fmt: skip
 
@@ -192,6 +193,9 @@ def test_the_paper_s_scale_is_a_configuration_and_takes_a_step(tmp_path: Path) -
         for training in trainings:
             config = training.config("uoft-cs/cifar10", tmp_path)
             assert config.data.num_images == training.images
+    small = next(t for t in SMALL.trainings() if t.role == EDM_FEW).config("uoft-cs/cifar10", tmp_path).changed(sigma_data=0.5)
+    for layer in SMALL.layers:
+        assert resolve_layer(family_of(small).build(3, 16), layer)
     few = next(t for t in PAPER.trainings() if t.role == EDM_FEW).config("uoft-cs/cifar10", tmp_path)
     assert (few.data.num_images, few.data.resolution, few.optimizer.batch_size) == (4096, 32, 512)
 
@@ -416,6 +420,8 @@ def test_each_training_of_the_paper_s_scale_takes_a_step(role: str, tmp_path: Pa
         config.check_network(16)
     family = family_of(config, None if labels is None else 10)
     network = family.build(*((4, 16) if role == LATENT_FEW else (3, 32)))
+    if role == EDM_FEW:
+        assert all(resolve_layer(network, layer) for layer in PAPER.layers)
     before = [weights.detach().clone() for weights in network.parameters()]
     accelerator = Accelerator(cpu=True)
     state = new_state(network, config, accelerator)

@@ -81,7 +81,7 @@ class Scale:
     sigma: float = 0.29
     sigma_flow: float = 0.25
     sigmas: tuple[float, ...] = (0.01, 0.02, 0.06, 0.14, 0.3, 0.59, 1.09, 1.92, 3.26)
-    layers: tuple[str, ...] = ("mid", "decoder", "decoder+1")
+    layers: tuple[str, ...] = ("mid", "decoder", "mid+2")
     subsets: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
     labelled: int = 2000
     flow_few: int | None = None  # images of the transformer's runs on few; None: as `few`

@@ -326,6 +326,13 @@ def test_subsets_levels_and_layers_are_those_of_numpy(runs: dict[str, Measured])
             same(row["icr_debiased"], two_way(few.features(few.denoiser(step), **chosen))["icr_debiased"], 1e-4)
 
 
+def test_features_are_of_all_images(runs: dict[str, Measured]) -> None:
+    run = runs[EDM_MANY]
+    images = run.data.train.repeat(6, 1, 1, 1)
+    features = read.read_features(run.denoiser(max(run.checkpoints)), images, layer="decoder", sigma=0.3, views=2)
+    assert len(features) == len(images) == 1200
+
+
 def test_of_repeated_images_one_is_measured(runs: dict[str, Measured]) -> None:
     run, few = runs[DUPLICATES], runs[EDM_FEW]
     assert sorted(run.times) == [1] * (TINY.few - 8) + [10] * 8

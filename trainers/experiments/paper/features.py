@@ -24,7 +24,8 @@ NEIGHBOURS = 9  # of an image, as in the paper's figure 6
 
 def read_features(denoiser: Denoiser, images: Tensor, *, layer: str, sigma: float, views: int, level: int = 3) -> Tensor:
     """Features (N, K, D) of a layer on K views of each of N images (N, C, H, W)."""
-    protocol = Protocol(layer=layer, sigmas=(sigma,), augmentation_level=level, num_views=views)
+    count = len(images)  # a protocol that names no number has a most
+    protocol = Protocol(layer=layer, sigmas=(sigma,), augmentation_level=level, num_images=count, num_views=views)
     return FeatureReader(denoiser, images, protocol, 256, 0).read(denoiser, sigma)
 
 

@@ -26,6 +26,7 @@ from mlflow_icr import sweep_noise
 from mlflow_icr.extraction.latents import Autoencoder, encode_images
 from mlflow_icr.extraction.taps import resolve_layer
 from tests.stores import new_store
+from trainers.config import read_values
 from trainers.experiments.paper import beyond, origins
 from trainers.experiments.paper import features as read
 from trainers.experiments.paper.claims import ABSENT, AGREES, DISAGREES, UNDECIDED, all_claims, turn_claim
@@ -45,10 +46,11 @@ from trainers.experiments.paper.plan import (
 )
 from trainers.experiments.paper.preparations import train_autoencoder
 from trainers.experiments.paper.readings import READINGS
+from trainers.experiments.paper.trainings import config_of
 from trainers.families import family_of
 from trainers.inputs import Inputs
 from trainers.loop import new_state, train
-from trainers.train import main
+from trainers.train import main, prepare_folder
 
 TINY = Scale(
     name="tiny", few=32, many=200, few_kimg=0.6, many_kimg=0.6, seeds=(0,),
@@ -119,6 +121,16 @@ def test_figures_again_from_the_result_files_are_the_same_bytes(study: Path, tmp
     assert again == 0
     for path in sorted((study / "page").iterdir()):
         assert path.read_bytes() == (tmp_path / "page" / path.name).read_bytes(), path.name
+
+
+@pytest.mark.parametrize("name", ["edm-few-seed0", "flow-few-seed0", "latent-few-seed0"])
+def test_a_training_that_was_stopped_can_be_resumed(study: Path, name: str) -> None:
+    """The file that the study gives it is no other configuration than the run's own."""
+    wanted = read_values(study / "runs" / f"{name}.yaml")
+    folder = study / "runs" / name
+    assert prepare_folder(folder, None, wanted, resume=True) == config_of(folder)
+    with pytest.raises(ValueError, match="seed is 5, but the run to resume has 0"):
+        prepare_folder(folder, None, wanted | {"seed": 5}, resume=True)
 
 
 def by_hand(features: np.ndarray) -> dict[str, float]:

@@ -21,7 +21,7 @@ from mlflow_icr.integrations.ending import end_as_rank
 from mlflow_icr.monitoring.series import HISTORY, read_history
 from mlflow_icr.tracking.checkpoints.folder import check_register
 from trainers.command_line import config_changes, parse_tags, train_parser
-from trainers.config import TrainConfig, config_from, preset_names, preset_values, read_values, with_changes
+from trainers.config import OPTIONS, TrainConfig, config_from, preset_names, preset_values, read_values, with_changes
 from trainers.launch import check_launcher, check_processes, is_launched, launch
 from trainers.launchers.job import STOP_SIGNALS
 from trainers.plan import plan_for
@@ -110,8 +110,9 @@ def prepare_folder(output_dir: Path, config: TrainConfig | None, changes: Mappin
         read_history(output_dir)  # refuses a damaged one now, not when the first measurement is to be added
     saved = config_from(read_values(there))
     for key, value in changes.items():
-        settled = (key, value) == ("encoder", "auto")
-        if saved.get(key) != value and not settled and key not in MAY_CHANGE:
+        settled = (key, value) in (("encoder", "auto"), ("sigma_data", None))  # the run has what came of it
+        wanted = OPTIONS[key].typed(value) if key in OPTIONS else value  # a file has lists where there are tuples
+        if saved.get(key) != wanted and not settled and key not in MAY_CHANGE:
             raise ValueError(f"{key} is {value!r}, but the run to resume has {saved.get(key)!r}; expected the same")
     return saved.changed(**{key: value for key, value in changes.items() if key in MAY_CHANGE})
 

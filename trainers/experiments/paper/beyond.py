@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from trainers.experiments.paper.claims import Claim, Results, Rows, Vote, judged_claim, turn_claim
@@ -21,7 +23,11 @@ def _outliers_vote(rows: Rows) -> Vote | None:
     if found is None:
         return None
     turned = sum(row["turned"] is not None for row in rows)
-    return _side(*found[1:], 0.0), f"Spearman {found[0]:.2f} [{found[1]:.2f}, {found[2]:.2f}], {turned} of {len(rows)} turned"
+    note = f"Spearman {found[0]:.2f} [{found[1]:.2f}, {found[2]:.2f}], {turned} of {len(rows)} turned"
+    copied = rank_correlation(*(np.array([row[key] for row in rows], dtype=float) for key in ("to_others", "copies")))
+    if copied is not None:  # known first is not copied most
+        note += f"; of the distance and the copies at the end {copied[0]:.2f} [{copied[1]:.2f}, {copied[2]:.2f}]"
+    return _side(*found[1:], 0.0), note
 
 
 def outliers_claim(results: Results) -> Claim:
@@ -56,6 +62,15 @@ def repeats_claim(results: Results) -> Claim:
     return judged_claim(results, REPEATS, text, rule, {DUPLICATES: _repeats_vote}, "origins")
 
 
+def latents_claim(results: Results) -> Claim:
+    """The turn in latents, with copies of the images as the autoencoder gives them back in the numbers."""
+    claim = turn_claim(results, LATENTS, LATENT_FEW, "EDM in latents")
+    ends = [r["trajectory"][-1] for r in results.values() if r["role"] == LATENT_FEW and r["trajectory"]]
+    decoded = [f"{row['copies_decoded']:.2f}" for row in ends if row.get("copies_decoded") is not None]
+    note = f"; of decoded training images {', '.join(decoded)}" if decoded else ""
+    return replace(claim, numbers=claim.numbers + note)
+
+
 def beyond_claims(results: Results) -> list[Claim]:
     """The statements on latents, outliers and duplicates."""
-    return [turn_claim(results, LATENTS, LATENT_FEW, "EDM in latents"), outliers_claim(results), repeats_claim(results)]
+    return [latents_claim(results), outliers_claim(results), repeats_claim(results)]

@@ -227,8 +227,9 @@ def _class_vote(rows: Rows) -> Vote | None:
     lowest, half = int(icr.argmin()), len(icr) // 2
     early = [bool(abs(v[half] - v[0]) >= SATURATED * abs(v[-1] - v[0])) for v in (silhouettes, separation)]
     follows = correlation(icr[lowest:], copies[lowest:])
-    note = f"saturated by half: {early[0]}, {early[1]}; ICR with copies after its lowest: Spearman {follows:.2f}"
-    return all(early) and follows > FOLLOWS, note
+    told = "too few measurements to tell" if np.isnan(follows) else f"Spearman {follows:.2f}"
+    note = f"saturated by half: {early[0]}, {early[1]}; ICR with copies after its lowest: {told}"
+    return None if all(early) and np.isnan(follows) else all(early) and follows > FOLLOWS, note
 
 
 def class_claim(results: Results) -> Claim:

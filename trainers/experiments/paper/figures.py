@@ -12,6 +12,7 @@ from trainers.experiments.paper.plan import DUPLICATES, EDM_FEW, EDM_MANY, FLOW_
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 KIMG = "thousand images seen"
@@ -40,9 +41,19 @@ def _line(axes: Axes, rows: Rows, x: str, y: str, label: str, place: int, bounds
         axes.fill_between([row[x] / unit for row in known], low, high, color=colour, alpha=0.2, lw=0)
 
 
+def _logarithmic(axis: Axis) -> None:
+    """Marks at 1, 2 and 5, as plain numbers: those of matplotlib write over each other within two decades."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def _finish(figure: Figure, panels: Sequence[Axes], x: str, ys: Sequence[str]) -> Figure:
     for axes, y in zip(panels, ys, strict=True):
         axes.set(xlabel=x, ylabel=y, xscale="log")
+        _logarithmic(axes.xaxis)
         if axes.get_legend_handles_labels()[1]:
             axes.legend(fontsize=7)
     return figure
@@ -103,8 +114,10 @@ def origins_figure(results: Results, role: str) -> Figure:
             label = name + (f", {chosen[0]['times']} times each" if repeated else "")
             colour = COLOURS[(place + repeated) % len(COLOURS)]
             axes[0].scatter([row["to_others"] for row in chosen], at, s=10, color=colour, label=label)
-        axes[0].axhline(1.25 * last / 1000, color="grey", lw=0.5, ls=":")
+        if any(row["turned"] is None for row in rows):
+            axes[0].axhline(1.25 * last / 1000, color="grey", lw=0.5, ls=":")
     axes[0].set(xlabel="mean distance to the five nearest, 1 is by chance", ylabel=f"own ratio turned, {KIMG}", yscale="log")
+    _logarithmic(axes[0].yaxis)
     if axes[0].get_legend_handles_labels()[1]:
         axes[0].legend(fontsize=7)
     return figure

@@ -22,13 +22,14 @@ HEADINGS = {
     OUTLIERS: "Where copies come from: outliers",
     REPEATS: "Where copies come from: repeated images",
 }
+ORDER = ("before", "at", "after")
 LISTED = 8  # of the likeliest copied images
 
 
 def _summary(claims: Sequence[Claim], scale: Scale, results: Results) -> list[str]:
     counts = Counter(claim.outcome for claim in claims)
     planned = len(scale.trainings())
-    said = ", ".join(f"{counts[word]} {word}" for word in (AGREES, DISAGREES, UNDECIDED) if counts[word])
+    said = ", ".join(f"{word} {counts[word]}" for word in (AGREES, DISAGREES, UNDECIDED) if counts[word])
     lines = [f"At scale `{scale.name}`, of {len(claims)} claims: {said or 'none is measured yet'}."]
     lines.append(f"{len(results)} of {planned} trainings are measured.")
     missing = [training.name for training in scale.trainings() if training.name not in results]
@@ -46,7 +47,8 @@ def _setting(scale: Scale) -> list[str]:
         f"{scale.many} (many) for {scale.many_kimg:g}. A measurement is of {scale.probe} training images at most in "
         f"{scale.views} views, at sigma {scale.sigma:g}, and of {scale.samples} samples. A sample is a copy where its nearest "
         "training image by pixels is less than a third as far as the second. The Frechet distance is that of pixels to "
-        "held-out images.",
+        "held-out images. A probe learns from held-out images and is scored on "
+        f"{scale.common['num_heldout'] // 2} others.",
         "",
         "The scale is not the paper's: shapes and orders can be compared, values cannot.",
     ]
@@ -130,7 +132,8 @@ def page_text(claims: Sequence[Claim], beyond: Sequence[Claim], scale: Scale, re
 def _pictures(results: Results) -> dict[str, str]:
     """Names on the page of the pictures of neighbours, by what they are."""
     shown: dict[str, str] = next((result["neighbours"] for result in results.values() if result.get("neighbours")), {})
-    return {what: f"figure-06-{what.split()[0]}.png" for what in shown}
+    # Before, at and after: result files have their keys by the alphabet.
+    return {what: f"figure-06-{what.split()[0]}.png" for what in sorted(shown, key=lambda what: ORDER.index(what.split()[0]))}
 
 
 def write_page(scale: Scale, results: Results, place: Path, figures: Sequence[int], pictures: Path) -> list[Claim]:

@@ -7,9 +7,7 @@ from itertools import combinations
 
 import numpy as np
 
-from trainers.experiments.paper.beyond import OUTLIERS
 from trainers.experiments.paper.claims import Results, Rows, correlation, series
-from trainers.experiments.paper.origins import rank_correlation
 from trainers.experiments.paper.plan import EDM_FEW, EDM_MANY, FLOW_FEW, FLOW_MANY
 
 
@@ -103,15 +101,12 @@ def _pairs(key: str) -> Callable[[Results], str]:
     return words
 
 
-def _outliers(results: Results) -> str:
+def _noise_energies(results: Results) -> str:
     found = []
-    for name, rows in _named(results, (EDM_FEW,), "origins"):
-        far, copies = (np.array([row[key] for row in rows], dtype=float) for key in ("to_others", "copies"))
-        value = rank_correlation(far, copies)
-        if value is not None:
-            found.append(f"{name} {value[0]:.2f} [{value[1]:.2f}, {value[2]:.2f}]")
-    what = "the same distance and the number of copies among the last samples"
-    return f"Looked at besides: {what}, Spearman's correlation: {', '.join(found)}." if found else ""
+    for name, points in _named(results, (EDM_FEW, EDM_MANY, FLOW_MANY), "window"):
+        values = ", ".join(f"{p['sigma']:g}: {p['trace_residual']:.3f}" for p in points if "trace_residual" in p)
+        found.append(f"{name}, residual trace by sigma: {values}")
+    return f"Looked at besides: the other models. {'; '.join(found)}." if found else ""
 
 
 TRIED: dict[int | str, Callable[[Results], str]] = {
@@ -121,12 +116,12 @@ TRIED: dict[int | str, Callable[[Results], str]] = {
     5: _turn(FLOW_FEW),
     6: _with("neighbour_agreement", (EDM_FEW, EDM_MANY), "icr_debiased", "agreement and ICR over the whole training"),
     7: _energies,
+    8: _noise_energies,
     9: _lost_window,
     10: _with("alignment", (EDM_MANY,), "trace_residual", "Alignment and the residual trace"),
     11: _with("icr_debiased", (EDM_FEW,), "copies", "ICR and copies over the whole training"),
     13: _pairs("levels"),
     14: _pairs("layers"),
-    OUTLIERS: _outliers,
 }
 
 

@@ -29,7 +29,7 @@ from trainers.data import DataSet, data_of
 from trainers.experiments.paper import features as read
 from trainers.experiments.paper.origins import image_rows, likeliest, own_errors, repeated_groups
 from trainers.experiments.paper.plan import DUPLICATES, EDM_FEW, EDM_MANY, FLOW_FEW, FLOW_MANY, Scale, Training
-from trainers.experiments.paper.trainings import config_of
+from trainers.experiments.paper.trainings import config_of, is_done
 
 LEVELS = (1, 2, 3, 4, 5)
 SHOWN = 8  # of the likeliest copied images
@@ -270,10 +270,10 @@ class Measured:
 def measure_all(
     scale: Scale, folder: Folder, wants_stop: Callable[[], bool], say: Callable[[str], None]
 ) -> dict[str, dict[str, Any]]:
-    """The results of every training that has checkpoints, by its name: trajectory, and what only some have."""
+    """The results of every training that has ended, by its name: trajectory, and what only some have."""
     found: dict[str, dict[str, Any]] = {}
     for training in scale.trainings():
-        if wants_stop() or max(checkpoints(folder.run(training)), default=0) == 0:
+        if wants_stop() or not is_done(folder.run(training)):  # result files are of all checkpoints of a run
             continue
         say(f"measuring {training.name}")
         measured = Measured(scale, training, folder)

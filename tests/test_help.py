@@ -69,7 +69,8 @@ def mentioned() -> Iterator[tuple[str, str, list[str]]]:
     }
     texts |= {f"{name} --help": parser.epilog or "" for name, parser in parsers()}
     for page, text in texts.items():
-        for line in re.sub(r"\\\n\s*", " ", text).splitlines():
+        shown = re.sub(r"<!-- prints: .*? -->", "", text)  # those may show an error
+        for line in re.sub(r"\\\n\s*", " ", shown).splitlines():
             for program, rest in re.findall(r"(?:^|[`| ])(mlflow-icr [a-z-]+|python -m [a-z_.]+)((?: [^`|#\n]*)?)", line):
                 known = re.findall(r"(?:^|[\s\[])(--[a-z0-9-]+)", rest)
                 yield page, program.removeprefix("python -m "), known

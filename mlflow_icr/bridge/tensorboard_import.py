@@ -250,9 +250,9 @@ def import_runs(
     """Import every folder of event files at or below a logdir; returns what each one's run got.
 
     A folder's run is found again by its event files, also where the folder was moved, so that a repeat adds what is new and
-    nothing twice; a copy beside the original is a run of its own. The experiment is made where there is none. `tell` hears of
-    each run, `say` of what is left out. Raises ValueError when the logdir has no event files or the experiment was deleted,
-    store.StoreError (an OSError) when the store does not answer.
+    nothing twice; a copy beside the original is a run of its own. The experiment is made where there is none. `tell` is called
+    after each run, `say` with what is left out. Raises ValueError when the logdir has no event files or the experiment was
+    deleted, store.StoreError (an OSError) when the store does not answer.
     """
     root = Path(logdir).resolve()
     folders = list(event_folders(root)) if root.is_dir() else []

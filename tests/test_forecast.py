@@ -67,7 +67,7 @@ def test_it_is_absent_with_a_reason() -> None:
     assert "No forecast of copying: there is no certain evidence of a turn." in verdict(rows[:1]).text
     assert verdict([]).forecast.text == "No forecast of copying: nothing was measured."
     past = forecasts(of_ratio([0, 1000, 4000, 100_000], np.array([1, 1, 4.0, 5.0])))[-1]
-    assert past.text.endswith("; that has passed, and no two detectors have found copies.")
+    assert past.text.endswith("; that step has passed, and no two detectors have found copies.")
 
 
 def test_another_batch_size_counts_in_optimizer_steps() -> None:

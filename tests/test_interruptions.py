@@ -165,7 +165,7 @@ def test_a_full_disk_ends_a_run_with_a_line_and_the_last_checkpoint(whole: tuple
         assert done.returncode == 1
         assert done.stderr.count("Traceback") == 0
         assert "No space left on device" in done.stderr.splitlines()[-1]
-        assert "go on with --resume when that is mended" in done.stderr.splitlines()[-1]
+        assert "continue with --resume when that is fixed" in done.stderr.splitlines()[-1]
         newest = latest_checkpoint(disk / "run")
         assert newest is not None
         rows = len(read_history(disk / "run"))

@@ -185,7 +185,7 @@ def test_a_short_history_with_what_is_absent_and_not_finite(tmp_path: Path) -> N
     bare.mkdir()
     (bare / "history.jsonl").write_text('{"images_seen": 5, "loss/train": 1.5}\n')
     page = as_page([folder, bare], tmp_path / "page.html")
-    assert "2 values of the history are no finite numbers" in page.text
+    assert "2 values of the history are not finite numbers" in page.text
     assert "There are 2 measurements" in page.text
     assert re.search(r"Without a measurement of ICR, and so not compared: bare", page.text)
     assert "(95 %, exact)" in page.text

@@ -140,4 +140,4 @@ time.sleep(60)
         tracker.abandon()
     finally:
         parent.kill()
-    assert "this tracker is another process's" in parent.output[1]
+    assert "this tracker belongs to another process" in parent.output[1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +18,8 @@ from mlflow_icr.monitoring.evidence import SlopeWindow, Thresholds
 from mlflow_icr.monitoring.series import read_history
 from mlflow_icr.monitoring.verdict import folded, may_be_kept
 from mlflow_icr.tracking import Tracker
+from tests.training import errors_of, process_as_it_was
+from trainers import train
 
 STEPS = [0, *(round(2000 * 1.25**i) for i in range(18))]
 TURN = 20_000
@@ -418,18 +419,19 @@ def test_two_measurements_are_compared_image_by_image(
         monitor.compare(5, 20)
 
 
-def test_training_stops_on_a_turn_and_marks_its_checkpoint(tmp_path: Path) -> None:
+def test_training_stops_on_a_turn_and_marks_its_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A real training on 16 images, which a network knows by heart within seconds."""
     from mlflow import MlflowClient
 
-    command = [
-        sys.executable, "-m", "trainers.train", "--preset=digits", "--num-images=16", "--total-kimg=30", "--measurements=16",
+    flags = [
+        "--preset=digits", "--num-images=16", "--total-kimg=30", "--measurements=12",
         "--block-channels=16,32", "--num-samples=8", "--sample-steps=4", "--first-measurement-kimg=1", "--stop-on=turning",
         "--learning-rate=3e-3", "--num-heldout=16", "--checkpoints-total-limit=1", f"--output-dir={tmp_path / 'run'}",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "stops: turning" in done.stdout or "stops: memorizing" in done.stdout
+    with process_as_it_was(), errors_of(64):
+        assert train.main(flags) == 0
+    said = capsys.readouterr().out
+    assert "stops: turning" in said or "stops: memorizing" in said
     found = verdict(tmp_path / "run")
     assert found.state in ("turning", "memorizing")
     rows = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
@@ -444,4 +446,4 @@ def test_training_stops_on_a_turn_and_marks_its_checkpoint(tmp_path: Path) -> No
     assert {m.name for m in models} == {f"checkpoint-{row['images_seen']:012d}" for row in rows}
     roles = {m.name.removeprefix("checkpoint-"): m.tags["role"] for m in models if "role" in m.tags}
     assert roles == {f"{rows[-1]['images_seen']:012d}": "newest"} | {marked["checkpoint"]: "turning"}
-    assert "verdict: " in done.stdout
+    assert "verdict: " in said

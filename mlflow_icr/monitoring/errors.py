@@ -196,7 +196,7 @@ class ErrorReader:
 
         With `labels` (N,) a network of classes is told each image's own; nothing is held out then.
         """
-        wanted = ERROR_IMAGES if monitored else LEVEL_IMAGES
+        wanted = ERROR_IMAGES if monitored else min(ERROR_IMAGES, LEVEL_IMAGES)
         with evaluating(denoiser.network):
             errors, ways, single = self._errors("error", denoiser, sigma, wanted, labels)
             heldout = None

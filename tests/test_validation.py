@@ -204,7 +204,6 @@ def tiny_plan(**others: object) -> PlannedRun:
 
 @pytest.mark.usefixtures("few_errors")
 def test_a_run_changes_midway_and_failures_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from studies.validation.remeasure import measured_anew
     from studies.validation.training import train
     from trainers.train import Stop
 
@@ -220,7 +219,24 @@ def test_a_run_changes_midway_and_failures_are_told(tmp_path: Path, monkeypatch:
     assert result.rows[-1]["train/optimizer_steps"] == 50 + 15
     assert result.params["feature_dim"] == 16
     assert not list(tmp_path.glob("work/tiny/checkpoints/*/state.safetensors"))
-    # Measured anew from its checkpoints, a run has the values that it had.
+    unknown = replace(run, options={**run.options, "augmentt": "flip"})
+    assert "augmentt" in (missing_feature(unknown, plan) or "")
+    with pytest.raises(ValueError, match="run is 'nobody'; expected one of the"):
+        select(plan, ["nobody"])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("few_errors")
+def test_a_finished_run_is_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from studies.validation.remeasure import measured_anew
+    from studies.validation.training import train
+    from trainers.train import Stop
+
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    plan = replace(read_plan(), monitor={"measurements": 3, "num_samples": 8, "sample_steps": 2, "encoder": "pixels"})
+    run = tiny_plan()
+    train(run, plan, tmp_path / "work", tmp_path, Stop())
+    (result,) = read_results(tmp_path)
     again = measured_anew(run, plan, tmp_path / "work" / "tiny", result)
     for before, after in zip(result.rows, again.rows, strict=True):
         assert before.keys() == {key for key in after if not key.startswith("perf/")}
@@ -228,10 +244,6 @@ def test_a_run_changes_midway_and_failures_are_told(tmp_path: Path, monkeypatch:
         assert {key: before[key] for key in values} == pytest.approx(values, rel=1e-4, abs=1e-6)
     with pytest.raises(ValueError, match="has no checkpoint, with which tiny began"):
         measured_anew(replace(run, before={}), plan, tmp_path / "work" / "tiny", result)
-    unknown = replace(run, options={**run.options, "augmentt": "flip"})
-    assert "augmentt" in (missing_feature(unknown, plan) or "")
-    with pytest.raises(ValueError, match="run is 'nobody'; expected one of the"):
-        select(plan, ["nobody"])
 
 
 @pytest.mark.slow

@@ -172,7 +172,8 @@ if __name__ == "__main__":
     kind, what, *rest = _serve()
     sys.argv = [what if kind == "-m" else "-c", *rest]
     if kind == "-m":
-        sys.modules.pop(what, None)
+        if not hasattr(sys.modules.get(what), "__path__"):  # else it is the package's __main__ that is run
+            sys.modules.pop(what, None)
         runpy.run_module(what, run_name="__main__", alter_sys=True)
     else:
         exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})

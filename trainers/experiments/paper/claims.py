@@ -227,8 +227,8 @@ def _class_vote(rows: Rows) -> Vote | None:
     lowest, half = int(icr.argmin()), len(icr) // 2
     early = [bool(abs(v[half] - v[0]) >= SATURATED * abs(v[-1] - v[0])) for v in (silhouettes, separation)]
     follows = correlation(icr[lowest:], copies[lowest:])
-    told = "too few measurements to tell" if np.isnan(follows) else f"Spearman {follows:.2f}"
-    note = f"saturated by half: {early[0]}, {early[1]}; ICR with copies after its lowest: {told}"
+    correlated = "too few measurements to tell" if np.isnan(follows) else f"Spearman {follows:.2f}"
+    note = f"saturated by half: {early[0]}, {early[1]}; ICR with copies after its lowest: {correlated}"
     return None if all(early) and np.isnan(follows) else all(early) and follows > FOLLOWS, note
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from contextlib import closing
@@ -17,6 +18,7 @@ import scipy.linalg
 import scipy.stats
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import silhouette_score
 from sklearn.metrics.pairwise import cosine_distances
@@ -27,11 +29,11 @@ from mlflow_icr.extraction.latents import Autoencoder, encode_images
 from mlflow_icr.extraction.taps import resolve_layer
 from tests.stores import new_store
 from trainers.config import read_values
-from trainers.experiments.paper import beyond, origins
+from trainers.experiments.paper import beyond, image_pages, origins
 from trainers.experiments.paper import features as read
 from trainers.experiments.paper.claims import ABSENT, AGREES, DISAGREES, UNDECIDED, all_claims, turn_claim
 from trainers.experiments.paper.command import figure_numbers, reproduce
-from trainers.experiments.paper.measurements import Folder, Measured
+from trainers.experiments.paper.measurements import Folder, Measured, as_bytes
 from trainers.experiments.paper.plan import (
     DUPLICATES,
     EDM_FEW,
@@ -109,6 +111,27 @@ def test_the_page_has_thirteen_figures_and_statements(study: Path) -> None:
         assert (study / "page" / f"figure-06-{when}.png").stat().st_size > 1000
         assert f"figure-06-{when}.png" in text
     assert "6 of 6 trainings are measured" in text.replace("\n", " ")
+
+
+def test_each_of_the_likeliest_copied_images_has_a_page(study: Path, runs: dict[str, Measured]) -> None:
+    page, index = study / "page", (study / "page" / "index.md").read_text()
+    for role in ("edm-few", "edm-duplicates"):
+        own = sorted(page.glob(f"{role}-image-*.md"))
+        assert len(own) == image_pages.LISTED
+        for path in own:
+            assert f"({path.name})" in index
+            text = path.read_text()
+            pictures = re.findall(r"\]\((\S+\.png)\)", text)
+            assert len(pictures) == 2
+            assert all((page / name).stat().st_size > 300 for name in pictures)
+            image = int(path.stem.rpartition("-")[2])
+            assert text.startswith(f"# Image {image} of {role}-seed0\n")
+            # The first tile of its row is the image itself.
+            with Image.open(page / f"{path.stem}-row.png") as row:
+                pixels = np.asarray(row)[..., 0]
+            side = len(pixels) // 8
+            images = runs[role].images
+            assert np.array_equal(pixels[side // 2 :: side, side // 2 :: side][:, :8], as_bytes(images[[image]])[0, 0].numpy())
 
 
 def test_figures_again_from_the_result_files_are_the_same_bytes(study: Path, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def _line(axes: Axes, rows: Rows, x: str, y: str, label: str, place: int, bounds
         axes.fill_between([row[x] / unit for row in known], low, high, color=colour, alpha=0.2, lw=0)
 
 
-def _logarithmic(axis: Axis) -> None:
+def logarithmic(axis: Axis) -> None:
     """Marks at 1, 2 and 5, as plain numbers: those of matplotlib write over each other within two decades."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -53,7 +53,7 @@ def _logarithmic(axis: Axis) -> None:
 def _finish(figure: Figure, panels: Sequence[Axes], x: str, ys: Sequence[str]) -> Figure:
     for axes, y in zip(panels, ys, strict=True):
         axes.set(xlabel=x, ylabel=y, xscale="log")
-        _logarithmic(axes.xaxis)
+        logarithmic(axes.xaxis)
         if axes.get_legend_handles_labels()[1]:
             axes.legend(fontsize=7)
     return figure
@@ -117,7 +117,7 @@ def origins_figure(results: Results, role: str) -> Figure:
         if any(row["turned"] is None for row in rows):
             axes[0].axhline(1.25 * last / 1000, color="grey", lw=0.5, ls=":")
     axes[0].set(xlabel="mean distance to the five nearest, 1 is by chance", ylabel=f"own ratio turned, {KIMG}", yscale="log")
-    _logarithmic(axes[0].yaxis)
+    logarithmic(axes[0].yaxis)
     if axes[0].get_legend_handles_labels()[1]:
         axes[0].legend(fontsize=7)
     return figure

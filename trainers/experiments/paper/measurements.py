@@ -27,12 +27,12 @@ from mlflow_icr.representation import paired_difference
 from mlflow_icr.tracking.checkpoints.folder import checkpoints
 from trainers.data import DataSet, data_of
 from trainers.experiments.paper import features as read
+from trainers.experiments.paper.image_pages import LISTED
 from trainers.experiments.paper.origins import image_rows, likeliest, own_errors, repeated_groups
 from trainers.experiments.paper.plan import DUPLICATES, EDM_FEW, EDM_MANY, FLOW_FEW, FLOW_MANY, Scale, Training
 from trainers.experiments.paper.trainings import config_of, is_done
 
 LEVELS = (1, 2, 3, 4, 5)
-SHOWN = 8  # of the likeliest copied images
 PER_IMAGE = ("influence", "nearest", "copied")  # of step files, and not of the results
 
 
@@ -171,7 +171,7 @@ class Measured:
             samples = self.samples(self.denoiser(max(self.checkpoints)))
             own = as_unit_interval(self.images).flatten(1)
             tiles = []
-            for row in likeliest(rows, SHOWN):
+            for row in likeliest(rows, LISTED):
                 near = k_nearest(own[row["image"]][None], as_unit_interval(samples).flatten(1), 1).indices[0]
                 tiles += [as_bytes(self.images[[row["image"]]]), samples[near], as_bytes(self.images[row["nearest"]])]
             grid = Image.fromarray(image_grid(torch.cat(tiles), 2 + len(rows[0]["nearest"])))

@@ -73,7 +73,8 @@ def image_rows(
 ) -> list[dict[str, Any]]:
     """A row for each image: `copies` among the last samples, when it was first one, and what its own ratio and place are.
 
-    `times` says how often each is in the training set; `errors` and `copies` are rows of measurements, in their order.
+    `times` says how often each is in the training set; `errors` and `copies` are rows of measurements, in their order. `curve`
+    has images seen and the own ratio at each.
     """
     nearest, far = distances_to_others(images)
     steps = [row["images_seen"] for row in errors]
@@ -88,6 +89,7 @@ def image_rows(
                 "times": times[i],
                 "turned": turning(steps, ratios),
                 "ratio": ratios[-1],
+                "curve": list(zip(steps, ratios, strict=True)),
                 "copies": counts[-1] if counts else 0,
                 "first_copied": seen[0] if seen else None,
                 "to_others": float(far[i]),

@@ -12,6 +12,7 @@ from typing import Any
 from trainers.experiments.paper.beyond import LATENTS, OUTLIERS, REPEATS, beyond_claims
 from trainers.experiments.paper.claims import AGREES, DISAGREES, UNDECIDED, Claim, Results, all_claims
 from trainers.experiments.paper.figures import BEYOND, FIGURES
+from trainers.experiments.paper.image_pages import LISTED, page_name, ranks, write_image_pages
 from trainers.experiments.paper.origins import likeliest
 from trainers.experiments.paper.plan import DUPLICATES, EDM_FEW, Scale
 from trainers.experiments.paper.readings import READINGS
@@ -23,7 +24,6 @@ HEADINGS = {
     REPEATS: "Where copies come from: repeated images",
 }
 ORDER = ("before", "at", "after")
-LISTED = 8  # of the likeliest copied images
 
 
 def _summary(claims: Sequence[Claim], scale: Scale, results: Results) -> list[str]:
@@ -76,17 +76,18 @@ def _seen(value: float | None) -> str:
     return "not" if value is None else f"{value:,.0f}"
 
 
-def image_table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A table of the likeliest copied images, most copies first."""
-    ranks = {row["image"]: place for place, row in enumerate(sorted(rows, key=lambda row: -row["to_others"]), 1)}
+def image_table(role: str, rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A table of the likeliest copied images, most copies first, each with a page of its own."""
+    places = ranks(rows)
     lines = [
         "| image | in the set | copies | first copied at | own ratio above 1.5 from | its end | distance to others | nearest |"
     ]
     lines.append("|---|---|---|---|---|---|---|---|")
     for row in likeliest(rows, LISTED):
+        image, link = row["image"], f"{page_name(role, row['image'])}.md"
         lines.append(
-            f"| {row['image']} | {row['times']} x | {row['copies']} | {_seen(row['first_copied'])} | {_seen(row['turned'])} | "
-            f"{row['ratio']:.2f} | {row['to_others']:.2f} (no. {ranks[row['image']]} of {len(rows)}) | "
+            f"| [{image}]({link}) | {row['times']} x | {row['copies']} | {_seen(row['first_copied'])} | "
+            f"{_seen(row['turned'])} | {row['ratio']:.2f} | {row['to_others']:.2f} (no. {places[image]} of {len(rows)}) | "
             f"{', '.join(map(str, row['nearest']))} |"
         )
     return lines
@@ -97,7 +98,7 @@ def _origins(role: str, results: Results) -> list[str]:
     for name, result in sorted(results.items()):
         if result["role"] == role and result.get("copies_picture"):
             lines = ["", f"The likeliest copied images of {name}, whose places in the training set are their numbers:", ""]
-            lines += image_table(result["origins"])
+            lines += image_table(role, result["origins"])
             if "groups" in result:
                 sizes: Counter[int] = Counter(result["groups"])
                 found = ", ".join(f"{count} groups of {size}" for size, count in sorted(sizes.items())) or "none"
@@ -152,5 +153,6 @@ def write_page(scale: Scale, results: Results, place: Path, figures: Sequence[in
             shutil.copyfile(pictures / result["copies_picture"], place / f"copies-{result['role']}.png")
     plain = [{"figure": c.figure, "claim": c.claim, "outcome": c.outcome, "numbers": c.numbers} for c in [*claims, *beyond]]
     (place / "claims.json").write_text(json.dumps(plain, indent=1) + "\n")
+    write_image_pages(results, place, pictures)
     (place / "index.md").write_text(page_text(claims, beyond, scale, results))
     return [*claims, *beyond]

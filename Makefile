@@ -28,7 +28,7 @@ demo: .venv
 # A file of tests at a time on each core, one thread each: more would only wait for each other.
 # The tests.
 test: .venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # The tests of over a minute.
 slow: .venv

@@ -14,6 +14,19 @@ import torch
 from tests.stores import new_store
 from tests.training import run_here
 
+# The files that take longest come first, so that no core waits for another one at the end.
+LONGEST = (
+    "test_study", "test_paper", "test_train", "test_plugin", "test_outages", "test_own_data", "test_backfill", "test_engines",
+    "test_soak", "test_benchmarks", "test_ranks", "test_tracking_processes", "test_interruptions", "test_export_interruptions",
+    "test_family_runs", "test_validation", "test_slurm", "test_families", "test_saving", "test_verdict",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sort the tests by their files; those of a file stay in their order."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
 
 @pytest.fixture
 def rng() -> np.random.Generator:

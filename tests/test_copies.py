@@ -16,7 +16,7 @@ from torch import Tensor
 from mlflow_icr.extraction.encoders import load_encoder
 from mlflow_icr.generation import k_nearest
 
-SIDE, COUNT = 64, 200
+SIDE, COUNT = 64, 100
 GLYPH = 109  # the one size that the font's bitmaps have
 
 

@@ -63,8 +63,9 @@ def started(folder: Path, *flags: str, until: str) -> subprocess.Popen[str]:
     return child
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds ranks in /proc")
-@pytest.mark.parametrize("stopped", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stopped", [False, True])
 def test_ranks_of_one_command_share_one_fate(whole: tuple[Path, str], tmp_path: Path, stopped: bool) -> None:
     """Rank 0 is killed: FAILED; resumed and stopped: KILLED; resumed again, it ends as a run that nothing happened to."""
     from mlflow import MlflowClient

@@ -321,7 +321,7 @@ def test_the_end_of_a_run_delivers_the_page_through_the_outbox(
     (folder / "report").write_text("in the way")
     with caplog.at_level(logging.WARNING):
         assert conclude(tracker) is None
-    assert f"mlflow-icr report {folder} makes it" in caplog.text
+    assert f"mlflow-icr report {folder} writes it" in caplog.text
     assert gather_folder(folder).status == "FINISHED"
 
 

@@ -107,6 +107,18 @@ def test_a_server_that_comes_late_dies_and_comes_again(server: Server, tmp_path:
     assert (run.data.params["seed"], run.data.tags["study"], run.info.run_name) == ("1", "s", "late")
 
 
+def test_a_caller_that_waits_is_not_told_what_the_server_was_a_moment_ago(server: Server, tmp_path: Path) -> None:
+    sink = MLflowSink()
+    tracker = Tracker(tmp_path / "run", [sink])
+    tracker.open({}, {})
+    tracker.record(report(0))
+    assert not sink.flush()
+    server.start()
+    sink._reached = (time.monotonic(), False)  # a worker asked just before it came up
+    assert sink.flush()
+    tracker.close("FINISHED")
+
+
 def test_a_postgresql_store_gets_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = Postgres()
     made = Server(tmp_path, base.uri)

@@ -233,6 +233,9 @@ class Sink:
         """Whether the place answers now, within about 3 s."""
         return True
 
+    def look_again(self) -> None:
+        """Forget whether the place answered a moment ago: a caller waits now."""
+
     def failure_of(self, error: Exception) -> Failure:
         """The meaning of an exception of `send`."""
         return Failure.OUTAGE if isinstance(error, (ConnectionError, TimeoutError)) else Failure.UNCLEAR

@@ -59,6 +59,7 @@ class Worker:
 
     def hurry(self, *, closing: bool = False) -> None:
         """Skip the pause before the next attempt; `closing`: stop when everything is delivered, or cannot be."""
+        self.sink.look_again()
         with self.log.changed:
             self._mark, self.failed = self.attempts, 0
             self._hurry, self._closing = True, self._closing or closing

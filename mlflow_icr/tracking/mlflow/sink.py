@@ -228,6 +228,10 @@ class MLflowSink(Sink):
             self._reached = (time.monotonic(), answered)
         return answered
 
+    def look_again(self) -> None:
+        """Forget the last answer: the server may have come up since."""
+        self._reached = (-60.0, False)
+
     def failure_of(self, error: Exception) -> Failure:
         """What an exception says."""
         return failure_of(error)

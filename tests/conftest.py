@@ -46,6 +46,12 @@ def _no_tracking_leaks(
 
 
 @pytest.fixture
+def quick_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What delivers to a sink that does not answer tries again at once."""
+    monkeypatch.setattr("mlflow_icr.tracking.worker.PAUSES", (0.01,))
+
+
+@pytest.fixture
 def few_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measurements of this process, and of those that it starts, denoise 32 images for their error ratios, not 256."""
     import mlflow_icr.monitoring.errors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sqlite3
@@ -10,6 +11,7 @@ import sys
 from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 MAKE = "import sys, mlflow; mlflow.MlflowClient(sys.argv[1]).search_experiments()"
@@ -37,3 +39,9 @@ def new_store(path: Path, *, artifacts: str = "") -> str:
         place = artifacts or str(path.parent / "mlruns" / "0")
         connection.execute("UPDATE experiments SET artifact_location = ? WHERE experiment_id = 0", (place,))
     return f"sqlite:///{path}"
+
+
+def mlflow_state(folder: Path) -> dict[str, Any]:
+    """What a run folder knows of MLflow: target, run, cursors, refusals."""
+    found: dict[str, Any] = json.loads((folder / "mlflow.json").read_text())
+    return found

@@ -313,9 +313,7 @@ def test_a_server_that_hangs_does_not_hold_up_the_training(
         for step in range(0, 200, 10):
             tracker.record(report(step))
         tracker.settle()
-        assert (
-            sum(worker.waiting for worker in sink.workers) == tracker.log_file.end.number
-        )  # all of it done before the first call gave up
+        assert sum(worker.waiting for worker in sink.workers) == tracker.log_file.end.number  # before the first call gave up
         assert sink.failure is None
         tracker.close("FINISHED")
     warnings = [r.getMessage() for r in caplog.records if "MLflow" in r.getMessage()]

@@ -15,19 +15,13 @@ import pytest
 from mlflow_icr import Report
 from mlflow_icr.cli import main
 from mlflow_icr.tracking import MLflowSink, TensorBoardSink, Tracker
+from tests.stores import mlflow_state
 from tests.test_tracking import mlflow_scalars, report, tensorboard_scalars
 
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlflow_icr.tracking.worker.PAUSES", (0.01,))
-
-
-def state(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "mlflow.json").read_text())
-    return found
+pytestmark = pytest.mark.usefixtures("quick_attempts")
 
 
 def test_nothing_that_is_done_for_a_row_grows_with_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +70,7 @@ def test_catching_up_takes_few_calls(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(MlflowClient, "log_batch", counted)
     assert main(["sync", str(tmp_path)]) == 0
     assert len(calls) < 6
-    assert len(mlflow_scalars(state(tmp_path)["run_id"])["repr/icr"]) == 300
+    assert len(mlflow_scalars(mlflow_state(tmp_path)["run_id"])["repr/icr"]) == 300
 
 
 def test_pictures_with_slashes_are_told_again(tmp_path: Path) -> None:
@@ -88,7 +82,7 @@ def test_pictures_with_slashes_are_told_again(tmp_path: Path) -> None:
     tracker.abandon()  # before the log had it
     assert not (tmp_path.parent / "c").exists()
     assert main(["sync", str(tmp_path)]) == 0
-    names = [file.path for file in MlflowClient().list_artifacts(state(tmp_path)["run_id"], "images")]
+    names = [file.path for file in MlflowClient().list_artifacts(mlflow_state(tmp_path)["run_id"], "images")]
     assert len([name for name in names if name.startswith("images/a~b") and name.endswith(".png")]) == 1
 
 

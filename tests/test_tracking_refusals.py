@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,17 +10,10 @@ import pytest
 
 from mlflow_icr import Report
 from mlflow_icr.tracking import Logged, MLflowSink, Tracker
+from tests.stores import mlflow_state
 from tests.test_tracking import mlflow_scalars, report
 
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlflow_icr.tracking.worker.PAUSES", (0.01,))
-
-
-def state(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "mlflow.json").read_text())
-    return found
+pytestmark = pytest.mark.usefixtures("quick_attempts")
 
 
 def test_keys_that_mlflow_does_not_take_become_ones_that_it_does(tmp_path: Path) -> None:
@@ -32,7 +24,7 @@ def test_keys_that_mlflow_does_not_take_become_ones_that_it_does(tmp_path: Path)
     tracker.log(Logged(0, 1000.0, {"a=b": 1.0, "a@b": 2.0, "../up": 3.0, "k" * 300: 4.0}))
     tracker.record(report(1))
     tracker.close("FINISHED")
-    assert state(tmp_path / "run")["refused"] == {}
+    assert mlflow_state(tmp_path / "run")["refused"] == {}
     assert tracker.run_id is not None
     data = MlflowClient().get_run(tracker.run_id).data
     assert data.params == {"optimizer_0_.lr": "0.1"}
@@ -54,7 +46,7 @@ def test_artifacts_that_cannot_be_stored_hold_up_no_points(tmp_path: Path, capsy
     tracker.close("FINISHED")
     run = MlflowClient().get_run(str(tracker.run_id))
     assert (run.info.status, "repr/icr" in run.data.metrics) == ("FINISHED", True)
-    (refused,) = state(tmp_path / "run")["refused"].values()
+    (refused,) = mlflow_state(tmp_path / "run")["refused"].values()
     assert (refused["what"], "boto" in refused["why"]) == ("picture 'samples' at step 1", True)
     assert "MLflow refused 1 operations, the first of them picture 'samples'" in capsys.readouterr().err
 
@@ -75,7 +67,7 @@ def test_a_name_that_a_file_store_cannot_have_costs_that_one_alone(tmp_path: Pat
     assert found.info.status == "FINISHED"
     assert [p.value for p in client.get_metric_history(str(tracker.run_id), "loss")] == [1.0, 3.0]
     assert found.data.metrics["lr"] == 0.5
-    assert [entry["what"] for entry in state(tmp_path / "run")["refused"].values()] == ["metrics 'loss/val' at step 1"]
+    assert [entry["what"] for entry in mlflow_state(tmp_path / "run")["refused"].values()] == ["metrics 'loss/val' at step 1"]
 
 
 def test_what_is_too_large_is_sent_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +87,7 @@ def test_what_is_too_large_is_sent_in_parts(tmp_path: Path, monkeypatch: pytest.
     tracker.open({}, {})
     tracker.record(Report(1, {f"v{i}": float(i) for i in range(50)}))
     tracker.close("FINISHED")
-    assert [entry["what"] for entry in state(tmp_path)["refused"].values()] == ["metrics 'v7' at step 1"]
+    assert [entry["what"] for entry in mlflow_state(tmp_path)["refused"].values()] == ["metrics 'v7' at step 1"]
     assert {f"v{i}" for i in range(50) if i != 7} <= set(mlflow_scalars(str(tracker.run_id)))
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,18 +12,10 @@ from mlflow_icr.cli import main
 from mlflow_icr.tracking import MLflowSink, TensorBoardSink, Tracker
 from mlflow_icr.tracking.mlflow.target import absolute_uri, public_uri
 from tests.servers import free_port
-from tests.stores import new_store
+from tests.stores import mlflow_state, new_store
 from tests.test_tracking import journal_scalars, mlflow_scalars, report
 
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlflow_icr.tracking.worker.PAUSES", (0.01,))
-
-
-def state(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "mlflow.json").read_text())
-    return found
+pytestmark = pytest.mark.usefixtures("quick_attempts")
 
 
 def test_sync_says_what_waits_and_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,7 +64,7 @@ def test_a_run_stays_where_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     finally:
         mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
-    assert mlflow_scalars(state(folder)["run_id"]) == journal_scalars(folder)
+    assert mlflow_scalars(mlflow_state(folder)["run_id"]) == journal_scalars(folder)
 
 
 def test_the_experiment_is_that_of_the_opening(tmp_path: Path) -> None:

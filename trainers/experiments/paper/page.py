@@ -50,7 +50,7 @@ def _setting(scale: Scale) -> list[str]:
         "held-out images. A probe learns from held-out images and is scored on "
         f"{scale.common['num_heldout'] // 2} others.",
         "",
-        "The scale is not the paper's: shapes and orders can be compared, values cannot.",
+        f"The scale is not the paper's: shapes and orders can be compared, values cannot. {scale.note}".strip(),
     ]
 
 

@@ -85,6 +85,7 @@ class Scale:
     subsets: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
     labelled: int = 2000
     flow_few: int | None = None  # images of the transformer's runs on few; None: as `few`
+    note: str = ""  # for the page: what was chosen after a first run, and why
     autoencoder: AutoencoderPlan = AutoencoderPlan((16, 32), kimg=24)
     latent: Mapping[str, Any] | None = None  # None: as `edm`
 
@@ -108,6 +109,7 @@ class Scale:
 QUIET = {"num_samples": 16, "generate_every": "1000000", "encoder": "pixels", "probe_images": 64, "log_models": "none"}
 SMALL = Scale(
     name="small",
+    note="A first run of the transformer on 64 images had copied nothing by its end; it has learned 32 since.",
     few=64,  # seen a thousand times
     many=16000,  # seen four times
     few_kimg=64,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from mlflow_icr.arguments import OneLineParser
 from studies.fine_tuning.page import write_page
-from studies.fine_tuning.runs import all_runs, keep_results, pretrain, tune_and_watch, write_images
+from studies.fine_tuning.runs import LENGTHS, all_runs, keep_results, pretrain, tune_and_watch, write_images
 
 DOCS = Path(__file__).parents[2] / "docs"
 VARIABLE = "MLFLOW_ICR_CIFAR10"
@@ -24,11 +26,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--work-dir", type=Path, default=Path("outputs/fine_tuning"), help="where models are")
     parser.add_argument("--results", type=Path, default=DOCS / "validation" / "fine_tuning", help="where result files go")
     parser.add_argument("--page", type=Path, default=DOCS / "fine-tuning.md", help="where the page goes")
-    parser.add_argument("--pretrain-images-seen", type=int, default=262_144)
-    parser.add_argument("--images-seen", type=int, nargs=3, default=[98_304, 131_072, 131_072], help="of 32, 128, 512 images")
+    parser.add_argument("--pretrain-images-seen", type=int, default=131_072)
+    parser.add_argument("--images-seen", type=int, nargs=3, default=LENGTHS, help="of 32, 128, 512 images")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="runs such as full-n32; default: all")
     parser.add_argument("--page-only", action="store_true", help="write the page from the result files there are")
     arguments = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # which ends the programs that it started
     runs = [run for run in all_runs(arguments.images_seen) if not arguments.only or run.name in arguments.only]
     if not arguments.page_only:
         if arguments.data is None:
@@ -41,5 +44,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not (arguments.results / f"{run.name}.json").exists():
                 tune_and_watch(run, work, base)
                 keep_results(run, work, base, arguments.results)
+                write_page(arguments.results, arguments.page)
     write_page(arguments.results, arguments.page)
     return 0

@@ -28,10 +28,12 @@ from mlflow_icr.monitoring.series import HISTORY, read_history
 SIDE = 8
 SCRIPT = Path(__file__).with_name("tune.py")
 SAMPLES, STEPS = 256, 25  # images drawn of each checkpoint, in so many steps of DDIM
+COUNTS = (32, 128, 512)  # images that are fine-tuned on
+LENGTHS = (65_536, 98_304, 98_304)  # images seen of each
 
 
 @dataclass(frozen=True)
-class Run:
+class FineTuning:
     """One fine-tuning: `method` is full or lora, on so many images of a class, until so many have been seen."""
 
     method: str
@@ -44,10 +46,10 @@ class Run:
         return f"{self.method}-n{self.num_images}"
 
 
-def all_runs(images_seen: Sequence[int] = (98_304, 131_072, 131_072)) -> list[Run]:
-    """Full fine-tuning and LoRA on 32, 128 and 512 images."""
-    lengths = dict(zip((32, 128, 512), images_seen, strict=True))
-    return [Run(method, count, seen) for method in ("full", "lora") for count, seen in lengths.items()]
+def all_runs(images_seen: Sequence[int] = LENGTHS) -> list[FineTuning]:
+    """Full fine-tuning and LoRA on 32, 128 and 512 images, the fewest first."""
+    lengths = dict(zip(COUNTS, images_seen, strict=True))
+    return [FineTuning(method, count, seen) for count, seen in lengths.items() for method in ("full", "lora")]
 
 
 def write_images(archive: Path, folder: Path, target: str, counts: Sequence[int]) -> None:
@@ -80,7 +82,7 @@ def pretrain(work: Path, images_seen: int) -> Path:
     return base
 
 
-def tune_and_watch(run: Run, work: Path, base: Path) -> Path:
+def tune_and_watch(run: FineTuning, work: Path, base: Path) -> Path:
     """Train a run, with `mlflow-icr watch` beside it; both are as they would be started by hand. Returns the run's folder."""
     folder, data = work / run.name, work / "data" / f"n{run.num_images}"
     done = folder / "done"
@@ -89,25 +91,30 @@ def tune_and_watch(run: Run, work: Path, base: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     watch = ["-m", "mlflow_icr.cli", "watch", "--checkpoints", str(folder), "--data", str(data), "--base", str(base)]
-    watcher = subprocess.Popen([sys.executable, *watch, "--follow", "--settle", "2", "--poll", "1", "--end-after", "30"])
     lora = ["--lora"] if run.method == "lora" else []
+    watcher = subprocess.Popen([sys.executable, *watch, "--follow", "--settle", "2", "--poll", "1"], env=_environment())
     try:
         _python(str(SCRIPT), str(data), str(folder), "--images-seen", str(run.images_seen), "--base", str(base), *lora)
+        watcher.terminate()  # it would wait for more; the next one measures what is left, and ends
+        if watcher.wait() != 0:
+            raise OSError(f"the watch on {run.name} ended with status {watcher.returncode}")
     except BaseException:
         watcher.kill()
         raise
-    if watcher.wait() != 0:
-        raise OSError(f"the watch on {run.name} ended with status {watcher.returncode}")
+    _python(*watch, "--settle", "2")
     done.write_text("")
     return folder
 
 
+def _environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+
+
 def _python(*arguments: str) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    subprocess.run([sys.executable, *arguments], check=True, env=environment)
+    subprocess.run([sys.executable, *arguments], check=True, env=_environment())
 
 
-def copies(run: Run, work: Path, base: Path) -> list[dict[str, float]]:
+def copies(run: FineTuning, work: Path, base: Path) -> list[dict[str, float]]:
     """The share of copies among samples of the base and of each checkpoint, with its interval, by images seen."""
     data = load_folder(work / "data" / f"n{run.num_images}", SIDE).float().flatten(1) / 255
     training = SavedTraining(base)
@@ -137,7 +144,7 @@ def sampled(network: Any) -> Tensor:
     return ((x.clamp(-1, 1) + 1) * 127.5).round() / 255
 
 
-def keep_results(run: Run, work: Path, base: Path, results: Path) -> None:
+def keep_results(run: FineTuning, work: Path, base: Path, results: Path) -> None:
     """Write what a run gave, a small file: its history as the watch has it, and the copies of each checkpoint."""
     path = results / f"{run.name}.json"
     if path.exists():

@@ -29,6 +29,7 @@ from mlflow_icr.integrations.saved import SavedTraining
 from mlflow_icr.monitoring import Verdict
 from mlflow_icr.monitoring.series import read_history
 from tests.test_backfill import moved
+from tests.tiny_models import stable_diffusion
 
 VIEWS = Protocol(num_views=4)
 AT_ONCE = Pace(settle=0.0, poll=0.01)
@@ -167,41 +168,75 @@ def test_few_images_are_read_along_the_directions_that_they_span(base: Path, dig
     assert suited_protocol(given, denoiser, digits[:2], 64) is given
 
 
+# Two trainers: the folders of diffusers' scripts, and LoRA files with the names, keys and metadata of kohya's sd-scripts.
+# They import nothing of this library, write slowly, as over a network, and go on where they were killed.
 TRAINER = """
 import sys, time
 from pathlib import Path
 import torch
-from diffusers import UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
+from safetensors.torch import save
 
-folder, base, stops_at = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-unet = UNet2DModel.from_pretrained(base, subfolder="unet")
+layout, folder, base, stops_at = sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+unet = (UNet2DModel if layout == "diffusers" else UNet2DConditionModel).from_pretrained(base, subfolder="unet")
 torch.manual_seed(0)
-for epoch in range(1, 7):
+pairs = {
+    name: (torch.randn(2, layer.in_features), torch.zeros(layer.out_features, 2))
+    for name, layer in unet.named_modules()
+    if isinstance(layer, torch.nn.Linear) and name.endswith(("to_q", "to_k", "to_v", "to_out.0"))
+}
+
+def write(path, content, step):
+    with path.open("wb") as file:
+        for part in range(0, len(content), len(content) // 4 + 1):
+            file.write(content[part : part + len(content) // 4 + 1])
+            file.flush()
+            time.sleep(3600 if step == stops_at else 0.05)
+
+def save_folder(step):
+    path = folder / f"checkpoint-{step}" / "unet"
+    unet.save_pretrained(path)
+    weights = path / "diffusion_pytorch_model.safetensors"
+    write(weights, weights.read_bytes(), step)
+
+def save_lora(step):
+    tensors = {}
+    for name, (down, up) in pairs.items():
+        plain = "lora_unet_" + name.replace(".", "_")
+        tensors[plain + ".lora_down.weight"], tensors[plain + ".lora_up.weight"] = down, up
+        tensors[plain + ".alpha"] = torch.tensor(2.0)
+    metadata = {"ss_steps": str(step), "ss_total_batch_size": "4", "ss_network_module": "networks.lora"}
+    name = "fox.safetensors" if step == 60 else f"fox-step{step:08d}.safetensors"
+    write(folder / name, save(tensors, metadata), step)
+
+for step in range(10, 70, 10):
     with torch.no_grad():
-        for p in unet.parameters():
+        for p in [up for _, up in pairs.values()] if layout == "kohya" else unet.parameters():
             p += 0.02 * torch.randn(p.shape)
-    path = folder / f"checkpoint-{10 * epoch}"
-    if not (path / "done").exists():  # it goes on where it was killed
-        unet.save_pretrained(path / "unet")
-        weights = path / "unet" / "diffusion_pytorch_model.safetensors"
-        content = weights.read_bytes()
-        with weights.open("wb") as file:  # slowly, as over a network
-            for part in range(0, len(content), len(content) // 4 + 1):
-                file.write(content[part : part + len(content) // 4 + 1])
-                file.flush()
-                time.sleep(3600 if 10 * epoch == stops_at else 0.05)
-        (path / "done").write_text("")
+    done = folder.parent / f"done-{step}"
+    if not done.exists():
+        (save_folder if layout == "diffusers" else save_lora)(step)
+        done.write_text("")
 """
 
 
 @pytest.mark.slow
-def test_both_sides_are_killed_and_each_checkpoint_is_measured_once(base: Path, data: Path, tmp_path: Path) -> None:
-    folder, script = tmp_path / "model", tmp_path / "train.py"
+@pytest.mark.parametrize(
+    ("layout", "killed_at", "images_per_step"),
+    [("diffusers", "checkpoint-40/unet/diffusion_pytorch_model.safetensors", 1), ("kohya", "fox-step00000040.safetensors", 4)],
+)
+def test_both_sides_are_killed_and_each_checkpoint_is_measured_once(
+    layout: str, killed_at: str, images_per_step: int, small_unet: nn.Module, data: Path, tmp_path: Path
+) -> None:
+    folder, script, base = tmp_path / "model", tmp_path / "train.py", tmp_path / "base"
     folder.mkdir()
     script.write_text(TRAINER)
-    train = [sys.executable, str(script), str(folder), str(base)]
+    made = DDPMPipeline(small_unet, DDPMScheduler()) if layout == "diffusers" else stable_diffusion(tmp_path / "tokenizer")
+    made.save_pretrained(base)
+    train = [sys.executable, str(script), layout, str(folder), str(base)]
     command = [sys.executable, "-m", "mlflow_icr.cli", "watch", "--checkpoints", str(folder), "--data", str(data)]
     command += ["--base", str(base), "--num-views", "4", "--follow", "--settle", "0.5", "--poll", "0.1"]
+    command += [] if layout == "diffusers" else ["--resolution", "16"]
     history = folder / "icr" / "history.jsonl"
 
     def rows() -> int:
@@ -211,7 +246,7 @@ def test_both_sides_are_killed_and_each_checkpoint_is_measured_once(base: Path, 
     wait_until(lambda: rows() >= 2)
     watcher.kill()
     watcher.wait()
-    wait_until(lambda: (folder / "checkpoint-40" / "unet" / "diffusion_pytorch_model.safetensors").exists())
+    wait_until((folder / killed_at).exists)
     trainer.kill()  # in the middle of saving
     trainer.wait()
     watcher = subprocess.Popen(command)
@@ -222,7 +257,7 @@ def test_both_sides_are_killed_and_each_checkpoint_is_measured_once(base: Path, 
     done = subprocess.run([*command, "--end-after", "5"], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     steps = [int(json.loads(line)["images_seen"]) for line in history.read_text().splitlines()]
-    assert sorted(steps) == [0, 10, 20, 30, 40, 50, 60]
+    assert sorted(steps) == [images_per_step * step for step in (0, 10, 20, 30, 40, 50, 60)]
     (run,) = mlflow.search_runs(search_all_experiments=True, output_format="list")
     points = mlflow.MlflowClient().get_metric_history(run.info.run_id, "repr/view_error_ratio")
     assert sorted(p.step for p in points) == sorted(steps)

@@ -354,7 +354,7 @@ def test_a_page_says_first_what_came_out(tmp_path: Path) -> None:
     count = len(read_plan().runs)
     first = f"**Nothing stands yet: 12 of {count} runs are trained. So far, of the runs that nothing was"
     assert page.splitlines()[2].startswith(first)
-    assert "not measured" in page  # signals that these histories do not have are told of
+    assert "not measured" in page  # signals that these histories do not have are named
     lines = (docs / "validation" / "outcomes.csv").read_text().splitlines()
     assert len(lines) == 13
     assert "copies by two detectors" in lines[0]
@@ -380,8 +380,8 @@ def test_forecasts_are_held_against_onsets() -> None:
     for last in (False, True):
         found = forecast_coverage(runs, last=last)
         assert found.runs == 3
-        assert 0 <= found.held <= found.told <= 3
-        assert len(found.ratios) == found.told
+        assert 0 <= found.held <= found.had_one <= 3
+        assert len(found.ratios) == found.had_one
     # A forecast says what it says whenever copies come: the later they do, the smaller its share of the onset.
     first = forecast_coverage(runs, last=False)
     assert first.ratios == tuple(sorted(first.ratios, reverse=True))

@@ -44,7 +44,7 @@ def calibrated(level: float, factors: Mapping[str, Sequence[float]], share: floa
     """A row of the table from the log factors of runs, by data set; None for too few.
 
     The centre is the median over all. A run's residual is from the median over the *other* data sets, so that the interval is
-    as wide as for images that nobody has tried: its half-width is the ceil((n + 1) share)-th smallest of n (Vovk et al. 2005).
+    as wide as for images that were not tried: its half-width is the ceil((n + 1) share)-th smallest of n (Vovk et al. 2005).
     """
     every = [value for values in factors.values() for value in values]
     if len(every) < FEWEST_RUNS or sum(map(bool, factors.values())) < 2:

@@ -1,4 +1,4 @@
-"""Finished runs measured anew, from the checkpoints that are still where they were trained.
+"""Finished runs measured again, from the checkpoints that are still where they were trained.
 
 `python -m studies.validation.remeasure --work-dir DIR --results-dir DIR` reads every `repr/*` value again with the monitor as
 it is now. Samples and losses stay as they were measured: they are the same.

@@ -53,26 +53,26 @@ def headline(outcomes: Sequence[Outcome], judged: Sequence[Outcome], rules: Sequ
         caught += f"{tables.share(epochs.caught, epochs.copying)}"
     else:
         caught = "none copied yet"
-    told = [f"**{part}of the runs that nothing was chosen on, {caught}; the verdict accused {clean}.**"]
+    sentences = [f"**{part}of the runs that nothing was chosen on, {caught}; the verdict accused {clean}.**"]
     if found.shares:
-        told.append(f"Alarm over onset: {tables.quartiles(found.shares, '{:.2f}')}.")
-    told.append(f"`memorizing` was right by two detectors in {tables.share(right, called)}.")
+        sentences.append(f"Alarm over onset: {tables.quartiles(found.shares, '{:.2f}')}.")
+    sentences.append(f"`memorizing` was right by two detectors in {tables.share(right, called)}.")
     two = rates(judged, alarms_of(THE_VERDICT, judged), TWO, plan.open_factor)
     if two.copying:
         shares = tables.quartiles(two.shares, "{:.2f}")
-        told.append(
+        sentences.append(
             f"With an onset where a second detector finds copies: {tables.share(two.caught, two.copying)} ahead, at {shares}."
         )
     ranks = [(concordance(r.score, judged, TWO, plan.horizons_epochs, draws=0).value, r.name) for r in rules if r.name in RATIO]
     if all(value == value for value, _ in ranks):
-        told.append("Concordance at equal epochs: " + ", ".join(f"{value:.2f} of {name}" for value, name in ranks) + ".")
+        sentences.append("Concordance at equal epochs: " + ", ".join(f"{value:.2f} of {name}" for value, name in ranks) + ".")
     t = {key: f"{value:.0%}" for key, value in TARGETS.items()}
     targets = (
         f"It was to catch {t['caught']} ahead with at most {t['false']} false alarms, at {TARGETS['share']:g} of the onset or "
         f"before, to be right with `memorizing` in {t['memorizing']}, and to have a concordance of "
         f"{TARGETS['concordance']:g}. Brackets are exact 95 % intervals, by the numbers of runs alone."
     )
-    return "\n".join([*told, targets])
+    return "\n".join([*sentences, targets])
 
 
 def _draw(axes: Axes, outcomes: Sequence[Outcome], key: str, label: str, *, log: bool) -> None:

@@ -21,7 +21,7 @@ class Rule:
     """A score with what it needs beside training images.
 
     `threshold` is given where a rule has its own, otherwise it is chosen; a rule that is `either_way` has its sign chosen too,
-    for nobody has said which way it goes.
+    for its direction is unknown.
     """
 
     name: str

@@ -130,7 +130,7 @@ def train_missing(plan: Plan, work: Path, results: Path, parallel: int) -> list[
     missing = [run for run in plan.runs if run.name not in there]
     untrainable = {run.name: why for run in missing if (why := missing_feature(run, plan))}
     children: list[BaseProcess] = []
-    stopped, told, count = threading.Event(), threading.Lock(), len(there)
+    stopped, printing, count = threading.Event(), threading.Lock(), len(there)
 
     def stop(number: int, frame: object) -> None:
         stopped.set()
@@ -142,7 +142,7 @@ def train_missing(plan: Plan, work: Path, results: Path, parallel: int) -> list[
         if stopped.is_set():
             return f"{run.name}: not begun"
         failure = untrainable.get(run.name) or _train(run, work, results, children)
-        with told:
+        with printing:
             count += failure is None
             print(failure or f"{count}/{len(plan.runs)} {run.name}", flush=True)
         return failure

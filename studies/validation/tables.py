@@ -128,7 +128,7 @@ class ForecastCoverage:
     """Of copying runs: how many had a forecast before the onset, in how many its interval held it, and centre over onset."""
 
     runs: int
-    told: int
+    had_one: int
     held: int
     ratios: tuple[float, ...]
 
@@ -142,9 +142,9 @@ def forecast_coverage(outcomes: Sequence[Outcome], *, last: bool) -> ForecastCov
             continue
         runs += 1
         made = [found.forecast for at, found in verdicts(o.rows) if at < onset]
-        told = [(f.images_seen, f.low, f.high) for f in made if f.images_seen is not None]
-        if told:
-            near, low, high = told[-1 if last else 0]
+        bounds = [(f.images_seen, f.low, f.high) for f in made if f.images_seen is not None]
+        if bounds:
+            near, low, high = bounds[-1 if last else 0]
             assert low is not None
             assert high is not None
             held += low <= onset <= high
@@ -157,8 +157,8 @@ def forecast_table(outcomes: Sequence[Outcome]) -> str:
     rows = []
     for name, last in (("the first", False), ("the last before the onset", True)):
         found = forecast_coverage(outcomes, last=last)
-        told, held = share(found.told, found.runs), share(found.held, found.told)
-        rows.append([name, told, held, quartiles(found.ratios, "{:.2f}")])
+        had_one, held = share(found.had_one, found.runs), share(found.held, found.had_one)
+        rows.append([name, had_one, held, quartiles(found.ratios, "{:.2f}")])
     return table(["forecast", "copying runs that had one", "its 80 % interval held the onset", "centre / onset"], rows)
 
 

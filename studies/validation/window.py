@@ -16,7 +16,7 @@ RESULTS, PICTURE = "noise_window.json", "noise_window.png"
 
 
 def train_missing(docs: Path, work_dir: Path) -> bool:
-    """Train and sweep where the results are not there; whether they are then. Goes on with a study that has been trained."""
+    """Train and sweep where the results are not there; whether they are then. Continues a study that has been trained."""
     results = docs / "validation" / RESULTS
     if results.exists():
         return True

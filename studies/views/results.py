@@ -76,7 +76,7 @@ def table_of(lines: Sequence[Line]) -> str:
     text = "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
     near, far = farthest(lines, "near"), farthest(lines, "far")
     held = "all within" if near <= ALLOWED else "not all within"
-    told = (
+    summary = (
         f"Ratios of near views are {held} {ALLOWED} of 1 at sigma {SIGMA}, at most {near:.3f} off; those of far ones {far:.2f}."
     )
-    return f"{text}\n\n{told}"
+    return f"{text}\n\n{summary}"

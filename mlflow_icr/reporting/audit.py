@@ -160,8 +160,8 @@ LIMITS = (
 )
 
 
-def audit(run: RunMaterial, most_bytes: int) -> Markup:
-    """The section on copying of one run; pictures take at most `most_bytes` each."""
+def audit(run: RunMaterial, most_bytes: int, links: Child = None) -> Markup:
+    """The section on copying of one run; pictures take at most `most_bytes` each, and `links` follow the likeliest copies."""
     rows = _tested(run)
     judged = [row for row in run.rows if any(key.startswith("mem/") for key in row)]
     parts: list[Child] = []
@@ -188,6 +188,7 @@ def audit(run: RunMaterial, most_bytes: int) -> Markup:
     parts.append(element("h4", "Not tested"))
     parts.append(element("ul", _untested(run)))
     parts.append(_worst_pairs(run, most_bytes))
+    parts.append(links)
     parts.append(element("h4", "What this does not say"))
     parts.append(element("ul", [element("li", text) for text in LIMITS]))
     return joined(parts)

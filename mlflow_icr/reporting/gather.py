@@ -11,10 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from mlflow_icr.bridge.run_export import STEPPED
-from mlflow_icr.monitoring.series import HISTORY, read_distributions, read_history
+from mlflow_icr.monitoring.series import HISTORY, read_arrays, read_distributions, read_history
 from mlflow_icr.reporting.material import MEASURED, TELLING, RunMaterial, finite_rows
 from mlflow_icr.tracking.event_log import read_operations
 from mlflow_icr.tracking.mlflow import store
@@ -74,6 +75,11 @@ def _folder_eigenvalues(folder: Path, step: int) -> Any:
     return read_distributions(folder, step)[EIGENVALUES]
 
 
+def _folder_thumbnails(path: Path) -> np.ndarray:
+    with np.load(path, allow_pickle=False) as stored:
+        return np.asarray(stored["images"])
+
+
 def gather_folder(folder: Path | str, name: str = "") -> RunMaterial:
     """An output folder's run. Raises FileNotFoundError where it has no history, ValueError for a damaged one."""
     folder = Path(folder)
@@ -87,7 +93,13 @@ def gather_folder(folder: Path | str, name: str = "") -> RunMaterial:
     figures = {path.stem: path.read_bytes for path in sorted((folder / "figures").glob("*.png"))}
     steps = sorted(int(path.stem) for path in (folder / "distributions").glob("*.npz") if path.stem.isdigit())
     eigenvalues = {step: partial(_folder_eigenvalues, folder, step) for step in steps}
-    return RunMaterial(name or found, str(folder), rows, params, tags, pictures, figures, eigenvalues, status, left_out)
+    numbered = sorted(int(path.stem) for path in (folder / "probe").glob("*.npz") if path.stem.isdigit())
+    probe = {step: partial(read_arrays, folder, step) for step in numbered}
+    thumbnails = folder / "embeddings" / "s.npz"
+    return RunMaterial(
+        name or found, str(folder), rows, params, tags, pictures, figures, eigenvalues, status, left_out, probe,
+        partial(_folder_thumbnails, thumbnails) if thumbnails.is_file() else None,
+    )  # fmt: skip
 
 
 def run_of_folder(folder: Path) -> str | None:

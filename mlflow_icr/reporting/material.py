@@ -34,7 +34,8 @@ class RunMaterial:
     """One run: `rows` of finite numbers by images seen, and its data; pictures and arrays are read when they are needed.
 
     `pictures` are readers of image files by key and images seen, `figures` those of the whole run by name, `eigenvalues`
-    readers of (D,) by images seen. `left_out` counts values that were not finite numbers. `place` is its folder or run id.
+    readers of (D,) by images seen, `probe` readers of numbers by probe image, (N,) by key, `thumbnails` one of training images,
+    (N, H, W, 3) uint8. `left_out` counts values that were not finite numbers. `place` is its folder or run id.
     """
 
     name: str
@@ -47,6 +48,8 @@ class RunMaterial:
     eigenvalues: Mapping[int, Callable[[], np.ndarray]] = field(default_factory=dict)
     status: str = ""
     left_out: int = 0
+    probe: Mapping[int, Callable[[], Mapping[str, np.ndarray]]] = field(default_factory=dict)
+    thumbnails: Callable[[], np.ndarray] | None = None
 
     @cached_property
     def verdict(self) -> Verdict:

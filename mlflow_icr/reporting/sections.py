@@ -10,6 +10,7 @@ from mlflow_icr.monitoring.summary import ONSET_RATIO
 from mlflow_icr.monitoring.verdict import GENERALIZING, MEMORIZING, TURNING, UNDECIDED
 from mlflow_icr.reporting.audit import audit
 from mlflow_icr.reporting.comparison import badge, onset_cell, turn_cell, value_cell
+from mlflow_icr.reporting.copied import LISTED, copied_images, image_links, images_section
 from mlflow_icr.reporting.curves import run_charts
 from mlflow_icr.reporting.markup import Child, Markup, element, fold, images_text, joined, number, table
 from mlflow_icr.reporting.material import RunMaterial
@@ -17,8 +18,9 @@ from mlflow_icr.reporting.pictures import picture, spread
 
 SAMPLE_STEPS = 5  # measurements whose samples are shown
 MOST_ROWS = 60  # of the table of measurements; history.jsonl and MLflow have all
-# Of one run: samples and neighbours over training, the audit's two, three of features, figures of the whole run.
-PICTURES_OF_A_RUN = 2 * SAMPLE_STEPS + 8
+# Of one run: samples and neighbours over training, the audit's two, three of features, figures of the whole run,
+# and the likeliest copied images.
+PICTURES_OF_A_RUN = 2 * SAMPLE_STEPS + 8 + LISTED
 
 MEANINGS = {
     GENERALIZING: "The model still learns what its images have in common. Continue training.",
@@ -187,6 +189,7 @@ def measurements_section(run: RunMaterial) -> Markup:
 
 def run_section(run: RunMaterial, anchor: str, most_bytes: int, *, opened: bool, alone: bool) -> Markup:
     """Everything about one run."""
+    images = copied_images(run)
     place = element("p", run.place, f", {run.status}" if run.status else "", class_="quiet place")
     body: Sequence[Child] = (
         place,
@@ -197,7 +200,8 @@ def run_section(run: RunMaterial, anchor: str, most_bytes: int, *, opened: bool,
         element("h3", "Samples over training"),
         samples_section(run, most_bytes),
         element("h3", "Audit: what was tested for copying"),
-        audit(run, most_bytes),
+        audit(run, most_bytes, image_links(images, anchor)),
+        images_section(images, anchor, most_bytes),
         features_section(run, most_bytes),
         element("h3", "Protocol"),
         protocol_section(run),

@@ -5,19 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mlflow_icr import ICRMonitor, Protocol
-from tests.family_runs import SHORT, configured, finished, started, weights
-from trainers.config import load_config
+from mlflow_icr import ICRMonitor, Protocol, SchedulerDenoiser
+from mlflow_icr.extraction.pipelines import load_denoiser
+from tests.family_runs import SHORT, RecordedRun, configured, finished, started, weights
+from tests.tiny_models import dit
+from trainers.config import config_from, load_config, with_changes
+from trainers.console import Console
+from trainers.data import DataFacts
 from trainers.families import family_of
 from trainers.inputs import Inputs, with_measured
 from trainers.loop import new_state, train
 from trainers.lora import without_lora
+from trainers.plan import Device, plan_values
 from trainers.run import Run
 
 
@@ -108,6 +114,67 @@ def test_a_lora_is_resumed_where_it_was(tmp_path: Path) -> None:
     assert again.state.images_seen == 320
     assert torch.equal(weights(again.state.network), weights(run.state.network))
     assert torch.equal(weights(again.state.ema), weights(run.state.ema))
+
+
+def random_dit(folder: Path, scheduler: Any, channels: int = 1) -> Any:
+    """A DiT of diffusers, saved, that learns a variance too and whose blocks have embeddings of their own."""
+    torch.manual_seed(3)
+    network = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=channels, out_channels=2 * channels, num_layers=3,
+        sample_size=8, patch_size=2, num_embeds_ada_norm=5, norm_num_groups=1,
+    )  # fmt: skip
+    network.save_pretrained(folder / "transformer")
+    scheduler.save_pretrained(folder / "scheduler")
+    return network.eval()
+
+
+@pytest.mark.usefixtures("few_errors")
+@pytest.mark.parametrize(("predicted", "rank"), [("epsilon", 0), ("v_prediction", 2)])
+def test_a_dit_that_was_trained_by_ddpm_goes_on_with_its_prediction(predicted: str, rank: int, tmp_path: Path) -> None:
+    scheduler = diffusers.DDIMScheduler(prediction_type=predicted, clip_sample=False)
+    network = random_dit(tmp_path / "dit", scheduler)
+    config = load_config("digits", {**SHORT, "init_from": str(tmp_path / "dit"), "lora_rank": rank})
+    assert (config.network.family, config.network.kind) == ("ddpm", "transformer")
+    run = RecordedRun(config, tmp_path / "run")
+    x, sigma = torch.randn(3, 1, 8, 8, generator=torch.manual_seed(0)), torch.tensor([0.1, 0.5, 2.0])
+    with torch.no_grad():  # two implementations of the same, the other one with the variance
+        expected = SchedulerDenoiser(network, scheduler, null_class=5)(x, sigma)
+        assert torch.allclose(run.family.denoiser(run.state.ema)(x, sigma), expected, atol=1e-5)
+    assert run.train_to_end(None, Console(run.config, shown=False), lambda: False) == "FINISHED"
+    assert {"repr/icr", "loss/heldout", "gen/fd_pixels"} <= set(run.rows[-1])
+    saved = tmp_path / "run" / "checkpoints" / "000000000320"
+    assert (saved / "pytorch_lora_weights.safetensors").exists() == bool(rank)
+    denoiser, _ = load_denoiser(saved)
+    with torch.no_grad():
+        found = denoiser(x, sigma)
+        assert torch.allclose(found, run.family.denoiser(run.state.ema.eval())(x, sigma), atol=1e-5)
+        assert not torch.allclose(found, expected, atol=1e-3)
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(saved, trust_remote_code=True)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline(class_labels=[1, 4], num_inference_steps=2, output_type="np").images.shape == (2, 8, 8, 1)
+    again = Run(run.config, tmp_path / "run", resume=True)
+    assert torch.equal(weights(again.state.network), weights(run.state.network))
+
+
+def test_a_pipeline_of_latents_says_what_images_its_transformer_takes(tmp_path: Path) -> None:
+    dit(tmp_path).save_pretrained(tmp_path / "dit")
+    values = with_changes({"data": "digits", "family": "edm"}, {"init_from": str(tmp_path / "dit"), "family": "ddpm"})
+    assert values["resolution"] == 16
+    assert values["autoencoder"] == str(tmp_path / "dit" / "vae")
+    assert values["transformer"]
+    network = family_of(config_from(plan_values(values, DataFacts(100, (16, 16), 3, None), Device("cpu")))).build(4, 8)
+    assert network.config["out_channels"] == 4
+    with pytest.raises(ValueError, match="resolution is '16x20'; expected a square for family ddpm"):
+        load_config("digits", {"family": "ddpm", "transformer": True, "resolution": "16x20"})
+
+
+def test_dropout_is_the_network_s_own_unless_it_is_given(tmp_path: Path) -> None:
+    trained("ddpm", tmp_path, dropout=0.25)
+    for changes, expected in (({}, 0.25), ({"dropout": 0.5}, 0.5)):
+        config = load_config("digits", {**SHORT, "init_from": str(tmp_path), **changes})
+        assert config.network.dropout == expected
+        layers = [layer for layer in family_of(config).build(1, 8).modules() if isinstance(layer, nn.Dropout)]
+        assert {layer.p for layer in layers if layer.p} == {expected}
 
 
 def test_what_does_not_fit_is_refused_in_one_line(tmp_path: Path) -> None:

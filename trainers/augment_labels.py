@@ -24,18 +24,18 @@ class RowLabels:
     of_rows: Tensor | None = None
 
 
-def _embedding(network: Any) -> Any:
-    """The embedding of time of a UNet2DModel, or the one that all blocks of a DiT share."""
+def _embeddings(network: Any) -> list[Any]:
+    """The embedding of time of a UNet2DModel, or that of each block of a DiT, once where they share it."""
     if hasattr(network, "time_embedding"):
-        return network.time_embedding
-    return network.transformer_blocks[0].norm1.emb.timestep_embedder
+        return [network.time_embedding]
+    return list(dict.fromkeys(block.norm1.emb.timestep_embedder for block in network.transformer_blocks))
 
 
 def add_label_layer(network: nn.Module) -> None:
     """Give a network the layer, which changes nothing yet."""
-    embedding = _embedding(network)
-    embedding.cond_proj = nn.Linear(LABELS, embedding.linear_1.in_features, bias=False)
-    nn.init.zeros_(embedding.cond_proj.weight)
+    for embedding in _embeddings(network):
+        embedding.cond_proj = nn.Linear(LABELS, embedding.linear_1.in_features, bias=False)
+        nn.init.zeros_(embedding.cond_proj.weight)
 
 
 def tell_labels(network: nn.Module) -> RowLabels:
@@ -48,14 +48,16 @@ def tell_labels(network: nn.Module) -> RowLabels:
         assert labels.of_rows is not None, "a network in training has labels for its rows"
         return given[0], labels.of_rows.to(given[0].dtype)
 
-    _embedding(network).register_forward_pre_hook(with_labels)
+    for embedding in _embeddings(network):
+        embedding.register_forward_pre_hook(with_labels)
     return labels
 
 
 def without_label_layer(network: nn.Module) -> nn.Module:
     """A copy of a network without the layer; itself where it has none."""
-    if _embedding(network).cond_proj is None:
+    if _embeddings(network)[0].cond_proj is None:
         return network
     network = copy.deepcopy(network)
-    _embedding(network).cond_proj = None
+    for embedding in _embeddings(network):
+        embedding.cond_proj = None
     return network

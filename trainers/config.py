@@ -21,11 +21,11 @@ from mlflow_icr.extraction.images import Size, check_background, check_value_ran
 from mlflow_icr.monitoring.schedule import SUSPICION, looks_every
 from mlflow_icr.tracking.checkpoints.folder import LOG_MODELS
 from trainers.augmentation import AUGMENTATIONS, EDM, TRAINED_VIEWS
-from trainers.options import FAMILIES, Group, Option, is_required, option, options_of, refuse, required
+from trainers.options import FAMILIES, NETWORKS, Group, Option, is_required, option, options_of, refuse, required
 
 PRESETS = Path(__file__).parent / "presets"
 STOP_VERDICTS = ("", "turning", "memorizing")  # each later one is past the earlier
-UNET, DIT = ("edm", "ddpm"), ("flow",)
+UNET, TRANSFORMER = NETWORKS
 MASKS = ("keyed", "torch")
 DECAYS = ("constant", "cosine", "inverse_sqrt")
 TIMES = ("uniform", "logit_normal")
@@ -60,29 +60,40 @@ class DataConfig(Group):
         return parse_size(self.resolution)
 
 
+def network_of(family: str, transformer: bool) -> str:
+    """Which of NETWORKS a family's model has; `transformer` is the option of that name."""
+    return TRANSFORMER if transformer or family == "flow" else UNET
+
+
 @dataclass(frozen=True)
 class NetworkConfig(Group):
     """The network: its family, its size, and whether it has classes and latents."""
 
     family: str = option("edm", "kind of diffusion model: EDM, DDPM, or flow matching on a transformer", one_of=FAMILIES)
+    transformer: bool = option(False, "with ddpm: train a DiT transformer, not a U-Net", families=("ddpm",))
     labels: bool = option(False, "train on the classes of the data")
     label_dropout: float = option(
         0.1, "share of labels replaced by the null class; the monitor reads that class", above=0, below=1
     )
     autoencoder: str = option("", "folder of a diffusers AutoencoderKL; its latents are trained on")
-    block_channels: tuple[int, ...] = option((32, 64), "channels at each resolution of the U-Net", families=UNET)
-    layers_per_block: int = option(1, "residual blocks at each resolution", least=1, families=UNET)
-    attention_resolutions: tuple[int, ...] = option((), "sides in pixels at which the U-Net has attention", families=UNET)
-    hidden_size: int = option(384, "width of the transformer", least=1, families=DIT)
-    num_layers: int = option(12, "blocks of the transformer", least=1, families=DIT)
-    num_heads: int = option(6, "attention heads of each block", least=1, families=DIT)
-    patch_size: int = option(2, "side of the transformer's patches", least=1, families=DIT)
+    block_channels: tuple[int, ...] = option((32, 64), "channels at each resolution of the U-Net", network=UNET)
+    layers_per_block: int = option(1, "residual blocks at each resolution", least=1, network=UNET)
+    attention_resolutions: tuple[int, ...] = option((), "sides in pixels at which the U-Net has attention", network=UNET)
+    hidden_size: int = option(384, "width of the transformer", least=1, network=TRANSFORMER)
+    num_layers: int = option(12, "blocks of the transformer", least=1, network=TRANSFORMER)
+    num_heads: int = option(6, "attention heads of each block", least=1, network=TRANSFORMER)
+    patch_size: int = option(2, "side of the transformer's patches", least=1, network=TRANSFORMER)
     dropout: float = option(0.0, "share of activations dropped in the network", least=0, below=1)
     dropout_masks: str = option(
         "keyed", "keyed: the same masks on any number of ranks; torch: PyTorch's own dropout", one_of=MASKS
     )
     init_from: str = option("", "trained network to start from: a run's folder, a diffusers folder, or a name on the hub")
     lora_rank: int = option(0, "rank of a LoRA on the network of --init-from; 0 trains the whole network", least=0)
+
+    @property
+    def kind(self) -> str:
+        """Which of NETWORKS it is."""
+        return network_of(self.family, self.transformer)
 
 
 @dataclass(frozen=True)
@@ -225,9 +236,8 @@ class TrainConfig:
     def _check_network(self) -> None:
         network = self.network
         for name, entry in OPTIONS.items():
-            families = entry.rules["families"]
-            if network.family not in families and (value := self.get(name)) != entry.default:
-                refuse(name, value, f"nothing for family {network.family}: it is of {' and '.join(families)}")
+            if (why := entry.unused_by(network.family, network.kind)) and (value := self.get(name)) != entry.default:
+                refuse(name, value, why)
         if not network.block_channels or any(c < 8 or c % 8 for c in network.block_channels):
             refuse("block_channels", network.block_channels, "positive multiples of 8, one for each resolution")
         if network.lora_rank and not network.init_from:
@@ -247,9 +257,9 @@ class TrainConfig:
         network, resolution = self.network, self.data.resolution
         height, width = height_width(size)
         what = "" if size == self.data.size else f", which makes latents of {height}x{width}"
-        if network.family == "flow":
+        if network.kind == TRANSFORMER:
             if height != width:
-                refuse("resolution", resolution, "a square for family flow, whose network takes no other images")
+                refuse("resolution", resolution, f"a square for family {network.family}, whose network takes no other images")
             if height % network.patch_size:
                 raise ValueError(f"resolution is {resolution}{what}; expected a multiple of patch_size, {network.patch_size}")
             return
@@ -359,22 +369,25 @@ def preset_values(preset: str) -> dict[str, Any]:
     return read_values(PRESETS / f"{preset}.yaml") | {"preset": preset}
 
 
-def _of_family(values: Mapping[str, Any], family: str) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key not in OPTIONS or family in OPTIONS[key].rules["families"]}
+def _used(values: Mapping[str, Any], family: str, network: str) -> dict[str, Any]:
+    """The values that a model of a family makes use of."""
+    return {key: v for key, v in values.items() if key not in OPTIONS or not OPTIONS[key].unused_by(family, network)}
 
 
 def with_changes(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Values with some changed, by flat name; with another family, without what only the old one makes use of."""
-    values, family = dict(values), changes.get("family")
-    if family in FAMILIES and family != values.get("family", "edm"):
-        values = _of_family(values, family)
-    changes = flat_values(changes)
+    """Values with some changed, by flat name; with another family or network, without what only the old one makes use of."""
+    values, changes = dict(values), flat_values(changes)
+    old = values.get("family", "edm")
+    family = changes.get("family", old)
+    transformer = changes.get("transformer", family == old and values.get("transformer", False))
+    if family in FAMILIES and (family, transformer) != (old, values.get("transformer", False)):
+        values = _used(values, family, network_of(family, transformer))
     values |= changes
     if values.get("init_from"):
         from trainers.warm_start import started_values
 
         values = started_values(values, changes)
-        values = _of_family(values, values["family"]) | changes
+        values = _used(values, values["family"], network_of(values["family"], values.get("transformer", False))) | changes
     if values.get("encoder") == "auto":  # settled here, so that a resumed run keeps it whatever is installed by then
         values["encoder"] = "efficientnet_lite0" if is_installed("efficientnet_lite0") else "pixels"
     return values

@@ -12,6 +12,7 @@ from typing import Any, get_args, get_type_hints
 from jsonargparse import ArgumentParser
 
 FAMILIES = ("edm", "ddpm", "flow")
+NETWORKS = ("U-Net", "transformer")
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
@@ -24,16 +25,18 @@ def option(
     below: float | None = None,
     one_of: tuple[str, ...] = (),
     families: tuple[str, ...] = FAMILIES,
+    network: str = "",
     flag: str = "",
 ) -> Any:
     """A field: its default, the sentence that `--help` shows, and the values that it may have.
 
     Numbers are finite, at least `least`, over `above` and under `below`; texts are `one_of`; None is allowed where the type
-    says so. `families` are those that make use of it: for another one, anything but the default is refused. `flag` is its name
-    on the command line, in flat mappings and in errors, where that is not the field's own.
+    says so. `families` are those that make use of it, `network` the one of NETWORKS that does, if not both: for another one,
+    anything but the default is refused. `flag` is its name on the command line, in flat mappings and in errors, where that is
+    not the field's own.
     """
-    said = {"text": text, "least": least, "above": above, "below": below, "one_of": one_of, "families": families, "flag": flag}
-    return field(default=default, metadata=said)
+    said = {"text": text, "least": least, "above": above, "below": below, "one_of": one_of, "flag": flag}
+    return field(default=default, metadata=said | {"families": families, "network": network})
 
 
 def required(text: str, **rules: Any) -> Any:
@@ -66,6 +69,13 @@ class Option:
     def kind(self) -> type:
         """The type of its value, or of each of them."""
         return next((kind for kind in get_args(self.hint) if kind in KINDS), self.hint) if get_args(self.hint) else self.hint
+
+    def unused_by(self, family: str, network: str) -> str:
+        """Why a model of a family with one of NETWORKS makes no use of it; empty where it does."""
+        families, one = self.rules["families"], self.rules["network"]
+        if family not in families:
+            return f"nothing for family {family}: it is of {' and '.join(families)}"
+        return "" if one in ("", network) else f"nothing for a {network}: it is of a {one}"
 
     def kind_in_words(self) -> str:
         """What type of value it takes, in words."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlflow_icr.extraction.images import height_width, parse_size
+from trainers.config import TRANSFORMER, UNET, network_of
 from trainers.data import DataFacts, facts_of
 
 STEP = 4  # sides are multiples of it, so that a U-Net halves them twice at least
@@ -84,7 +85,8 @@ def plan_values(given: Mapping[str, Any], facts: DataFacts, device: Device) -> d
     most = LARGEST_SIDE[device.kind]
     scale = min(1.0, most / max(facts.size))
     height, width = (max(STEP, int(side * scale) // STEP * STEP) for side in facts.size)
-    if values.get("family") == "flow":  # whose network takes squares
+    network = network_of(values.get("family", "edm"), values.get("transformer", False))
+    if network == TRANSFORMER:  # which takes squares
         height = width = min(height, width)
     size = parse_size(default("resolution", height if height == width else f"{height}x{width}"))
     height, width = height_width(size)
@@ -92,7 +94,7 @@ def plan_values(given: Mapping[str, Any], facts: DataFacts, device: Device) -> d
     num_images = default("num_images", max(0, facts.num_images - heldout))
     pixels = BATCH_PIXELS[device.kind] / (height * width)
     batch = default("batch_size", _power_of_two(min(num_images / 8, pixels), 16, LARGEST_BATCH[device.kind]))
-    if values.get("family", "edm") != "flow" and not values.get("init_from") and not values.get("autoencoder"):
+    if network == UNET and not values.get("init_from") and not values.get("autoencoder"):
         channels = default("block_channels", (GPU_CHANNELS if large else CPU_CHANNELS)[: _levels(height, width)])
         default("layers_per_block", 2 if large else 1)
         sides = [min(height, width) // 2**level for level in range(len(channels))]

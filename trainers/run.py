@@ -106,6 +106,7 @@ class Run:
             cache_bytes=(LATENT_CACHE if self.autoencoder else VIEW_CACHE),
             heldout=heldout,
             trained_before=bool(config.network.init_from),
+            knows_labels=config.network.labels,
         )
         self.losses = None
         if heldout is not None:

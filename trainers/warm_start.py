@@ -6,6 +6,7 @@ say otherwise are refused.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from mlflow_icr.extraction.images import height_width, parse_size
@@ -21,8 +23,10 @@ from mlflow_icr.extraction.pipelines import INDEX, NULL_CLASS, SCHEDULER, load_n
 PARTS = {"UNet2DModel": "unet", "DiTTransformer2DModel": "transformer"}
 # What DDPM's schedule is here, besides its name (`trainers/families/ddpm.py`).
 USUAL = {"num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "trained_betas": None}
+USUAL |= {"rescale_betas_zero_snr": False}
 EMBEDDING_STD = 0.02  # as in DiT
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
+FREE = ("autoencoder", "dropout")  # what a configuration may have otherwise than the training that made the network
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,12 @@ def find_start(place: str) -> Start:
         raise ValueError(f"init_from is {place!r}, with the network {kind}; expected one of {', '.join(PARTS)}")
     if (root / "vqvae").exists():
         raise ValueError(f"init_from is {place!r}, a model of codes; expected one of pixels, or of an AutoencoderKL's latents")
+    takes, gives = config.get("in_channels"), config.get("out_channels") or config.get("in_channels")
+    if not isinstance(takes, int) or gives not in (takes, 2 * takes):
+        raise ValueError(f"init_from is {place!r}, whose network makes {gives} channels of {takes}; expected as many, or twice")
     implied = _network_options(kind, config) | _noise_options(place, _json(root / SCHEDULER))
+    if gives != takes:  # the others are a learned variance's, as DiT has it
+        implied.setdefault("family", "ddpm")
     if (root / "vae" / "config.json").exists():
         implied["autoencoder"] = str(root / "vae")
     null: int | None
@@ -95,14 +104,13 @@ def find_start(place: str) -> Start:
 
 def _network_options(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """What the options of a network say of this one, as far as there are options for it."""
+    options: dict[str, Any] = {"dropout": float(config.get("dropout") or 0)}
     if kind == "DiTTransformer2DModel":
         heads = int(config["num_attention_heads"])
-        options = {"hidden_size": heads * int(config["attention_head_dim"]), "num_heads": heads}
+        options |= {"hidden_size": heads * int(config["attention_head_dim"]), "num_heads": heads}
         return options | {"num_layers": int(config["num_layers"]), "patch_size": int(config["patch_size"])}
-    return {
-        "block_channels": tuple(config["block_out_channels"]),
-        "layers_per_block": int(config["layers_per_block"]),
-    }
+    block_channels = tuple(config["block_out_channels"])
+    return options | {"block_channels": block_channels, "layers_per_block": int(config["layers_per_block"])}
 
 
 def _noise_options(place: str, scheduler: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,24 +138,37 @@ def started_values(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dic
     """
     start = find_start(str(values["init_from"]))
     implied = dict(start.implied)
-    kinds = ("flow",) if start.is_transformer else ("edm", "ddpm")
+    kinds = ("flow", "ddpm") if start.is_transformer else ("edm", "ddpm")
     family = implied.setdefault("family", changes.get("family", values.get("family", kinds[0])))
     if family not in kinds:
         what = "transformer" if start.is_transformer else "U-Net"
         raise ValueError(f"init_from is {start.place!r}, a {what} of family {family}; expected one of {' or '.join(kinds)}")
+    if family == "ddpm":
+        implied["transformer"] = start.is_transformer
+    implied = {key: value for key, value in implied.items() if key not in FREE or key not in changes}
+    factor = _downsampling(implied.get("autoencoder", values.get("autoencoder", "")))
+    made_for = start.network.get("sample_size")
+    # A U-Net takes images of any size, a transformer those that it was made for.
+    if made_for is not None and "resolution" not in (changes if start.is_transformer else values):
+        height, width = (side * factor for side in height_width(made_for))
+        implied["resolution"] = height if height == width else f"{height}x{width}"
+    resolution = implied.get("resolution", values.get("resolution"))
+    if resolution is None:
+        raise ValueError(f"init_from is {start.place!r}, whose config has no sample_size; expected --resolution")
     if not start.is_transformer:
-        latent = values.get("autoencoder") or implied.get("autoencoder")
-        made_for = min(height_width(start.network["sample_size"]))
-        side = made_for if latent or "resolution" not in values else min(height_width(parse_size(values["resolution"])))
-        if not latent and "resolution" not in values:
-            implied["resolution"] = side
-        implied["attention_resolutions"] = tuple(side // 2**i for i in start.attends)
-    implied = {key: value for key, value in implied.items() if key != "autoencoder" or "autoencoder" not in changes}
+        side = min(height_width(parse_size(resolution))) // factor
+        implied["attention_resolutions"] = tuple(side // 2**level for level in start.attends)
     for key, value in implied.items():
         given = tuple(changes[key]) if isinstance(changes.get(key), list) else changes.get(key)
         if key in changes and given != value:
             raise ValueError(f"{key} is {given!r}; expected {value!r}, which init_from {start.place!r} has")
     return {**values, **implied}
+
+
+def _downsampling(autoencoder: str) -> int:
+    """Pixels along a side of one latent, by the config of an autoencoder's folder; 1 without one."""
+    channels = _json(Path(autoencoder) / "config.json").get("block_out_channels", ()) if autoencoder else ()
+    return int(2 ** max(0, len(channels) - 1))
 
 
 def check_start(start: Start, channels: int, size: tuple[int, int], num_classes: int | None) -> None:
@@ -165,9 +186,15 @@ def check_start(start: Start, channels: int, size: tuple[int, int], num_classes:
         )
 
 
-def load_start(start: Start, num_classes: int | None) -> nn.Module:
-    """The network, in float32; its table of classes is drawn again if the data has another number of them (None: any)."""
-    network = load_network(start.folder)
+def load_start(start: Start, channels: int, num_classes: int | None, dropout: float) -> nn.Module:
+    """The network, in float32, with a share of dropout.
+
+    Its table of classes is drawn again if the data has another number of them (None: any). The channels of a learned variance
+    are left out: the losses here would not train them, and what they said would be of the network before.
+    """
+    network = load_network(start.folder, dropout=dropout)
+    if (network.config.out_channels or channels) != channels:
+        _drop_variance(network, channels)
     if num_classes is None:
         return network
     if start.is_transformer:
@@ -177,9 +204,24 @@ def load_start(start: Start, num_classes: int | None) -> nn.Module:
             nn.init.normal_(table.weight, std=EMBEDDING_STD)
             for block in network.transformer_blocks:
                 block.norm1.emb.class_embedder.num_classes = num_classes
-                block.norm1.emb.class_embedder.embedding_table = table
+                block.norm1.emb.class_embedder.embedding_table = copy.deepcopy(table)
             network.register_to_config(num_embeds_ada_norm=num_classes)
     elif start.network.get("num_class_embeds") != num_classes + 1 or start.null_class != num_classes:
         network.class_embedding = nn.Embedding(num_classes + 1, network.time_embedding.linear_2.out_features)
         network.register_to_config(num_class_embeds=num_classes + 1)
     return network
+
+
+def _drop_variance(network: Any, channels: int) -> None:
+    """Leave out all but the first output channels of a network: they are the prediction, the others a variance."""
+    last = network.proj_out_2 if hasattr(network, "proj_out_2") else network.conv_out
+    with torch.no_grad():
+        for tensor in (last.weight, last.bias):  # a patch's pixels, each with its channels, come first in a transformer's
+            pixels = tensor.unflatten(0, (-1, network.config.out_channels))
+            tensor.data = pixels[:, :channels].flatten(0, 1).clone()
+    if isinstance(last, nn.Linear):
+        last.out_features = len(last.weight)
+        network.out_channels = channels
+    else:
+        last.out_channels = channels
+    network.register_to_config(out_channels=channels)

@@ -144,15 +144,18 @@ def _bare_part(folder: Path) -> str | None:
     return None
 
 
-def load_network(folder: Path) -> Any:
-    """A network of diffusers from its own folder, in float32. Raises ValueError for another class or other weights."""
+def load_network(folder: Path, **changes: Any) -> Any:
+    """A network of diffusers from its own folder, in float32, with `changes` of its config.
+
+    Raises ValueError for another class or other weights.
+    """
     import diffusers
 
     name = str(_config(folder / "config.json").get("_class_name"))
     if name not in NETWORKS:
         raise ValueError(f"checkpoint has the network {name}; expected one of {', '.join(NETWORKS)}")
     try:
-        return getattr(diffusers, name).from_pretrained(folder, use_safetensors=True)
+        return getattr(diffusers, name).from_pretrained(folder, use_safetensors=True, **changes)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"checkpoint has no weights as safetensors in {str(folder)!r} ({_line(error)})") from None
 

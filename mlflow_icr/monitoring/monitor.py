@@ -32,7 +32,8 @@ class ICRMonitor:
     images by invariant and residual part, and the images with the largest shares of the residual energy. Views are made once
     and kept while they take no more than `cache_bytes`; `batch_size` views at a time, or as many as fit the memory. `heldout`
     images, (M, C, H, W), are denoised beside the training images where they are given. Of a network that was `trained_before`,
-    growth and rise are relative to step 0, else to the first measurement after it. Under torch.distributed every rank calls
+    growth and rise are relative to step 0, else to the first measurement after it. Where the network's classes are others than
+    those of `labels`, `knows_labels` is False, and it is read with its null class alone. Under torch.distributed every rank calls
     `measure`, takes its share of the images, and gets the same report. Raises ValueError for images, companions or a protocol
     that do not fit.
     """
@@ -51,6 +52,7 @@ class ICRMonitor:
         cache_bytes: int = 64 * 2**20,
         heldout: Tensor | None = None,
         trained_before: bool = False,
+        knows_labels: bool = True,
     ) -> None:
         check_companions(companions, labels is not None)
         self.reader = FeatureReader(denoiser, images, protocol or Protocol(), batch_size, cache_bytes)
@@ -59,7 +61,7 @@ class ICRMonitor:
         self._networks = {"repr": denoiser} | ({} if raw is None else {"repr_raw": raw})
         self.pictures, self.labels = pictures, None if labels is None else labels[: self.protocol.num_images]
         self.features: Tensor | None = None  # (N, K, D) of the last measurement of `repr`, where pictures need them
-        if self.labels is not None and null_class_of(denoiser) is not None:
+        if self.labels is not None and knows_labels and null_class_of(denoiser) is not None:
             self._networks["repr_class"] = denoiser
         self._measured: dict[int, tuple[float, Tensor]] = {}  # debiased ICR and influences (N,) by step
         self.sections: dict[tuple[str, float], Section] = {}

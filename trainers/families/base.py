@@ -17,8 +17,8 @@ from mlflow_icr.extraction.images import Size, height_width
 from mlflow_icr.extraction.pipelines import NULL_CLASS
 from trainers.augment_labels import add_label_layer, without_label_layer
 from trainers.augmentation import EDM
-from trainers.config import TrainConfig
-from trainers.families.dit import share_embedding
+from trainers.config import TRANSFORMER, TrainConfig
+from trainers.families.dit import share_embedding, with_own_embeddings
 from trainers.families.pipeline import NoiseToImagePipeline
 from trainers.lora import add_lora, save_lora, without_lora
 from trainers.warm_start import check_start, find_start, load_start
@@ -40,8 +40,9 @@ class Family(ABC):
 
     @property
     def null_class(self) -> int | None:
-        """The class that stands for none; None for a model without classes."""
-        return self._null_of_start if self.num_classes is None else self.num_classes
+        """The class that stands for none; None for a U-Net without classes. Such a transformer knows class 0 alone."""
+        found = self._null_of_start if self.num_classes is None else self.num_classes
+        return found or 0 if self.config.network.kind == TRANSFORMER else found
 
     def build(self, channels: int, size: Size, start: str = "") -> nn.Module:
         """The network for x (B, channels, side, side), or (B, channels, height, width), initialised from the seed.
@@ -64,7 +65,7 @@ class Family(ABC):
     def _trained(self, place: str, channels: int, size: tuple[int, int]) -> nn.Module:
         start = find_start(place)
         check_start(start, channels, size, self.num_classes)
-        network = load_start(start, self.num_classes)
+        network = load_start(start, channels, self.num_classes, self.config.network.dropout)
         if start.is_transformer:
             share_embedding(network, trained=True)
         self._null_of_start = start.null_class
@@ -91,7 +92,9 @@ class Family(ABC):
         """diffusers' scheduler of the noise that is trained on."""
 
     def components(self, network: Any) -> dict[str, Any]:
-        """The network as it is saved, by its folder's name."""
+        """The network as it is saved, by its folder's name; a transformer has a copy of the embedding in each block."""
+        if self.config.network.kind == TRANSFORMER:
+            return {"transformer": with_own_embeddings(network)}
         return {"unet": network}
 
     def stock_pipeline(self, network: Any) -> Any:

@@ -1,4 +1,7 @@
-"""DDPM: discrete timesteps of a variance-preserving schedule, with epsilon or v prediction, on diffusers' UNet2DModel."""
+"""DDPM: discrete timesteps of a variance-preserving schedule, with epsilon or v prediction.
+
+The network is diffusers' UNet2DModel, or its DiTTransformer2DModel as in DiT (Peebles & Xie 2023), without a learned variance.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from mlflow_icr import SchedulerDenoiser
-from trainers.config import TrainConfig
+from trainers.config import TRANSFORMER, TrainConfig
 from trainers.families.base import Family
+from trainers.families.dit import make_dit
 from trainers.families.unet import make_unet
 
 TIMESTEPS = 1000
@@ -25,7 +29,8 @@ class DDPM(Family):
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def _network(self, channels: int, size: tuple[int, int]) -> nn.Module:
-        return make_unet(self.config, channels, size, self.num_classes)
+        make = make_dit if self.config.network.kind == TRANSFORMER else make_unet
+        return make(self.config, channels, size, self.num_classes)
 
     def scheduler(self) -> Any:
         """diffusers' DDPMScheduler."""
@@ -57,9 +62,11 @@ class DDPM(Family):
         return (denoiser.predict(signal * x + share * noise, level, labels) - target).square().mean()
 
     def stock_pipeline(self, network: Any) -> Any:
-        """DDPMPipeline, or for a model of classes one that tells a U-Net classes."""
+        """DDPMPipeline, or for a U-Net of classes one that tells it classes; none for a transformer."""
         from diffusers import ConsistencyModelPipeline, DDPMPipeline
 
+        if self.config.network.kind == TRANSFORMER:  # diffusers' pipeline of it wants latents and classes
+            return None
         if self.null_class is None:
             return DDPMPipeline(network, self.scheduler())
         if not isinstance(network.config.sample_size, int):  # the other one samples squares alone

@@ -1,4 +1,4 @@
-"""What DiT and SiT do otherwise than diffusers' DiTTransformer2DModel: initial weights, and one embedding for all blocks."""
+"""diffusers' DiTTransformer2DModel as DiT and SiT have it: their initial weights, and one embedding for all blocks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from trainers.config import TrainConfig
 
 EMBEDDING_STD = 0.02  # of the time and class embeddings' initial weights, in DiT and SiT
 # DiT and SiT make queries, keys and values by one layer of D inputs and 3 D outputs, whose Xavier bound is sqrt(6 / 4 D): that
@@ -39,26 +41,47 @@ def initialise(network: Any) -> None:
         nn.init.zeros_(linear.bias)
 
 
+def make_dit(config: TrainConfig, channels: int, size: tuple[int, int], num_classes: int | None) -> Any:
+    """The transformer of a configuration for x (B, channels, *size), with K classes and the null class, number K."""
+    from diffusers import DiTTransformer2DModel
+
+    c = config.network
+    network = DiTTransformer2DModel(
+        num_attention_heads=c.num_heads,
+        attention_head_dim=c.hidden_size // c.num_heads,
+        in_channels=channels,
+        num_layers=c.num_layers,
+        dropout=c.dropout,
+        sample_size=size[0],
+        patch_size=c.patch_size,
+        num_embeds_ada_norm=num_classes or 0,
+    )
+    share_embedding(network)
+    initialise(network)
+    return network
+
+
 def share_embedding(network: Any, *, trained: bool = False) -> None:
     """One embedding of time and class for all blocks, which drops no labels: the batches do, by keys.
 
-    Raises ValueError where those of a `trained` network differ.
+    A `trained` network whose blocks have different ones, as diffusers makes them, keeps those.
     """
-    first = network.transformer_blocks[0].norm1
+    embeddings = [block.norm1.emb for block in network.transformer_blocks]
+    for embedding in embeddings:
+        embedding.class_embedder.dropout_prob = 0.0
+    if trained and not all(_are_equal(embeddings[0], other) for other in embeddings[1:]):
+        return
     for block in network.transformer_blocks[1:]:
-        for one, other in zip(first.emb.parameters(), block.norm1.emb.parameters(), strict=True):
-            if trained and not torch.equal(one, other):
-                raise ValueError(
-                    "init_from's transformer has blocks with different embeddings of time and class; expected one for all"
-                )
-    first.emb.class_embedder.dropout_prob = 0.0
-    for block in network.transformer_blocks[1:]:
-        block.norm1.emb = first.emb
+        block.norm1.emb = embeddings[0]
+
+
+def _are_equal(one: nn.Module, other: nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
 def with_own_embeddings(network: Any) -> Any:
     """A copy of a network in which no tensor is shared, as safetensors want it."""
     network = copy.deepcopy(network)
     for block in network.transformer_blocks[1:]:
-        block.norm1.emb = copy.deepcopy(network.transformer_blocks[0].norm1.emb)
+        block.norm1.emb = copy.deepcopy(block.norm1.emb)
     return network

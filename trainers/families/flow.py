@@ -16,34 +16,14 @@ from torch import Tensor, nn
 
 from mlflow_icr.extraction.flow import FlowDenoiser
 from trainers.families.base import Family
-from trainers.families.dit import initialise, share_embedding, with_own_embeddings
+from trainers.families.dit import make_dit
 
 
 class Flow(Family):
-    """Flow matching; a noise level is a time t in [0, 1]. A model without classes knows the null class alone, number 0."""
-
-    @property
-    def null_class(self) -> int | None:
-        """The class that stands for none."""
-        return super().null_class or 0
+    """Flow matching; a noise level is a time t in [0, 1]."""
 
     def _network(self, channels: int, size: tuple[int, int]) -> nn.Module:
-        from diffusers import DiTTransformer2DModel
-
-        c = self.config
-        network = DiTTransformer2DModel(
-            num_attention_heads=c.network.num_heads,
-            attention_head_dim=c.network.hidden_size // c.network.num_heads,
-            in_channels=channels,
-            num_layers=c.network.num_layers,
-            dropout=c.network.dropout,
-            sample_size=size[0],
-            patch_size=c.network.patch_size,
-            num_embeds_ada_norm=self.num_classes or 0,
-        )
-        share_embedding(network)
-        initialise(network)
-        return network
+        return make_dit(self.config, channels, size, self.num_classes)
 
     def denoiser(self, network: nn.Module) -> FlowDenoiser:
         """The network as a denoiser."""
@@ -68,7 +48,3 @@ class Flow(Family):
         from diffusers import FlowMatchEulerDiscreteScheduler
 
         return FlowMatchEulerDiscreteScheduler()
-
-    def components(self, network: Any) -> dict[str, Any]:
-        """The transformer, with a copy of the embedding in each block."""
-        return {"transformer": with_own_embeddings(network)}

@@ -1,10 +1,11 @@
-"""Shared by the commands: how one is added with its help, options for reading images, and lines on standard error."""
+"""Shared by the commands: how one is added with its help, options for images, models and views, and lines on standard error."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 import textwrap
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -36,6 +37,57 @@ def add_reading(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--background", default="white", metavar="COLOUR", help="colour behind transparent parts of images; default: white"
     )
+
+
+def add_loading(parser: argparse._ActionsContainer) -> None:
+    """Add the options that say how a model is loaded and read."""
+    parser.add_argument("--prompt", default="", metavar="TEXT", help="prompt of a text-to-image model; default: the empty one")
+    parser.add_argument(
+        "--class-label", type=int, metavar="N", help="class of a model of classes; default: the one that means none"
+    )
+    parser.add_argument("--device", metavar="NAME", help="device, such as cuda:1; default: the CPU")
+    parser.add_argument(
+        "--dtype", default="float32", metavar="TYPE", help="type of the weights: float32, bfloat16 or float16; default: float32"
+    )
+    parser.add_argument("--batch-size", type=int, metavar="N", help="views in one forward pass; default: 512, or 16 of latents")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that a pipeline contains")
+
+
+def loading_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """These options and the resolution as `load_pipeline` takes them."""
+    names = ("resolution", "device", "dtype", "prompt", "class_label", "trust_remote_code")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def add_layer(parser: argparse._ActionsContainer) -> None:
+    """Add the options that say which layer is read, of how many images."""
+    parser.add_argument(
+        "--layer", default="decoder", metavar="NAME", help="the layer whose features are read; default: decoder"
+    )
+    parser.add_argument("--num-images", type=int, metavar="N", help="training images that are measured; default: all")
+
+
+def add_views(parser: argparse._ActionsContainer, sigmas: Sequence[float] = (0.29,), shown: str = "0.29") -> None:
+    """Add the options of the views; `sigmas` is the default of --sigma, and `shown` what its help says of it."""
+    parser.add_argument(
+        "--sigma", type=float, nargs="+", default=list(sigmas), metavar="X", help=f"noise standard deviations; default: {shown}"
+    )
+    parser.add_argument(
+        "--augmentation-level", type=int, default=3, metavar="N", help="strength of the views' augmentations; default: 3"
+    )
+    parser.add_argument(
+        "--num-views", type=int, metavar="N", help="views of each image; default: as many as the widest layer needs"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of views and noise; default: 0")
+
+
+def protocol_of(arguments: argparse.Namespace) -> Any:
+    """The protocol that the options of layer and views say, with what else of it a command asks for."""
+    from mlflow_icr.monitoring import Protocol
+
+    more = ("ridge", "projection", "shrinkage")
+    names = ("layer", "num_images", "augmentation_level", "num_views", "seed", *(name for name in more if name in arguments))
+    return Protocol(sigmas=tuple(arguments.sigma), **{name: getattr(arguments, name) for name in names})
 
 
 def reading_of(arguments: argparse.Namespace) -> dict[str, Any]:

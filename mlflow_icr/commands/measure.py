@@ -10,9 +10,20 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from mlflow_icr.commands.console import Commands, add_command, add_reading, reading_of, say
+from mlflow_icr.commands.console import (
+    Commands,
+    add_command,
+    add_layer,
+    add_loading,
+    add_reading,
+    add_views,
+    loading_of,
+    protocol_of,
+    reading_of,
+    say,
+)
 
 if TYPE_CHECKING:
     from mlflow_icr.monitoring import Report
@@ -103,29 +114,12 @@ def _add_model(model: argparse._ArgumentGroup) -> None:
         metavar="PIPELINE",
         help="a folder of diffusers or a name on the hub, in place of CHECKPOINT; with --checkpoints: what training began with",
     )
-    model.add_argument("--prompt", default="", metavar="TEXT", help="prompt of a text-to-image model; default: the empty one")
-    model.add_argument(
-        "--class-label", type=int, metavar="N", help="class of a model of classes; default: the one that means none"
-    )
-    model.add_argument("--device", metavar="NAME", help="device, such as cuda; default: the CPU")
-    model.add_argument(
-        "--dtype", default="float32", metavar="TYPE", help="type of the weights: float32, bfloat16 or float16; default: float32"
-    )
-    model.add_argument("--batch-size", type=int, metavar="N", help="views in one forward pass; default: 512, or 16 of latents")
-    model.add_argument("--trust-remote-code", action="store_true", help="run Python code that a pipeline contains")
+    add_loading(model)
 
 
 def _add_protocol(how: argparse._ArgumentGroup) -> None:
-    how.add_argument("--layer", default="decoder", metavar="NAME", help="the layer whose features are read; default: decoder")
-    how.add_argument(
-        "--sigma", type=float, nargs="+", default=[0.29], metavar="X", help="noise standard deviations; default: 0.29"
-    )
-    how.add_argument(
-        "--augmentation-level", type=int, default=3, metavar="N", help="strength of the views' augmentations; default: 3"
-    )
-    how.add_argument("--num-images", type=int, metavar="N", help="training images that are measured; default: all")
-    how.add_argument("--num-views", type=int, metavar="N", help="views of each image; default: as many as the layer needs")
-    how.add_argument("--seed", type=int, default=0, metavar="N", help="seed of views and noise; default: 0")
+    add_layer(how)
+    add_views(how)
     how.add_argument(
         "--ridge", type=float, default=0.0, metavar="X", help="added to the variances of the residual covariance; default: 0"
     )
@@ -175,8 +169,8 @@ def _one(arguments: argparse.Namespace, place: str | Path) -> int:
     from mlflow_icr.extraction.pipelines import batch_size_for, load_denoiser
     from mlflow_icr.monitoring import ICRMonitor
 
-    protocol = _protocol(arguments)
-    denoiser, resolution = load_denoiser(place, **_loading(arguments))
+    protocol = protocol_of(arguments)
+    denoiser, resolution = load_denoiser(place, **loading_of(arguments))
     images = with_channels(load_folder(arguments.data, resolution, **reading_of(arguments)), image_channels(denoiser))
     monitor = ICRMonitor(
         denoiser,
@@ -236,28 +230,6 @@ def _show(report: Report, values: Mapping[str, object], sink: MLflowSink | None,
         add_to_run(sink, report, params)
 
 
-def _protocol(arguments: argparse.Namespace) -> Any:
-    from mlflow_icr.monitoring import Protocol
-
-    return Protocol(
-        layer=arguments.layer,
-        sigmas=tuple(arguments.sigma),
-        augmentation_level=arguments.augmentation_level,
-        num_images=arguments.num_images,
-        num_views=arguments.num_views,
-        seed=arguments.seed,
-        ridge=arguments.ridge,
-        projection=arguments.projection,
-        shrinkage=arguments.shrinkage,
-    )
-
-
-def _loading(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What `load_pipeline` is to know."""
-    names = ("resolution", "device", "dtype", "prompt", "class_label", "trust_remote_code")
-    return {name: getattr(arguments, name) for name in names}
-
-
 def _checkpoints(arguments: argparse.Namespace) -> int:
     from mlflow_icr.integrations.backfill import measure_checkpoints
 
@@ -271,11 +243,11 @@ def _checkpoints(arguments: argparse.Namespace) -> int:
         run_id=arguments.run_id,
         images_per_step=arguments.images_per_step,
         images_per_epoch=arguments.images_per_epoch,
-        protocol=_protocol(arguments),
+        protocol=protocol_of(arguments),
         companions=arguments.companions,
         batch_size=arguments.batch_size,
         say=say,
-        **_loading(arguments),
+        **loading_of(arguments),
     )
     for name, why in found.left_out.items():
         say(f"{name} is left out: {why}")

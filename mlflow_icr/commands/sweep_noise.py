@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from mlflow_icr.commands.console import Commands, add_command, add_reading, reading_of
+from mlflow_icr.commands.console import Commands, add_command, add_reading, add_views, reading_of
 
 # Those of Li et al. 2026, figure 2, for EDM; here so that --help does not wait for torch.
 SIGMAS = (0.01, 0.02, 0.06, 0.14, 0.3, 0.59, 1.09, 1.92, 3.26)
@@ -31,23 +31,9 @@ def add(commands: Commands) -> None:
     add_reading(data)
     how = parser.add_argument_group("where and how to measure")
     how.add_argument(
-        "--sigma",
-        type=float,
-        nargs="+",
-        default=list(SIGMAS),
-        metavar="X",
-        help="noise standard deviations; default: nine from 0.01 to 3.26",
-    )
-    how.add_argument(
         "--layers", nargs="+", default=[], metavar="NAME", help="layers to read; default: all blocks of the network"
     )
-    how.add_argument(
-        "--augmentation-level", type=int, default=3, metavar="N", help="strength of the views' augmentations; default: 3"
-    )
-    how.add_argument(
-        "--num-views", type=int, metavar="N", help="views of each image; default: as many as the widest layer needs"
-    )
-    how.add_argument("--seed", type=int, default=0, metavar="N", help="seed of views and noise; default: 0")
+    add_views(how, SIGMAS, "nine from 0.01 to 3.26")
     parser.add_argument(
         "--output-dir", type=Path, metavar="DIR", help="where sweep.png and sweep.csv are written; default: nowhere"
     )

@@ -10,7 +10,7 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlflow_icr.commands.console import Commands, say
+from mlflow_icr.commands.console import Commands, add_layer, add_loading, add_views, loading_of, protocol_of, say
 
 if TYPE_CHECKING:
     from mlflow_icr.monitoring import Verdict
@@ -71,28 +71,16 @@ def add(commands: Commands) -> None:
     where.add_argument("--output-dir", type=Path, metavar="DIR", help="history, report and event files; default: DIR/icr")
     where.add_argument("--run-name", metavar="NAME", help="of the MLflow run; default: the folder's name")
     where.add_argument("--on-verdict", metavar="COMMAND", help="a command, or a webhook's URL, told when the verdict changes")
-    _add_measuring(parser.add_argument_group("how it is measured"))
-    parser.set_defaults(run=_run)
-
-
-def _add_measuring(how: argparse._ArgumentGroup) -> None:
-    how.add_argument("--device", help="such as cuda:1, which the trainer does not use; default: the CPU")
-    how.add_argument("--dtype", default="float32", help="of the network's weights: float32, bfloat16 or float16")
+    how = parser.add_argument_group("how it is measured")
     how.add_argument("--resolution", type=int, metavar="PIXELS", help="side of the images; default: what the network is for")
-    how.add_argument("--batch-size", type=int, metavar="N", help="views at a time; default: 512, of latents 16")
-    how.add_argument("--prompt", default="", help="of a text-to-image model; default: the empty one")
-    how.add_argument("--class-label", type=int, metavar="N", help="of a model of classes; default: the one that means none")
-    how.add_argument("--layer", default="decoder", help="whose features are read; default: decoder")
-    how.add_argument("--sigma", type=float, nargs="+", default=[0.29], help="noise standard deviations; default: 0.29")
-    how.add_argument("--num-images", type=int, metavar="N", help="training images that are read; default: all")
-    how.add_argument("--num-views", type=int, metavar="N", help="views of each image; default: as many as the layer needs")
-    how.add_argument("--seed", type=int, default=0, help="of views and noise; default: 0")
-    how.add_argument("--trust-remote-code", action="store_true", help="run code that a pipeline brings along")
+    add_loading(how)
+    add_layer(how)
+    add_views(how)
+    parser.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     from mlflow_icr.integrations.checkpoint_watch import CheckpointWatch, Pace
-    from mlflow_icr.monitoring import Protocol
 
     watch = CheckpointWatch(
         arguments.checkpoints,
@@ -101,25 +89,14 @@ def _run(arguments: argparse.Namespace) -> int:
         base=arguments.base,
         images_per_step=arguments.images_per_step,
         images_per_epoch=arguments.images_per_epoch,
-        protocol=Protocol(
-            layer=arguments.layer,
-            sigmas=tuple(arguments.sigma),
-            num_images=arguments.num_images,
-            num_views=arguments.num_views,
-            seed=arguments.seed,
-        ),
+        protocol=protocol_of(arguments),
         batch_size=arguments.batch_size,
         run_name=arguments.run_name,
         pace=Pace(arguments.follow, arguments.poll, arguments.settle, arguments.end_after),
         say=say,
         on_verdict=_print,
         reaction=arguments.on_verdict,
-        resolution=arguments.resolution,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        prompt=arguments.prompt,
-        class_label=arguments.class_label,
-        trust_remote_code=arguments.trust_remote_code,
+        **loading_of(arguments),
     )
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:

@@ -33,9 +33,9 @@ class ICRMonitor:
     and kept while they take no more than `cache_bytes`; `batch_size` views at a time, or as many as fit the memory. `heldout`
     images, (M, C, H, W), are denoised beside the training images where they are given. Of a network that was `trained_before`,
     growth and rise are relative to step 0, else to the first measurement after it. Where the network's classes are others than
-    those of `labels`, `knows_labels` is False, and it is read with its null class alone. Under torch.distributed every rank calls
-    `measure`, takes its share of the images, and gets the same report. Raises ValueError for images, companions or a protocol
-    that do not fit.
+    those of `labels`, `knows_labels` is False, and it is read with its null class alone. Under torch.distributed every rank
+    calls `measure`, takes its share of the images, and gets the same report. Raises ValueError for images, companions or a
+    protocol that do not fit.
     """
 
     def __init__(

@@ -1,23 +1,22 @@
-"""The runs of the plan, and a worker pool that trains those whose results are missing."""
+"""The runs of the plan, and their training where results are missing."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from studies.validation.design import PLAN
 from studies.validation.results import result_path
 from trainers.config import TrainConfig, load_config
+from trainers.launchers.job import FINISHED, Job
+from trainers.launchers.local import LocalLauncher
 
 RESULTS = Path(__file__).parents[2] / "docs" / "validation" / "results"
 BASE = "mnist5k"  # the preset whose values hold where the plan says nothing
@@ -91,37 +90,18 @@ def missing_feature(run: PlannedRun, plan: Plan) -> str | None:
     return None
 
 
-def _in_child(arguments: list[str], log: Path) -> None:
-    """A run in a forked process, whose output goes to a file."""
-    from studies.validation.training import main
-
-    with log.open("ab", buffering=0) as out:
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(out.fileno(), stream.fileno())
-    sys.exit(main(arguments))
-
-
-def _train(run: PlannedRun, work: Path, results: Path, children: list[BaseProcess]) -> str | None:
-    """Train one run, or continue it, in a process of its own; returns what went wrong."""
-    log = work / f"{run.name}.log"
-    # Forked from a process that has imported torch and diffusers once: that takes as long as a tenth of a training.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["studies.validation.training"])
-    child = context.Process(target=_in_child, args=([run.name, f"--work-dir={work}", f"--results-dir={results}"], log))
-    child.start()
-    children.append(child)
-    child.join()
-    if child.exitcode == 0:
-        return None
-    last = log.read_text().strip().splitlines()[-1:]
-    return f"{run.name}: exit status {child.exitcode} ({''.join(last)}); all of it is in {log}"
+def _job(run: PlannedRun, work: Path, results: Path) -> Job:
+    """One run, or what is left of it, as a process; it finds by itself where to go on."""
+    command = (sys.executable, "-m", "studies.validation.training", run.name)
+    where = (f"--work-dir={work}", f"--results-dir={results}")
+    return Job(run.name, command + where, begun=None, log=work / f"{run.name}.log")
 
 
 def train_missing(plan: Plan, work: Path, results: Path, parallel: int) -> list[str]:
     """Train the runs that have no results yet, in the plan's order, `parallel` at a time; returns a line for each failure.
 
-    One thread each, unless OMP_NUM_THREADS says otherwise. SIGTERM or SIGINT ends the trainings that go on, which save, and no
-    other is begun.
+    One thread each, unless OMP_NUM_THREADS says otherwise, which they share. SIGTERM or SIGINT ends the trainings that go on,
+    which save, and no other is begun.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     work.mkdir(parents=True, exist_ok=True)
@@ -129,31 +109,25 @@ def train_missing(plan: Plan, work: Path, results: Path, parallel: int) -> list[
     there = {run.name for run in plan.runs if result_path(results, run.name).exists()}
     missing = [run for run in plan.runs if run.name not in there]
     untrainable = {run.name: why for run in missing if (why := missing_feature(run, plan))}
-    children: list[BaseProcess] = []
-    stopped, printing, count = threading.Event(), threading.Lock(), len(there)
-
-    def stop(number: int, frame: object) -> None:
-        stopped.set()
-        for child in children:
-            child.terminate()
-
-    def one(run: PlannedRun) -> str | None:
-        nonlocal count
-        if stopped.is_set():
-            return f"{run.name}: not begun"
-        failure = untrainable.get(run.name) or _train(run, work, results, children)
-        with printing:
-            count += failure is None
-            print(failure or f"{count}/{len(plan.runs)} {run.name}", flush=True)
-        return failure
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    for why in untrainable.values():
+        print(why, flush=True)
+    jobs = [_job(run, work, results) for run in missing if run.name not in untrainable]
+    failures, left, count = list(untrainable.values()), [job.name for job in jobs], len(there)
+    stopped = threading.Event()
+    before = {number: signal.signal(number, lambda *_: stopped.set()) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        with ThreadPoolExecutor(parallel) as pool:
-            return [failure for failure in pool.map(one, missing) if failure]
+        for ended in LocalLauncher(parallel).run(jobs, stopped.is_set, lambda _: None):
+            left.remove(ended.name)
+            if ended.status == FINISHED:
+                count += 1
+                print(f"{count}/{len(plan.runs)} {ended.name}", flush=True)
+            else:
+                failures.append(f"{ended.name}: {ended.why or 'stopped'}; all of it is in {work / ended.name}.log")
+                print(failures[-1], flush=True)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    return failures + [f"{name}: not begun" for name in left]
 
 
 def select(plan: Plan, names: Sequence[str]) -> Plan:

@@ -15,16 +15,19 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 @dataclass(frozen=True)
 class Job:
-    """A run's name, its command line, the file that is there once the run has begun, and the log that it appends to."""
+    """A run's name, its command line, the file that is there once the run has begun, and the log that it appends to.
+
+    Without `begun` the command goes on by itself where there is something to go on with.
+    """
 
     name: str
     command: tuple[str, ...]
-    begun: Path
+    begun: Path | None
     log: Path
 
     def line(self) -> list[str]:
         """The command line for now: with --resume where the run has begun."""
-        return [*self.command, *(["--resume"] if self.begun.exists() else [])]
+        return [*self.command, *(["--resume"] if self.begun is not None and self.begun.exists() else [])]
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from trainers.config import OptimizerConfig
 from trainers.engine import gathered, local
+from trainers.groups import OptimizerConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -12,7 +12,7 @@ from typing import Any, get_args, get_type_hints
 from jsonargparse import ArgumentParser
 
 FAMILIES = ("edm", "ddpm", "flow")
-NETWORKS = ("U-Net", "transformer")
+UNET, TRANSFORMER = NETWORKS = ("U-Net", "transformer")
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
@@ -130,6 +130,17 @@ class Option:
             and (above is None or value > above)
             and (below is None or value < below)
         )
+
+
+def network_of(family: str, transformer: bool) -> str:
+    """Which of NETWORKS a family's model has; `transformer` is the option of that name."""
+    return TRANSFORMER if transformer or family == "flow" else UNET
+
+
+def used_values(values: Mapping[str, Any], options: Mapping[str, Option], family: str, transformer: bool) -> dict[str, Any]:
+    """The values by flat name that a model of a family makes use of, and those that are no options."""
+    network = network_of(family, transformer)
+    return {key: value for key, value in values.items() if key not in options or not options[key].unused_by(family, network)}
 
 
 @cache

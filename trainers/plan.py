@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlflow_icr.extraction.images import height_width, parse_size
-from trainers.config import TRANSFORMER, UNET, network_of
 from trainers.data import DataFacts, facts_of
+from trainers.options import TRANSFORMER, UNET, network_of
 
 STEP = 4  # sides are multiples of it, so that a U-Net halves them twice at least
 MOST_HELDOUT = 5000

@@ -43,12 +43,13 @@ from trainers.checkpoint import (
     save_checkpoint,
     save_shares,
 )
-from trainers.config import STOP_VERDICTS, TrainConfig
+from trainers.config import TrainConfig
 from trainers.console import Console
 from trainers.curve import Curve
 from trainers.data import data_of, describe_data
 from trainers.engine import bare, is_sharded
 from trainers.families import family_of
+from trainers.groups import STOP_VERDICTS
 from trainers.inputs import inputs_of, open_autoencoder, with_measured
 from trainers.loop import TrainState, new_state, take_mean_loss, train, whole_average
 

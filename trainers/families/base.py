@@ -17,10 +17,11 @@ from mlflow_icr.extraction.images import Size, height_width
 from mlflow_icr.extraction.pipelines import NULL_CLASS
 from trainers.augment_labels import add_label_layer, without_label_layer
 from trainers.augmentation import EDM
-from trainers.config import TRANSFORMER, TrainConfig
+from trainers.config import TrainConfig
 from trainers.families.dit import share_embedding, with_own_embeddings
 from trainers.families.pipeline import NoiseToImagePipeline
 from trainers.lora import add_lora, save_lora, without_lora
+from trainers.options import TRANSFORMER
 from trainers.warm_start import check_start, find_start, load_start
 
 PIPELINE = Path(__file__).with_name("pipeline.py")

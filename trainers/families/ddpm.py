@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from mlflow_icr import SchedulerDenoiser
-from trainers.config import TRANSFORMER, TrainConfig
+from trainers.config import TrainConfig
 from trainers.families.base import Family
 from trainers.families.dit import make_dit
 from trainers.families.unet import make_unet
+from trainers.options import TRANSFORMER
 
 TIMESTEPS = 1000
 KINDS = {"epsilon": "epsilon", "v": "v_prediction"}  # ours, and diffusers' words

@@ -17,7 +17,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 class Job:
     """A run's name, its command line, the file that is there once the run has begun, and the log that it appends to.
 
-    Without `begun` the command goes on by itself where there is something to go on with.
+    Without `begun` the command resumes by itself where it can.
     """
 
     name: str

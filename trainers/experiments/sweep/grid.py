@@ -16,7 +16,8 @@ from typing import Any
 
 from mlflow_icr.arguments import refuse_unknown
 from mlflow_icr.extraction.images import Size
-from trainers.config import OPTIONS, PRESET, DataConfig, TrainConfig, load_config, preset_names
+from trainers.config import OPTIONS, PRESET, TrainConfig, load_config, preset_names
+from trainers.groups import DataConfig
 from trainers.options import Option
 
 MOST_RUNS = 10_000

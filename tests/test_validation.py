@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import shutil
 import signal
 import threading
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -252,10 +254,16 @@ def test_runs_are_trained_once_and_stopped_ones_go_on(tmp_path: Path, capsys: py
     first = next(r for r in plan.runs if r.factors["images"] == "digits8" and not r.needs and r.factors["width"] <= 16)
     chosen = select(plan, [first.name])
     work, results = tmp_path / "work", tmp_path / "results"
-    timer = threading.Timer(30, lambda: signal.raise_signal(signal.SIGTERM))
-    timer.start()
+
+    def stop_once_measured() -> None:
+        while not (work / first.name / "history.jsonl").exists():
+            time.sleep(0.05)
+        time.sleep(2)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    stopper = threading.Thread(target=stop_once_measured, daemon=True)
+    stopper.start()
     failures = train_missing(chosen, work, results, 1)
-    timer.cancel()
     assert len(failures) == 1
     assert failures[0].startswith(f"{first.name}: stopped; all of it is in ")
     rows = (work / first.name / "history.jsonl").read_text()

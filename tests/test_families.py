@@ -93,7 +93,7 @@ class Silent(nn.Module):
         return torch.zeros_like(x)
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "x0"])
 def test_the_ddpm_loss_is_that_of_the_schedulers_own_noise_and_velocity(prediction: str) -> None:
     family = family_of(configured("ddpm", prediction=prediction, beta_schedule="linear"))
     scheduler: Any = DDPMScheduler()
@@ -101,8 +101,9 @@ def test_the_ddpm_loss_is_that_of_the_schedulers_own_noise_and_velocity(predicti
     x, noise = torch.rand(4, 1, 8, 8, generator=generator) * 2 - 1, torch.randn(4, 1, 8, 8, generator=generator)
     t, network = torch.tensor([0, 100, 500, 999]), Silent()
     found = family.loss(family.denoiser(network), x, t.float(), noise)
-    target = noise if prediction == "epsilon" else scheduler.get_velocity(x, noise, t)
-    assert float(found) == pytest.approx(float(target.square().mean()), rel=1e-5)
+    abar = scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
+    targets = {"epsilon": noise, "v": scheduler.get_velocity(x, noise, t), "x0": (abar / (1 - abar)).sqrt() * x}
+    assert float(found) == pytest.approx(float(targets[prediction].square().mean()), rel=1e-4)
     torch.testing.assert_close(network.x, scheduler.add_noise(x, noise, t), rtol=1e-4, atol=1e-5)
     drawn = family.draw(np.random.default_rng(0), 4000)
     assert set(drawn.tolist()) <= set(range(1000))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -171,6 +172,29 @@ def test_a_pipeline_of_latents_says_what_images_its_transformer_takes(tmp_path: 
         assert torch.allclose(family.denoiser(network)(x, sigma), before(x, sigma), atol=1e-5)
     with pytest.raises(ValueError, match="resolution is '16x20'; expected a square for family ddpm"):
         load_config("digits", {"family": "ddpm", "transformer": True, "resolution": "16x20"})
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "expected"),
+    [
+        (diffusers.DDPMScheduler(500, 0.001, 0.012, "scaled_linear", prediction_type="sample"), None),
+        (diffusers.DDIMScheduler(rescale_betas_zero_snr=True), "rescale_betas_zero_snr True; expected False"),
+        (diffusers.ScoreSdeVeScheduler(), "is a ScoreSdeVeScheduler; expected DDPMScheduler or one of its kind"),
+        (diffusers.CMStochasticIterativeScheduler(), "is a CMStochasticIterativeScheduler; expected DDPMScheduler"),
+        (diffusers.EDMEulerScheduler(prediction_type="v_prediction"), "predicts 'v_prediction'; expected epsilon"),
+    ],
+)
+def test_noise_is_that_of_the_scheduler_or_it_is_refused(scheduler: Any, expected: str | None, tmp_path: Path) -> None:
+    trained("ddpm", tmp_path)
+    scheduler.save_pretrained(tmp_path / "checkpoints" / "000000000064" / "scheduler")
+    if expected is not None:
+        with pytest.raises(ValueError, match=expected):
+            load_config("digits", {**SHORT, "init_from": str(tmp_path)})
+        return
+    family = family_of(load_config("digits", {**SHORT, "init_from": str(tmp_path)}))
+    assert torch.equal(family.scheduler().alphas_cumprod, scheduler.alphas_cumprod)
+    assert family.scheduler().config.prediction_type == scheduler.config.prediction_type
+    assert float(family.draw(np.random.default_rng(0), 4000).max()) == 499
 
 
 def test_dropout_is_the_network_s_own_unless_it_is_given(tmp_path: Path) -> None:

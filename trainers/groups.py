@@ -18,6 +18,7 @@ STOP_VERDICTS = ("", "turning", "memorizing")  # each later one is past the earl
 MASKS = ("keyed", "torch")
 DECAYS = ("constant", "cosine", "inverse_sqrt")
 TIMES = ("uniform", "logit_normal")
+PREDICTIONS = ("epsilon", "v", "x0")
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class NoiseConfig(Group):
     sigma_data: float | None = option(
         None, "standard deviation of the training images or latents; null to measure it", above=0, families=("edm",)
     )
-    prediction: str = option("epsilon", "what the network predicts", one_of=("epsilon", "v"), families=("ddpm",))
+    prediction: str = option("epsilon", "what the network predicts", one_of=PREDICTIONS, families=("ddpm",))
     time_distribution: str = option("uniform", "distribution of training times t", one_of=TIMES, families=("flow",))
     time_mean: float = option(0.0, "with logit_normal: mean of ln t / (1 - t)", families=("flow",))
     time_std: float = option(1.0, "with logit_normal: its standard deviation", above=0, families=("flow",))
@@ -130,6 +131,9 @@ class NoiseConfig(Group):
     beta_schedule: str = option(
         "linear", "diffusers' name of the schedule", one_of=("linear", "scaled_linear", "squaredcos_cap_v2"), families=("ddpm",)
     )
+    beta_start: float = option(0.0001, "the schedule's first beta, where it is linear", above=0, below=1, families=("ddpm",))
+    beta_end: float = option(0.02, "the schedule's last beta, where it is linear", above=0, below=1, families=("ddpm",))
+    timesteps: int = option(1000, "number of timesteps of the schedule", least=2, families=("ddpm",))
 
 
 @dataclass(frozen=True)

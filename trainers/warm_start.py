@@ -18,14 +18,13 @@ import torch
 from torch import nn
 
 from mlflow_icr.extraction.images import height_width, parse_size
-from mlflow_icr.extraction.pipelines import INDEX, NULL_CLASS, SCHEDULER, load_network, pipeline_folder
+from mlflow_icr.extraction.pipelines import INDEX, NULL_CLASS, SCHEDULER, load_network, load_scheduler, pipeline_folder
 
 PARTS = {"UNet2DModel": "unet", "DiTTransformer2DModel": "transformer"}
-# What DDPM's schedule is here, besides its name (`trainers/families/ddpm.py`).
-USUAL = {"num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "trained_betas": None}
-USUAL |= {"rescale_betas_zero_snr": False}
+# What of a scheduler has no option here (`trainers/families/ddpm.py`), and is refused where it is otherwise.
+USUAL = {"trained_betas": None, "rescale_betas_zero_snr": False, "timestep_type": "discrete"}
 EMBEDDING_STD = 0.02  # as in DiT
-PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
+PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}
 FREE = ("autoencoder", "dropout")  # what a configuration may have otherwise than the training that made the network
 
 
@@ -88,7 +87,7 @@ def find_start(place: str) -> Start:
     takes, gives = config.get("in_channels"), config.get("out_channels") or config.get("in_channels")
     if not isinstance(takes, int) or gives not in (takes, 2 * takes):
         raise ValueError(f"init_from is {place!r}, whose network makes {gives} channels of {takes}; expected as many, or twice")
-    implied = _network_options(kind, config) | _noise_options(place, _json(root / SCHEDULER))
+    implied = _network_options(kind, config) | _noise_options(place, root)
     if gives != takes:  # the others are a learned variance's, as DiT has it
         implied.setdefault("family", "ddpm")
     if (root / "vae" / "config.json").exists():
@@ -113,22 +112,30 @@ def _network_options(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
     return options | {"block_channels": block_channels, "layers_per_block": int(config["layers_per_block"])}
 
 
-def _noise_options(place: str, scheduler: Mapping[str, Any]) -> dict[str, Any]:
-    """Family and noise that a scheduler's config stands for; none without a scheduler."""
-    name = str(scheduler.get("_class_name", ""))
-    if not name:
+def _noise_options(place: str, root: Path) -> dict[str, Any]:
+    """Family and noise that the scheduler of a folder stands for; none without a scheduler."""
+    if not (root / SCHEDULER).exists():
         return {}
-    if name.startswith("EDM"):
-        return {"family": "edm", "sigma_data": float(scheduler.get("sigma_data", 0.5))}
+    with torch.random.fork_rng(devices=[]):  # diffusers draws from the global generator where it makes some schedulers
+        scheduler = load_scheduler(root)
+    config, name = scheduler.config, type(scheduler).__name__
+    predicted, kinds = config.get("prediction_type", "epsilon"), list(PREDICTIONS)
     if name.startswith("FlowMatch"):
         return {"family": "flow"}
+    if not name.startswith("EDM") and not hasattr(scheduler, "alphas_cumprod"):
+        kind = "DDPMScheduler or one of its kind, of flow matching, or EDM's"
+        raise ValueError(f"init_from is {place!r}, whose scheduler is a {name}; expected {kind}")
+    if name.startswith("EDM"):
+        kinds = kinds[:1]
+    if predicted not in kinds:
+        raise ValueError(f"init_from is {place!r}, which predicts {predicted!r}; expected {' or '.join(kinds)}")
+    if name.startswith("EDM"):
+        return {"family": "edm", "sigma_data": float(config["sigma_data"])}
     for key, usual in USUAL.items():
-        if scheduler.get(key, usual) != usual:
-            raise ValueError(f"init_from is {place!r}, whose scheduler has {key} {scheduler[key]!r}; expected {usual!r}")
-    predicted, betas = scheduler.get("prediction_type", "epsilon"), scheduler.get("beta_schedule", "linear")
-    if predicted not in PREDICTIONS:
-        raise ValueError(f"init_from is {place!r}, which predicts {predicted!r}; expected one of {', '.join(PREDICTIONS)}")
-    return {"family": "ddpm", "prediction": PREDICTIONS[predicted], "beta_schedule": betas}
+        if config.get(key, usual) != usual:
+            raise ValueError(f"init_from is {place!r}, whose scheduler has {key} {config[key]!r}; expected {usual!r}")
+    options = {"family": "ddpm", "prediction": PREDICTIONS[predicted], "timesteps": config["num_train_timesteps"]}
+    return options | {key: config[key] for key in ("beta_schedule", "beta_start", "beta_end")}
 
 
 def started_values(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""DDPM: discrete timesteps of a variance-preserving schedule, with epsilon or v prediction.
+"""DDPM: discrete timesteps of a variance-preserving schedule, with epsilon, v or x prediction.
 
 The network is diffusers' UNet2DModel, or its DiTTransformer2DModel as in DiT (Peebles & Xie 2023), without a learned variance.
 """
@@ -18,12 +18,11 @@ from trainers.families.dit import make_dit
 from trainers.families.unet import make_unet
 from trainers.options import TRANSFORMER
 
-TIMESTEPS = 1000
-KINDS = {"epsilon": "epsilon", "v": "v_prediction"}  # ours, and diffusers' words
+KINDS = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}  # ours, and diffusers' words
 
 
 class DDPM(Family):
-    """DDPM (Ho et al. 2020), or with v prediction (Salimans & Ho 2022); a noise level is a timestep, 0 to 999."""
+    """DDPM (Ho et al. 2020), or with v prediction (Salimans & Ho 2022); a noise level is a timestep, from 0."""
 
     def __init__(self, config: TrainConfig, num_classes: int | None = None) -> None:
         super().__init__(config, num_classes)
@@ -37,10 +36,13 @@ class DDPM(Family):
         """diffusers' DDPMScheduler."""
         from diffusers import DDPMScheduler
 
+        noise = self.config.noise
         return DDPMScheduler(
-            num_train_timesteps=TIMESTEPS,
-            beta_schedule=self.config.noise.beta_schedule,
-            prediction_type=KINDS[self.config.noise.prediction],
+            num_train_timesteps=noise.timesteps,
+            beta_start=noise.beta_start,
+            beta_end=noise.beta_end,
+            beta_schedule=noise.beta_schedule,
+            prediction_type=KINDS[noise.prediction],
             clip_sample=not self.config.network.autoencoder,  # images end in [-1, 1], latents do not
             timestep_spacing="trailing",  # a few steps start at pure noise too (Lin et al. 2024)
         )
@@ -51,16 +53,25 @@ class DDPM(Family):
 
     def draw(self, generator: np.random.Generator, count: int) -> Tensor:
         """Timesteps, (count,) float32 whole numbers, uniform."""
-        return torch.from_numpy(generator.integers(0, TIMESTEPS, count)).float()
+        return torch.from_numpy(generator.integers(0, self.config.noise.timesteps, count)).float()
 
     def loss(self, denoiser: Any, x: Tensor, level: Tensor, noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The mean squared error of what is predicted: the noise, or v = sqrt(abar) noise - sqrt(1 - abar) x; unweighted."""
+        """The mean squared error of what is predicted: the noise, or v = sqrt(abar) noise - sqrt(1 - abar) x; unweighted.
+
+        That of a predicted x is weighted by abar / (1 - abar), which makes it the noise's.
+        """
         if x.device not in self._tables:  # kept: to bring them there in each step would make the host wait for the device
             signals, shares = (torch.sigmoid(sign * denoiser.log_sigmas).sqrt().to(x) for sign in (-2, 2))
             self._tables[x.device] = signals, shares  # sqrt(abar) and sqrt(1 - abar), (T,)
         signal, share = (table[level.long()].view(-1, 1, 1, 1) for table in self._tables[x.device])
-        target = noise if self.config.noise.prediction == "epsilon" else signal * noise - share * x
-        return (denoiser.predict(signal * x + share * noise, level, labels) - target).square().mean()
+        predicted = denoiser.predict(signal * x + share * noise, level, labels)
+        match self.config.noise.prediction:
+            case "epsilon":
+                return (predicted - noise).square().mean()
+            case "v":
+                return (predicted - (signal * noise - share * x)).square().mean()
+            case _:
+                return (signal / share * (predicted - x)).square().mean()
 
     def stock_pipeline(self, network: Any) -> Any:
         """DDPMPipeline, or for a U-Net of classes one that tells it classes; none for a transformer."""

@@ -22,11 +22,11 @@ from tests.test_data import CIFAR
 from tests.training import process_as_it_was
 from trainers import train
 from trainers.batches import Order, draw_batch
-from trainers.config import load_config
-from trainers.data import DataFacts, facts_of, load_data, split_groups
+from trainers.config import config_from, load_config, read_values
+from trainers.data import DataFacts, data_of, facts_of, load_data, split_groups
 from trainers.families import family_of
 from trainers.inputs import Inputs, as_input
-from trainers.plan import device_here
+from trainers.plan import device_here, plan_for
 
 # Without a preset: what is not said here follows from the data and the device.
 TINY = [
@@ -59,7 +59,7 @@ def rectangles(folder: Path) -> tuple[Path, list[str]]:
 def slices_by_patient(folder: Path) -> tuple[Path, list[str]]:
     for i, image in enumerate(smooth(20, 8, 8, 4000).astype(np.int16)):
         write_dicom(folder / f"{i:04}", image, RescaleSlope=1, RescaleIntercept=-1024, PatientID=f"p{i // 4}")
-    return folder, ["--group-by=patient", "--value-range", "-1000", "3000"]
+    return folder, ["--value-range", "-1000", "3000"]
 
 
 def parquet(folder: Path) -> tuple[Path, list[str]]:
@@ -102,6 +102,8 @@ def test_a_set_trains_and_is_measured_from_one_line(
     # 24x40 within 32, by multiples of 4, where there is no GPU.
     rectangle = (16, 32) if device_here().kind == "cpu" else (24, 40)
     assert (height, width) == (rectangle if make is rectangles else (8, 8))
+    if make is slices_by_patient:
+        assert read_values(out / "config.yaml")["group_by"] == "patient"
     if make is twelve_bits:
         assert "so 0 is black and 4095 white (12 bits)" in caplog.text
 
@@ -112,6 +114,18 @@ def test_the_facts_of_a_set(tmp_path: Path) -> None:
         Image.new("RGB", image[::-1]).save(tmp_path / f"{name}.png")
     assert facts_of(str(tmp_path)) == DataFacts(3, (9, 5), 3, 2)
     assert facts_of("digits") == DataFacts(1797, (8, 8), 1, 10)
+
+
+def test_a_plan_keeps_groups_together(tmp_path: Path) -> None:
+    for i in range(40):  # 8 patients of 5 images each, in folders of 20
+        place = tmp_path / str(i // 20) / f"{i:02}.dcm"
+        place.parent.mkdir(exist_ok=True)
+        write_dicom(place, np.full((8, 8), i, np.uint16), PatientID=f"p{i // 5}")
+    for given, group_by, images in (({}, "patient", 35), ({"group_by": "folder"}, "folder", 20), ({"group_by": ""}, "", 36)):
+        values, _ = plan_for({"data": str(tmp_path), **given})
+        assert [values[key] for key in ("group_by", "num_heldout", "num_images")] == [group_by, 4, images]
+        data = data_of(config_from({**values, "encoder": "pixels"}))
+        assert (len(data.train), len(data.heldout)) == (images, 4)
 
 
 def test_a_saved_rectangle_is_sampled_by_plain_diffusers(tmp_path: Path) -> None:

@@ -164,15 +164,17 @@ def load_source(data: str, resolution: Size, split: str = "train") -> Source:
 
 @dataclass(frozen=True)
 class DataFacts:
-    """Facts on a whole set: the number of images, their size and channels, and the number of classes."""
+    """Facts on a whole set: the number of images, their size and channels, the number of classes, and what belongs together."""
 
     num_images: int
     size: tuple[int, int]  # (height, width) that most images have, of those that were looked at
     channels: int
     num_classes: int | None
+    group_by: str = ""  # how images are kept together: that given, else by patient or file, where there are several of each
+    groups: tuple[str, ...] = ()  # of each image, if they are
 
 
-def facts_of(data: str, split: str = "train") -> DataFacts:
+def facts_of(data: str, split: str = "train", group_by: str | None = None) -> DataFacts:
     """The facts of a set, by at most 64 of its images. Raises ValueError as `load_source`, and where none can be read."""
     source = load_source(data, EMBEDDED_SIDES.get(data, 1), split)
     if source.images is not None:
@@ -185,7 +187,11 @@ def facts_of(data: str, split: str = "train") -> DataFacts:
         channels = max(channels for _, _, channels in looked_at)
     height, width = sizes.most_common(1)[0][0]
     classes = None if source.labels is None else int(source.labels.max()) + 1
-    return DataFacts(len(source), (height, width), channels, classes)
+    by = group_by or ""
+    if group_by is None and source.files is not None:
+        by = _natural_groups(source.files)
+    groups = tuple(source.files.groups(by)) if by and source.files is not None else ()
+    return DataFacts(len(source), (height, width), channels, classes, by, groups)
 
 
 def subset_order(source: Source, seed: int, balanced: bool) -> Tensor:
@@ -224,6 +230,20 @@ def split_groups(order: Tensor, groups: Sequence[str], num_heldout: int, seed: i
         )
     heldout = order[inside]
     return order[~inside], heldout[len(heldout) - num_heldout :]
+
+
+def images_in_other_groups(groups: Sequence[str], num_heldout: int, seed: int) -> int:
+    """The number of images of groups from which none is held out. Raises ValueError as `split_groups`."""
+    return len(split_groups(torch.arange(len(groups)), groups, num_heldout, seed)[0])
+
+
+def _natural_groups(files: Listing) -> str:
+    """What images of one set have in common, patient or file; empty where each has its own, or one has over half of all."""
+    subjects = [header.subject for header in files.headers]
+    several = any(header.frames > 1 for header in files.headers) and not files.rows_of_files()
+    by = "patient" if all(subjects) and len(set(subjects)) < len(subjects) else "file" if several else ""
+    largest = max(Counter(files.groups(by)).values()) if by else 0
+    return by if largest <= len(files.items) / 2 else ""
 
 
 def _group_remark(files: Listing) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlflow_icr.extraction.images import height_width, parse_size
-from trainers.data import DataFacts, facts_of
+from trainers.data import DataFacts, facts_of, images_in_other_groups
 from trainers.options import TRANSFORMER, UNET, network_of
 
 STEP = 4  # sides are multiples of it, so that a U-Net halves them twice at least
@@ -62,7 +62,8 @@ def plan_values(given: Mapping[str, Any], facts: DataFacts, device: Device) -> d
     |---|---|
     | resolution | that of most images, by multiples of 4 down, a rectangle where they are one; at most 256 (CPU 32, MPS 64) |
     | num_heldout | a tenth of the images, at most 5000 |
-    | num_images | all others |
+    | group_by | patient for DICOM, file for volumes and other files of several images, where there are enough of them |
+    | num_images | all others, but for those of groups that are held out in part |
     | batch_size | a power of two, at least 16; at most an eighth of the images, 256 (CPU 64, MPS 128), |
     |  | and the pixels of 64 images of 64x64 (MPS 32 of them; CPU 64 of 16x16) |
     | block_channels | 128, 256, 256, 256, 512, 512 (CPU and MPS 32, 64, 64, 64), halved down to a side of 4 |
@@ -91,7 +92,10 @@ def plan_values(given: Mapping[str, Any], facts: DataFacts, device: Device) -> d
     size = parse_size(default("resolution", height if height == width else f"{height}x{width}"))
     height, width = height_width(size)
     heldout = default("num_heldout", min(facts.num_images // 10, MOST_HELDOUT))
-    num_images = default("num_images", max(0, facts.num_images - heldout))
+    others = max(0, facts.num_images - heldout)
+    if default("group_by", facts.group_by) and facts.groups:
+        others = images_in_other_groups(facts.groups, heldout, values.get("seed", 0))
+    num_images = default("num_images", others)
     pixels = BATCH_PIXELS[device.kind] / (height * width)
     batch = default("batch_size", _power_of_two(min(num_images / 8, pixels), 16, LARGEST_BATCH[device.kind]))
     if network == UNET and not values.get("init_from") and not values.get("autoencoder"):
@@ -115,7 +119,8 @@ def plan_values(given: Mapping[str, Any], facts: DataFacts, device: Device) -> d
 
 def plan_for(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The plan for the data that is given, on this machine, and lines that say it. Raises ValueError without readable data."""
-    facts, device = facts_of(str(given["data"]), str(given.get("data_split", "train"))), device_here()
+    facts = facts_of(str(given["data"]), str(given.get("data_split", "train")), given.get("group_by"))
+    device = device_here()
     values = plan_values(given, facts, device)
     classes = "" if facts.num_classes is None else f", {facts.num_classes} classes"
     height, width = facts.size

@@ -256,9 +256,9 @@ def test_runs_are_trained_once_and_stopped_ones_go_on(tmp_path: Path, capsys: py
     work, results = tmp_path / "work", tmp_path / "results"
 
     def stop_once_measured() -> None:
-        while not (work / first.name / "history.jsonl").exists():
+        history = work / first.name / "history.jsonl"
+        while not history.exists() or history.read_text().count("\n") < 2:
             time.sleep(0.05)
-        time.sleep(2)
         os.kill(os.getpid(), signal.SIGTERM)
 
     stopper = threading.Thread(target=stop_once_measured, daemon=True)

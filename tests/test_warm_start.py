@@ -9,6 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from mlflow_icr.extraction.latents import LatentDenoiser
 from mlflow_icr.extraction.pipelines import load_denoiser
 from tests.family_runs import SHORT, RecordedRun, configured, finished, started, weights
 from tests.tiny_models import dit
+from trainers.command_line import train_parser
 from trainers.config import config_from, load_config, with_changes
 from trainers.console import Console
 from trainers.data import DataFacts
@@ -27,6 +29,7 @@ from trainers.loop import new_state, train
 from trainers.lora import without_lora
 from trainers.plan import Device, plan_values
 from trainers.run import Run
+from trainers.train import configure
 
 
 def trained(name: str, folder: Path, **changes: Any) -> tuple[nn.Module, Any]:
@@ -117,6 +120,11 @@ def test_a_lora_is_resumed_where_it_was(tmp_path: Path) -> None:
     assert again.state.images_seen == 320
     assert torch.equal(weights(again.state.network), weights(run.state.network))
     assert torch.equal(weights(again.state.ema), weights(run.state.ema))
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(run.config.grouped()))
+    line = [f"--output-dir={tmp_path / 'run'}", "--preset=digits", f"--init-from={tmp_path / 'base'}", "--resume", "auto"]
+    config, *_, resume = configure(train_parser().parse_args(line))
+    assert resume
+    assert config == run.config
 
 
 def random_dit(folder: Path, scheduler: Any, channels: int = 1) -> Any:

@@ -146,7 +146,9 @@ def configure(arguments: Any) -> tuple[TrainConfig, Path, dict[str, str], str | 
         config = config_from(with_changes(read_values(Path(arguments.config)), changes))
         changes = config.flat()
     elif arguments.preset is not None:
-        config = config_from(with_changes(preset_values(arguments.preset), changes))
+        values = preset_values(arguments.preset)
+        if not resume:  # a run that goes on has a configuration, and needs no more what it began with
+            config = config_from(with_changes(values, changes))
         changes["preset"] = arguments.preset
     elif "data" in changes and not resume:
         values, lines = plan_for(with_changes({}, changes))

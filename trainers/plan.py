@@ -63,7 +63,7 @@ def plan_values(given: Mapping[str, Any], facts: DataFacts, device: Device) -> d
     | resolution | that of most images, by multiples of 4 down, a rectangle where they are one; at most 256 (CPU 32, MPS 64) |
     | num_heldout | a tenth of the images, at most 5000 |
     | group_by | patient for DICOM, file for volumes and other files of several images, where there are enough of them |
-    | num_images | all others, but for those of groups that are held out in part |
+    | num_images | all others, except those of groups of which some are held out |
     | batch_size | a power of two, at least 16; at most an eighth of the images, 256 (CPU 64, MPS 128), |
     |  | and the pixels of 64 images of 64x64 (MPS 32 of them; CPU 64 of 16x16) |
     | block_channels | 128, 256, 256, 256, 512, 512 (CPU and MPS 32, 64, 64, 64), halved down to a side of 4 |

@@ -72,17 +72,18 @@ ui: .venv
 
 # What things cost, as ratios against named baselines measured in the same run.
 benchmarks: .venv
-	$(BIN)/python benchmarks/import_time.py
-	$(BIN)/python benchmarks/measurement.py
-	$(BIN)/python benchmarks/trainer.py
-	$(BIN)/python benchmarks/ranks.py
-	$(BIN)/python benchmarks/draws.py
-	$(BIN)/python benchmarks/kernel_counts.py
-	$(BIN)/python benchmarks/monitoring.py
-	$(BIN)/python benchmarks/distances.py
-	$(BIN)/python benchmarks/trackers.py
-	$(BIN)/python benchmarks/export.py
-	$(BIN)/python benchmarks/device.py
+	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python benchmarks/import_time.py
+	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python benchmarks/measurement.py
+	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python benchmarks/trainer.py
+	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python benchmarks/ranks.py
+	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python benchmarks/draws.py
+	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python benchmarks/kernel_counts.py
+	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python benchmarks/monitoring.py
+	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python benchmarks/distances.py
+	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python benchmarks/trackers.py
+	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python benchmarks/export.py
+	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python benchmarks/device.py
+	$(BIN)/python benchmarks/results.py
 
 # Needs Fashion-MNIST (Debian: apt install dataset-fashion-mnist) and CIFAR-10: the hub's, or VALIDATION_CIFAR10=a folder or
 # archive. Takes hours, and goes on where it was stopped, run by run and within a run.

@@ -19,6 +19,7 @@ from collections.abc import Callable
 import numpy as np
 import scipy.linalg
 import torch
+from results import keep  # beside this file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -34,11 +35,13 @@ def timed(call: Callable[[], object]) -> tuple[float, object]:
     return time.perf_counter() - started, result
 
 
-def pairs(name: str, ours: Callable[[], object], theirs: Callable[[], object], goal: str, repeats: int) -> None:
+def pairs(name: str, ours: Callable[[], object], theirs: Callable[[], object], goal: str, repeats: int, kept: str = "") -> None:
     found = [(timed(ours)[0], timed(theirs)[0]) for _ in range(repeats)]
     mine, other = (statistics.median(side) for side in zip(*found, strict=True))
     ratio = statistics.median(a / b for a, b in found)
     print(f"{name:64} ours {mine:7.2f} s  theirs {other:7.2f} s  ratio {ratio:.3f} (goal: {goal})", flush=True)
+    if kept:
+        keep(**{kept: ratio})
 
 
 Statistics = tuple[Tensor, Tensor]  # mean and covariance
@@ -83,15 +86,37 @@ def frechet(n: int, dim: int, repeats: int) -> None:
     def from_embeddings() -> float:
         return frechet_distance(x, y)
 
-    pairs("  statistics to value, scipy's sqrtm", from_statistics, lambda: scipys(p, q), "at most 0.1", repeats)
-    pairs("  statistics to value, torchmetrics", from_statistics, lambda: torchmetrics_way(p, q), "at most 0.33", repeats)
-    pairs("  embeddings to value, scipy's sqrtm", from_embeddings, lambda: scipys(of_numpy(x), of_numpy(y)), "none", repeats)
+    pairs(
+        "  statistics to value, scipy's sqrtm",
+        from_statistics,
+        lambda: scipys(p, q),
+        "at most 0.1",
+        repeats,
+        "frechet_statistics_over_scipy",
+    )
+    pairs(
+        "  statistics to value, torchmetrics",
+        from_statistics,
+        lambda: torchmetrics_way(p, q),
+        "at most 0.33",
+        repeats,
+        "frechet_statistics_over_torchmetrics",
+    )
+    pairs(
+        "  embeddings to value, scipy's sqrtm",
+        from_embeddings,
+        lambda: scipys(of_numpy(x), of_numpy(y)),
+        "none",
+        repeats,
+        "frechet_embeddings_over_scipy",
+    )
     pairs(
         "  embeddings to value, torchmetrics",
         from_embeddings,
         lambda: torchmetrics_way(of_torch(x), of_torch(y)),
         "none",
         repeats,
+        "frechet_embeddings_over_torchmetrics",
     )
 
 
@@ -120,8 +145,22 @@ def neighbours(n: int, m: int, dim: int, repeats: int) -> None:
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.rand(rows, dim, generator=generator) for rows in (n, m))
     name = f"memorization_ratio, {n} x {m} of {dim} values"
-    pairs(f"{name}, bare product", lambda: memorization_ratio(x, y), lambda: x @ y.T, "at most 1.3", repeats)
-    pairs(f"{name}, cdist and topk", lambda: memorization_ratio(x, y), lambda: cdist_way(x, y), "at most 1", repeats)
+    pairs(
+        f"{name}, bare product",
+        lambda: memorization_ratio(x, y),
+        lambda: x @ y.T,
+        "at most 1.3",
+        repeats,
+        "memorization_over_product",
+    )
+    pairs(
+        f"{name}, cdist and topk",
+        lambda: memorization_ratio(x, y),
+        lambda: cdist_way(x, y),
+        "at most 1",
+        repeats,
+        "memorization_over_cdist",
+    )
 
 
 def memory(n: int, m: int, dim: int) -> None:
@@ -132,6 +171,7 @@ def memory(n: int, m: int, dim: int) -> None:
     print(
         f"memorization_ratio, {n} x {m} of {dim} values: largest tensor {share:.2f} of the budget (goal: at most 1)", flush=True
     )
+    keep(memorization_largest_tensor=share)
 
 
 def encoding(repeats: int) -> None:
@@ -144,7 +184,14 @@ def encoding(repeats: int) -> None:
         for batch in ready:
             encoder._network(batch)
 
-    pairs("efficientnet_lite0 on 512 images, bare forward passes", lambda: encoder(images), bare, "at most 1.1", repeats)
+    pairs(
+        "efficientnet_lite0 on 512 images, bare forward passes",
+        lambda: encoder(images),
+        bare,
+        "at most 1.1",
+        repeats,
+        "encoder_over_bare",
+    )
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import torch
+from results import keep  # beside this file
 
 from mlflow_icr import ICRMonitor
 from trainers.config import TrainConfig, load_config
@@ -48,6 +49,7 @@ def demo() -> None:
     whole = training + measuring + generating
     print(f"demo (digits preset, {config.optimizer.total_kimg:g} kimg, {count} measurements, {samples} with samples):")
     print(f"  representation {measuring / whole:.3f} of the wall time (goal: under 0.10), samples {generating / whole:.3f}")
+    keep(demo_representation_share=measuring / whole, demo_samples_share=generating / whole)
 
 
 def scaled(name: str, batch: int, probe: int) -> None:
@@ -69,6 +71,8 @@ def scaled(name: str, batch: int, probe: int) -> None:
     print(f"{name}: a training image takes {1000 * image:.0f} ms on this device, a measurement {times:.0f} times as long")
     budget = f"{config.monitor.measurements} in {config.optimizer.total_kimg:g} kimg"
     print(f"  {budget}: {share:.5f} of the wall time (goal: under 0.02)")
+    if name == "cifar10-4096":
+        keep(cifar10_share=share)
 
 
 def main() -> None:

@@ -15,6 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from results import keep  # beside this file
+
 BATCH = 96
 
 
@@ -63,6 +65,7 @@ def main() -> None:
     one, two = (statistics.median(side) for side in zip(*pairs, strict=True))
     efficiency = statistics.median(b / (2 * a) for a, b in pairs)
     print(f"images/s on one rank {one:.0f}, on two {two:.0f}: scaling efficiency {efficiency:.3f}")
+    keep(ranks_efficiency=efficiency)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import urllib.request
 from pathlib import Path
 
 from accelerate.tracking import MLflowTracker
+from results import keep  # beside this file
 
 from mlflow_icr import Report
 from mlflow_icr.extraction.files import append_line
@@ -157,6 +158,12 @@ def main() -> None:
         print(f"  {name:40}   median {statistics.median(side):6.2f} ms, longest {max(side):7.2f} ms")
     ratio = statistics.median(a / b for a, b in zip(sides[0], sides[1], strict=True))
     print(f"  ratio {ratio:.3f} (goal: at most 0.05)")
+    keep(
+        report_over_accelerate=ratio,
+        report_median_ms=statistics.median(sides[0]),
+        report_longest_ms=max(sides[0]),
+        accelerate_longest_ms=max(sides[1]),
+    )
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from results import keep  # beside this file
 from tqdm.auto import tqdm
 
 from trainers.config import TrainConfig, load_config
@@ -132,6 +133,7 @@ def main() -> None:
     print(f"digits preset, images/s: trainer {mine:.0f}, bare loop {bare:.0f}, loop of diffusers' kind {theirs:.0f}")
     print(f"  trainer over bare loop        {of_bare:.3f} (goal: at least 0.95)")
     print(f"  trainer over diffusers' kind  {of_theirs:.3f} (goal: above 1)")
+    keep(trainer_over_bare=of_bare, trainer_over_diffusers=of_theirs)
 
 
 if __name__ == "__main__":

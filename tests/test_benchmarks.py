@@ -1,17 +1,60 @@
-"""The benchmark of a CUDA device: what it says where there is none, and that its code runs."""
+"""Benchmarks: the page is what the results file says; the one of a CUDA device says where there is none, and its code runs."""
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import re
 import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 DEVICE = Path(__file__).parents[1] / "benchmarks" / "device.py"
+
+
+@pytest.fixture
+def results() -> Any:
+    spec = importlib.util.spec_from_file_location("benchmark_results", DEVICE.with_name("results.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_what_the_results_file_says(results: Any) -> None:
+    found = json.loads(results.RESULTS.read_text())
+    template = results.TEMPLATE.read_text()
+    page = results.PAGE.read_text()
+    assert results.page_of(template, found) == page, "python benchmarks/results.py writes it again"
+    named = set(re.findall(r"\{\{(\w+):", template))
+    assert named == found["results"].keys()
+    sources = "".join(path.read_text() for path in DEVICE.parent.glob("*.py") if path.name != "results.py")
+    assert not [name for name in named if f"{name}=" not in sources and f'"{name}"' not in sources], "no benchmark writes it"
+    found["results"]["trainer_over_bare"]["value"] = 0.514
+    assert "| 0.51 |" in results.page_of(template, found)
+    del found["results"]["trainer_over_bare"]
+    with pytest.raises(KeyError):
+        results.page_of(template, found)
+
+
+def test_results_are_kept_by_name_and_machine(results: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(results.VARIABLE, raising=False)
+    results.keep(a=1.0)  # nowhere
+    path = tmp_path / "results.json"
+    monkeypatch.setenv(results.VARIABLE, str(path))
+    results.keep(a=1.23456, b=2)
+    results.keep(b=3)
+    found = json.loads(path.read_text())
+    assert {name: one["value"] for name, one in found["results"].items()} == {"a": 1.235, "b": 3.0}
+    monkeypatch.setattr(results, "machine", lambda: "another")
+    results.keep(c=4)
+    assert json.loads(path.read_text()) == {"machine": "another", "results": {"c": found["results"]["a"] | {"value": 4.0}}}
 
 
 def test_without_a_device_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

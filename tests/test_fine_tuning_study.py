@@ -11,10 +11,12 @@ import pytest
 from PIL import Image
 
 from studies.fine_tuning import page
-from studies.fine_tuning.page import outcome_of, page_of, read_outcomes
-from studies.fine_tuning.runs import SIDE, write_images
+from studies.fine_tuning.page import outcome_of, page_of, read_outcomes, write_page
+from studies.fine_tuning.runs import SIDE, FineTuning, all_runs, write_images
 from studies.fine_tuning.tune import milestones
 
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE, RESULTS = DOCS / "fine-tuning.md", DOCS / "validation" / "fine_tuning"
 STEPS = [1000 * 2**i for i in range(8)]
 
 
@@ -57,9 +59,11 @@ def test_a_run_is_judged_by_rule(
     assert found.copied_at == (32000 if any(copies) else None)
     (tmp_path / "lora-n32.json").write_text(json.dumps(result(copies)))
     assert read_outcomes(tmp_path) == [found]
-    text = page_of([found])
+    text = page_of([found], all_runs())
     assert f"{expected}: 1 of 1" in text
     assert "| LoRA | 32 |" in text
+    assert "Not done yet: full-n32, full-n128, lora-n128, full-n512, lora-n512." in text
+    assert "Not done yet" not in page_of([found], [FineTuning("lora", 32, 1000)])
 
 
 def test_images_are_those_of_the_classes(tmp_path: Path) -> None:
@@ -83,3 +87,14 @@ def test_three_checkpoints_are_saved_in_each_doubling() -> None:
     found = milestones(1024, 65536)
     assert (found[0], found[-1]) == (1024, 65536)
     assert all(sum(start <= step < 2 * start for step in found) == 3 for start in (1024, 4096, 16384))
+
+
+def test_what_came_out_otherwise_is_first_and_the_page_is_that_of_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_page(RESULTS, tmp_path / "page.md")
+    assert (tmp_path / "page.md").read_text() == PAGE.read_text(), "python -m studies.fine_tuning --page-only writes it again"
+    monkeypatch.setattr(page, "verdict", lambda rows: Said("turning" if rows[-1]["images_seen"] >= 4000 else "generalizing"))
+    (tmp_path / "a.json").write_text(json.dumps(result([0, 0, 0, 0, 0.06, 0.2, 0.4, 0.6]) | {"num_images": 8}))
+    (tmp_path / "b.json").write_text(json.dumps(result([0.5] * 8) | {"num_images": 512}))
+    assert [one.judgement for one in read_outcomes(tmp_path)] == ["warned with the copies or after", "warned before copies"]

@@ -10,7 +10,9 @@ from pathlib import Path
 from mlflow_icr.extraction.files import write_whole
 from mlflow_icr.monitoring import verdict
 from mlflow_icr.monitoring.verdict import MEMORIZING, TURNING
+from studies.fine_tuning.runs import SAMPLES, FineTuning, all_runs
 
+BEFORE = "warned before copies"  # what is hoped for
 COPIES = 0.05  # the share that counts, when the lower bound of its interval is above
 
 
@@ -34,7 +36,7 @@ class Outcome:
             return "no copies, no warning" if self.warned_at is None else "warned, and no copies by the end"
         if self.warned_at is None:
             return "copies without a warning"
-        return "warned before copies" if self.warned_at < self.copied_at else "warned with the copies or after"
+        return BEFORE if self.warned_at < self.copied_at else "warned with the copies or after"
 
 
 def outcome_of(found: Mapping[str, object]) -> Outcome:
@@ -61,9 +63,9 @@ def outcome_of(found: Mapping[str, object]) -> Outcome:
 
 
 def read_outcomes(results: Path) -> list[Outcome]:
-    """The outcomes of all result files, by method and number of images."""
+    """The outcomes of all result files: first those that came out otherwise than hoped, then by method and number of images."""
     found = [outcome_of(json.loads(path.read_text())) for path in results.glob("*.json")]
-    return sorted(found, key=lambda one: (one.method, one.num_images))
+    return sorted(found, key=lambda one: (one.judgement == BEFORE, one.method, one.num_images))
 
 
 def _number(value: int | None) -> str:
@@ -78,11 +80,23 @@ def _row(one: Outcome) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def page_of(outcomes: Sequence[Outcome]) -> str:
-    """The page, Markdown."""
+def _missing(outcomes: Sequence[Outcome], planned: Sequence[FineTuning]) -> str:
+    """A paragraph on the planned runs that have no result, empty where all have one."""
+    there = {(one.method, one.num_images) for one in outcomes}
+    names = [run.name for run in planned if (run.method, run.num_images) not in there]
+    if not names:
+        return ""
+    return f"""
+**Not done yet: {", ".join(names)}.** The command continues with them. Nothing is said of them here.
+"""
+
+
+def page_of(outcomes: Sequence[Outcome], planned: Sequence[FineTuning] = ()) -> str:
+    """The page, Markdown; `planned` runs without an outcome are named on it."""
     rows = [_row(one) for one in outcomes]
-    counts = {text: sum(one.judgement == text for one in outcomes) for text in {one.judgement for one in outcomes}}
-    summary = "; ".join(f"{text}: {count} of {len(outcomes)}" for text, count in sorted(counts.items()))
+    judgements = list(dict.fromkeys(one.judgement for one in outcomes))  # in the order of the table
+    counts = {text: sum(one.judgement == text for one in outcomes) for text in judgements}
+    summary = "; ".join(f"{text}: {count} of {len(outcomes)}" for text, count in counts.items())
     return f"""# Fine-tuning and LoRA, watched from beside
 
 *Written by `python -m studies.fine_tuning` from the files in `docs/validation/fine_tuning/`.*
@@ -93,10 +107,12 @@ saves three checkpoints in each doubling of the images seen. `mlflow-icr watch` 
 
 The question is whether the verdict comes before the copies. A sample is a copy when its nearest training image is less than a
 third as far away as the second nearest, in pixels. A run *copies* from the first checkpoint on whose share of copies is above
-{COPIES:.0%} with its whole interval. It is *warned* at the first checkpoint at which the verdict is turning or memorizing.
+{COPIES:.0%} with its whole interval; {SAMPLES} samples are drawn of each. It is *warned* at the first checkpoint at which the
+verdict is turning or memorizing, read from the measurements up to there. The lengths of the runs were set before the first of
+them.
 
-**{summary}.**
-
+**{summary or "No run is done"}.**
+{_missing(outcomes, planned)}
 | method | images | warned at | copies then | copies from | copies at the end | last verdict | |
 |---|---|---|---|---|---|---|---|
 {chr(10).join(rows)}
@@ -108,5 +124,5 @@ verdict were found on training from scratch, and nothing was tuned here.
 
 def write_page(results: Path, page: Path) -> None:
     """Write the page of the results that there are."""
-    content = page_of(read_outcomes(results)).encode()
+    content = page_of(read_outcomes(results), all_runs()).encode()
     write_whole(page, lambda file: file.write(content))

@@ -74,6 +74,39 @@ def test_the_answer_comes_first_and_goes_no_further(tmp_path: Path) -> None:
         assert mlflow_scalars(imported.run_id).keys() == stored.keys()
 
 
+def test_hparams_hold_the_summary_and_no_chart_of_one_point_is_in_front(tmp_path: Path) -> None:
+    """As TensorBoard's own plugin reads them."""
+    from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+    from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+    from tensorboard.context import RequestContext
+    from tensorboard.plugins.base_plugin import TBContext
+    from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups
+
+    rows = told(STUDY["limited"], tmp_path / "limited")
+    multiplexer = EventMultiplexer().AddRunsFromDirectory(str(tmp_path))
+    multiplexer.Reload()
+    assert list(multiplexer.Runs()) == ["limited"]  # no second run for the summary
+    request, provider = RequestContext(), MultiplexerDataProvider(multiplexer, str(tmp_path))
+    tags = provider.list_scalars(request, experiment_id="", plugin_name="scalars")["limited"]
+    once = [place for place, tag in enumerate(sorted(tags)) if len(multiplexer.Tensors("limited", tag)) == 1]
+    assert once == list(range(len(tags) - len(once), len(tags)))  # behind all curves
+    context = backend_context.Context(TBContext(data_provider=provider))
+    states = [api_pb2.STATUS_UNKNOWN, api_pb2.STATUS_SUCCESS, api_pb2.STATUS_RUNNING]
+    content = context.hparams_metadata(request, "")
+    experiment = context.experiment_from_metadata(request, "", True, content, [])
+    names = {info.name.tag for info in experiment.metric_infos}
+    # The plugin takes each scalar of a run as a metric: a list of metrics would be taken for those of all runs.
+    assert names == set(tags)
+    asked = api_pb2.ListSessionGroupsRequest(start_index=0, slice_size=5, allowed_statuses=states)
+    found = list_session_groups.Handler(request, context, "", asked).run()
+    (group,) = found.session_groups
+    shown = {one.name.tag: one.value for one in group.metric_values}
+    ends = summarise(rows) | verdict(rows).summary()
+    assert {tag: shown[tag] for tag in shown if tag.startswith("summary/")} == pytest.approx(
+        {f"summary/{key}": value for key, value in ends.items()}
+    )
+
+
 def test_the_far_ratio_is_the_answer_where_there_is_one() -> None:
     row = {"repr/view_error_ratio": 1.5, "repr/far_error_ratio": 4.0, "repr/icr": 0.3, "images_seen": 1.0}
     assert answers(row) == {"Answer/ICR": 0.3, "Answer/error ratio": 4.0}

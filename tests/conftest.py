@@ -18,7 +18,7 @@ from tests.training import run_here
 LONGEST = (
     "test_study", "test_paper", "test_train", "test_plugin", "test_outages", "test_own_data", "test_backfill", "test_engines",
     "test_soak", "test_benchmarks", "test_ranks", "test_tracking_processes", "test_interruptions", "test_export_interruptions",
-    "test_family_runs", "test_validation", "test_slurm", "test_families", "test_saving", "test_verdict",
+    "test_family_runs", "test_validation", "test_slurm", "test_families", "test_saving", "test_verdict_of_runs",
 )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -103,3 +104,20 @@ def test_what_exceptions_say() -> None:
     assert failure_of(bad_gateway) is Failure.OUTAGE
     assert failure_of(MlflowException("what")) is Failure.UNCLEAR  # 500, which may pass
     assert failure_of(ConnectionError()) is Failure.OUTAGE
+
+
+def test_a_folder_that_was_removed_is_one_line_at_exit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ends: list[Any] = []
+    monkeypatch.setattr("atexit.register", ends.append)
+    tracker = Tracker(tmp_path / "run", [])
+    tracker.open({"seed": 0}, {})
+    tracker.record(Report(0, {"repr/icr": 0.5}))
+    shutil.rmtree(tmp_path / "run")
+    (end,) = (one for one in ends if "end_at_exit" in one.__qualname__)
+    with caplog.at_level("WARNING"):
+        end()
+    (line,) = [record.getMessage() for record in caplog.records if "is not ended" in record.getMessage()]
+    assert str(tmp_path / "run") in line
+    assert not (tmp_path / "run").exists()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
 
 
 def status_of(error: BaseException | None) -> str:
@@ -37,7 +40,10 @@ def end_at_exit(close: Callable[[str], object], *, otherwise: str = "FINISHED") 
         if os.getpid() != process:
             return
         error = getattr(sys, "last_value", None)
-        close(otherwise if error is None or error is before else status_of(error))
+        try:
+            close(otherwise if error is None or error is before else status_of(error))
+        except OSError as failure:  # such as of a folder that was removed
+            logger.warning("the run is not ended in its folder (%s)", failure)
 
     atexit.register(end)
     return lambda: atexit.unregister(end)

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from mlflow_icr.tracking import read_history
-from tests.training import errors_of, run_here
+from tests.training import errors_of, run, run_here
 from trainers.agreement import LateReading
 from trainers.checkpoint import not_finite
 from trainers.config import load_config
@@ -78,3 +78,18 @@ def test_a_learning_rate_far_too_high_ends_in_one_line_and_a_lower_one_goes_on(t
     assert rows[-1]["train/batch_size"] == 32
     assert "loss/train" in rows[-1]
     assert "train/skipped_steps" not in rows[-1]
+
+
+@pytest.mark.slow
+def test_ranks_that_diverge_end_in_one_line_and_a_lower_rate_goes_on(tmp_path: Path) -> None:
+    line = ["--num-processes=2", "--family=ddpm", "--measurements=2", "--power-ema-stds=0.1", "--resume", "auto"]
+    failed = run(tmp_path, *line, "--learning-rate=1e30")
+    assert failed.returncode == 1
+    assert "Traceback" not in failed.stderr
+    assert failed.stderr.splitlines()[-1].startswith("trainers.train: error: learning_rate is 1e+30: the gradients of")
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["000000000000"]
+    done = run(tmp_path, *line, "--learning-rate=1e-3", "--total-kimg=0.4")
+    assert done.returncode == 0, done.stderr
+    rows = read_history(tmp_path)
+    assert rows[-1]["images_seen"] == 416
+    assert "loss/train" in rows[-1]

@@ -48,10 +48,10 @@ def launch(count: int, arguments: Sequence[str], output_dir: Path) -> int:
     """Run `trainers.train` with these arguments on several ranks; returns 0, or 128 + signal when stopped, or what a rank left.
 
     What stops a trainer (Ctrl-C, SIGTERM, SIGUSR1, SIGUSR2) reaches the ranks as one SIGTERM: they save and end.
-    When a rank fails, torchrun shows its error and ends the others, and the run is FAILED, also where it is the one that logs.
+    When a rank fails, torchrun ends the others, and the run is FAILED, also where it is the one that logs.
     """
     asked: list[int] = []
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    command = [sys.executable, "-m", "trainers.launchers.ranks", "--standalone", f"--nproc-per-node={count}"]
     command += [f"--shutdown-timeout={int(GRACE_SECONDS)}", "-m", "trainers.train", *arguments]
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // count)))  # torchrun's own choice is 1, with a warning

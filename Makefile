@@ -72,18 +72,18 @@ ui: .venv
 
 # What things cost, as ratios against named baselines measured in the same run.
 benchmarks: .venv
-	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python benchmarks/import_time.py
-	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python benchmarks/measurement.py
-	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python benchmarks/trainer.py
-	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python benchmarks/ranks.py
-	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python benchmarks/draws.py
-	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python benchmarks/kernel_counts.py
-	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python benchmarks/monitoring.py
-	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python benchmarks/distances.py
-	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python benchmarks/trackers.py
-	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python benchmarks/export.py
-	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python benchmarks/device.py
-	$(BIN)/python benchmarks/results.py
+	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python -m benchmarks.import_time
+	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python -m benchmarks.measurement
+	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python -m benchmarks.trainer
+	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python -m benchmarks.ranks
+	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python -m benchmarks.draws
+	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python -m benchmarks.kernel_counts
+	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python -m benchmarks.monitoring
+	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python -m benchmarks.distances
+	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python -m benchmarks.trackers
+	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python -m benchmarks.export
+	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python -m benchmarks.device
+	$(BIN)/python -m benchmarks.results
 
 # Needs Fashion-MNIST (Debian: apt install dataset-fashion-mnist) and CIFAR-10: the hub's, or VALIDATION_CIFAR10=a folder or
 # archive. Takes hours, and goes on where it was stopped, run by run and within a run.

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import numpy as np
 import scipy.linalg
 import torch
-from results import keep  # beside this file
+from benchmarks.results import keep
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

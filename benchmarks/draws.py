@@ -11,7 +11,7 @@ import statistics
 import time
 
 import torch
-from results import keep  # beside this file
+from benchmarks.results import keep
 
 from trainers.batches import Order, draw_batch, rows_of
 from trainers.config import load_config

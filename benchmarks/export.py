@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from results import keep  # beside this file
+from benchmarks.results import keep
 
 KEYS = 4
 

@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from benchmarks.results import keep
+
 GOAL = 1.2
 
 
@@ -85,6 +87,12 @@ def main() -> None:
         f"{found['seconds']:.1f} s; peak {found['peak'] / found['bytes']:.3f} times that, without the imports' "
         f"{found['imports'] / 2**20:.0f} MiB {(found['peak'] - found['imports']) / found['bytes']:.3f} (goal: at most {GOAL})"
     )
+    if (arguments.images, arguments.side) == (5000, 512):  # imports weigh more beside fewer bytes
+        keep(
+            host_memory=found["peak"] / found["bytes"],
+            host_memory_without_imports=(found["peak"] - found["imports"]) / found["bytes"],
+            host_memory_imports_mib=found["imports"] / 2**20,
+        )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from functools import partial
 
 import torch
 
+from benchmarks.results import keep
+
 from mlflow_icr import EDMDenoiser, ICRMonitor, Protocol
 from mlflow_icr.extraction import Tap
 from mlflow_icr.monitoring.errors import LEVELS
@@ -58,7 +60,7 @@ def bare(
     return time.perf_counter() - started
 
 
-def compare(name: str, channels: list[int], resolution: int, images: int, views: int, repeats: int) -> None:
+def compare(name: str, channels: list[int], resolution: int, images: int, views: int, repeats: int) -> float:
     config = load_config("digits", {"block_channels": channels, "resolution": resolution, "num_images": images})
     # What a pass costs does not depend on what the images show.
     data = torch.randint(
@@ -78,6 +80,7 @@ def compare(name: str, channels: list[int], resolution: int, images: int, views:
     ratio = statistics.median(a / b for a, b in pairs)
     print(f"{name:28} {images} x {views} views  D = {monitor.dim:4}  measure {ours:7.3f} s  bare {theirs:7.3f} s", end="")
     print(f"  ratio {ratio:.3f} (goal: at most 1.25)  first, with views made: {first / theirs:.2f}")
+    return ratio
 
 
 def main() -> None:
@@ -89,9 +92,11 @@ def main() -> None:
     if arguments.large:
         compare("wide, many images", [128, 512], 8, 4096, 2, 1)
         return
-    compare("digits preset", [32, 64], 8, 128, 8, repeats)
-    compare("digits preset, control", [32, 64], 8, 1024, 2, repeats)
-    compare("16x16, wider", [64, 128], 16, 512, 2, max(3, repeats // 3))
+    keep(
+        measurement_digits=compare("digits preset", [32, 64], 8, 128, 8, repeats),
+        measurement_digits_control=compare("digits preset, control", [32, 64], 8, 1024, 2, repeats),
+        measurement_16x16=compare("16x16, wider", [64, 128], 16, 512, 2, max(3, repeats // 3)),
+    )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import torch
-from results import keep  # beside this file
+from benchmarks.results import keep
 
 from mlflow_icr import ICRMonitor
 from trainers.config import TrainConfig, load_config

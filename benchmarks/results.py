@@ -1,7 +1,7 @@
 """The results of benchmarks in one file, and the page of them.
 
 A benchmark calls `keep`, which writes where BENCHMARK_RESULTS names a file, and nowhere else: `make benchmarks` sets it.
-`python benchmarks/results.py` then writes docs/benchmarks.md from docs/benchmarks.json and docs/benchmarks.template.md.
+`python -m benchmarks.results` then writes docs/benchmarks.md from docs/benchmarks.json and docs/benchmarks.template.md.
 """
 
 from __future__ import annotations

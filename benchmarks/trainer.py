@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from results import keep  # beside this file
+from benchmarks.results import keep
 from tqdm.auto import tqdm
 
 from trainers.config import TrainConfig, load_config

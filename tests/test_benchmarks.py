@@ -31,7 +31,7 @@ def test_the_page_is_what_the_results_file_says(results: Any) -> None:
     found = json.loads(results.RESULTS.read_text())
     template = results.TEMPLATE.read_text()
     page = results.PAGE.read_text()
-    assert results.page_of(template, found) == page, "python benchmarks/results.py writes it again"
+    assert results.page_of(template, found) == page, "python -m benchmarks.results writes it again"
     named = set(re.findall(r"\{\{(\w+):", template))
     assert named == found["results"].keys()
     sources = "".join(path.read_text() for path in DEVICE.parent.glob("*.py") if path.name != "results.py")

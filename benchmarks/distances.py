@@ -19,10 +19,10 @@ from collections.abc import Callable
 import numpy as np
 import scipy.linalg
 import torch
-from benchmarks.results import keep
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.results import keep
 from mlflow_icr import frechet_distance, memorization_ratio
 from mlflow_icr.extraction.encoders import load_encoder
 from mlflow_icr.generation import gaussian_statistics

@@ -11,8 +11,8 @@ import statistics
 import time
 
 import torch
-from benchmarks.results import keep
 
+from benchmarks.results import keep
 from trainers.batches import Order, draw_batch, rows_of
 from trainers.config import load_config
 from trainers.families import family_of

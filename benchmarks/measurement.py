@@ -16,7 +16,6 @@ from functools import partial
 import torch
 
 from benchmarks.results import keep
-
 from mlflow_icr import EDMDenoiser, ICRMonitor, Protocol
 from mlflow_icr.extraction import Tap
 from mlflow_icr.monitoring.errors import LEVELS

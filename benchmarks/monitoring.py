@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 import torch
-from benchmarks.results import keep
 
+from benchmarks.results import keep
 from mlflow_icr import ICRMonitor
 from trainers.config import TrainConfig, load_config
 from trainers.loop import train

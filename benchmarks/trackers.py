@@ -24,8 +24,8 @@ import urllib.request
 from pathlib import Path
 
 from accelerate.tracking import MLflowTracker
-from benchmarks.results import keep
 
+from benchmarks.results import keep
 from mlflow_icr import Report
 from mlflow_icr.extraction.files import append_line
 from mlflow_icr.tracking import MLflowSink, TensorBoardSink, Tracker

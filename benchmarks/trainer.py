@@ -21,9 +21,9 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from benchmarks.results import keep
 from tqdm.auto import tqdm
 
+from benchmarks.results import keep
 from trainers.config import TrainConfig, load_config
 from trainers.console import Console
 from trainers.families import family_of

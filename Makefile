@@ -77,6 +77,7 @@ benchmarks: .venv
 	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python -m benchmarks.trainer
 	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python -m benchmarks.ranks
 	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python -m benchmarks.draws
+	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python -m benchmarks.host_memory
 	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python -m benchmarks.kernel_counts
 	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python -m benchmarks.monitoring
 	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python -m benchmarks.distances

@@ -71,19 +71,10 @@ ui: .venv
 	@PATH="$(CURDIR)/$(BIN):$$PATH" UI_PORT=$(UI_PORT) TENSORBOARD_PORT=$(TENSORBOARD_PORT) $(BIN)/python -m trainers.experiments.ui
 
 # What things cost, as ratios against named baselines measured in the same run.
+BENCHMARKS := import_time measurement trainer ranks draws host_memory \
+	kernel_counts monitoring distances trackers export device
 benchmarks: .venv
-	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python -m benchmarks.import_time
-	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python -m benchmarks.measurement
-	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python -m benchmarks.trainer
-	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python -m benchmarks.ranks
-	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python -m benchmarks.draws
-	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python -m benchmarks.host_memory
-	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python -m benchmarks.kernel_counts
-	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python -m benchmarks.monitoring
-	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python -m benchmarks.distances
-	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python -m benchmarks.trackers
-	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python -m benchmarks.export
-	BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python -m benchmarks.device
+	for name in $(BENCHMARKS); do BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python -m benchmarks.$$name || exit 1; done
 	$(BIN)/python -m benchmarks.results
 
 # Needs Fashion-MNIST (Debian: apt install dataset-fashion-mnist) and CIFAR-10: the hub's, or VALIDATION_CIFAR10=a folder or

@@ -1,7 +1,7 @@
 """torchrun, as `trainers.launch` starts it: what a failed rank has said stays the last line, without a traceback of torchrun's.
 
-The process ends with the status of the rank that failed first. A rank that a signal has ended has said nothing, so that is said
-here.
+The process ends with the status of the rank that failed first. A rank that was ended by a signal prints no line of its own, so
+this module prints one.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -10,24 +9,15 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
+
+from benchmarks import results
 
 DEVICE = Path(__file__).parents[1] / "benchmarks" / "device.py"
 
 
-@pytest.fixture
-def results() -> Any:
-    spec = importlib.util.spec_from_file_location("benchmark_results", DEVICE.with_name("results.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_page_is_what_the_results_file_says(results: Any) -> None:
+def test_the_page_is_what_the_results_file_says() -> None:
     found = json.loads(results.RESULTS.read_text())
     template = results.TEMPLATE.read_text()
     page = results.PAGE.read_text()
@@ -43,7 +33,7 @@ def test_the_page_is_what_the_results_file_says(results: Any) -> None:
         results.page_of(template, found)
 
 
-def test_results_are_kept_by_name_and_machine(results: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_are_kept_by_name_and_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(results.VARIABLE, raising=False)
     results.keep(a=1.0)  # nowhere
     path = tmp_path / "results.json"

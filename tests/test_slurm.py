@@ -184,6 +184,11 @@ def whole(folder: Path) -> list[dict[str, float]]:
     return measured(folder)
 
 
+def has_trained(folder: Path) -> bool:
+    """Whether there is a checkpoint past the first one, which is saved before anything is measured."""
+    return any(int(path.parent.name) for path in folder.glob("checkpoints/[0-9]*/state.safetensors"))
+
+
 @pytest.mark.slow
 def test_a_preempted_training_resumes_exactly(tmp_path: Path) -> None:
     from mlflow import MlflowClient
@@ -197,8 +202,8 @@ def test_a_preempted_training_resumes_exactly(tmp_path: Path) -> None:
     rows = []
 
     def look() -> bool:
-        """Preempt the job once, when it has saved something."""
-        if not rows and list(folder.glob("checkpoints/[0-9]*/state.safetensors")):
+        """Preempt the job once, when it has trained and saved something."""
+        if not rows and has_trained(folder):
             rows.append(len(measured(folder)))
             preempt(launcher, run.name)
         return False
@@ -224,7 +229,7 @@ def test_a_sweep_on_two_nodes_survives_preemption_and_its_own_end(
     command += ["--partition=low", "--nodes=2", "--time=10"]
     first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     folder, log = study / "runs" / "n32-seed0", study / "logs" / "n32-seed0.log"
-    wait_for(lambda: list(folder.glob("checkpoints/[0-9]*/state.safetensors")), "no checkpoint")
+    wait_for(lambda: has_trained(folder), "no checkpoint")
     # The study's process ends; its job stays. A job that comes before it takes the machines, and gives them back.
     first.terminate()
     two_nodes.run("sbatch", "-p", "high", "-N", "2", "--exclusive", "-o", "/dev/null", "--wrap", "true")

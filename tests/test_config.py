@@ -56,7 +56,10 @@ def test_flags_take_the_forms_that_people_type() -> None:
         ("learning_rate: .inf", "learning_rate is inf; expected a positive number"),
         ("ema_rampup_ratio: -1", "ema_rampup_ratio is -1.0; expected a positive number, or null"),
         ("- 1", "holds no configuration; expected groups such as data and network"),
-        ("a: [", "which cannot be read: while parsing"),
+        ("a: [", "which cannot be read: line 1: expected the node content"),
+        ("data:\n\tnum_images: 3", "which cannot be read: line 2: found character '\\t' that cannot start any token"),
+        ("num_images:", "num_images is None; expected a whole number"),
+        ("seed: 99999999999999999999", "seed is 99999999999999999999; expected a whole number in [0, "),
     ],
 )
 def test_what_a_file_cannot_say_is_one_line(text: str, message: str, tmp_path: Path) -> None:

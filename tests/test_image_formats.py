@@ -74,7 +74,7 @@ def test_floats_keep_their_precision_and_a_range_may_be_given(tmp_path: Path, rn
     np.testing.assert_allclose(given.images[:, 0], expected, atol=1e-6)
     share = float((abs(values) > 100).mean() * 100)
     assert given.notes == [
-        f"{str(tmp_path)!r}: {share:.2g} % of the values are outside the range, and are cut off to black and white"
+        f"{str(tmp_path)!r}: {share:.3g} % of the values are outside the range, and are cut off to black and white"
     ]
 
 

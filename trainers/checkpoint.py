@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,13 +106,16 @@ def place_autoencoder(folder: Path, autoencoder: Autoencoder, output_dir: Path) 
         shutil.copytree(kept, folder / "vae")
 
 
-def _write_progress(part: Path, state: TrainState, accelerator: Accelerator, batch_size: int) -> None:
+def _write_progress(
+    part: Path, state: TrainState, accelerator: Accelerator, batch_size: int, data_sha256: Sequence[str]
+) -> None:
     progress: dict[str, Any] = {"images_seen": state.images_seen, "loss_steps": state.loss_steps}
     progress |= {"curve_steps": state.curve_steps, "optimizer_steps": state.optimizer_steps}
     progress |= {"origin_images_seen": state.origin_images_seen}
     progress |= {"skipped_steps": int(state.skipped[0]), "batch_size": batch_size}
     if accelerator.scaler is not None:  # of fp16: plain numbers
         progress["scaler"] = accelerator.scaler.state_dict()
+    progress["data_sha256"] = list(data_sha256)
     progress["sha256"] = file_sha256(part / STATE)
     progress["shares"] = {path.name: file_sha256(path) for path in sorted((part / SHARES).glob("*"))}
     (part / PROGRESS).write_text(json.dumps(progress))
@@ -144,11 +147,12 @@ def save_checkpoint(
     tensors: dict[str, Tensor],
     autoencoder: Autoencoder | None = None,
     shares: dict[str, Tensor] | None = None,
+    data_sha256: Sequence[str] = (),
 ) -> Path:
     """Write the checkpoint of a state, on the main process; returns its folder. Raises OSError when the disk is full.
 
     `tensors` are unsharded. With `shares`, which ranks hold together, the other ranks must call `save_shares` at the same time,
-    and `state.ema` must be unsharded.
+    and `state.ema` must be unsharded. `data_sha256` are the hashes of the images, for `check_data`.
     """
 
     def write(part: Path) -> None:
@@ -160,7 +164,7 @@ def save_checkpoint(
         save_file(tensors, part / STATE)
         if shares is not None:
             save_shares(part, accelerator, shares)
-        _write_progress(part, state, accelerator, family.config.optimizer.batch_size)
+        _write_progress(part, state, accelerator, family.config.optimizer.batch_size, data_sha256)
 
     try:
         folder = write_checkpoint(output_dir, state.images_seen, write)
@@ -210,6 +214,16 @@ def latest_checkpoint(output_dir: Path) -> Path | None:
     if found and newest is None:
         raise ValueError(f"output_dir is {str(output_dir)!r}, whose checkpoints are damaged; expected one to resume from")
     return newest
+
+
+def check_data(folder: Path, data: str, data_sha256: Sequence[str]) -> None:
+    """Raise ValueError if a checkpoint was trained on other images than those with these hashes."""
+    saved = json.loads((folder / PROGRESS).read_text()).get("data_sha256")
+    if saved and saved != list(data_sha256):
+        which = "training" if saved[0] != data_sha256[0] else "held-out"
+        raise ValueError(
+            f"data is {data!r}, whose {which} images are not those of the run to resume, by their SHA-256; expected the same"
+        )
 
 
 def _load_averages(state: TrainState, accelerator: Accelerator, average: dict[str, Tensor], powers: dict[str, Tensor]) -> None:

@@ -178,12 +178,19 @@ def flat_values(values: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
+def _problem(error: Exception) -> str:
+    """What is wrong in a YAML file, with its line, or why it cannot be read."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"line {error.problem_mark.line + 1}: {error.problem or error.context}"
+    return str(error).splitlines()[0]
+
+
 def read_values(path: Path) -> dict[str, Any]:
     """The values of a YAML file by flat name. Raises ValueError for what is no configuration."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"config is {str(path)!r}, which cannot be read: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"config is {str(path)!r}, which cannot be read: {_problem(error)}") from None
     if not isinstance(values, Mapping):
         raise ValueError(f"config is {str(path)!r}, which holds no configuration; expected groups such as data and network")
     return flat_values(values)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
@@ -40,6 +41,7 @@ from trainers.sharing import once_a_node
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts its files
 EMBEDDED_SIDES = {"digits": 8, "mnist5k": 28, "fashion-mnist": 28}
 EMBEDDED = tuple(EMBEDDED_SIDES)
+TRAIN = "train"
 LOOKED_AT = 64  # images that say which size a set's have
 
 
@@ -156,8 +158,14 @@ def load_source(data: str, resolution: Size, split: str = "train") -> Source:
     embedded = {"digits": _digits, "mnist5k": _mnist5k, "fashion-mnist": _fashion_mnist}
     if data in embedded:
         return embedded[data](resolution)
+    if not data.strip():
+        raise ValueError(f"data is {data!r}; expected a folder, an archive, a file or a name")
     if holds_images(data):
-        files = ImageFiles(data)
+        files = ImageFiles(data, split=split)
+        if split != TRAIN and not files.has_splits:
+            raise ValueError(
+                f"data_split is {split!r}, but data {data!r} has no splits; expected {TRAIN}, or a folder of its own"
+            )
         return Source(None, files.labels(), files)
     return _named(data, split)
 
@@ -167,25 +175,38 @@ class DataFacts:
     """Facts on a whole set: the number of images, their size and channels, the number of classes, and what belongs together."""
 
     num_images: int
-    size: tuple[int, int]  # (height, width) that most images have, of those that were looked at
+    size: tuple[int, int]  # usual (height, width) of those that were looked at
     channels: int
     num_classes: int | None
     group_by: str = ""  # how images are kept together: that given, else by patient or file, where there are several of each
     groups: tuple[str, ...] = ()  # of each image, if they are
 
 
+def usual_size(sizes: Counter[tuple[int, int]]) -> tuple[int, int]:
+    """The (height, width) that half of the images have; else their median, a square where some are upright and some are not."""
+    size, count = sizes.most_common(1)[0]
+    if 2 * count >= sizes.total():
+        return size
+    every = list(sizes.elements())
+    height, width = (int(median(side)) for side in zip(*every, strict=True))
+    upright, wide = (sum(longer > other for longer, other in pairs) for pairs in (every, [size[::-1] for size in every]))
+    if 10 * min(upright, wide) >= len(every):
+        height = width = int(median(min(size) for size in every))
+    return height, width
+
+
 def facts_of(data: str, split: str = "train", group_by: str | None = None) -> DataFacts:
     """The facts of a set, by at most 64 of its images. Raises ValueError as `load_source`, and where none can be read."""
     source = load_source(data, EMBEDDED_SIDES.get(data, 1), split)
     if source.images is not None:
-        sizes = Counter({tuple(source.images.shape[2:]): 1})
+        sizes: Counter[tuple[int, int]] = Counter({(source.images.shape[2], source.images.shape[3]): 1})
         channels = source.images.shape[1]
     else:
         assert source.files is not None
         looked_at = list(shapes(source.files, range(0, len(source), -(-len(source) // LOOKED_AT))))
         sizes = Counter((height, width) for height, width, _ in looked_at)
         channels = max(channels for _, _, channels in looked_at)
-    height, width = sizes.most_common(1)[0][0]
+    height, width = usual_size(sizes)
     classes = None if source.labels is None else int(source.labels.max()) + 1
     by = group_by or ""
     if group_by is None and source.files is not None:

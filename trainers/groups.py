@@ -172,7 +172,7 @@ class MonitorConfig(Group):
 class RunConfig(Group):
     """Seed, checkpoints and logging."""
 
-    seed: int = option(0, "seed of subset, initial weights, order and noise", least=0)
+    seed: int = option(0, "seed of subset, initial weights, order and noise", least=0, below=2**63)
     checkpoints_total_limit: int = option(
         0, "number of checkpoints to keep, 0 for all; the newest, and those that may be the one to keep, always stay", least=0
     )

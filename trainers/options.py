@@ -93,6 +93,8 @@ class Option:
         """A value of the option's type from a file's or a text's, by jsonargparse. Raises ValueError for another type."""
         if type(value) is self.hint:
             return value
+        if value is None and type(None) not in get_args(self.hint):
+            refuse(self.name, value, self.kind_in_words())
         if isinstance(value, str) and self.is_tuple:
             value = f"[{value}]"
         try:

@@ -60,7 +60,7 @@ def plan_values(given: Mapping[str, Any], facts: DataFacts, device: Device) -> d
 
     | value | rule |
     |---|---|
-    | resolution | that of most images, by multiples of 4 down, a rectangle where they are one; at most 256 (CPU 32, MPS 64) |
+    | resolution | that of half of the images, else the median, by multiples of 4 down; at most 256 (CPU 32, MPS 64) |
     | num_heldout | a tenth of the images, at most 5000 |
     | group_by | patient for DICOM, file for volumes and other files of several images, where there are enough of them |
     | num_images | all others, except those of groups of which some are held out |
@@ -92,9 +92,12 @@ def plan_values(given: Mapping[str, Any], facts: DataFacts, device: Device) -> d
     size = parse_size(default("resolution", height if height == width else f"{height}x{width}"))
     height, width = height_width(size)
     heldout = default("num_heldout", min(facts.num_images // 10, MOST_HELDOUT))
-    others = max(0, facts.num_images - heldout)
+    skipped = values.get("skip_images", 0)
+    others = max(0, facts.num_images - heldout - skipped)
     if default("group_by", facts.group_by) and facts.groups:
-        others = images_in_other_groups(facts.groups, heldout, values.get("seed", 0))
+        others = images_in_other_groups(facts.groups, heldout, values.get("seed", 0)) - skipped
+    if others < 2 and "num_images" not in values:
+        raise ValueError(_too_few(values, facts.num_images, others))
     num_images = default("num_images", others)
     pixels = BATCH_PIXELS[device.kind] / (height * width)
     batch = default("batch_size", _power_of_two(min(num_images / 8, pixels), 16, LARGEST_BATCH[device.kind]))
@@ -115,6 +118,13 @@ def plan_values(given: Mapping[str, Any], facts: DataFacts, device: Device) -> d
     default("sample_steps", 12 if device.kind == "cpu" else 18)
     default("encoder", "auto")
     return values
+
+
+def _too_few(values: Mapping[str, Any], total: int, left: int) -> str:
+    """The line for a set of which fewer than two training images are left."""
+    parts = [f"{name} is {values[name]}" for name in ("skip_images", "num_heldout", "group_by") if values.get(name)]
+    given = f"{', '.join(parts)}; " if parts else ""
+    return f"{given}data {values['data']!r} has {total} images, of which {max(0, left)} remain to train on; expected 2 or more"
 
 
 def plan_for(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -33,6 +33,7 @@ from mlflow_icr.tracking import Tracker
 from mlflow_icr.tracking.checkpoints.folder import checkpoint_path, mark_turning, part_of, remove_old
 from trainers.agreement import Agreement, DivergedError, TrainingError
 from trainers.checkpoint import (
+    check_data,
     entire_tensors,
     is_saved,
     latest_checkpoint,
@@ -141,6 +142,7 @@ class Run:
         if resume:
             folder = latest_checkpoint(output_dir)
             if folder is not None:  # else the run ended before its first one, and starts again
+                check_data(folder, config.data.source, self._data_sha256)
                 self.monitor.load_state_dict(load_checkpoint(folder, self.state, self.accelerator, config.optimizer.batch_size))
         # On every rank the same; the measurement at the state that was saved is repeated.
         rows = read_history(output_dir) if resume and (output_dir / HISTORY).exists() else []
@@ -160,6 +162,10 @@ class Run:
         self.config.check_ranks(self.accelerator.num_processes, self.accelerator.gradient_accumulation_steps)
         if self.config.monitor.measure_raw and self.accelerator.distributed_type == DistributedType.FSDP:
             raise ValueError("measure_raw is True; expected false with FSDP, where no rank has the trained weights whole")
+
+    @property
+    def _data_sha256(self) -> tuple[str, str]:
+        return self.data.train_sha256, self.data.heldout_sha256
 
     @property
     def is_main(self) -> bool:
@@ -350,7 +356,9 @@ class Run:
             tensors = entire_tensors(kept)  # what the folder of the average and its snapshots are made of
         if self.is_main:
             entire = tensors if sharded else entire_tensors(tensors)
-            save_checkpoint(self.output_dir, self.state, self.family, self.accelerator, entire, self.autoencoder, shares=shares)
+            save_checkpoint(
+                self.output_dir, self.state, self.family, self.accelerator, entire, self.autoencoder, shares, self._data_sha256
+            )
         elif shares is not None:
             folder = checkpoint_path(self.output_dir, self.state.images_seen)
             save_shares(part_of(folder), self.accelerator, shares)

@@ -24,6 +24,7 @@ from trainers.command_line import config_changes, parse_tags, train_parser
 from trainers.config import OPTIONS, TrainConfig, config_from, preset_names, preset_values, read_values, with_changes
 from trainers.launch import check_launcher, check_processes, is_launched, launch
 from trainers.launchers.job import STOP_SIGNALS
+from trainers.places import check_apart, output_folder, settled_paths
 from trainers.plan import plan_for
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ MAY_CHANGE = frozenset(
     (
         "total_kimg",
         "learning_rate",
+        "data",  # the same images in another place, by their hash
         "batch_size",  # a new origin of its clock: train/origin_images_seen
         "gradient_accumulation_steps",
         "lr_decay",
@@ -137,13 +139,13 @@ def run_is_mine() -> bool:
 def configure(arguments: Any) -> tuple[TrainConfig, Path, dict[str, str], str | None, bool]:
     """Everything that the command line says, checked. Raises ValueError for impossible values."""
     check_launcher(os.environ)
-    changes, config = config_changes(arguments), None
-    output_dir = Path(arguments.output_dir)
+    changes, config = settled_paths(config_changes(arguments)), None
+    output_dir = output_folder(arguments.output_dir) if run_is_mine() else Path(arguments.output_dir).expanduser()
     resume = goes_on(arguments.resume, output_dir)
     if arguments.preset is not None and arguments.config is not None:
         raise ValueError(f"preset is {arguments.preset!r} and config {arguments.config!r}; expected one of them")
     if arguments.config is not None:
-        config = config_from(with_changes(read_values(Path(arguments.config)), changes))
+        config = config_from(with_changes(settled_paths(read_values(Path(arguments.config).expanduser())), changes))
         changes = config.flat()
     elif arguments.preset is not None:
         values = preset_values(arguments.preset)
@@ -159,6 +161,7 @@ def configure(arguments: Any) -> tuple[TrainConfig, Path, dict[str, str], str | 
         raise ValueError(f"preset is not given; expected one of {', '.join(preset_names())}, or --data alone")
     tags = parse_tags(arguments.tag)
     config = prepare_folder(output_dir, config, changes, resume)
+    check_apart(output_dir, config.data.source)
     if arguments.register is not None:
         check_register(arguments.register, config.run.log_models)
     check_project()

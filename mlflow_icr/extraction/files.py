@@ -76,6 +76,16 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def check_outside(output_dir: Path, data: Path | str) -> None:
+    """Raise ValueError for an output folder inside a folder of data: its pictures would be taken for training images."""
+    inside = Path(data).is_dir() and output_dir.resolve().is_relative_to(Path(data).resolve())
+    if inside:
+        raise ValueError(
+            f"output_dir is {str(output_dir)!r}, in data {str(data)!r}, where its pictures would be read as training images; "
+            "expected another"
+        )
+
+
 def cache_folder() -> Path | None:
     """Where embeddings and weights are kept; None where $MLFLOW_ICR_CACHE is "off".
 

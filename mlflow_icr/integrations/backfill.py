@@ -66,7 +66,7 @@ def measure_checkpoints(
     if run_id is not None:  # checked before anything is loaded
         get_run(connect(), run_id)
     out = folder / "icr" if output_dir is None else Path(output_dir)
-    check_output(out)
+    check_output(out, data)
     training = SavedTraining(place_of(checkpoints[0].files) if pipeline is None else pipeline, **options)
     measurement = CheckpointMeasurement(
         training,

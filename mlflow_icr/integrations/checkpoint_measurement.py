@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mlflow_icr.extraction.adapters.choose import image_channels
 from mlflow_icr.extraction.denoisers import Denoiser
+from mlflow_icr.extraction.files import check_outside
 from mlflow_icr.extraction.images import content_hash, folder_labels, load_folder, with_channels
 from mlflow_icr.extraction.pipelines import batch_size_for
 from mlflow_icr.integrations.lora import few_images_protocol
@@ -157,8 +158,9 @@ def line_of(name: str, report: Report) -> str:
     return f"{name}: {report.step} images seen, {values or 'nothing could be measured'}"
 
 
-def check_output(out: Path) -> None:
-    """Raise ValueError for a folder that holds another run than one of measured checkpoints."""
+def check_output(out: Path, data: Path | str) -> None:
+    """Raise ValueError for a folder inside the data, or one that holds another run than one of measured checkpoints."""
+    check_outside(out, data)
     if not (out / SETTINGS).is_file():
         check_folder(out, resume=False)
 

@@ -136,7 +136,7 @@ class CheckpointWatch:
         self._state = ""  # of the verdict that was said last
         if not self.folder.is_dir() and not self.pace.follow:
             raise ValueError(f"checkpoints is {str(folder)!r}, which is no folder")
-        check_output(self.output_dir)
+        check_output(self.output_dir, data)
 
     @property
     def verdict(self) -> Verdict | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import IO, Any
 
 import numpy as np
@@ -49,54 +51,76 @@ def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
     return shape, dtype
 
 
-def _chosen(archive: zipfile.ZipFile) -> tuple[str, str | None]:
-    """The names of a .npz file's images and of its labels."""
-    names = [info.filename for info in archive.infolist() if info.filename.endswith(".npy")]
+@dataclass(frozen=True)
+class _Choice:
+    """A .npz file's images, its labels, and its other arrays that could be images, by name."""
+
+    images: str
+    labels: str | None
+    aside: tuple[str, ...]
+
+
+def _chosen(archive: zipfile.ZipFile) -> _Choice:
+    """What is read of a .npz file. Raises ValueError where nothing in it can be images."""
     for info in archive.infolist():
         check_member(info)
-    shapes = {}
-    for name in names:
+    shapes, objects = dict[str, tuple[int, ...]](), ""
+    for name in (info.filename for info in archive.infolist() if info.filename.endswith(".npy")):
         with archive.open(name) as file:
-            shapes[name.removesuffix(".npy")] = _read_header(file)[0]
-    images = [name for name, shape in shapes.items() if len(shape) >= 3] or [
-        n for n, shape in shapes.items() if len(shape) == 2
-    ]
+            try:
+                shapes[name.removesuffix(".npy")] = _read_header(file)[0]
+            except ValueError as error:  # of Python objects, beside the images
+                objects = f" ({name.removesuffix('.npy')}: {error})"
+    images = [name for name, shape in shapes.items() if len(shape) >= 3]
+    images = images or [name for name, shape in shapes.items() if len(shape) == 2]
     if not images:
-        raise ValueError(f"no array of images among {', '.join(shapes) or 'none'}")
-    first = next((name for name in PREFERRED if name in images), images[0])
-    return first, next((name for name in LABELS if name in shapes and shapes[name] == shapes[first][:1]), None)
+        raise ValueError(f"no array of images among {', '.join(shapes) or 'none'}{objects}")
+    training = [name for name in images if "train" in name.lower()]
+    first = next((name for name in PREFERRED if name in images), (training or images)[0])
+    paired = [first.replace("images", "labels"), first.replace("image", "label"), re.sub("^x|x$", "y", first)]
+    count = shapes[first][0]
+    labels = [name for name in (*paired, *LABELS) if name != first and shapes.get(name) in ((count,), (count, 1))]
+    return _Choice(first, labels[0] if labels else None, tuple(name for name in images if name != first))
 
 
-def _header_of(shape: tuple[int, ...], dtype: np.dtype[Any], alone: bool, labels: Sequence[int] | None = None) -> Header:
-    axes, remark = axes_of(shape, alone)
+def _header_of(
+    shape: tuple[int, ...], dtype: np.dtype[Any], alone: bool, labels: Sequence[int] | None = None, taken: str = ""
+) -> Header:
+    axes, guess = axes_of(shape, alone)
     frames = shape[0] if axes.startswith("N") else 1
-    return Header(frames, dtype.kind == "b" or dtype == np.uint8, labels=labels, remark=remark and f"{shape} as {remark}")
+    remark = taken + (f"{shape} as {guess}" if guess else str(shape) if taken else "")
+    return Header(frames, dtype.kind == "b" or dtype == np.uint8, labels=labels, remark=remark)
+
+
+def _is_npz(source: FileSource) -> bool:
+    return source.name.lower().endswith(".npz")
 
 
 def header(source: FileSource) -> Header:
     """How many images an array holds, and their classes where a .npz file has an array of them."""
     with source.open() as file:
-        if not source.name.endswith(".npz"):
+        if not _is_npz(source):
             return _header_of(*_read_header(file), source.alone)
         with zipfile.ZipFile(file) as archive:
-            name, labels_name = _chosen(archive)
-            with archive.open(f"{name}.npy") as member:
+            choice = _chosen(archive)
+            with archive.open(f"{choice.images}.npy") as member:
                 shape, dtype = _read_header(member)
         labels = None
-        if labels_name is not None:
+        if choice.labels is not None:
             file.seek(0)
             with np.load(file, allow_pickle=False) as arrays:
-                labels = arrays[labels_name]
+                labels = arrays[choice.labels].reshape(-1)
             labels = [int(v) for v in labels] if labels.dtype.kind in "ui" else None
-    return _header_of(shape, dtype, source.alone, labels)
+    taken = f"from {choice.images!r}, and not from {', '.join(choice.aside)}: " if choice.aside else ""
+    return _header_of(shape, dtype, source.alone, labels, taken)
 
 
 def _array(source: FileSource) -> np.ndarray:
     """A file's images: mapped where the array lies in the file as it is, else read."""
-    if not source.name.endswith(".npz"):
+    if not _is_npz(source):
         return np.load(source.open() if source.path is None else source.path, mmap_mode="r" if source.path else None)
     with source.open() as file, zipfile.ZipFile(file) as archive:
-        name, _ = _chosen(archive)
+        name = _chosen(archive).images
         file.seek(0)
         with np.load(file, allow_pickle=False) as arrays:
             return arrays[name]

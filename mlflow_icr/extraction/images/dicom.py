@@ -11,6 +11,8 @@ import numpy as np
 from mlflow_icr.extraction.images.picture import Picture, Span, refuse_bomb
 from mlflow_icr.extraction.images.sources import FileSource, Header
 
+GROUPS = (b"\x02\0", b"\x08\0")  # of the first element of a file
+NEEDED = ("PhotometricInterpretation", "BitsAllocated", "BitsStored")
 FULL_BITS = 16  # stored in all bits of their container, values say nothing of what they may be
 
 
@@ -19,8 +21,16 @@ def _read(source: FileSource, **options: Any) -> Any:
         import pydicom
     except ImportError:
         raise ValueError("DICOM, which pydicom reads: pip install 'mlflow-icr[dicom]'") from None
+    from pydicom.uid import ImplicitVRLittleEndian
+
     with source.open() as file:
-        return pydicom.dcmread(io.BytesIO(file.read()) if not options else file, force=False, **options)
+        begin = file.read(132)
+        file.seek(0)
+        bare = begin[128:] != b"DICM" and begin[:2] in GROUPS  # without the preamble, as older programs write them
+        ds = pydicom.dcmread(io.BytesIO(file.read()) if not options else file, force=bare, **options)
+    if bare and "TransferSyntaxUID" not in ds.file_meta:
+        ds.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
+    return ds
 
 
 def _rescaling(ds: Any, frame: int) -> tuple[float, float]:
@@ -32,8 +42,8 @@ def _rescaling(ds: Any, frame: int) -> tuple[float, float]:
             places.extend(sequence[number].get("PixelValueTransformationSequence") or [])
     slope, intercept = 1.0, 0.0
     for place in places:
-        if "RescaleSlope" in place:
-            slope, intercept = float(place.RescaleSlope), float(place.get("RescaleIntercept", 0))
+        if place.get("RescaleSlope") not in (None, ""):  # it may be there, and empty
+            slope, intercept = float(place.RescaleSlope), float(place.get("RescaleIntercept") or 0)
     return slope, intercept
 
 
@@ -69,20 +79,38 @@ def header(source: FileSource) -> Header:
     ds = _read(source, stop_before_pixels=True)
     if "Rows" not in ds or "Columns" not in ds:
         return Header(0)
+    if missing := [name for name in NEEDED if name not in ds]:
+        raise ValueError(f"without {missing[0]}")
     stated = {_stated(ds, i) for i in range(_count(ds))}
     subject = str(ds.get("PatientID") or "").strip()
     return Header(_count(ds), _is_plain(ds), stated.pop() if len(stated) == 1 else None, subject)
 
 
+def _decoded(ds: Any, number: int) -> np.ndarray:
+    """The stored values of a frame. Raises ValueError where they are packed in a way that no installed package reads."""
+    from pydicom.pixels import pixel_array
+
+    try:
+        return pixel_array(ds, index=number)
+    except RuntimeError as error:
+        if "missing dependencies" not in str(error):
+            raise
+        packed = ds.file_meta.TransferSyntaxUID.name
+        raise ValueError(f"packed by {packed}: pip install 'pylibjpeg[all]'") from None
+
+
 def pictures(source: FileSource, frames: Sequence[int], background: str) -> Iterator[Picture]:
     """The images with these numbers. Raises what pydicom raises for damaged files, or without a decoder for their pixels."""
     ds = _read(source)
-    from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
+    from pydicom.pixels import apply_color_lut, apply_modality_lut
+
+    if "PixelData" not in ds:
+        raise ValueError("without PixelData")
 
     samples, size = int(ds.get("SamplesPerPixel", 1)), int(ds.Rows) * int(ds.Columns)
     refuse_bomb(size * samples * int(ds.BitsAllocated) // 8, len(ds.PixelData) // max(1, _count(ds)))
     for number in frames:
-        values = pixel_array(ds, index=number)
+        values = _decoded(ds, number)
         if "PALETTE" in str(ds.PhotometricInterpretation):
             values = apply_color_lut(values, ds)
         if _is_colour(ds):

@@ -7,12 +7,12 @@ from pathlib import PurePosixPath
 from mlflow_icr.extraction.images import arrays, dicom, nifti, raster, tables, tiff
 from mlflow_icr.extraction.images.sources import Format
 
-RASTER = Format("images", (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"), raster.pictures)
+RASTER = Format("images", (".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".webp", ".bmp", ".gif"), raster.pictures)
 TIFF = Format("images", (".tif", ".tiff"), tiff.pictures, tiff.header)
 DICOM = Format("DICOM files", (".dcm", ".dicom", ".ima"), dicom.pictures, dicom.header)
 NIFTI = Format("NIfTI volumes", (".nii", ".nii.gz"), nifti.pictures, nifti.header)
 ARRAYS = Format("arrays", (".npy", ".npz"), arrays.pictures, arrays.header)
-TABLES = Format("tables", (".parquet",), tables.pictures, tables.header)
+TABLES = Format("tables", (".parquet", ".arrow"), tables.pictures, tables.header)
 FORMATS = (RASTER, TIFF, DICOM, NIFTI, ARRAYS, TABLES)
 
 SUFFIXES = {suffix for kind in FORMATS for suffix in kind.suffixes}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -23,10 +24,45 @@ from mlflow_icr.extraction.images.formats import (
     may_be_dicom,
 )
 from mlflow_icr.extraction.images.sources import FileReader, FileSource, Format, Header
+from mlflow_icr.extraction.images.splits import one_split
 
 MOST_NAMED = 10  # files that cannot be read, in one line
 GROUP_BY = ("folder", "file", "patient")
+# Images that are not read, which a line names where they lie among others that are.
+UNREAD = (
+    *(
+        ".heic",
+        ".heif",
+        ".avif",
+        ".jxl",
+        ".jp2",
+        ".ppm",
+        ".pgm",
+        ".pnm",
+        ".tga",
+        ".psd",
+        ".exr",
+        ".hdr",
+        ".svg",
+        ".dng",
+        ".cr2",
+    ),
+    *(".cr3", ".nef", ".arw", ".raw", ".mha", ".mhd", ".nrrd", ".mgz", ".h5", ".hdf5", ".mat", ".fits", ".czi", ".svs", ".mp4"),
+    *(".mov", ".avi", ".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".tfrecord", ".pt", ".pth", ".pkl"),
+)
 EDM_LABELS = "dataset.json"  # beside the images, in archives of the StyleGAN and EDM family
+
+
+def _files_below(folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[str]:
+    """The names of files below a folder; `above` are the real paths that lead to it, so that links in a circle end."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                real = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(above[-1], entry.name)
+                if real not in above:
+                    yield from _files_below(entry.path, f"{prefix}{entry.name}/", (*above, real))
+            elif entry.is_file() or not os.path.exists(entry.path):
+                yield prefix + entry.name
 
 
 class Folder:
@@ -36,8 +72,11 @@ class Folder:
         self.path = path
 
     def names(self) -> list[str]:
-        """The names of all files, with slashes."""
-        return [path.relative_to(self.path).as_posix() for path in self.path.rglob("*") if path.is_file()]
+        """The names of all files, with slashes; links are followed, and those that lead nowhere are named too.
+
+        Raises OSError for a folder that cannot be read.
+        """
+        return list(_files_below(str(self.path), "", (os.path.realpath(self.path),)))
 
     def read(self, name: str) -> bytes:
         """A file's bytes."""
@@ -129,13 +168,17 @@ class ImageFiles(Listing):
     """The images of a folder, of a zip, or of one file, in the order of the files' names, and of the images in a file.
 
     Names are relative, with slashes. Of several kinds of files (images, DICOM, volumes, arrays, tables) those there are most of
-    are taken. With `listed` the files are these paths, in this order. Raises ValueError for a place without images, for an
+    are taken; where their folders (of tables, also their names) are called train, validation or test, those of `split`. With
+    `listed` the files are these paths, in this order. Raises ValueError for a place without images, for an
     archive that is damaged, and naming files whose headers cannot be read.
     """
 
-    def __init__(self, path: Path | str, listed: Sequence[str] | None = None) -> None:
+    def __init__(self, path: Path | str, listed: Sequence[str] | None = None, split: str = "train") -> None:
         path, notes = Path(path), list[str]()
+        self.has_splits = False
         reader: FileReader
+        if not path.exists():
+            raise ValueError(f"{str(path)!r} is not there; expected a folder, an archive or a file of images")
         if listed is not None:
             reader = Folder(Path())
         elif path.is_dir():
@@ -145,6 +188,11 @@ class ImageFiles(Listing):
         else:
             reader = LoneFile(path)
         files, formats = _chosen_files(path, reader, listed, notes)
+        if listed is None:
+            places, remark = one_split([file.name for file in files], split, by_stem=TABLES in formats)
+            files, formats = [files[place] for place in places], [formats[place] for place in places]
+            notes += [f"{str(path)!r}: {remark}"] if remark else []
+            self.has_splits = bool(remark)
         super().__init__(path, files, formats, _read_headers(path, files, formats, notes), notes)
         if not self.items:
             raise ValueError(f"{str(path)!r} holds no images ({', '.join(sorted(SUFFIXES))})")
@@ -155,23 +203,35 @@ def _chosen_files(
 ) -> tuple[list[FileSource], list[Format]]:
     """The files of the kind there are most of."""
     found: list[tuple[str, Format]] = []
+    others: Counter[str] = Counter()
     alone = isinstance(reader, LoneFile)
     there = [name for name in reader.names() if not is_hidden(name)] if listed is None else []
     for name in listed or sorted(there, key=lambda name: PurePosixPath(name).parts):
         kind = format_of(name)
-        if kind is None and may_be_dicom(name) and is_dicom(FileSource(name, reader).begins(132)):
+        if kind is None and may_be_dicom(name) and is_dicom(_begin_of(name, reader)):
             kind = DICOM
         if kind is not None:
             found.append((name, kind))
+        else:
+            others[PurePosixPath(name).suffix.lower()] += 1
     counts = Counter(kind.name for _, kind in found)
     if not counts:
-        return [], []
+        usual = ", ".join(f"{count} {suffix or 'without a suffix'}" for suffix, count in others.most_common(3))
+        among = f" among its files: {usual}" if usual else ""
+        raise ValueError(f"{str(path)!r} holds no images ({', '.join(sorted(SUFFIXES))}){among}")
     chosen = counts.most_common(1)[0][0]
     aside = [f"{count} {name}" for name, count in counts.items() if name != chosen]
+    aside += [f"{count} {suffix} files" for suffix, count in others.items() if suffix in UNREAD]
     if aside:
         notes.append(f"{str(path)!r}: its {counts[chosen]} {chosen} are taken, and {', '.join(aside)} left aside")
     taken = [(name, kind) for name, kind in found if kind.name == chosen]
     return [FileSource(name, reader, alone) for name, _ in taken], [kind for _, kind in taken]
+
+
+def _begin_of(name: str, reader: FileReader) -> bytes:
+    """The first bytes of a file; none of a link that leads nowhere."""
+    path = reader.path_of(name)
+    return b"" if path is not None and not path.exists() else FileSource(name, reader).begins(132)
 
 
 def _read_headers(path: Path, files: Sequence[FileSource], formats: Sequence[Format], notes: list[str]) -> list[Header]:
@@ -250,7 +310,8 @@ def image_paths(folder: Path | str) -> list[Path]:
     """All image files (PNG, JPEG, WebP, BMP, GIF, TIFF) below a folder, in the order of their paths."""
     names = Folder(Path(folder)).names()
     images = [name for name in names if PurePosixPath(name).suffix.lower() in RASTER_SUFFIXES and not is_hidden(name)]
-    return [Path(folder) / name for name in sorted(images, key=lambda name: PurePosixPath(name).parts)]
+    paths = [Path(folder) / name for name in sorted(images, key=lambda name: PurePosixPath(name).parts)]
+    return [path for path in paths if path.exists()]  # a link may lead nowhere
 
 
 def folder_labels(folder: Path | str) -> Tensor | None:

@@ -18,12 +18,13 @@ class Picture:
     """One image, values (H, W, C) as its file has them; uint8 are black at 0 and white at 255.
 
     For other types, `stated` is the range of values that the file states, or None. `over` is whether parts were transparent,
-    and were laid over the background.
+    and were laid over the background; `animated` is whether more pictures follow in an animation.
     """
 
     values: np.ndarray
     stated: Span | None = None
     over: bool = False
+    animated: bool = False
 
     def __post_init__(self) -> None:
         if self.values.ndim != 3 or not self.values.size:

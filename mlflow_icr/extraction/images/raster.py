@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import IO
 
 import numpy as np
-from PIL import Image, ImageColor, ImageOps
+from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
 from mlflow_icr.extraction.images.picture import Picture, refuse_bomb
 from mlflow_icr.extraction.images.sources import FileSource
@@ -16,6 +17,7 @@ from mlflow_icr.extraction.images.sources import FileSource
 GREY_MODES = {"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "F"}
 DEEP_MODES = {"I", "I;16", "I;16B", "I;16L", "F"}
 TRANSPARENT_MODES = {"LA", "La", "PA", "RGBA", "RGBa"}
+ANIMATED = {"GIF", "PNG", "WEBP"}  # of a photograph in several sizes (MPO) the first one is the whole image
 BYTES_A_CHANNEL = {"I": 4, "F": 4, "I;16": 2, "I;16B": 2, "I;16L": 2}
 
 
@@ -37,10 +39,14 @@ def check_background(background: str) -> None:
 
 def open_image(file: IO[bytes]) -> Image.Image:
     """An image whose pixels are not read yet. Raises ValueError where they would take a suspicious amount of memory."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
-        image = Image.open(file)
     stored = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
+            image = Image.open(file)
+    except UnidentifiedImageError:
+        raise ValueError("no image that Pillow knows" if stored else "an empty file") from None
     file.seek(0)
     refuse_bomb(image.width * image.height * len(image.getbands()) * BYTES_A_CHANNEL.get(image.mode, 1), stored)
     return image
@@ -107,6 +113,8 @@ def _with_stated(found: tuple[np.ndarray, bool]) -> tuple[np.ndarray, None, bool
 def pictures(source: FileSource, frames: Sequence[int], background: str) -> Iterator[Picture]:
     """The image of a file; of an animation the first. Raises what damaged files make Pillow raise."""
     with source.open() as file, open_image(file) as image:
+        animated = image.format in ANIMATED and getattr(image, "is_animated", False)
         found = _deep_png(file.read(), background) if is_deep_png(image) else from_pillow(image, background)
+        found = replace(found, animated=animated)
     for _ in frames:
         yield found

@@ -113,6 +113,7 @@ class _Fill:
             self.walk.sizes[height, width] += 1
             smaller = height < self.target.size[0] or width < self.target.size[1]
             self.walk.counts.update(over=picture.over, enlarged=smaller, outside=outside, values=picture.values.size)
+            self.walk.counts["animated"] += picture.animated
 
 
 def _by_file(files: Listing, items: Sequence[int]) -> list[tuple[int, list[tuple[int, int]]]]:
@@ -256,7 +257,9 @@ def _remarks(files: Listing, reading: Reading, counts: Counter[str], total: int)
         )
     if counts["outside"] and counts["values"]:
         share = 100 * counts["outside"] / counts["values"]
-        lines.append(f"{path}: {share:.2g} % of the values are outside the range, and are cut off to black and white")
+        lines.append(f"{path}: {share:.3g} % of the values are outside the range, and are cut off to black and white")
+    if counts["animated"]:
+        lines.append(f"{path}: {counts['animated']} of {total} images are animations, of which the first picture is taken")
     if counts["enlarged"]:
         height, width = reading.size
         lines.append(f"{path}: {counts['enlarged']} of {total} images are smaller than {height}x{width}, and are enlarged")

@@ -1,9 +1,14 @@
-"""Tables: Parquet by pyarrow, a row group at a time; rows of `datasets`. Images in them are encoded files, or nested lists."""
+"""Tables: Parquet by pyarrow, a row group at a time, Arrow, mapped; rows of `datasets`.
+
+Images in them are encoded files, or nested lists.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,6 +17,7 @@ from mlflow_icr.extraction.images import raster
 from mlflow_icr.extraction.images.picture import Picture
 from mlflow_icr.extraction.images.sources import FileSource, Header
 
+IMAGES = ("image", "images", "img", "picture", "photo", "jpg", "png", "pixels", "pixel_values")
 LABELS = ("label", "labels", "class", "target", "y", "fine_label")
 
 
@@ -59,62 +65,85 @@ def cell_picture(value: Any, background: str) -> Picture:
     return Picture(values if values.ndim == 3 else values[..., None])
 
 
-def _open(file: Any) -> Any:
+@dataclass(frozen=True)
+class _Table:
+    """A table's schema, the rows of each of its parts, and what gives a column of a part."""
+
+    schema: Any
+    counts: Sequence[int]
+    column: Callable[[int, str], Any]
+
+
+@contextmanager
+def _open(source: FileSource) -> Iterator[_Table]:
+    """A table in a file: Parquet, or a stream of Arrow's, as `datasets` saves it."""
+    import pyarrow as pa
     import pyarrow.parquet
 
-    return pyarrow.parquet.ParquetFile(file)
+    with source.open() as file:
+        if source.name.lower().endswith(".arrow"):
+            mapped = file if source.path is None else pa.memory_map(str(source.path))
+            table = pa.ipc.open_stream(mapped).read_all()
+            yield _Table(table.schema, [table.num_rows], lambda part, column: table.column(column))
+            return
+        parquet = pyarrow.parquet.ParquetFile(file)
+        counts = [parquet.metadata.row_group(part).num_rows for part in range(parquet.metadata.num_row_groups)]
+        yield _Table(
+            parquet.schema_arrow, counts, lambda part, column: parquet.read_row_group(part, columns=[column]).column(0)
+        )
 
 
-def _image_column(table: Any) -> str:
-    """The first column with images. Raises ValueError where there is none."""
+def _holds_images(kind: Any) -> bool:
+    """Whether a column of a type may hold encoded files, or nested lists."""
     import pyarrow as pa
 
-    schema = table.schema_arrow
+    if pa.types.is_struct(kind):
+        return "bytes" in {kind.field(i).name for i in range(kind.num_fields)}
+    nested = pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind) or pa.types.is_large_list(kind)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or (nested and pa.types.is_nested(kind.value_type))
+
+
+def _image_column(schema: Any) -> str:
+    """The column with images: that which `datasets` says, else one called so, else the first that may hold some.
+
+    Raises ValueError where there is none.
+    """
     features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
     for column in schema.names:
         if isinstance(features.get(column), dict) and features[column].get("_type") == "Image":
             return str(column)
-    for column in schema:
-        kind = column.type
-        if pa.types.is_struct(kind) and "bytes" in {kind.field(i).name for i in range(kind.num_fields)}:
-            return str(column.name)
-        if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-            return str(column.name)
-        nested = pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind) or pa.types.is_large_list(kind)
-        if nested and pa.types.is_nested(kind.value_type):
-            return str(column.name)
+    columns = [str(column.name) for column in schema if _holds_images(column.type)]
+    called = [column for column in columns if column.lower() in IMAGES]
+    if columns:
+        return (called or columns)[0]
     raise ValueError(f"its columns ({', '.join(schema.names)}) hold no images")
 
 
-def _labels(table: Any) -> list[int] | None:
+def _labels(table: _Table) -> list[int] | None:
     import pyarrow as pa
 
-    schema = table.schema_arrow
     for name in LABELS:
-        if name in schema.names and pa.types.is_integer(schema.field(name).type):
-            values = table.read(columns=[name]).column(name).to_pylist()
+        if name in table.schema.names and pa.types.is_integer(table.schema.field(name).type):
+            values = [value for part in range(len(table.counts)) for value in table.column(part, name).to_pylist()]
             return None if any(value is None for value in values) else values
     return None
 
 
 def header(source: FileSource) -> Header:
     """How many rows a file has, and their classes where a column of whole numbers is called so."""
-    with source.open() as file:
-        table = _open(file)
-        _image_column(table)
-        return Header(table.metadata.num_rows, labels=_labels(table))
+    with _open(source) as table:
+        _image_column(table.schema)
+        return Header(sum(table.counts), labels=_labels(table))
 
 
 def pictures(source: FileSource, frames: Sequence[int], background: str) -> Iterator[Picture]:
     """The images of these rows, in rising order; a row group is in memory at a time."""
-    with source.open() as file:
-        table = _open(file)
-        column, first, wanted = _image_column(table), 0, list(frames)
-        for group in range(table.metadata.num_row_groups):
-            count = table.metadata.row_group(group).num_rows
+    with _open(source) as table:
+        column, first, wanted = _image_column(table.schema), 0, list(frames)
+        for part, count in enumerate(table.counts):
             numbers_here = [number for number in wanted if first <= number < first + count]
             if numbers_here:
-                cells = table.read_row_group(group, columns=[column]).column(0)
+                cells = table.column(part, column)
                 for number in numbers_here:
                     yield cell_picture(cells[number - first].as_py(), background)
             first += count

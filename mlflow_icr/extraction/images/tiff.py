@@ -111,6 +111,8 @@ def pictures(source: FileSource, frames: Sequence[int], background: str) -> Iter
             frame = there[number]
             page = frame.series.keyframe
             refuse_bomb(page.size * page.dtype.itemsize, tiff.filehandle.size)
+            if page.dtype is not None and page.dtype.kind == "c":
+                raise ValueError(f"values of type {page.dtype}; expected whole numbers or floats")
             bits = int(np.max(page.bitspersample))
             deep = bits > 8 or page.samplesperpixel > 4 or not frame.pages
             reason = ""

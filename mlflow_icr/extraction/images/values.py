@@ -2,8 +2,8 @@
 
 Bytes stay as they are. For deeper images, the range that the files state holds if all state the same (bits of a sample, as in
 DICOM and TIFF). Otherwise the range is measured over the whole set, so that every subset has the same scale. Whole numbers from
-0 on get the fewest bits that hold them (12-bit values in 16-bit files: 0 to 4095). Floats in [0, 1] keep that range. Other
-values run from the lowest to the highest.
+0 on get the fewest bits that hold them (12-bit values in 16-bit files: 0 to 4095), unless they fill less than an eighth of
+these. Floats in [0, 1] keep that range. Other values run from the lowest to the highest.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 from mlflow_icr.extraction.images.picture import Picture, Span, fit_array
 
 BYTE: Span = (0.0, 255.0)
+NARROW = 8  # values in less than one of so many parts of their bits: signed ones stored with an offset, or inverted ones
 MOST_STEPS = 65535  # of uint16
 
 
@@ -59,7 +60,9 @@ def measured_span(extent: Extent) -> Span:
     if agreed is not None and agreed[0] <= extent.low and extent.high <= agreed[1]:
         return agreed
     if extent.low >= 0 and extent.whole:
-        return 0.0, float(2 ** max(8, int(extent.high).bit_length()) - 1)
+        highest = float(2 ** max(8, int(extent.high).bit_length()) - 1)
+        narrow = extent.low < extent.high < extent.low + highest / NARROW
+        return (extent.low, extent.high) if narrow and highest > BYTE[1] else (0.0, highest)
     if extent.low >= 0 and extent.high <= 1 and not extent.whole:
         return 0.0, 1.0
     if extent.low == extent.high:

@@ -1,0 +1,52 @@
+"""Paths of a command line: they hold from any working directory, and an output folder is checked before any work."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlflow_icr.extraction.files import check_outside
+from trainers.data import EMBEDDED
+
+PATHS = ("data", "init_from", "autoencoder", "encoder_weights")
+
+
+def settled_paths(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by flat name, with `~` expanded in paths, and paths of what is there absolute.
+
+    A run that is resumed from another folder then finds its data. Shells do not expand `~` in `--data=~/photos`.
+    """
+    settled = dict(values)
+    for name in PATHS:
+        given = settled.get(name)
+        if isinstance(given, str) and given and given not in EMBEDDED:
+            path = os.path.expanduser(given)
+            settled[name] = os.path.abspath(path) if os.path.exists(path) else path
+    return settled
+
+
+def output_folder(text: str) -> Path:
+    """The output folder of a command line; it need not exist. Raises ValueError for one that cannot be made or written in."""
+    if not text.strip():
+        raise ValueError(f"output_dir is {text!r}; expected a folder")
+    folder = Path(text).expanduser()
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"output_dir is {text!r}, but {str(there)!r} is a file; expected a folder")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"output_dir is {text!r}; expected a folder that can be written, unlike {str(there)!r} ({error.strerror})"
+        ) from None
+    return folder
+
+
+def check_apart(output_dir: Path, data: str) -> None:
+    """Raise ValueError for an output folder inside the data, of which the next run would read its pictures."""
+    if data not in EMBEDDED:
+        check_outside(output_dir, data)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from mlflow_icr import cli, verdict
+from mlflow_icr import Report, cli, verdict
 from mlflow_icr.monitoring.catalogue import metric_of
 from mlflow_icr.tracking import read_history
 from tests.servers import free_port
@@ -27,6 +28,7 @@ from tests.test_tracking import as_float32, journal_scalars, mlflow_scalars, ten
 from tests.training import SHORT, errors_of, measured, run_here
 from trainers import train
 from trainers.config import config_from, load_config, preset_names
+from trainers.console import Console
 from trainers.data import load_data
 from trainers.families import family_of
 from trainers.loop import TrainState
@@ -331,3 +333,24 @@ def test_trackers_are_told_of_the_end_when_the_disk_takes_no_table(tmp_path: Pat
     (run,) = MlflowClient().search_runs(["0"])
     assert run.info.status == "FINISHED"
     assert run.data.metrics["icr_min"] > 0
+
+
+def test_a_long_training_says_how_long_it_takes_where_there_is_no_bar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("trainers.console.time.monotonic", lambda: now[0])
+
+    def told(seconds_a_step: float, total_kimg: int) -> str:
+        console = Console(load_config("digits", {"total_kimg": total_kimg, "batch_size": 10}), shown=True)
+        for step in range(1, 101):
+            now[0] += seconds_a_step
+            console.step(SimpleNamespace(images_seen=10 * step))  # type: ignore[arg-type]
+            if step == 50:  # what a measurement takes does not count
+                now[0] += 1000
+                console.measured(Report(500, {}))
+        return capsys.readouterr().out
+
+    assert told(2.0, 1000).splitlines()[0].startswith("5 images/s: the 1,000 kimg of total_kimg take 56 h more")
+    assert "take" not in told(2.0, 10)  # it takes half an hour
+    assert "take" not in told(0.01, 1000)  # no minute has passed

@@ -14,6 +14,8 @@ from trainers.config import TrainConfig
 from trainers.loop import TrainState
 
 LOSS_EVERY_SECONDS = 2.0  # reading the loss waits for the device
+SPEED_AFTER_SECONDS = 60.0
+LONG_HOURS = 1.0  # a training that takes longer says so in plain output, which has no bar
 
 
 class Console:
@@ -22,8 +24,9 @@ class Console:
     def __init__(self, config: TrainConfig, *, shown: bool, images_seen: int = 0) -> None:
         self.shown = shown
         self.batch_size = config.optimizer.batch_size
+        self._total = -(-config.total_images // self.batch_size) * self.batch_size  # whole batches
         self.bar = tqdm(
-            total=-(-config.total_images // config.optimizer.batch_size) * config.optimizer.batch_size,  # whole batches
+            total=self._total,
             initial=images_seen,  # images seen before a resumption, which do not count for the speed
             unit="img",
             unit_scale=True,
@@ -32,18 +35,37 @@ class Console:
         )
         self._icr = ""
         self._read = time.monotonic()
+        self._since: tuple[float, int] | None = None  # time and images seen at the first step after a measurement
+        self._told_length = False
 
     def step(self, state: TrainState) -> None:
         """Advance to the state's images seen."""
         if self.bar.disable:
+            self._tell_length(state.images_seen)
             return
         self.bar.update(state.images_seen - self.bar.n)
         if time.monotonic() - self._read > LOSS_EVERY_SECONDS and state.loss_steps:
             self._read = time.monotonic()
             self.bar.set_postfix_str(f"loss {float(state.loss_sum) / state.loss_steps:.3f}{self._icr}")
 
+    def _tell_length(self, images_seen: int) -> None:
+        """Say once how long a long training takes, as the bar does."""
+        if self._told_length or not self.shown:
+            return
+        now = time.monotonic()
+        if self._since is None:
+            self._since = now, images_seen
+        seconds, images = now - self._since[0], images_seen - self._since[1]
+        if seconds >= SPEED_AFTER_SECONDS and images:
+            self._told_length = True
+            hours = (self._total - images_seen) * seconds / images / 3600
+            if hours > LONG_HOURS:
+                speed, total = f"{images / seconds:.0f} images/s", f"{self._total / 1000:,.0f} kimg"
+                self._line(f"{speed}: the {total} of total_kimg take {hours:,.0f} h more, and measurements come on top")
+
     def measured(self, report: Report) -> None:
         """Print a measurement."""
+        self._since = None
         v = report.values
         if "repr/icr" in v:
             self._icr = f", ICR {v['repr/icr']:.3f}"

@@ -6,6 +6,7 @@ import argparse
 import difflib
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 
@@ -43,6 +44,9 @@ class OneLineParser(argparse.ArgumentParser):
                 except ValueError as error:
                     parser.error(str(error))
             parser.error(f"unexpected {' '.join(unknown)}")
+        for name, value in vars(parsed).items():
+            if isinstance(value, Path):  # a shell leaves --data=~/photos as it is
+                setattr(parsed, name, value.expanduser())
         return parsed
 
     def _chosen(self, arguments: Iterable[str]) -> argparse.ArgumentParser:

@@ -118,6 +118,10 @@ def test_tables_of_other_programs(tmp_path: Path) -> None:
     cells = [png(image) for image in images]
     pq.write_table(pa.table({"md5": [b"x" * 16] * 6, "Image": cells}), tmp_path / "a.parquet")
     assert np.array_equal(read(tmp_path / "a.parquet").images[:, 0], images)
+    for texts, expected in ((["dog", "cat"] * 3, [1, 0] * 3), ([f"caption {i}" for i in range(6)], None), ([-1] * 6, None)):
+        pq.write_table(pa.table({"image": cells, "label": texts}), tmp_path / "b.parquet")
+        found = ImageFiles(tmp_path / "b.parquet").labels()
+        assert (None if found is None else found.tolist()) == expected
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
     rows = {"image": [{"bytes": cell, "path": None} for cell in cells], "label": [0, 1] * 3}
     saved = datasets.Dataset.from_dict(rows, features=features)
@@ -161,7 +165,12 @@ def test_a_set_of_many_sizes_has_a_usual_one(tmp_path: Path) -> None:
     assert usual_size(mixed) == (100, 100)
 
 
-def test_too_few_images_name_what_left_them(tmp_path: Path) -> None:
+def test_what_cannot_be_planned_names_its_cause(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"data is '/nowhere/photos', which is not there; expected a folder, a .zip, or"):
+        plan_for({"data": "/nowhere/photos"})
+    (tmp_path / "photos.tar").write_bytes(b"...")
+    with pytest.raises(ValueError, match=r"photos.tar', a file of a kind that is not read; expected a folder, a .zip, or"):
+        plan_for({"data": str(tmp_path / "photos.tar")})
     write_some(tmp_path, 12)
     data = {"data": str(tmp_path)}
     assert plan_for({**data, "skip_images": 4, "num_heldout": 2})[0]["num_images"] == 6

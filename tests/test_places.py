@@ -61,11 +61,33 @@ def test_folders_that_cannot_be_used_are_one_line(digits: Tensor, tmp_path: Path
     assert sorted(os.listdir(tmp_path)) == ["file", "link", "photos"]
 
 
-def test_a_watch_does_not_write_into_the_data(digits: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_group_is_no_class_and_a_folder_may_hold_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in "abc":
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(4):
+            write_png(tmp_path / "data" / name / f"{i}.png", np.random.default_rng(i).integers(0, 256, (8, 8), dtype=np.uint8))
+    line = [f"--data={tmp_path / 'data'}", "--total-kimg=1", "--encoder=pixels", f"--output-dir={tmp_path / 'run'}"]
+    for flags, message in (
+        (["--labels", "--group-by=folder"], "has no classes besides those of group_by 'folder'; expected subfolders"),
+        ([f"--init-from={tmp_path / 'data'}"], "a name on the hub (it holds no model)"),
+        (["--augment=flip", "--augment-probability=0.5"], "augment_probability is 0.5; expected nothing without augment edm"),
+    ):
+        assert train.main([*line, *flags]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_commands_check_where_and_how_they_read(
+    digits: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = as_folder(digits, tmp_path / "photos")
     (folder / "model").mkdir()
     assert commands(["watch", f"--checkpoints={folder / 'model'}", f"--data={folder}"]) == 2
     assert "model/icr', in data '" in capsys.readouterr().err
+    assert commands(["measure", str(folder), f"--data={folder}", "--resolution=0"]) == 2
+    assert "resolution is 0; expected a number of pixels >= 1" in capsys.readouterr().err
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert commands(["measure", str(folder), "--generated=~/none", f"--train={folder}"]) == 2
+    assert f"{str(tmp_path / 'none')!r} is neither a folder" in capsys.readouterr().err
 
 
 def test_a_run_goes_on_with_its_own_images_wherever_they_are(digits: Tensor, tmp_path: Path) -> None:

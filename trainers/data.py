@@ -18,6 +18,7 @@ from mlflow_icr.extraction import keyed_generator
 from mlflow_icr.extraction.duplicates import duplicate_notes
 from mlflow_icr.extraction.files import cache_folder
 from mlflow_icr.extraction.images import (
+    SUFFIXES,
     ImageFiles,
     Listing,
     Picture,
@@ -150,6 +151,11 @@ def _named(name: str, split: str) -> Source:
     return Source(None, None if header.labels is None else torch.tensor(header.labels), listing)
 
 
+def _is_path(data: str) -> bool:
+    """Whether a text can only be a path: a hub is not asked for it."""
+    return data.startswith(("/", ".", "~")) or data.count("/") > 1 or "\\" in data
+
+
 def load_source(data: str, resolution: Size, split: str = "train") -> Source:
     """All images of a set, and their classes if there are any; files are listed, and not read yet.
 
@@ -167,6 +173,9 @@ def load_source(data: str, resolution: Size, split: str = "train") -> Source:
                 f"data_split is {split!r}, but data {data!r} has no splits; expected {TRAIN}, or a folder of its own"
             )
         return Source(None, files.labels(), files)
+    if Path(data).exists() or _is_path(data):
+        what = "a file of a kind that is not read" if Path(data).exists() else "which is not there"
+        raise ValueError(f"data is {data!r}, {what}; expected a folder, a .zip, or a file of {', '.join(sorted(SUFFIXES))}")
     return _named(data, split)
 
 

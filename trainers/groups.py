@@ -6,13 +6,13 @@ checked, by that line alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from mlflow_icr.extraction.images import Size, check_background, check_value_range, parse_size
 from mlflow_icr.monitoring.schedule import SUSPICION, looks_every
 from mlflow_icr.tracking.checkpoints.folder import LOG_MODELS
-from trainers.augmentation import AUGMENTATIONS
-from trainers.options import FAMILIES, TRANSFORMER, UNET, Group, network_of, option, required
+from trainers.augmentation import AUGMENTATIONS, EDM
+from trainers.options import FAMILIES, TRANSFORMER, UNET, Group, network_of, option, refuse, required
 
 STOP_VERDICTS = ("", "turning", "memorizing")  # each later one is past the earlier
 MASKS = ("keyed", "torch")
@@ -43,6 +43,9 @@ class DataConfig(Group):
         _ = self.size
         check_value_range(self.value_range)
         check_background(self.background)
+        usual = next(entry.default for entry in fields(self) if entry.name == "augment_probability")
+        if self.augment != EDM and self.augment_probability != usual:
+            refuse("augment_probability", self.augment_probability, f"nothing without augment {EDM}")
 
     @property
     def size(self) -> Size:

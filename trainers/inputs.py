@@ -133,8 +133,9 @@ def inputs_of(config: TrainConfig, data: DataSet, autoencoder: Autoencoder | Non
     Raises ValueError where the data has no classes, or other channels than the autoencoder.
     """
     if config.network.labels and data.train_labels is None:
+        by = f" besides those of group_by {config.data.group_by!r}" if config.data.group_by else ""
         raise ValueError(
-            f"labels is True, but data {config.data.source!r} has no classes; expected subfolders, or a set with labels"
+            f"labels is True, but data {config.data.source!r} has no classes{by}; expected subfolders, or a set with labels"
         )
     labels = data.train_labels if config.network.labels else None
     if autoencoder is None:

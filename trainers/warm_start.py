@@ -66,7 +66,8 @@ def _root(place: str) -> Path:
     try:
         return pipeline_folder(place, trust_remote_code=False)
     except ValueError as error:
-        reason = str(error).split(" (", 1)[1].rsplit(")", 1)[0] if " (" in str(error) else "no such folder"
+        there = "it holds no model" if folder.is_dir() else "no such folder"
+        reason = str(error).split(" (", 1)[1].rsplit(")", 1)[0] if " (" in str(error) else there
         raise ValueError(
             f"init_from is {place!r}; expected a run, a diffusers folder of a UNet2DModel or a DiTTransformer2DModel, or a "
             f"name on the hub ({reason})"

@@ -84,7 +84,7 @@ def _chosen(archive: zipfile.ZipFile) -> _Choice:
 
 
 def _header_of(
-    shape: tuple[int, ...], dtype: np.dtype[Any], alone: bool, labels: Sequence[int] | None = None, taken: str = ""
+    shape: tuple[int, ...], dtype: np.dtype[Any], alone: bool, labels: Sequence[Any] | None = None, taken: str = ""
 ) -> Header:
     axes, guess = axes_of(shape, alone)
     frames = shape[0] if axes.startswith("N") else 1
@@ -110,7 +110,7 @@ def header(source: FileSource) -> Header:
             file.seek(0)
             with np.load(file, allow_pickle=False) as arrays:
                 labels = arrays[choice.labels].reshape(-1)
-            labels = [int(v) for v in labels] if labels.dtype.kind in "ui" else None
+            labels = labels.tolist() if labels.dtype.kind in "uiU" else None
     taken = f"from {choice.images!r}, and not from {', '.join(choice.aside)}: " if choice.aside else ""
     return _header_of(shape, dtype, source.alone, labels, taken)
 

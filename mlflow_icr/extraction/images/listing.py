@@ -132,8 +132,7 @@ class Listing:
     def labels(self) -> Tensor | None:
         """The class of each image, (N,) integers: the files' own, those in `dataset.json`, or by folders as `labels_of`."""
         if all(header.labels is not None for header in self.headers):
-            own = [label for header in self.headers if header.labels is not None for label in header.labels]
-            return torch.tensor(own)
+            return _numbered([label for header in self.headers if header.labels is not None for label in header.labels])
         listed = _listed_labels(self.files[0].reader)
         if listed is not None:
             names = [self.files[i].name for i, _ in self.items]
@@ -250,6 +249,14 @@ def _read_headers(path: Path, files: Sequence[FileSource], formats: Sequence[For
     for remark, count in remarks.most_common(3):
         notes.append(f"{str(path)!r}: {'an array is' if count == 1 else f'{count} arrays are'} read {remark}")
     return headers
+
+
+def _numbered(labels: Sequence[int | str]) -> Tensor | None:
+    """Classes (N,) integers: whole numbers as they are, texts by their order; None if most texts differ, or one is negative."""
+    if not any(isinstance(label, str) for label in labels):
+        return None if any(int(label) < 0 for label in labels) else torch.tensor(labels)
+    places = {text: place for place, text in enumerate(sorted({str(label) for label in labels}))}
+    return torch.tensor([places[str(label)] for label in labels]) if 2 * len(places) <= len(labels) else None
 
 
 def _matched(expression: str, name: str) -> str:

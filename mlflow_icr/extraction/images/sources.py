@@ -72,7 +72,7 @@ class Header:
     plain: bool = False
     stated: Span | None = None
     subject: str = ""
-    labels: Sequence[int] | None = field(default=None, repr=False)
+    labels: Sequence[int] | Sequence[str] | None = field(default=None, repr=False)
     remark: str = ""
 
 

@@ -119,11 +119,12 @@ def _image_column(schema: Any) -> str:
     raise ValueError(f"its columns ({', '.join(schema.names)}) hold no images")
 
 
-def _labels(table: _Table) -> list[int] | None:
+def _labels(table: _Table) -> list[Any] | None:
     import pyarrow as pa
 
     for name in LABELS:
-        if name in table.schema.names and pa.types.is_integer(table.schema.field(name).type):
+        kind = table.schema.field(name).type if name in table.schema.names else None
+        if kind is not None and (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             values = [value for part in range(len(table.counts)) for value in table.column(part, name).to_pylist()]
             return None if any(value is None for value in values) else values
     return None

@@ -11,6 +11,7 @@ import yaml
 from torch import Tensor
 
 from mlflow_icr.cli import main as commands
+from mlflow_icr.extraction.pipelines import load_denoiser
 from tests.family_runs import as_folder, configured
 from tests.image_files import write_png
 from trainers import train
@@ -84,7 +85,9 @@ def test_commands_check_where_and_how_they_read(
     assert commands(["watch", f"--checkpoints={folder / 'model'}", f"--data={folder}"]) == 2
     assert "model/icr', in data '" in capsys.readouterr().err
     assert commands(["measure", str(folder), f"--data={folder}", "--resolution=0"]) == 2
-    assert "resolution is 0; expected a number of pixels >= 1" in capsys.readouterr().err
+    assert "resolution is 0; expected a whole number >= 1" in capsys.readouterr().err
+    assert commands(["measure", str(folder), f"--data={folder}", "--batch-size=0"]) == 2
+    assert "batch_size is 0; expected a whole number >= 1" in capsys.readouterr().err
     monkeypatch.setenv("HOME", str(tmp_path))
     assert commands(["measure", str(folder), "--generated=~/none", f"--train={folder}"]) == 2
     assert f"{str(tmp_path / 'none')!r} is neither a folder" in capsys.readouterr().err
@@ -97,6 +100,9 @@ def test_a_run_goes_on_with_its_own_images_wherever_they_are(digits: Tensor, tmp
     Run(config, out)._save()
     found = latest_checkpoint(out)
     assert found is not None
+    assert load_denoiser(found, resolution=6)[1] == 6
+    with pytest.raises(ValueError, match="resolution is 7; expected a multiple of 2, as the network's levels need"):
+        load_denoiser(found, resolution=7)
     (out / "config.yaml").write_text(yaml.safe_dump(config.grouped()))
     moved = folder.rename(tmp_path / "moved")
     again = train.configure(arguments("--resume", f"--data={moved}", f"--output-dir={out}"))[0]

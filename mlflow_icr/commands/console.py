@@ -55,8 +55,10 @@ def add_loading(parser: argparse._ActionsContainer) -> None:
 
 def loading_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """These options and the resolution as `load_pipeline` takes them."""
-    if arguments.resolution is not None and arguments.resolution < 1:
-        raise ValueError(f"resolution is {arguments.resolution}; expected a number of pixels >= 1")
+    for name in ("resolution", "batch_size"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; expected a whole number >= 1")
     names = ("resolution", "device", "dtype", "prompt", "class_label", "trust_remote_code")
     return {name: getattr(arguments, name) for name in names}
 

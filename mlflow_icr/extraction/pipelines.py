@@ -71,12 +71,25 @@ def load_pipeline(
             side = square = resolution or side_of(pipeline)
             denoiser = adapt_pipeline(pipeline, side=square, prompt=prompt, class_label=class_label)
             pipeline.register_modules(**dict.fromkeys((name for name in pipeline.components if TEXT.match(name)), None))
+    if resolution is not None:
+        _check_resolution(denoiser, resolution)
     network = denoiser.network.to(target).eval().requires_grad_(False)
     if pipeline is None and DTYPES[dtype] != torch.float32:
         network.to(DTYPES[dtype])
     if isinstance(denoiser, LatentDenoiser):
         denoiser.autoencoder.network.to(target).eval().requires_grad_(False)
     return denoiser, side, pipeline
+
+
+def _check_resolution(denoiser: Denoiser, resolution: int) -> None:
+    """Raise ValueError for a side that a UNet2DModel cannot halve at each of its levels; other networks take what they get."""
+    config = getattr(denoiser.network, "config", {})
+    if config.get("_class_name", type(denoiser.network).__name__) != "UNet2DModel":
+        return
+    unit = 2 ** (len(config["down_block_types"]) - 1)
+    unit *= denoiser.autoencoder.factor if isinstance(denoiser, LatentDenoiser) else 1
+    if resolution % unit:
+        raise ValueError(f"resolution is {resolution}; expected a multiple of {unit}, as the network's levels need")
 
 
 def batch_size_for(denoiser: Denoiser) -> int:

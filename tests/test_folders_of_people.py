@@ -76,6 +76,24 @@ def test_animations_count_once_and_a_line_says_so(tmp_path: Path) -> None:
     assert found.notes == [f"{str(tmp_path)!r}: 1 of 2 images are animations, of which the first picture is taken"]
 
 
+def test_a_turned_tiff_stands_upright_as_a_png_does(tmp_path: Path) -> None:
+    import tifffile
+
+    stored = some(1, 12)[0, :8]
+    for orientation in range(1, 9):
+        image = Image.fromarray(stored)
+        exif = image.getexif()
+        exif[274] = orientation
+        (tmp_path / str(orientation)).mkdir()
+        image.save(tmp_path / str(orientation) / "a.png", exif=exif)
+        tifffile.imwrite(
+            tmp_path / f"{orientation}.tif", stored.astype(np.uint16) * 257, extratags=[(274, "H", 1, orientation, True)]
+        )
+        size = (8, 12) if orientation < 5 else (12, 8)
+        upright = read(tmp_path / str(orientation), size).images.numpy()
+        assert np.array_equal(read(tmp_path / f"{orientation}.tif", size).images.numpy(), upright.astype(np.uint16) * 257)
+
+
 def test_of_several_splits_one_is_taken(tmp_path: Path) -> None:
     for split, count in (("train", 3), ("val", 2)):
         for name in "ab":

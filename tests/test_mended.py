@@ -39,6 +39,14 @@ def test_a_channel_that_fires_in_one_image_has_no_interval(rng: np.random.Genera
         icr_interval(torch.from_numpy(h))
 
 
+def test_images_that_all_have_copies_are_measured(small_unet: nn.Module, digits: torch.Tensor) -> None:
+    protocol = Protocol(num_images=8, num_views=2)
+    for images in (digits[:1].expand(8, -1, -1, -1).clone(), torch.cat([digits[:4], digits[:4]])):
+        report = ICRMonitor(EDMDenoiser(small_unet), images, protocol).measure(1)
+        assert report.absent["repr/far_bias"] == "each image has an exact copy: expected images that differ"
+        assert {"repr/near_error_ratio", "repr/image_error"} <= report.values.keys()
+
+
 def test_growth_of_two_samples_of_one_distribution_is_one(rng: np.random.Generator) -> None:
     sigma_s, sigma_xi = covariance(rng, 8), covariance(rng, 8)
     whole, halves = [], []

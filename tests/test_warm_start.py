@@ -237,6 +237,9 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path: Path) -> None:
     family = family_of(load_config("digits", {**SHORT, "init_from": str(tmp_path / "ddpm"), "lora_rank": 2}))
     with pytest.raises(ValueError, match="lora_rank is 2, but the network of init_from has no attention"):
         family.build(1, 8)
+    family = family_of(load_config("digits", {**SHORT, "init_from": str(tmp_path / "flow"), "lora_rank": 999}))
+    with pytest.raises(ValueError, match="lora_rank is 999; expected at most 32, the width of its narrowest attention"):
+        family.build(1, 8)
     family = family_of(load_config("digits", {**SHORT, "resolution": 16, "init_from": str(tmp_path / "flow")}))
     with pytest.raises(ValueError, match="a transformer for side 8; expected one for 16"):
         family.build(1, 16)

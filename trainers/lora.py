@@ -19,14 +19,18 @@ WEIGHTS = "pytorch_lora_weights.safetensors"  # diffusers' name
 def add_lora(network: nn.Module, rank: int) -> None:
     """Give the attention layers of a network a LoRA each, which changes nothing yet, and freeze all else.
 
-    Raises ValueError for a network without attention, or without peft.
+    Raises ValueError for a network without attention, a rank above its width, or without peft.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise ValueError(f"lora_rank is {rank}, which needs peft: pip install 'mlflow-icr[lora]'") from None
-    if not any(name.endswith(LAYERS) for name, _ in network.named_modules()):
+    layers = [module for name, module in network.named_modules() if name.endswith(LAYERS)]
+    if not layers:
         raise ValueError(f"lora_rank is {rank}, but the network of init_from has no attention; expected 0")
+    width = min(min(module.weight.shape[:2]) for module in layers)
+    if rank > width:
+        raise ValueError(f"lora_rank is {rank}; expected at most {width}, the width of its narrowest attention")
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(LAYERS)), network)
 
 

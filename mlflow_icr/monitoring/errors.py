@@ -27,6 +27,7 @@ ERROR_IMAGES = 256
 LEVEL_IMAGES = 64  # errors at each of the noise levels around the monitored one, which no verdict reads
 LEVELS = (0.5, 2.0, 4.0)  # noise levels around the monitored one, as factors: copies may begin at another level
 JUDGED_SIDE = 32
+ROUNDING = 1e-12  # of squared errors of values in [-1, 1]: an image that has an exact copy is denoised to it
 ALLOWED_BIAS = 0.05
 CACHE_BYTES = 32 * 2**20  # views that are kept; latents always are, for encoding is dear
 
@@ -80,9 +81,10 @@ class ErrorReader:
 
     @cached_property
     def far_bias(self) -> Estimate | None:
-        """The ratio of far views by a denoiser that does not know an image: the optimal one of all others. None without views.
+        """The ratio of far views by a denoiser that does not know an image: the optimal one of all others.
 
-        It is computed of images of at most 32 pixels a side, averaged from larger ones.
+        None without views, and where each image has an exact copy among the others. It is computed of images of at most 32
+        pixels a side, averaged from larger ones.
         """
         if "far" not in self.columns:
             return None
@@ -97,7 +99,10 @@ class ErrorReader:
             found = optimal_denoiser((clean + noise).flatten(1), sigma, known.flatten(1), leave_out=ways)
             return (found - clean.flatten(1).double()).square().mean(1)
 
-        return view_error_ratio(errors(own), errors(far_views(own, ways, self.protocol.training_augmentations)))
+        of_images = errors(own)
+        if float(of_images.mean()) < ROUNDING:
+            return None
+        return view_error_ratio(of_images, errors(far_views(own, ways, self.protocol.training_augmentations)))
 
     @cached_property
     def chosen(self) -> str:

@@ -119,6 +119,8 @@ class ICRMonitor:
             read_errors(name, errors, level, self.errors.chosen, trained, found)
         if name == "repr" and self.errors.far_bias is not None:
             found.values["repr/far_bias"] = self.errors.far_bias.value
+        elif name == "repr" and "far" in self.errors.columns:
+            found.absent["repr/far_bias"] = "each image has an exact copy: expected images that differ"
         values, absent = network_companions(self.companions, denoiser, sigma, self.errors)
         found.values |= {f"{name}/{key}": value for key, value in values.items()}
         found.absent |= {f"{name}/{key}": reason for key, reason in absent.items()}

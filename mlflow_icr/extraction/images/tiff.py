@@ -90,6 +90,27 @@ def _values(frame: _Frame) -> np.ndarray:
     return values if values.ndim == 3 else values[..., None]
 
 
+def _upright(values: np.ndarray, page: Any) -> np.ndarray:
+    """Values (H, W, C) as they are looked at, by the tag Orientation, which tifffile leaves aside."""
+    tag = page.tags.get("Orientation")
+    match 1 if tag is None else int(tag.value):
+        case 2:
+            return values[:, ::-1]
+        case 3:
+            return values[::-1, ::-1]
+        case 4:
+            return values[::-1]
+        case 5:
+            return values.swapaxes(0, 1)
+        case 6:
+            return np.rot90(values, -1)
+        case 7:
+            return values[::-1, ::-1].swapaxes(0, 1)
+        case 8:
+            return np.rot90(values)
+    return values
+
+
 def _by_tifffile(frame: _Frame, background: str) -> Picture:
     page = frame.series.keyframe
     values, stated, over = _values(frame), _stated(page), False
@@ -98,7 +119,7 @@ def _by_tifffile(frame: _Frame, background: str) -> Picture:
         values = values.astype(page.dtype)
     if values.dtype.kind == "u" and len(page.extrasamples) == 1 and page.extrasamples[0] in ALPHA:
         values, over = alpha_over(values, background)
-    return Picture(values, stated, over)
+    return Picture(_upright(values, page), stated, over)
 
 
 def pictures(source: FileSource, frames: Sequence[int], background: str) -> Iterator[Picture]:

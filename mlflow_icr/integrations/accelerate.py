@@ -16,7 +16,7 @@ from PIL import Image
 from mlflow_icr.integrations.pictures import as_pictures
 from mlflow_icr.tracking import Logged, Tracker, check_folder, folder_tracker
 from mlflow_icr.tracking.ending import end_at_exit
-from mlflow_icr.tracking.keys import clean_key, plain_values
+from mlflow_icr.tracking.keys import file_key, plain_values
 from mlflow_icr.tracking.logged import FOLDER
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class ICRTracker(GeneralTracker):  # type: ignore[misc]
     def store_init_configuration(self, values: dict[str, Any]) -> None:
         """Log the script's configuration as the run's parameters, nested dicts joined with `/`."""
         numbers, texts = plain_values(values)
-        plain = {clean_key(key): value for key, value in values.items() if isinstance(value, (bool, int, float, str))}
+        plain = {str(key): value for key, value in values.items() if isinstance(value, (bool, int, float, str))}
         self.params |= {**numbers, **texts, **plain}  # as in the script: 64, not 64.0
         if self._tracker is not None:
             self._log({}, {"configuration": json.dumps(self.params, default=str)}, 0)
@@ -103,7 +103,7 @@ class ICRTracker(GeneralTracker):  # type: ignore[misc]
         """Show images by key: arrays, tensors or PIL images, one, a batch or a list; kept in `logged/images`."""
         at = self._at(step)
         for key, images in values.items():
-            name = clean_key(key)
+            name = str(key)
             try:
                 pictures = as_pictures(images)
             except (ValueError, TypeError) as error:
@@ -111,7 +111,7 @@ class ICRTracker(GeneralTracker):  # type: ignore[misc]
                 continue
             for place, picture in enumerate(pictures):
                 shown = name if len(pictures) == 1 else f"{name}/{place}"
-                path = self.tracker.journal.folder / FOLDER / "images" / shown / f"{at:012d}.png"
+                path = self.tracker.journal.folder / FOLDER / "images" / file_key(shown) / f"{at:012d}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(picture).save(path)
                 self.tracker.picture(shown, path, at)
@@ -138,7 +138,7 @@ class ICRTracker(GeneralTracker):  # type: ignore[misc]
             return
         plain = (bool, int, float, str)
         rows = [{n: v if isinstance(v, plain) else str(v) for n, v in zip(names, row, strict=True)} for row in data]
-        self.tracker.table(f"{FOLDER}/{clean_key(table_name)}/{at:012d}", rows, at)
+        self.tracker.table(f"{FOLDER}/{file_key(table_name)}/{at:012d}", rows, at)
 
     @_main
     def finish(self) -> None:

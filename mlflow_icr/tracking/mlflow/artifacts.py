@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mlflow_icr.tracking.keys import NOT_FILE, clean_key
 from mlflow_icr.tracking.mlflow.failures import RefusalError
 from mlflow_icr.tracking.operations import TABLE, Dataset, File, Picture
 
@@ -22,12 +21,10 @@ def log_dataset(client: Any, run_id: str, operation: Dataset) -> None:
     client.log_inputs(run_id, [DatasetInput(Described(**operation.description), tags)])
 
 
-def log_picture(client: Any, run_id: str, folder: Path, operation: Picture, may_be_repeated: bool) -> None:
-    """Log a picture with its step, unchanged, once. Raises RefusalError where the file is gone."""
+def log_picture(client: Any, run_id: str, folder: Path, operation: Picture, key: str, may_be_repeated: bool) -> None:
+    """Log a picture with its step, unchanged, once, under a key of NOT_FILE's. Raises RefusalError where the file is gone."""
     from PIL import Image
 
-    # Fewer characters than in a metric's key are allowed here, and MLflow refuses before it asks.
-    key = clean_key(operation.key, NOT_FILE)
     if may_be_repeated and _is_there(client, run_id, key, operation):
         return
     with Image.open(_existing(folder / operation.path)) as image:

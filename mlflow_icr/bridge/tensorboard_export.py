@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlflow_icr.bridge.run_export import Exported, Looked, RunExport, Say, owner
+from mlflow_icr.tracking.folder import check_writable
 from mlflow_icr.tracking.mlflow import store
 
 
@@ -28,7 +28,7 @@ class Exporter:
 
     def __init__(self, logdir: Path | str, client: Any = None, say: Say = lambda text: None) -> None:
         self.logdir = Path(logdir)
-        check_writable(self.logdir)
+        check_writable("logdir", self.logdir)
         self.client = client if client is not None else store.connect()
         self.say = self._once(say)
         self._folders: dict[str, Path] = {}
@@ -76,16 +76,6 @@ class Exporter:
                 return folder
         short = parent / folder_name(run)
         return short if owner(short) in (None, run.info.run_id) else parent / folder_name(run, 32)
-
-
-def check_writable(logdir: Path) -> None:
-    """Make a logdir. Raises ValueError when it cannot be made or written."""
-    try:
-        logdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=logdir):
-            pass
-    except OSError as error:
-        raise ValueError(f"logdir is {str(logdir)!r}, {error.strerror}; expected a folder that can be written") from None
 
 
 def _selection(client: Any, experiment: str | None, run_ids: Sequence[str]) -> Callable[[], Iterator[Any]]:

@@ -46,5 +46,7 @@ def _material(name: str) -> RunMaterial:
 
     if Path(name).is_dir():
         return gather_folder(name)
+    if "/" in name.removeprefix("runs:/").rstrip("/"):
+        raise ValueError(f"target is {name!r}, which is no folder; expected an output folder, or the id of an MLflow run")
     client = store.connect()
-    return gather_run(client, store.get_run(client, name.removeprefix("runs:/").split("/")[0]))
+    return gather_run(client, store.get_run(client, name.removeprefix("runs:/").rstrip("/")))

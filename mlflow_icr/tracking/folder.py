@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,16 @@ if TYPE_CHECKING:
 def holds_run(folder: Path) -> bool:
     """Whether a folder holds measurements, or other operations for trackers."""
     return any((folder / name).exists() and (folder / name).stat().st_size for name in (HISTORY, EVENTS, OPERATIONS, VALUES))
+
+
+def check_writable(name: str, folder: Path) -> None:
+    """Make a folder. Raises ValueError, which begins with the name of the argument, if it cannot be made or written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{name} is {str(folder)!r}, {error.strerror}; expected a folder that can be written") from None
 
 
 def check_folder(output_dir: Path | str, resume: bool) -> None:

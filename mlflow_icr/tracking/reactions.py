@@ -77,6 +77,19 @@ class Reaction(Sink):
             self.state.update(state=self._before)
             self.state.advance(ALL, self.log.end)
 
+    def reachable(self) -> bool:
+        """Whether the host of a webhook answers within 3 s, with any status."""
+        import requests
+
+        if not self._url:
+            return True
+        parts = urlsplit(str(self._listener))
+        try:
+            requests.head(f"{parts.scheme}://{parts.netloc}/", timeout=3.0, allow_redirects=False)
+        except (requests.RequestException, ValueError):
+            return False
+        return True
+
     def tags(self, values: Mapping[str, str], step: int | None) -> None:
         """Tell of the verdict of a measurement, where its state is another one."""
         state, previous = values.get("verdict"), self.state.content["state"]

@@ -16,6 +16,7 @@ from typing import Any
 from packaging.version import InvalidVersion, Version
 
 from mlflow_icr.monitoring.evidence import RATIOS
+from mlflow_icr.tracking.mlflow.store import ask
 
 TAG = "mlflow.sharedViewState."
 OLDEST_SERVER = "3.17"  # an older page ignores the tag, and some do not know the fields
@@ -135,13 +136,12 @@ def newest_view(client: Any) -> tuple[str, str] | None:
 def server_version(tracking_uri: str) -> str:
     """MLflow's version at a tracking server; this process's own for a store without one, empty where none is said."""
     import mlflow
-    import requests
 
     if not tracking_uri.startswith(("http://", "https://")):
         return str(mlflow.__version__)
     try:
-        answer = requests.get(f"{tracking_uri.rstrip('/')}/version", timeout=5)
-    except requests.RequestException:
+        answer = ask(tracking_uri, "/version")
+    except mlflow.MlflowException:
         return ""
     return answer.text.strip() if answer.ok else ""
 

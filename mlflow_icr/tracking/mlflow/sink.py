@@ -21,6 +21,7 @@ from mlflow_icr.tracking.keys import (
     LONGEST_PARAM,
     LONGEST_TAG,
     METRICS_PER_CALL,
+    NOT_FILE,
     NOT_MLFLOW,
     TEXTS_PER_CALL,
     clean_key,
@@ -28,16 +29,16 @@ from mlflow_icr.tracking.keys import (
 from mlflow_icr.tracking.mlflow.active import activate, deactivate, users_run
 from mlflow_icr.tracking.mlflow.artifacts import log_dataset, log_file, log_picture
 from mlflow_icr.tracking.mlflow.failures import failure_of, reason_of
-from mlflow_icr.tracking.mlflow.store import end_run
+from mlflow_icr.tracking.mlflow.store import end_run, is_answering
 from mlflow_icr.tracking.mlflow.target import Target, absolute_uri, public_uri, resolve, run_address, with_credentials
 from mlflow_icr.tracking.operations import FILES, MODELS, POINTS
 from mlflow_icr.tracking.sink import Failure, Sink, SinkState
+from mlflow_icr.tracking.tensorboard.event_file import float64_bits
 
 KEY_TAG = "icr.log"  # of a run: which folder's log it shows
 NAME_TAG = "icr.key."  # and the original of a key that MLflow does not accept
 OPEN_SECONDS = 1.0  # that opening waits for the run of a server
 LOCAL_OPEN_SECONDS = 30.0  # and of a database on this machine, whose tables may have to be made
-PROBE_SECONDS = 3.0
 
 
 class MLflowSink(Sink):
@@ -89,7 +90,7 @@ class MLflowSink(Sink):
         self._wishes = {key: wish for key, wish in (("log_models", log_models), ("register", register)) if wish is not None}
         self._client: Any = None
         self._run: Any = None  # as it was when it was found or made
-        self._making = threading.Lock()  # lanes have one run
+        self._making, self._asking = threading.Lock(), threading.Lock()  # lanes have one run, and ask once
         self._found = threading.Event()
         self._wants_running = False
         self._activates = False
@@ -212,20 +213,12 @@ class MLflowSink(Sink):
         return 90.0 if lane == POINTS else 600.0
 
     def reachable(self) -> bool:
-        """Whether a server answers within 3 s, with any status; a database or folder is assumed to."""
-        import requests
-
-        uri = self.target.uri
-        if not uri.startswith(("http://", "https://")):
-            return True
-        looked, answered = self._reached
-        if time.monotonic() - looked > 1.0:
-            try:
-                requests.get(uri, timeout=PROBE_SECONDS, allow_redirects=False, stream=True).close()
-                answered = True
-            except requests.RequestException:
-                answered = False
-            self._reached = (time.monotonic(), answered)
+        """Whether the server answers within 3 s, which is not asked twice a second."""
+        with self._asking:
+            looked, answered = self._reached
+            if time.monotonic() - looked > 1.0:
+                answered = is_answering(self._uri)
+                self._reached = (time.monotonic(), answered)
         return answered
 
     def look_again(self) -> None:
@@ -233,8 +226,8 @@ class MLflowSink(Sink):
         self._reached = (-60.0, False)
 
     def failure_of(self, error: Exception) -> Failure:
-        """What an exception says."""
-        return failure_of(error)
+        """What an exception says; before there is a run, nothing of an operation."""
+        return Failure.OUTAGE if self._run is None else failure_of(error)
 
     def reason_of(self, error: Exception) -> str:
         """An exception in a line, without credentials."""
@@ -256,8 +249,8 @@ class MLflowSink(Sink):
                     self._log_params(values)
                 case told.Dataset():
                     log_dataset(self._client, self._id, operation)
-                case told.Picture(step=step) if not self.known.get(step):
-                    log_picture(self._client, self._id, self.folder, operation, may_be_repeated)
+                case told.Picture(key=key, step=step) if not self.known.get(step):
+                    log_picture(self._client, self._id, self.folder, operation, self._key(key, NOT_FILE), may_be_repeated)
                 case told.File(folder=folder) if folder is not None:
                     log_file(self._client, self._id, self.folder, operation, folder)
                 case told.Model() if self.policy != NONE:
@@ -270,11 +263,17 @@ class MLflowSink(Sink):
             if isinstance(operation, told.End) and self.target.owned and self.log.status is not None:  # else it goes on again
                 end_run(self._client, self._id, operation.status, operation.time)
 
+    @property
+    def _uri(self) -> str:
+        import mlflow
+
+        return with_credentials(self.target.uri, self.tracking_uri, mlflow.get_tracking_uri())
+
     def _connect(self) -> Any:
         import mlflow
 
         if self._client is None:
-            uri = with_credentials(self.target.uri, self.tracking_uri, mlflow.get_tracking_uri())
+            uri = self._uri
             elsewhere = self.target.uri != public_uri(absolute_uri(mlflow.get_tracking_uri()))
             self._client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri if elsewhere else None)
         return self._client
@@ -346,12 +345,18 @@ class MLflowSink(Sink):
             self._log_tags({(NAME_TAG + free)[:LONGEST_KEY]: key})
         return free
 
+    def _cut(self, what: str, text: str, longest: int) -> str:
+        if len(text) > longest and what not in self.warned:
+            self.warned.add(what)
+            self.say(f"MLflow: {what} has {len(text)} characters, of which it keeps {longest}; all are in {self.log.path}")
+        return text[:longest]
+
     def _log_params(self, values: Mapping[str, Any]) -> None:
         """Parameters that the run does not have, since one cannot be changed."""
         from mlflow.entities import Param
 
         there = self._client.get_run(self._id).data.params if values else {}
-        texts = {self._key(key): str(value)[:LONGEST_PARAM] for key, value in values.items()}
+        texts = {self._key(key): self._cut(f"parameter {key!r}", str(value), LONGEST_PARAM) for key, value in values.items()}
         new = [Param(key, text) for key, text in texts.items() if key not in there]
         for start in range(0, len(new), TEXTS_PER_CALL):
             self._client.log_batch(self._id, params=new[start : start + TEXTS_PER_CALL])
@@ -359,7 +364,10 @@ class MLflowSink(Sink):
     def _log_tags(self, values: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
 
-        tags = [RunTag(key if key.startswith(NAME_TAG) else self._key(key), text[:LONGEST_TAG]) for key, text in values.items()]
+        tags = [
+            RunTag(key if key.startswith(NAME_TAG) else self._key(key), self._cut(f"tag {key!r}", text, LONGEST_TAG))
+            for key, text in values.items()
+        ]
         for start in range(0, len(tags), TEXTS_PER_CALL):
             self._client.log_batch(self._id, tags=tags[start : start + TEXTS_PER_CALL])
 
@@ -373,10 +381,10 @@ class MLflowSink(Sink):
             if key not in self.known.get(part.step, ())
         ]
         if may_be_repeated and points:
-            there: set[tuple[str, int, int]] = set()
+            there: set[tuple[str, int, int, int]] = set()
             for key in {point.key for point in points}:
-                there |= {(key, at.step, at.timestamp) for at in self._client.get_metric_history(self._id, key)}
-            points = [point for point in points if (point.key, point.step, point.timestamp) not in there]
+                there |= _named(self._client.get_metric_history(self._id, key)).keys()
+            points = [point for name, point in _named(points).items() if name not in there]
         for start in range(0, len(points), METRICS_PER_CALL):
             self._client.log_batch(self._id, metrics=points[start : start + METRICS_PER_CALL])
 
@@ -390,3 +398,9 @@ class MLflowSink(Sink):
         register = self.state.content.get("register")
         if register and operation.kept and operation.step == (newest if turning is None else turning):
             delivery.register(operation.step, register)
+
+
+def _named(points: Sequence[Any]) -> dict[tuple[str, int, int, int], Any]:
+    """Points by what MLflow's databases tell them apart by."""
+    bits = float64_bits([point.value for point in points])
+    return {(point.key, point.step, point.timestamp, int(value)): point for point, value in zip(points, bits, strict=True)}

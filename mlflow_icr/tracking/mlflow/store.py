@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import gc
 import re
+import socket
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-PROBE_SECONDS = 5.0
+PROBE_SECONDS = 3.0
+# A small question that a server can only answer with its database; and the ports of databases.
+EXPERIMENT = "/api/2.0/mlflow/experiments/get?experiment_id=0"
+PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 # The largest page that MLflow's own client asks for; each page costs the store a sort, so fewer are faster.
 PAGE = 25_000
 # MLflow 3 has no public iterator over runs larger than this a page.
@@ -32,10 +36,41 @@ def connect(uri: str | None = None) -> Any:
         import mlflow
         import requests
 
-        address = uri or mlflow.get_tracking_uri()
-        if address.startswith(("http://", "https://")):
-            requests.get(address, timeout=PROBE_SECONDS, allow_redirects=False, stream=True).close()
+        if not is_answering(uri or mlflow.get_tracking_uri()):
+            raise requests.ConnectionError
         return mlflow.MlflowClient(tracking_uri=uri)
+
+
+def ask(uri: str, path: str) -> Any:
+    """A server's answer within 3 s, asked as MLflow does it: with its credentials, certificates and headers."""
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    creds = get_default_host_creds(uri)
+    return http_request(creds, path, "GET", timeout=PROBE_SECONDS, max_retries=0, raise_on_status=False)
+
+
+def is_answering(uri: str) -> bool:
+    """Whether an MLflow server or the host of a database answers within some 3 s; others are assumed to.
+
+    An overloaded one, a proxy without its server, and a proxy's own page (for logging in) are no answers.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        parts = urlsplit(uri)
+        port = parts.port or PORTS.get(parts.scheme.partition("+")[0])
+        if parts.scheme in ("http", "https"):
+            for _ in range(3):  # some fail now and then
+                answer = ask(uri, EXPERIMENT)
+                if answer.status_code < 500 and answer.status_code != 429:
+                    return answer.status_code in (401, 403) or isinstance(answer.json(), dict)
+            return False
+        if parts.hostname and port:
+            socket.create_connection((parts.hostname, port), PROBE_SECONDS).close()
+        return True
+    except (MlflowException, OSError, ValueError):
+        return False
 
 
 def without_credentials(text: str, uri: str = "") -> str:

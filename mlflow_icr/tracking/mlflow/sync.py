@@ -21,7 +21,10 @@ from mlflow_icr.tracking.worker import LAST_ATTEMPTS, drain
 
 @dataclass(frozen=True)
 class Synced:
-    """The result for one folder: operations delivered now, those that wait by lane, and refusals with reasons."""
+    """The result for one folder: operations delivered now, those that wait by lane, and refusals with reasons.
+
+    `failed` is why the folder could not be read.
+    """
 
     folder: Path
     run_id: str | None
@@ -30,18 +33,19 @@ class Synced:
     waiting: Mapping[str, int] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
     reason: str = ""
+    failed: str = ""
 
     @property
     def complete(self) -> bool:
         """Whether the server has everything."""
-        return not any(self.waiting.values()) and not self.refused
+        return not (any(self.waiting.values()) or self.refused or self.failed)
 
     @property
     def text(self) -> str:
         """All that in a line."""
         waiting = {lane: count for lane, count in self.waiting.items() if count}
         where = f"run {self.run_id}" if self.run_id else "a new run"
-        parts = []
+        parts = [self.failed] if self.failed else []
         if self.delivered:
             parts.append(f"{self.delivered} operations delivered to {where}")
         elif self.complete and self.run_id:
@@ -78,6 +82,7 @@ def deliver_folder(folder: Path, *, new_run: bool = False, tracking_uri: str | N
     tracker = Tracker(folder, [sink], resume=ALLOW, mode=ONLINE)
     tracker.quiet = True
     try:
+        SinkState(sink.state_path(folder), tracker.log_file)  # damaged, it says so
         tracker.begin()
         if tracker.log_file.status is None and tracker.log_file.end.number:
             tracker.log_file.append([End(status, now_ms())])
@@ -102,8 +107,8 @@ def deliver_folder(folder: Path, *, new_run: bool = False, tracking_uri: str | N
 def waiting_of(folder: Path) -> Synced:
     """The undelivered operations of one folder; takes no lock and delivers nothing."""
     sink = MLflowSink()
-    state = SinkState(sink.state_path(folder))
     log = EventLog(folder, read_only=True)
+    state = SinkState(sink.state_path(folder), log)
     counts = {lane: log.count(state.cursor(lane), lane) for lane in sink.lanes}
     target: Mapping[str, Any] = state.content.get("target", {})
     return Synced(
@@ -121,11 +126,17 @@ def sync(
 ) -> list[Synced]:
     """Deliver what the server does not have of a run's or a study's folder; `say` gets a line for each.
 
-    With `dry_run` the undelivered operations are only listed.
+    With `dry_run` the undelivered operations are only listed. Of several folders, one that is in use or
+    damaged is named, and the others are delivered.
     """
-    found = []
-    for part in folders_of(folder):
-        done = waiting_of(part) if dry_run else deliver_folder(part, new_run=new_run, tracking_uri=tracking_uri)
+    found, folders = [], folders_of(folder)
+    for part in folders:
+        try:
+            done = waiting_of(part) if dry_run else deliver_folder(part, new_run=new_run, tracking_uri=tracking_uri)
+        except (ValueError, OSError) as error:
+            if len(folders) == 1:
+                raise
+            done = Synced(part, None, "", failed=str(error))
         found.append(done)
         say(done.text)
     return found

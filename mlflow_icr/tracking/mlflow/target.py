@@ -39,11 +39,13 @@ class Target:
 
 
 def absolute_uri(uri: str) -> str:
-    """A tracking URI that means the same from every working folder."""
+    """A tracking URI that means the same from every working folder, without a slash at its end."""
+    if uri.startswith(("http://", "https://")):
+        return uri.rstrip("/")
     if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////") and ":memory:" not in uri:
         return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
-    if "://" not in uri and uri.split(":")[0] not in ("databricks", "file"):
-        return str(Path(uri).absolute())
+    if "://" not in uri and uri.split(":")[0] != "databricks":
+        return str(Path(uri.removeprefix("file:")).absolute())
     return uri
 
 
@@ -59,8 +61,8 @@ def public_uri(uri: str) -> str:
 
 
 def with_credentials(uri: str, *known: str | None) -> str:
-    """The known URI that is this one with credentials, or the URI itself."""
-    return next((one for one in known if one and public_uri(absolute_uri(one)) == uri), uri)
+    """The known URI that is this one with credentials, or the URI itself; absolute."""
+    return next((one for one in map(absolute_uri, filter(None, known)) if public_uri(one) == uri), uri)
 
 
 def resolve(

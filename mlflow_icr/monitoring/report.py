@@ -32,6 +32,8 @@ class Report:
     distributions: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "step", int(self.step))  # of numpy or torch, which JSON does not have
+        object.__setattr__(self, "values", {key: float(value) for key, value in self.values.items()})
         if self.step < 0:
             raise ValueError(f"step is {self.step}; expected images seen, >= 0")
         for key, value in self.values.items():

@@ -55,16 +55,25 @@ def exit_on_sigterm() -> Callable[[], None]:
     By default SIGTERM skips exit handlers, and a run would stay RUNNING. Works in the main thread only; in others it does
     nothing.
     """
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, _leave):
         return lambda: None
-
-    def leave(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGTERM, _leave)
+    user = object()
+    _users.append(user)
 
     def undo() -> None:
-        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is leave:
+        if user in _users:
+            _users.remove(user)
+        in_main = threading.current_thread() is threading.main_thread()
+        if in_main and not _users and signal.getsignal(signal.SIGTERM) is _leave:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     return undo
+
+
+_users: list[object] = []  # runs that SIGTERM ends
+
+
+def _leave(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
+import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ from mlflow_icr.tracking.operations import (
 )  # fmt: skip
 
 EVENTS = "events.jsonl"
+MEASURED_STEP = re.compile(rb'\{"kind": "metrics", "step": (\d+),')
 BATCH_BYTES = 4 * 2**20  # bytes of the log that are read at a time, so that a sink that was away for days costs no memory
 
 
@@ -44,6 +48,10 @@ class Cursor:
 
     offset: int = 0
     number: int = 0
+
+
+def _digest(line: bytes) -> str:
+    return hashlib.sha256(line).hexdigest()[:16]
 
 
 def _kind(line: bytes) -> str:
@@ -68,6 +76,7 @@ class EventLog:
         self.logged = False  # whether it has values of a training's own
         self.summary: Metrics | None = None  # the summary of the run, when it ended last
         self.end = Cursor()
+        self.first = ""  # a digest of the first line, which tells logs apart
         self.urgent = 0  # urgent operations end here, in bytes
         self.closed = False  # another process may have the folder: nothing is added any more
         self._unsynced = False
@@ -87,6 +96,7 @@ class EventLog:
                         os.truncate(self.path, offset)
                     break
                 kind = _kind(line)
+                self.first = self.first or _digest(line)
                 if kind in ("params", "end", "model"):
                     try:
                         self._note(from_line(line), Cursor(offset, number))
@@ -97,8 +107,8 @@ class EventLog:
                         self.logged = True
                     elif b'"source": "summary"' in line:
                         summary = line
-                    elif b'"source": ' not in line:
-                        self.measured[int(line[line.find(b'"step": ') + 8 : line.find(b",", 20)])] = Cursor(offset, number)
+                    elif b'"source": ' not in line and (step := MEASURED_STEP.match(line)):
+                        self.measured[int(step[1])] = Cursor(offset, number)
                 offset, number = offset + len(line), number + 1
         self.end = Cursor(offset, number)
         found = from_line(summary) if summary else None
@@ -128,11 +138,18 @@ class EventLog:
             if not operations or self.closed:
                 return
             lines = [to_line(operation) for operation in operations]
-            append_line(self.path, "".join(lines), sync=False)
+            self.first = self.first or _digest(lines[0].encode())
+            if self.path.stat().st_size != self.end.offset:
+                raise OSError(errno.ESTALE, "another process has changed or replaced it", str(self.path))
             self._unsynced = True
-            for operation, line in zip(operations, lines, strict=True):
-                self._note(operation, self.end)
-                self.end = Cursor(self.end.offset + len(line.encode()), self.end.number + 1)
+            try:
+                append_line(self.path, "".join(lines), sync=False)
+                for operation, line in zip(operations, lines, strict=True):
+                    self._note(operation, self.end)
+                    self.end = Cursor(self.end.offset + len(line.encode()), self.end.number + 1)
+            except KeyboardInterrupt:  # of a notebook that goes on
+                os.truncate(self.path, self.end.offset)
+                raise
             if urgent:
                 self.urgent = self.end.offset
             self.changed.notify_all()
@@ -147,10 +164,17 @@ class EventLog:
                 self._unsynced = True
                 raise
 
-    def read(self, since: Cursor, lane: str = ALL, limit: int = 2000) -> tuple[list[Entry], Cursor]:
+    def read(
+        self,
+        since: Cursor,
+        lane: str = ALL,
+        limit: int = 2000,
+        *,
+        damaged: Callable[[int, str], object] = lambda number, why: None,
+    ) -> tuple[list[Entry], Cursor]:
         """Operations of a lane from a cursor on, at most so many values and 4 MiB; and the cursor after them.
 
-        Raises ValueError for a line that is not an operation.
+        A line that is not an operation is left out; `damaged` gets its number and why. Raises OSError for a file that was cut.
         """
         found: list[Entry] = []
         offset, number, values = since.offset, since.number, 0
@@ -158,21 +182,24 @@ class EventLog:
             file.seek(offset)
             while values < limit and offset < self.end.offset and offset - since.offset < BATCH_BYTES:
                 line = file.readline()
+                if not line:
+                    raise OSError(errno.ESTALE, "another process has cut or replaced it", str(self.path))
                 if lane in (ALL, lane_of(_kind(line))):
                     try:
                         operation = from_line(line)
                     except ValueError as error:
-                        raise ValueError(f"{self.path}, line {number + 1}: {error}") from None
-                    held = len(operation.values) if isinstance(operation, Metrics) else 1
-                    if found and values + held > limit:
-                        break
-                    values += max(1, held)
-                    found.append(Entry(number, offset + len(line), operation))
+                        damaged(number, str(error))
+                    else:
+                        held = len(operation.values) if isinstance(operation, Metrics) else 1
+                        if found and values + held > limit:
+                            break
+                        values += max(1, held)
+                        found.append(Entry(number, offset + len(line), operation))
                 offset, number = offset + len(line), number + 1
         return found, Cursor(offset, number)
 
     def entries(self, since: Cursor = Cursor()) -> Iterator[Entry]:
-        """All operations from a cursor on. Raises ValueError for a line that is not one."""
+        """All operations from a cursor on."""
         while since.offset < self.end.offset:
             found, since = self.read(since)
             yield from found

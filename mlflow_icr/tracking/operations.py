@@ -124,12 +124,24 @@ def to_content(operation: Operation) -> dict[str, Any]:
     for part in fields(operation):
         value = getattr(operation, part.name)
         default = part.default_factory() if part.default_factory is not MISSING else part.default
-        if value != default:
-            content[part.name] = value
-    match operation:
+        if value is not default and value != default:
+            content[part.name] = int(value) if part.name in ("step", "time") else value
+    match operation:  # numbers and texts of other libraries are none in JSON
         case Metrics() | Model():
-            content["values"] = {key: _number(float(value)) for key, value in operation.values.items()}
+            content["values"] = {key: _number(as_number(key, value)) for key, value in operation.values.items()}
+        case Tags():
+            content["values"] = {key: str(value) for key, value in operation.values.items()}
+    if "texts" in content:
+        content["texts"] = {key: str(value) for key, value in content["texts"].items()}
     return content
+
+
+def as_number(key: str, value: object) -> float:
+    """A value as a float. Raises ValueError for one that is no number, or too large for one."""
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{key} is {value!r}; expected a number") from None
 
 
 def to_line(operation: Operation) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlflow_icr.extraction.files import write_whole
 from mlflow_icr.tracking import operations as told
-from mlflow_icr.tracking.event_log import Cursor, EventLog
+from mlflow_icr.tracking.event_log import EVENTS, Cursor, EventLog
 from mlflow_icr.tracking.operations import ALL, described, to_content
 
 if TYPE_CHECKING:
@@ -40,10 +40,11 @@ class Failure(Enum):
 class SinkState:
     """The cursors of a sink in the log, for each lane, and refused operations with reasons; a file of the run folder.
 
-    Sinks may keep more in `content`. Threads may share it.
+    Sinks may keep more in `content`. Threads may share it. A file that was left beside another log, of a folder that was
+    removed, is forgotten; with a log that was put back from a copy, everything is sent again.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, log: EventLog) -> None:
         self.path, self.lock = path, threading.RLock()
         self.content: dict[str, Any] = {"cursors": {}, "refused": {}}
         try:
@@ -52,6 +53,13 @@ class SinkState:
             pass
         except ValueError as error:
             raise ValueError(f"{path} is damaged ({error}); without it, everything is sent again") from None
+        self.forgot = self.content.get("log", log.first) != log.first
+        if self.forgot:
+            self.content = {"cursors": {}, "refused": {}}
+        if log.first:
+            self.content["log"] = log.first
+        if any(offset > log.end.offset for offset, _ in self.content["cursors"].values()):
+            self.content["cursors"] = {}
 
     def cursor(self, lane: str) -> Cursor:
         """The cursor of a lane."""
@@ -69,12 +77,13 @@ class SinkState:
         """Refused operations: `what`, `why`, `lane` and `operation`, by number in the log."""
         return dict(self.content["refused"])
 
-    def refuse(self, lane: str, number: int, operation: told.Operation, why: str) -> None:
-        """Set a refused operation aside, with its reason."""
-        what = described(operation)
+    def refuse(self, lane: str, number: int, operation: told.Operation | None, why: str) -> None:
+        """Set a refused operation aside, with its reason; None for a line of the log that is not one."""
+        what = described(operation) if operation else f"line {number + 1} of {EVENTS}"
+        content = to_content(operation) if operation else {}
         with self.lock:
             self.content["refused"][f"{number} {what}"] = {
-                "number": number, "what": what, "why": why, "lane": lane, "operation": to_content(operation),
+                "number": number, "what": what, "why": why, "lane": lane, "operation": content,
             }  # fmt: skip
             self.write()
 
@@ -142,7 +151,9 @@ class Sink:
     def waiting_text(self) -> str:
         """What it has not taken, in a line; empty where it has everything."""
         waiting = sum(worker.waiting for worker in self.workers)
-        where = f"{waiting} operations wait in {self.folder}; {self.delivered_by} delivers them"
+        failure = next((worker.failure for worker in self.workers if worker.failure is not None), None)
+        why = f" ({self.reason_of(failure)})" if failure else ""
+        where = f"{waiting} operations wait in {self.folder}{why}; {self.delivered_by} delivers them"
         return f"{self.name} has not taken everything: {where}" if waiting else ""
 
     @property

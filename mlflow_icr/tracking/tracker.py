@@ -20,7 +20,7 @@ from mlflow_icr.tracking import operations as told
 from mlflow_icr.tracking.checkpoints.folder import checkpoints
 from mlflow_icr.tracking.ending import end_at_exit, exit_on_sigterm, status_of
 from mlflow_icr.tracking.event_log import EventLog
-from mlflow_icr.tracking.folder import holds_run
+from mlflow_icr.tracking.folder import check_writable, holds_run
 from mlflow_icr.tracking.journal import Journal
 from mlflow_icr.tracking.lock import Lock
 from mlflow_icr.tracking.logged import Logged
@@ -63,14 +63,16 @@ class Tracker:
         for name, value, allowed in (("resume", resume, RESUMES), ("mode", self.mode, MODES)):
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}; expected one of {', '.join(allowed)}")
-        folder = Path(output_dir)
+        folder = Path(output_dir).absolute()  # also after os.chdir
         if resume == NEVER and holds_run(folder):
             raise ValueError(f"output_dir is {str(output_dir)!r}, which holds a run; expected a new folder, or resume")
         if resume == MUST and not holds_run(folder):
             raise ValueError(f"output_dir is {str(output_dir)!r}, which holds no run; expected one to resume")
-        folder.mkdir(parents=True, exist_ok=True)
+        check_writable("output_dir", folder)
         self._process = os.getpid()
-        self._lock = Lock(folder / LOCK, f"{str(folder)!r} is of a run that another process is writing just now")
+        self._lock = Lock(
+            folder / LOCK, f"{str(output_dir)!r} is of a run that another process is writing just now, or a tracker of this one"
+        )
         try:
             self.journal = Journal(folder)
             self.log_file = EventLog(folder)
@@ -122,10 +124,10 @@ class Tracker:
                 while path in paths:  # a second sink of a kind
                     path = path.with_name(f"{path.stem}_{path.suffix}")
                 paths.append(path)
-                sink.attach(self.journal.folder, self.log_file, SinkState(path), self.say)
+                sink.attach(self.journal.folder, self.log_file, SinkState(path, self.log_file), self.say)
                 sink.open(opening, offline=sink.remote and self.mode == OFFLINE)
             except Exception as error:  # a tracker of any kind, failing in any way, must not cost a training run
-                self._warn_of(sink, error)
+                self._warn(f"failure {sink.name}", f"{sink.name} gets nothing ({sink.reason_of(error)}); training goes on")
                 continue
             if not (sink.remote and self.mode == OFFLINE):
                 sink.workers = [Worker(sink, lane, self.log_file, quiet=self.quiet) for lane in sink.lanes]
@@ -157,6 +159,7 @@ class Tracker:
         values: dict[str, float] = {}
         try:
             self.begin()
+            self._complete()  # what an interrupted call has left
             values = summarise(self.journal.rows) | self.verdict.summary()
             step = max(self.journal.steps, default=0)
             last = self.log_file.summary  # a run that is opened and closed again has the same summary
@@ -177,6 +180,8 @@ class Tracker:
 
     def abandon(self) -> None:
         """Release the folder as a killed process does: nothing more is sent, and other processes may use it."""
+        if os.getpid() != self._process:
+            return
         self._closed = True
         self._stay()
         self._undo_signal()
@@ -199,7 +204,8 @@ class Tracker:
 
     def __getstate__(self) -> dict[str, Any]:
         """The state of a copy for another process; the copy does nothing."""
-        return {"_process": -1, "_warned": set(), "_closed": False}
+        return {"_process": -1, "_warned": set(), "_closed": False, "sinks": [], "workers": [], "_noted": True,
+                "_verdicts": self._verdicts}  # fmt: skip
 
     def _is_usable(self) -> bool:
         """Whether this process made the tracker and it is open; others get one warning that their calls do nothing."""
@@ -255,8 +261,8 @@ class Tracker:
             return
         self.begin()
         resumes, self._resumes_log = self._resumes_log, False
-        values = {key: float(value) for key, value in row.values.items()}
-        operation = told.Metrics(row.step, round(row.time * 1000), values, told.LOGGED, dict(row.texts), resumes)
+        time = round(row.time * 1000)
+        operation = told.Metrics(row.step, time, dict(row.values), told.LOGGED, dict(row.texts), resumes)
         self.log_file.append([operation], urgent=False)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
@@ -281,6 +287,8 @@ class Tracker:
         """Log a report's values and pictures, but not in the journal: it is not a measurement."""
         from PIL import Image
 
+        if not self._is_usable():
+            return
         parts = text_operations(report, now_ms())
         if report.values:
             parts.append(told.Metrics(report.step, now_ms(), dict(report.values), told.SUMMARY))
@@ -293,7 +301,8 @@ class Tracker:
 
     def picture(self, key: str, path: Path, step: int) -> None:
         """Show a picture of a step, a PNG in the folder that stays as it is."""
-        self._tell(told.Picture(key, step, now_ms(), self.journal.relative(path)))
+        if self._is_usable():
+            self._tell(told.Picture(key, step, now_ms(), self.journal.relative(path)))
 
     def dataset(self, describe: Callable[[], Mapping[str, str]], context: str) -> None:
         """Show what a set of images is; `context` is what it is for, "training" or "validation".
@@ -332,7 +341,8 @@ class Tracker:
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Keep a file of the output folder as an artifact, in a folder of that name."""
-        self._tell(told.File(self.journal.relative(path), folder or "", time=now_ms()))
+        if self._is_usable():
+            self._tell(told.File(self.journal.relative(path), folder or "", time=now_ms()))
 
     def checkpoint(self, images_seen: int) -> None:
         """Log the checkpoint at a measurement, if there is one, and if it was measured."""

@@ -76,7 +76,7 @@ class Worker:
     def retry_refused(self) -> None:
         """Send refused operations again, in the caller's thread; those that are refused again get their new reason."""
         for key, entry in self.sink.state.refused.items():
-            if entry["lane"] != self.lane:
+            if entry["lane"] != self.lane or not entry["operation"]:
                 continue
             try:
                 self.sink.send(self.lane, [from_content(entry["operation"])], True)
@@ -105,7 +105,7 @@ class Worker:
         while self._wait():
             self.attempts += 1
             try:
-                batch, end = self.log.read(self.cursor, self.lane, self.sink.batch_of(self.lane))
+                batch, end = self.log.read(self.cursor, self.lane, self.sink.batch_of(self.lane), damaged=self._leave_out)
                 if batch:
                     self.log.sync()
                     if (may_be_repeated or failures) and not self.sink.reachable():
@@ -141,7 +141,9 @@ class Worker:
             self.log.changed.notify_all()
             if self._abandoned or (self._closing and self.failed >= LAST_ATTEMPTS):
                 return False
-            self.log.changed.wait_for(lambda: self._hurry or self._abandoned, PAUSES[min(failures, len(PAUSES) - 1)])
+            longest = self.failed - 1 if self._closing else failures  # somebody waits for the end
+            pause = PAUSES[min(max(0, longest), len(PAUSES) - 1)]
+            self.log.changed.wait_for(lambda: self._hurry or self._abandoned, pause)
             self._hurry = True
             return not self._abandoned
 
@@ -167,6 +169,13 @@ class Worker:
         else:
             for part in parts:
                 self._deliver(part, True)
+                if len(batch) > 1:  # else they are parts of one operation
+                    self.cursor = Cursor(part[-1].end, part[-1].number + 1)
+                    self.sink.state.advance(self.lane, self.cursor)
+
+    def _leave_out(self, number: int, why: str) -> None:
+        self.sink.state.refuse(self.lane, number, None, why)
+        self._warn(f"{self.log.path}, line {number + 1}, is left out ({why})")
 
     def _warn_of(self, error: Exception) -> None:
         if "failure" not in self._warned:

@@ -55,8 +55,10 @@ class Book:
         }  # fmt: skip
 
     def add(self, operation: Operation) -> Addition:
-        """Add the next operation."""
-        addition = Addition()
+        """Add the next operation. Raises ValueError for a step that event files do not have."""
+        addition, step = Addition(), getattr(operation, "step", None) or 0
+        if not -(2**63) <= step < 2**63:
+            raise ValueError(f"step is {step}; expected one of 64 bits")
         match operation:
             case Params():
                 if not self._described:  # those of a process that goes on would be one more run on the page
@@ -87,7 +89,7 @@ class Book:
             if number is not None:
                 if tag not in self._begun:
                     self._begun.add(tag)
-                    last, there = self._before.get(tag, (-1, math.nan))
+                    last, there = self._before.get(tag, (step - 1, math.nan))
                     if last == step and np.float32(there) == np.float32(number):
                         continue
                     if last >= step:
@@ -113,7 +115,10 @@ def all_shown(folder: Path, operations: Iterable[Operation], since: int) -> list
     """All values that operations show from a step on, in the order of their steps."""
     book, found = Book(folder), list[Shown]()
     for operation in operations:
-        addition = book.add(operation)
+        try:
+            addition = book.add(operation)
+        except Exception:  # it was set aside, with this as its reason
+            continue
         if addition.cuts:
             found = [value for value in found if value.step < addition.cuts.get(value.tag, value.step + 1)]
         found += [value for value in addition.values if value.step >= since]

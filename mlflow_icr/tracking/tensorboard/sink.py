@@ -34,7 +34,7 @@ class TensorBoardSink(Sink):
     pace = 3.0
 
     def __init__(self, log_dir: Path | str) -> None:
-        self.log_dir = Path(log_dir)
+        self.log_dir = Path(log_dir).absolute()
         self._file: EventFile | None = None
         self._book: Book | None = None
 
@@ -55,11 +55,13 @@ class TensorBoardSink(Sink):
         if "file" not in content or not path.is_file() or path.stat().st_size < content["committed"]:
             # Event files of a folder that has results hold these, as an earlier version wrote them, or as they were lost.
             there = any(is_event_file(name.name) for name in self.log_dir.iterdir() if not name.name.startswith("."))
-            hides = there and bool(self.log.measured or self.log.logged)
+            hides = there and bool(self.log.measured or self.log.logged or self.state.forgot)
             path = self.log_dir / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
             while path.exists():
                 path = path.with_name(f"{path.name}.0")
-            content |= {"file": path.name, "committed": 0, "cursors": {}, "book": {}}
+            content |= {"file": path.name, "cursors": {}}
+        if not content["cursors"]:
+            content |= {"committed": 0, "book": {}}
         self._file = EventFile(path)
         begins = not content["committed"]
         self._file.start(content["committed"])

@@ -143,6 +143,11 @@ class Sink:
         return drain(self.workers)
 
     @property
+    def failure(self) -> Exception | None:
+        """Why the last attempt failed, if it did."""
+        return next((worker.failure for worker in self.workers if worker.failure is not None), None)
+
+    @property
     def delivered_by(self) -> str:
         """What delivers operations that wait when the run has ended, for messages."""
         return "a tracker that resumes in this folder"
@@ -151,8 +156,7 @@ class Sink:
     def waiting_text(self) -> str:
         """What it has not taken, in a line; empty where it has everything."""
         waiting = sum(worker.waiting for worker in self.workers)
-        failure = next((worker.failure for worker in self.workers if worker.failure is not None), None)
-        why = f" ({self.reason_of(failure)})" if failure else ""
+        why = f" ({self.reason_of(self.failure)})" if self.failure else ""
         where = f"{waiting} operations wait in {self.folder}{why}; {self.delivered_by} delivers them"
         return f"{self.name} has not taken everything: {where}" if waiting else ""
 

@@ -70,9 +70,8 @@ class Tracker:
             raise ValueError(f"output_dir is {str(output_dir)!r}, which holds no run; expected one to resume")
         check_writable("output_dir", folder)
         self._process = os.getpid()
-        self._lock = Lock(
-            folder / LOCK, f"{str(output_dir)!r} is of a run that another process is writing just now, or a tracker of this one"
-        )
+        used = f"{str(output_dir)!r} is of a run that another process is writing just now, or a tracker of this one"
+        self._lock = Lock(folder / LOCK, used)
         try:
             self.journal = Journal(folder)
             self.log_file = EventLog(folder)
@@ -80,8 +79,7 @@ class Tracker:
             self._lock.release()
             raise
         self._verdicts = folded(self.journal.rows)
-        told_of_verdicts = [] if on_verdict is None else [Reaction(on_verdict, self.verdict.state)]
-        self.sinks = [*sinks, *told_of_verdicts]
+        self.sinks = [*sinks, *([] if on_verdict is None else [Reaction(on_verdict, self.verdict.state)])]
         self.workers: list[Worker] = []
         self.say: Callable[[str], None] = say_on_stderr
         self.quiet = False  # whether the caller reports failures
@@ -205,7 +203,7 @@ class Tracker:
     def __getstate__(self) -> dict[str, Any]:
         """The state of a copy for another process; the copy does nothing."""
         return {"_process": -1, "_warned": set(), "_closed": False, "sinks": [], "workers": [], "_noted": True,
-                "_verdicts": self._verdicts}  # fmt: skip
+                "_verdicts": self._verdicts, "journal": self.journal}  # fmt: skip
 
     def _is_usable(self) -> bool:
         """Whether this process made the tracker and it is open; others get one warning that their calls do nothing."""
@@ -301,8 +299,7 @@ class Tracker:
 
     def picture(self, key: str, path: Path, step: int) -> None:
         """Show a picture of a step, a PNG in the folder that stays as it is."""
-        if self._is_usable():
-            self._tell(told.Picture(key, step, now_ms(), self.journal.relative(path)))
+        self._tell(told.Picture(key, step, now_ms(), self.journal.relative(path)))
 
     def dataset(self, describe: Callable[[], Mapping[str, str]], context: str) -> None:
         """Show what a set of images is; `context` is what it is for, "training" or "validation".
@@ -341,8 +338,7 @@ class Tracker:
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Keep a file of the output folder as an artifact, in a folder of that name."""
-        if self._is_usable():
-            self._tell(told.File(self.journal.relative(path), folder or "", time=now_ms()))
+        self._tell(told.File(self.journal.relative(path), folder or "", time=now_ms()))
 
     def checkpoint(self, images_seen: int) -> None:
         """Log the checkpoint at a measurement, if there is one, and if it was measured."""

@@ -122,11 +122,6 @@ class MLflowSink(Sink):
         return run_address(self.target.uri, experiment_id, run_id) if run_id and experiment_id else None
 
     @property
-    def failure(self) -> Exception | None:
-        """Why the last attempt failed, if it did."""
-        return next((worker.failure for worker in self.workers if worker.failure is not None), None)
-
-    @property
     def delivered_by(self) -> str:
         """The command that delivers what waits."""
         return f"mlflow-icr sync {self.folder}"
@@ -364,10 +359,7 @@ class MLflowSink(Sink):
     def _log_tags(self, values: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
 
-        tags = [
-            RunTag(key if key.startswith(NAME_TAG) else self._key(key), self._cut(f"tag {key!r}", text, LONGEST_TAG))
-            for key, text in values.items()
-        ]
+        tags = [RunTag(self._key(key), self._cut(f"tag {key!r}", text, LONGEST_TAG)) for key, text in values.items()]
         for start in range(0, len(tags), TEXTS_PER_CALL):
             self._client.log_batch(self._id, tags=tags[start : start + TEXTS_PER_CALL])
 
@@ -381,9 +373,8 @@ class MLflowSink(Sink):
             if key not in self.known.get(part.step, ())
         ]
         if may_be_repeated and points:
-            there: set[tuple[str, int, int, int]] = set()
-            for key in {point.key for point in points}:
-                there |= _named(self._client.get_metric_history(self._id, key)).keys()
+            keys = {point.key for point in points}
+            there = _named([point for key in keys for point in self._client.get_metric_history(self._id, key)])
             points = [point for name, point in _named(points).items() if name not in there]
         for start in range(0, len(points), METRICS_PER_CALL):
             self._client.log_batch(self._id, metrics=points[start : start + METRICS_PER_CALL])

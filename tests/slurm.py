@@ -37,7 +37,7 @@ PreemptMode=REQUEUE
 SchedulerParameters=sched_min_interval=100000,bf_interval=1
 MailProg=/bin/true
 ReturnToService=2
-KillWait=3
+KillWait=30
 StateSaveLocation={folder}/state
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmctldLogFile={folder}/slurmctld.log

@@ -26,7 +26,7 @@ from mlflow_icr.tracking.keys import file_key, plain_values
 from mlflow_icr.tracking.mlflow.store import is_answering
 from tests.stores import mlflow_state, new_store
 from tests.test_restarts import in_both_readers
-from tests.test_tracking import mlflow_scalars, report
+from tests.test_tracking import mlflow_scalars, report, tensorboard_scalars
 
 pytestmark = pytest.mark.usefixtures("quick_attempts")
 
@@ -363,3 +363,42 @@ def test_a_folder_in_use_or_damaged_keeps_no_other_from_being_delivered(
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="File exists; expected a folder that can be written"):
         Tracker(tmp_path / "file", [])
+
+
+def test_two_servers_of_one_tracker_are_both_delivered_to_later(tmp_path: Path) -> None:
+    uris = [new_store(tmp_path / f"{name}.db") for name in "ab"]
+    tracker = Tracker(tmp_path / "run", [MLflowSink(tracking_uri=uri) for uri in uris], mode="offline")
+    tracker.open({}, {})
+    tracker.log(Logged(1, 1000.0, {"loss": 1.0}))
+    tracker.close("FINISHED")
+    assert [part.complete for part in sync(tmp_path / "run", dry_run=True)] == [False, False]
+    done = sync(tmp_path / "run")
+    assert [(part.complete, part.target) for part in done] == [(True, uri) for uri in uris]
+    assert {len(sync(tmp_path / "run")), len({part.run_id for part in done})} == {2}
+
+
+def test_a_state_that_cannot_be_written_doubles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker = Tracker(tmp_path / "run", [MLflowSink(), TensorBoardSink(tmp_path / "run")])
+    tracker.open({}, {})
+    assert tracker.flush()
+    full = [OSError(28, "No space left on device")] * 2
+    for sink in tracker.sinks:
+        write = sink.state.write
+        monkeypatch.setattr(sink.state, "write", lambda write=write: (_ for _ in ()).throw(full.pop()) if full else write())
+    tracker.log(Logged(1, 1000.0, {"loss": 1.0}))
+    tracker.flush()
+    tracker.log(Logged(2, 1000.0, {"loss": 2.0}))
+    tracker.close("FINISHED")
+    assert not full
+    assert mlflow_scalars(str(tracker.run_id))["loss"] == [(1, 1.0), (2, 2.0)]
+    assert tensorboard_scalars(tmp_path / "run")["loss"] == [(1, 1.0), (2, 2.0)]
+
+
+def test_steps_that_go_down_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """TensorBoard's fast reader shows of two epochs with the same steps the second one."""
+    tracker = Tracker(tmp_path / "run", [TensorBoardSink(tmp_path / "run")])
+    tracker.open({}, {})
+    for step in (0, 1, 0, 1):
+        tracker.log(Logged(step, 1000.0, {"loss": 1.0}))
+    tracker.close("FINISHED")
+    assert capsys.readouterr().err.count("TensorBoard: the steps of 'loss' go down") == 1

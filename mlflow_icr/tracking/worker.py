@@ -118,7 +118,8 @@ class Worker:
                 may_be_repeated, failures = may_be_repeated and not batch, 0
             except Exception as error:  # whatever it is, it must not end a training
                 may_be_repeated = True
-                self.failure = error
+                # Further than before if a part was sent, or only the file of the state could not be written.
+                self.failure, self.cursor = error, self.sink.state.cursor(self.lane)
                 self._warn_of(error)
                 if not self._pause(failures):
                     return
@@ -141,7 +142,7 @@ class Worker:
             self.log.changed.notify_all()
             if self._abandoned or (self._closing and self.failed >= LAST_ATTEMPTS):
                 return False
-            longest = self.failed - 1 if self._closing else failures  # somebody waits for the end
+            longest = self.failed - 1 if self._closing else failures  # the caller waits for the end
             pause = PAUSES[min(max(0, longest), len(PAUSES) - 1)]
             self.log.changed.wait_for(lambda: self._hurry or self._abandoned, pause)
             self._hurry = True
@@ -170,8 +171,7 @@ class Worker:
             for part in parts:
                 self._deliver(part, True)
                 if len(batch) > 1:  # else they are parts of one operation
-                    self.cursor = Cursor(part[-1].end, part[-1].number + 1)
-                    self.sink.state.advance(self.lane, self.cursor)
+                    self.sink.state.advance(self.lane, Cursor(part[-1].end, part[-1].number + 1))
 
     def _leave_out(self, number: int, why: str) -> None:
         self.sink.state.refuse(self.lane, number, None, why)

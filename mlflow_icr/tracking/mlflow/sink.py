@@ -35,6 +35,7 @@ from mlflow_icr.tracking.operations import FILES, MODELS, POINTS
 from mlflow_icr.tracking.sink import Failure, Sink, SinkState
 from mlflow_icr.tracking.tensorboard.event_file import float64_bits
 
+STATE_FILE = "mlflow.json"
 KEY_TAG = "icr.log"  # of a run: which folder's log it shows
 NAME_TAG = "icr.key."  # and the original of a key that MLflow does not accept
 OPEN_SECONDS = 1.0  # that opening waits for the run of a server
@@ -60,6 +61,7 @@ class MLflowSink(Sink):
 
     name = "MLflow"
     remote = True
+    state_file = STATE_FILE
     lanes = (POINTS, FILES, MODELS)
     pace = 3.0  # a round of calls costs a server some 25 ms: this often, it is less than a hundredth of the training
 
@@ -135,7 +137,7 @@ class MLflowSink(Sink):
 
     def state_path(self, folder: Path) -> Path:
         """`mlflow.json`: target, run, and how far each lane is."""
-        return folder / "mlflow.json"
+        return folder / self.state_file
 
     def attach(self, folder: Path, log: EventLog, state: SinkState, say: Callable[[str], None]) -> None:
         """Attach to the folder; from now on models are logged as `log_models` says."""

@@ -11,7 +11,7 @@ from mlflow_icr.monitoring.series import HISTORY
 from mlflow_icr.tracking.earlier import OPERATIONS
 from mlflow_icr.tracking.event_log import EVENTS, EventLog
 from mlflow_icr.tracking.folder import holds_run
-from mlflow_icr.tracking.mlflow.sink import MLflowSink
+from mlflow_icr.tracking.mlflow.sink import STATE_FILE, MLflowSink
 from mlflow_icr.tracking.operations import End
 from mlflow_icr.tracking.report_operations import now_ms
 from mlflow_icr.tracking.sink import SinkState
@@ -71,7 +71,14 @@ def _refusals(state: SinkState) -> dict[str, str]:
     return {f"operation {entry['number']}, {entry['what']}": entry["why"] for entry in state.refused.values()}
 
 
-def deliver_folder(folder: Path, *, new_run: bool = False, tracking_uri: str | None = None, status: str = "KILLED") -> Synced:
+def deliver_folder(
+    folder: Path,
+    *,
+    new_run: bool = False,
+    tracking_uri: str | None = None,
+    status: str = "KILLED",
+    state_file: str = STATE_FILE,
+) -> Synced:
     """Deliver what the server does not have of one folder; a run whose process was killed is ended with a status.
 
     Idempotent. Refused operations are sent again. The server is the folder's, or `tracking_uri` if that server has moved; with
@@ -79,6 +86,7 @@ def deliver_folder(folder: Path, *, new_run: bool = False, tracking_uri: str | N
     process is writing, or a damaged journal.
     """
     sink = MLflowSink(tracking_uri=tracking_uri, starts_over=new_run)
+    sink.state_file = state_file  # of a tracker with several servers
     tracker = Tracker(folder, [sink], resume=ALLOW, mode=ONLINE)
     tracker.quiet = True
     try:
@@ -104,12 +112,11 @@ def deliver_folder(folder: Path, *, new_run: bool = False, tracking_uri: str | N
         tracker.abandon()
 
 
-def waiting_of(folder: Path) -> Synced:
+def waiting_of(folder: Path, state_file: str = STATE_FILE) -> Synced:
     """The undelivered operations of one folder; takes no lock and delivers nothing."""
-    sink = MLflowSink()
     log = EventLog(folder, read_only=True)
-    state = SinkState(sink.state_path(folder), log)
-    counts = {lane: log.count(state.cursor(lane), lane) for lane in sink.lanes}
+    state = SinkState(folder / state_file, log)
+    counts = {lane: log.count(state.cursor(lane), lane) for lane in MLflowSink.lanes}
     target: Mapping[str, Any] = state.content.get("target", {})
     return Synced(
         folder, state.content.get("run_id"), str(target.get("uri", "this process's server")), 0, counts, _refusals(state)
@@ -130,9 +137,13 @@ def sync(
     damaged is named, and the others are delivered.
     """
     found, folders = [], folders_of(folder)
-    for part in folders:
+    parts = [(part, path.name) for part in folders for path in sorted(part.glob("mlflow*.json")) or [part / STATE_FILE]]
+    for part, name in parts:
         try:
-            done = waiting_of(part) if dry_run else deliver_folder(part, new_run=new_run, tracking_uri=tracking_uri)
+            if dry_run:
+                done = waiting_of(part, name)
+            else:
+                done = deliver_folder(part, new_run=new_run, tracking_uri=tracking_uri, state_file=name)
         except (ValueError, OSError) as error:
             if len(folders) == 1:
                 raise

@@ -27,12 +27,13 @@ Last = dict[str, tuple[int, float]]  # the last step of a tag, and the value the
 class Addition:
     """What one operation adds; each tag's values from its step in `cuts` on that were there before do not count.
 
-    `late` is the earliest step that comes after a later one of its tag.
+    `late` is the earliest step that comes after a later one of its tag, `down` a tag of a training's own whose steps go down.
     """
 
     values: list[Shown] = field(default_factory=list)
     cuts: dict[str, int] = field(default_factory=dict)
     late: int | None = None
+    down: str = ""
 
 
 class Book:
@@ -96,6 +97,8 @@ class Book:
                         addition.cuts[tag] = step
                 if step >= self._last.get(tag, (step, 0.0))[0]:
                     self._last[tag] = (step, number)
+                elif tag not in addition.cuts:
+                    addition.down = tag
             addition.values.append(value)
 
     def _note(self, addition: Addition) -> None:

@@ -87,6 +87,10 @@ class TensorBoardSink(Sink):
                     self._tell_again(min(addition.cuts.values()), place, addition.cuts)
                 self._write(addition.values)
                 late += [] if addition.late is None else [addition.late]
+                if addition.down and "down" not in self.warned:
+                    self.warned.add("down")
+                    where = "where that was logged again; MLflow and the log have all values"
+                    self.say(f"TensorBoard: the steps of {addition.down!r} go down; it shows only the newer values {where}")
             if late:
                 self._tell_again(min(late), number + len(operations))
             self.state.content |= {"committed": self._file.commit(), "book": self._book.state}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -53,7 +54,8 @@ def test_links_are_followed_once_and_broken_ones_are_named(tmp_path: Path) -> No
 
 def test_what_is_not_read_is_said(tmp_path: Path) -> None:
     write_some(tmp_path, 2)
-    for name in ("a.heic", "b.HEIC", "caption.txt", ".hidden.heic"):
+    (tmp_path / "@eaDir").mkdir()
+    for name in ("a.heic", "b.HEIC", "caption.txt", ".hidden.heic", "@eaDir/thumb.jpg"):
         (tmp_path / name).write_bytes(b"...")
     assert ImageFiles(tmp_path).notes == [f"{str(tmp_path)!r}: its 2 images are taken, and 2 .heic files left aside"]
     for path in image_paths(tmp_path):
@@ -62,6 +64,13 @@ def test_what_is_not_read_is_said(tmp_path: Path) -> None:
         ImageFiles(tmp_path)
     with pytest.raises(ValueError, match=r"nowhere' is not there; expected a folder"):
         ImageFiles(tmp_path / "nowhere")
+    (tmp_path / "two\nlines.png").touch()
+    (tmp_path / os.fsdecode(b"caf\xe9.png")).touch()
+    with pytest.raises(ValueError, match=r"caf\\udce9.png \(an empty file\); two\\nlines.png \(an empty file\)$") as caught:
+        load_folder(tmp_path, 8)
+    assert caught.value.args[0].isprintable()
+    for path in image_paths(tmp_path):
+        path.unlink()
     (tmp_path / "empty.png").touch()
     with pytest.raises(ValueError, match=r"empty.png \(an empty file\)$"):
         load_folder(tmp_path, 8)

@@ -25,6 +25,7 @@ from trainers.experiments.address import chart_address, study_search, without_se
 from trainers.experiments.siblings import Sibling, run_siblings
 from trainers.launch import check_processes
 from trainers.launchers.job import FINISHED
+from trainers.places import settled_paths
 from trainers.train import Stop, check_project
 
 logger = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ def _count(name: str, text: str) -> int:
 def plan(argv: Sequence[str] | None) -> Study:
     """The study that a command line asks for. Raises ValueError for impossible values, before anything runs."""
     arguments = _parser().parse_args(argv)
-    changes = config_changes(arguments)
+    changes = settled_paths(config_changes(arguments))
     limited = load_config(arguments.preset, changes)
     available = len(load_source(limited.data.source, limited.data.size, limited.data.split)) - limited.data.num_heldout
     wanted = available if arguments.control_images == AUTO else _count("control_images", arguments.control_images)

@@ -292,7 +292,8 @@ def unreadable_message(path: Path, unreadable: Sequence[str], total: int) -> str
 
 
 def named(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are."""
+    """The first few names, and how many more there are; what a line cannot hold of them is escaped."""
+    names = [name if name.isprintable() else ascii(name)[1:-1] for name in names]
     more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
     return f"{'; '.join(names[:MOST_NAMED])}{more}"
 
@@ -309,8 +310,8 @@ def holds_images(path: Path | str) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file is none of the images: what systems add to folders (`.DS_Store`, `__MACOSX/`, `._image.png`)."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
+    """Whether a file is none of the images: what systems add (`.DS_Store`, `__MACOSX/`, `@eaDir/`, `._image.png`)."""
+    return any(part.startswith(".") or part in ("__MACOSX", "@eaDir") for part in PurePosixPath(name).parts)
 
 
 def image_paths(folder: Path | str) -> list[Path]:

@@ -19,6 +19,7 @@ from mlflow_icr.extraction.images import Size
 from trainers.config import OPTIONS, PRESET, TrainConfig, load_config, preset_names
 from trainers.groups import DataConfig
 from trainers.options import Option
+from trainers.places import settled_paths
 
 MOST_RUNS = 10_000
 PATHS = ("data", "encoder_weights")
@@ -89,7 +90,7 @@ def expand(preset: str, texts: Mapping[str, str], shown: Mapping[str, str] | Non
     varied = [field for field, values in axes.items() if len(values) > 1]
     runs = []
     for values in product(*axes.values()):
-        place = dict(zip(axes, values, strict=True))
+        place = settled_paths(dict(zip(axes, values, strict=True)))
         config = load_config(place["preset"], {field: value for field, value in place.items() if field != "preset"})
         runs.append(GridPoint(_name(config, varied), place, config))
     names = [run.name for run in runs]

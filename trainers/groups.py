@@ -175,7 +175,7 @@ class MonitorConfig(Group):
 class RunConfig(Group):
     """Seed, checkpoints and logging."""
 
-    seed: int = option(0, "seed of subset, initial weights, order and noise", least=0, below=2**63)
+    seed: int = option(0, "seed of subset, initial weights, order and noise", least=0)
     checkpoints_total_limit: int = option(
         0, "number of checkpoints to keep, 0 for all; the newest, and those that may be the one to keep, always stay", least=0
     )
@@ -184,3 +184,8 @@ class RunConfig(Group):
     log_models: str = option(
         "all", "checkpoints whose weights MLflow gets; kept: at the end, those at the turn and the newest", one_of=LOG_MODELS
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.seed >= 2**63:  # of torch's generators
+            refuse("seed", self.seed, "a whole number below 2^63")

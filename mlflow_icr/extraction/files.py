@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Callable
@@ -44,8 +45,8 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def append_line(path: Path, line: str, *, sync: bool = True) -> None:
-    """Append one or more lines and fsync them, or leave the file unchanged. Raises OSError.
+def append_line(path: Path, line: str, *, sync: bool = True, at: int | None = None) -> None:
+    """Append one or more lines and fsync them, or leave the file unchanged. Raises OSError, also if it does not end `at`.
 
     Without `sync` they survive the process, but not a power cut.
 
@@ -54,6 +55,8 @@ def append_line(path: Path, line: str, *, sync: bool = True) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         start = os.fstat(descriptor).st_size
+        if at not in (None, start):
+            raise OSError(errno.ESTALE, "another process has changed or replaced it", str(path))
         try:
             left = line.encode()
             while left:

@@ -139,11 +139,9 @@ class EventLog:
                 return
             lines = [to_line(operation) for operation in operations]
             self.first = self.first or _digest(lines[0].encode())
-            if self.path.stat().st_size != self.end.offset:
-                raise OSError(errno.ESTALE, "another process has changed or replaced it", str(self.path))
             self._unsynced = True
             try:
-                append_line(self.path, "".join(lines), sync=False)
+                append_line(self.path, "".join(lines), sync=False, at=self.end.offset)
                 for operation, line in zip(operations, lines, strict=True):
                     self._note(operation, self.end)
                     self.end = Cursor(self.end.offset + len(line.encode()), self.end.number + 1)

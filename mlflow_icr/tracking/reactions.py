@@ -159,7 +159,8 @@ def run(command: str, change: VerdictChange, seconds: float) -> str:
             return f"took longer than {seconds:g} s and was killed"
         errors.seek(0)
         lines = errors.read(10_000).decode(errors="replace").strip().splitlines()
-    return f"ended with status {status}{': ' + lines[-1][:200] if lines else ''}" if status else ""
+    last = "".join(filter(str.isprintable, lines[-1]))[:200] if lines else ""
+    return f"ended with status {status}{': ' * bool(last)}{last}" if status else ""
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

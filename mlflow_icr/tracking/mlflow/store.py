@@ -59,15 +59,15 @@ def is_answering(uri: str) -> bool:
 
     try:
         parts = urlsplit(uri)
-        port = parts.port or PORTS.get(parts.scheme.partition("+")[0])
         if parts.scheme in ("http", "https"):
             for _ in range(3):  # some fail now and then
                 answer = ask(uri, EXPERIMENT)
                 if answer.status_code < 500 and answer.status_code != 429:
                     return answer.status_code in (401, 403) or isinstance(answer.json(), dict)
             return False
-        if parts.hostname and port:
-            socket.create_connection((parts.hostname, port), PROBE_SECONDS).close()
+        port = PORTS.get(parts.scheme.partition("+")[0])
+        if parts.hostname and port and "," not in parts.netloc:  # else it has several hosts
+            socket.create_connection((parts.hostname, parts.port or port), PROBE_SECONDS).close()
         return True
     except (MlflowException, OSError, ValueError):
         return False

@@ -315,8 +315,8 @@ def is_hidden(name: str) -> bool:
 
 
 def image_paths(folder: Path | str) -> list[Path]:
-    """All image files (PNG, JPEG, WebP, BMP, GIF, TIFF) below a folder, in the order of their paths."""
-    names = Folder(Path(folder)).names()
+    """All image files (PNG, JPEG, WebP, BMP, GIF, TIFF) below a folder, in the order of their paths; none without a folder."""
+    names = Folder(Path(folder)).names() if Path(folder).is_dir() else []
     images = [name for name in names if PurePosixPath(name).suffix.lower() in RASTER_SUFFIXES and not is_hidden(name)]
     paths = [Path(folder) / name for name in sorted(images, key=lambda name: PurePosixPath(name).parts)]
     return [path for path in paths if path.exists()]  # a link may lead nowhere

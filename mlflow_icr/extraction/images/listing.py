@@ -30,26 +30,10 @@ MOST_NAMED = 10  # files that cannot be read, in one line
 GROUP_BY = ("folder", "file", "patient")
 # Images that are not read, which a line names where they lie among others that are.
 UNREAD = (
-    *(
-        ".heic",
-        ".heif",
-        ".avif",
-        ".jxl",
-        ".jp2",
-        ".ppm",
-        ".pgm",
-        ".pnm",
-        ".tga",
-        ".psd",
-        ".exr",
-        ".hdr",
-        ".svg",
-        ".dng",
-        ".cr2",
-    ),
-    *(".cr3", ".nef", ".arw", ".raw", ".mha", ".mhd", ".nrrd", ".mgz", ".h5", ".hdf5", ".mat", ".fits", ".czi", ".svs", ".mp4"),
-    *(".mov", ".avi", ".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".tfrecord", ".pt", ".pth", ".pkl"),
-)
+    ".heic", ".heif", ".avif", ".jxl", ".jp2", ".ppm", ".pgm", ".pnm", ".tga", ".psd", ".exr", ".hdr", ".svg", ".dng",
+    ".cr2", ".cr3", ".nef", ".arw", ".raw", ".mha", ".mhd", ".nrrd", ".mgz", ".h5", ".hdf5", ".mat", ".fits", ".czi",
+    ".svs", ".mp4", ".mov", ".avi", ".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".tfrecord", ".pt", ".pth", ".pkl",
+)  # fmt: skip
 EDM_LABELS = "dataset.json"  # beside the images, in archives of the StyleGAN and EDM family
 
 

@@ -180,14 +180,17 @@ def test_a_point_that_comes_late_in_a_halved_batch_hides_nothing(tmp_path: Path)
 
 
 def test_sigterm_ends_every_open_run_until_the_last_is_closed(tmp_path: Path) -> None:
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     first, second = (Tracker(tmp_path / name, []) for name in "ab")
-    first.open()
-    second.open()
-    first.close("FINISHED")
-    assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
-    second.close("FINISHED")
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a test before this one may have left a handler
+    try:
+        first.open()
+        second.open()
+        first.close("FINISHED")
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        second.close("FINISHED")
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_what_a_spawned_worker_asks_has_an_answer(tmp_path: Path) -> None:

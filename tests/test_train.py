@@ -253,7 +253,7 @@ def test_two_ranks_train_one_run(whole: tuple[Path, str], tmp_path: Path) -> Non
         (["--preset=digits", "--augmentation-level=9"], "augmentation_level is 9; expected one of 1, 2, 3, 4, 5"),
         (["--preset=digits", "--probe-views=1"], "probe_views is 1; expected a whole number >= 2"),
         (["--preset=digits", "--layer=up_block.0"], r"layer is 'up_block.0'.*did you mean up_blocks.0"),
-        (["--preset=digits", "--data=/nonexistent"], "data is '/nonexistent', which is neither one of digits"),
+        (["--preset=digits", "--data=/nonexistent"], "data is '/nonexistent', which is not there; expected a folder, a .zip"),
         (["--preset=digits", "--tag=study"], "tag is 'study'; expected KEY=VALUE"),
         (["--preset=digits", "--resume"], "holds no config.yaml; --resume expects the folder of a run"),
     ],

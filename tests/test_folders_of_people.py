@@ -103,6 +103,18 @@ def test_a_turned_tiff_stands_upright_as_a_png_does(tmp_path: Path) -> None:
         assert np.array_equal(read(tmp_path / f"{orientation}.tif", size).images.numpy(), upright.astype(np.uint16) * 257)
 
 
+def test_masks_beside_images_are_no_images(tmp_path: Path) -> None:
+    for patient in "ab":
+        write_some(tmp_path / patient / "Images", 3)
+        write_some(tmp_path / patient / "masks", 4)
+    files = ImageFiles(tmp_path)
+    assert len(files) == 6
+    assert files.notes == [f"{str(tmp_path)!r}: 8 files in folders of masks or annotations, beside images, are left aside"]
+    assert len(ImageFiles(tmp_path / "a" / "masks")) == 4  # asked for
+    write_some(tmp_path / "classes" / "labels", 2)
+    assert len(ImageFiles(tmp_path / "classes")) == 2  # without images beside them
+
+
 def test_of_several_splits_one_is_taken(tmp_path: Path) -> None:
     for split, count in (("train", 3), ("val", 2)):
         for name in "ab":

@@ -24,7 +24,7 @@ from mlflow_icr.extraction.images.formats import (
     may_be_dicom,
 )
 from mlflow_icr.extraction.images.sources import FileReader, FileSource, Format, Header
-from mlflow_icr.extraction.images.splits import one_split
+from mlflow_icr.extraction.images.splits import beside_images, one_split
 
 MOST_NAMED = 10  # files that cannot be read, in one line
 GROUP_BY = ("folder", "file", "patient")
@@ -189,6 +189,10 @@ def _chosen_files(
     others: Counter[str] = Counter()
     alone = isinstance(reader, LoneFile)
     there = [name for name in reader.names() if not is_hidden(name)] if listed is None else []
+    masks = beside_images(there)
+    if masks:
+        notes.append(f"{str(path)!r}: {len(masks)} files in folders of masks or annotations, beside images, are left aside")
+        there = [name for name in there if name not in masks]
     for name in listed or sorted(there, key=lambda name: PurePosixPath(name).parts):
         kind = format_of(name)
         if kind is None and may_be_dicom(name) and is_dicom(_begin_of(name, reader)):

@@ -1,4 +1,4 @@
-"""Parts of a set that its folders, or its tables' names, call train, validation and test."""
+"""Parts of a set by the names of its folders: train, validation and test (of tables, also files), and masks beside images."""
 
 from __future__ import annotations
 
@@ -9,6 +9,20 @@ from pathlib import PurePosixPath
 
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "val": "validation", "valid": "validation"}
 SPLITS |= {"validation": "validation", "dev": "validation"}
+
+IMAGES = frozenset({"image", "images", "img", "imgs"})
+ANNOTATIONS = frozenset(
+    {"mask", "masks", "seg", "segmentation", "segmentations", "annotation", "annotations", "groundtruth", "gt"}
+)
+ANNOTATIONS |= {"label", "labels", "ground_truth"}
+
+
+def beside_images(names: Sequence[str]) -> set[str]:
+    """The files in folders of masks or other annotations; none where no folder is called `images`."""
+    folders = {name: {part.lower() for part in PurePosixPath(name).parts[:-1]} for name in names}
+    if not any(parts & IMAGES for parts in folders.values()):
+        return set()
+    return {name for name, parts in folders.items() if parts & ANNOTATIONS and not parts & IMAGES}
 
 
 def split_of(name: str, by_stem: bool) -> str:

@@ -111,7 +111,7 @@ def detectors_table(outcomes: Sequence[Outcome], plan: Plan) -> str:
         for second in names[i + 1 :]:
             both, one, other, neither = agreement(outcomes, first, second)
             times = [(o.onsets.get(first), o.onsets.get(second)) for o in outcomes]
-            ratios = [a / b for a, b in times if a is not None and b is not None]
+            ratios = [a / b for a, b in times if a and b]  # none where copies are there at the first measurement, at 0
             rows.append([first, second, str(both), str(one), str(other), str(neither), quartiles(ratios, "{:.2f}")])
     head = ["one", "another", "both find copies", "the one alone", "the other alone", "neither", "onset of one / other"]
     return table(head, rows)

@@ -198,7 +198,8 @@ def usual_size(sizes: Counter[tuple[int, int]]) -> tuple[int, int]:
         return size
     every = list(sizes.elements())
     height, width = (int(median(side)) for side in zip(*every, strict=True))
-    upright, wide = (sum(longer > other for longer, other in pairs) for pairs in (every, [size[::-1] for size in every]))
+    upright = sum(size[0] > size[1] for size in every)
+    wide = sum(size[0] < size[1] for size in every)
     if 10 * min(upright, wide) >= len(every):
         height = width = int(median(min(size) for size in every))
     return height, width

@@ -6,7 +6,7 @@ checked, by that line alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from mlflow_icr.extraction.images import Size, check_background, check_value_range, parse_size
 from mlflow_icr.monitoring.schedule import SUSPICION, looks_every
@@ -43,8 +43,7 @@ class DataConfig(Group):
         _ = self.size
         check_value_range(self.value_range)
         check_background(self.background)
-        usual = next(entry.default for entry in fields(self) if entry.name == "augment_probability")
-        if self.augment != EDM and self.augment_probability != usual:
+        if self.augment != EDM and self.augment_probability != DataConfig.augment_probability:  # the default
             refuse("augment_probability", self.augment_probability, f"nothing without augment {EDM}")
 
     @property

@@ -21,7 +21,7 @@ from mlflow_icr.tracking.keys import LONGEST_PARAM, LONGEST_TAG, METRICS_PER_CAL
 from mlflow_icr.tracking.mlflow import store
 from mlflow_icr.tracking.tensorboard.answer import ANSWERS, VIEW_EXCESS, key_of
 from mlflow_icr.tracking.tensorboard.custom_scalars import COPIES, ICR, OVERLAY
-from mlflow_icr.tracking.tensorboard.event_file import as_points, float64_bits, unseen
+from mlflow_icr.tracking.tensorboard.event_file import as_points, unseen
 from mlflow_icr.tracking.tensorboard.hparams import RENAMED, SYSTEM, TAG_PREFIX, parameter_text
 
 SOURCE = "tensorboard.source"  # of a run: where its event files were last
@@ -125,7 +125,7 @@ class _FolderImport:
         from mlflow.entities import Metric
 
         key = self.names(tag)
-        points = as_points(steps, moments, float64_bits(values))
+        points = as_points(steps, moments, store.float64_bits(values))
         _, once = np.unique(points, axis=0, return_index=True)
         once = np.sort(once)
         if not self.is_new and key in self.run.data.metrics:
@@ -144,7 +144,7 @@ class _FolderImport:
         while more:
             page, more = store.metric_page(self.client, self.run_id, key, count)
             count += len(page)
-            bits = float64_bits([point.value for point in page])
+            bits = store.float64_bits([point.value for point in page])
             pages.append(as_points([point.step for point in page], [point.timestamp for point in page], bits))
         return np.concatenate(pages)
 

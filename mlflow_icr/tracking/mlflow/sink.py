@@ -29,11 +29,10 @@ from mlflow_icr.tracking.keys import (
 from mlflow_icr.tracking.mlflow.active import activate, deactivate, users_run
 from mlflow_icr.tracking.mlflow.artifacts import log_dataset, log_file, log_picture
 from mlflow_icr.tracking.mlflow.failures import failure_of, reason_of
-from mlflow_icr.tracking.mlflow.store import end_run, is_answering
+from mlflow_icr.tracking.mlflow.store import end_run, float64_bits, is_answering
 from mlflow_icr.tracking.mlflow.target import Target, absolute_uri, public_uri, resolve, run_address, with_credentials
 from mlflow_icr.tracking.operations import FILES, MODELS, POINTS
 from mlflow_icr.tracking.sink import Failure, Sink, SinkState
-from mlflow_icr.tracking.tensorboard.event_file import float64_bits
 
 STATE_FILE = "mlflow.json"
 KEY_TAG = "icr.log"  # of a run: which folder's log it shows

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import numpy as np
+
 PROBE_SECONDS = 3.0
 # A small question that a server can only answer with its database; and the ports of databases.
 EXPERIMENT = "/api/2.0/mlflow/experiments/get?experiment_id=0"
@@ -71,6 +73,13 @@ def is_answering(uri: str) -> bool:
         return True
     except (MlflowException, OSError, ValueError):
         return False
+
+
+def float64_bits(values: Any) -> np.ndarray:
+    """The bits of values as MLflow's databases keep them: infinities as the largest number, no -0.0; (N,) int64."""
+    largest = np.finfo(np.float64).max
+    double = np.clip(np.asarray(values, dtype=np.float64), -largest, largest) + 0.0
+    return np.where(np.isnan(double), np.nan, double).view(np.int64)
 
 
 def without_credentials(text: str, uri: str = "") -> str:

@@ -71,6 +71,11 @@ def _refusals(state: SinkState) -> dict[str, str]:
     return {f"operation {entry['number']}, {entry['what']}": entry["why"] for entry in state.refused.values()}
 
 
+def _state_files(folder: Path) -> list[str]:
+    """The files of all MLflow sinks of a folder; of a second one, `mlflow_.json`."""
+    return sorted(path.name for path in folder.glob("mlflow*.json") if not path.stem.removeprefix("mlflow").strip("_"))
+
+
 def deliver_folder(
     folder: Path,
     *,
@@ -137,7 +142,7 @@ def sync(
     damaged is named, and the others are delivered.
     """
     found, folders = [], folders_of(folder)
-    parts = [(part, path.name) for part in folders for path in sorted(part.glob("mlflow*.json")) or [part / STATE_FILE]]
+    parts = [(part, name) for part in folders for name in _state_files(part) or [STATE_FILE]]
     for part, name in parts:
         try:
             if dry_run:

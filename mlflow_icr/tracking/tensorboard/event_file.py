@@ -133,13 +133,6 @@ def float32_bits(values: Any) -> np.ndarray:
     return np.where(np.isnan(single), np.float32(np.nan), single).view(np.int32).astype(np.int64)
 
 
-def float64_bits(values: Any) -> np.ndarray:
-    """The bits of values as MLflow's databases keep them: infinities as the largest number, no -0.0; (N,) int64."""
-    largest = np.finfo(np.float64).max
-    double = np.clip(np.asarray(values, dtype=np.float64), -largest, largest) + 0.0
-    return np.where(np.isnan(double), np.nan, double).view(np.int64)
-
-
 def unseen(points: np.ndarray, seen: np.ndarray) -> np.ndarray:
     """Indices of the points (N, 3) that are not among those seen (M, 3), with repetitions counted."""
     both = np.concatenate([seen, points])

@@ -61,6 +61,15 @@ def test_floors_import_only_what_stands_below_them() -> None:
     assert seen > 20
 
 
+@pytest.mark.parametrize(("room", "other"), [("mlflow", "tensorboard"), ("tensorboard", "mlflow")])
+def test_the_rooms_of_two_trackers_know_nothing_of_each_other(room: str, other: str) -> None:
+    paths = list((ROOT / "mlflow_icr" / "tracking" / room).glob("*.py"))
+    assert len(paths) > 5
+    for path in paths:
+        wrong = {name for name in imported(path) if name.startswith(f"mlflow_icr.tracking.{other}")}
+        assert not wrong, f"{path} imports {wrong}"
+
+
 def test_every_module_stands_on_a_floor() -> None:
     for path in (ROOT / "mlflow_icr").rglob("*.py"):
         assert path.relative_to(ROOT / "mlflow_icr").parts[0].removesuffix(".py") in {*FLOORS, *DOORS}, path

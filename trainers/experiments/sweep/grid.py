@@ -19,10 +19,9 @@ from mlflow_icr.extraction.images import Size
 from trainers.config import OPTIONS, PRESET, TrainConfig, load_config, preset_names
 from trainers.groups import DataConfig
 from trainers.options import Option
-from trainers.places import settled_paths
+from trainers.places import PATHS, settled_paths
 
 MOST_RUNS = 10_000
-PATHS = ("data", "encoder_weights")
 RANGE = re.compile(r"(-?\d+):(-?\d+)(?::(\d+))?")
 
 

@@ -1,4 +1,4 @@
-"""The journal: all measurements, written to the output folder before any tracker gets them."""
+"""The journal: all measurements, in the output folder before any tracker gets them; and the operations that report them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ import numpy as np
 from mlflow_icr.extraction.files import append_line, fsync_path, write_whole
 from mlflow_icr.monitoring.report import Report
 from mlflow_icr.monitoring.series import HISTORY, arrays_path, distributions_path, read_distributions, read_history
+from mlflow_icr.tracking.event_log import EventLog
+from mlflow_icr.tracking.operations import DISTRIBUTIONS, File, Metrics, Operation, Picture, Tags, now_ms
 
 
 class Journal:
@@ -113,6 +115,27 @@ class Journal:
         there = distributions_path(self.folder, step).exists()
         return Report(step, values, figures, distributions=read_distributions(self.folder, step) if there else {})
 
+    def operations(self, report: Report, now: int) -> list[Operation]:
+        """The operations of a measurement that was appended, also of one without values."""
+        step = report.step
+        found: list[Operation] = [Metrics(step, now, dict(report.values))]
+        found += [Picture(key, step, now, self.relative(self.picture(key, step))) for key in report.figures]
+        if report.distributions:
+            path = self.relative(distributions_path(self.folder, step))
+            found.append(File(path, None, DISTRIBUTIONS, DISTRIBUTIONS, step, now))
+        return [*found, *text_operations(report, now)]
+
+    def operations_not_in(self, log: EventLog) -> list[Operation]:
+        """Operations of measurements that are here but not in the log, after a kill or a power cut between the two."""
+        there: set[tuple[str, int]] = set()
+        newest = next(reversed(log.measured), None)
+        if newest is not None:  # the kill may have come before its pictures
+            there |= {_name(entry.operation) for entry in log.entries(log.measured[newest])}
+        cut_off = [] if newest is None else [row for row in self.rows[-1:] if int(row["images_seen"]) == newest]
+        rows = [*cut_off, *(row for row in self.rows if int(row["images_seen"]) not in log.measured)]
+        parts = [part for row in rows for part in self.operations(self.report(row), now_ms())]
+        return [part for part in parts if _name(part) not in there]
+
     def figure(self, name: str) -> Path:
         """The path of a figure of the whole run."""
         return self.folder / "figures" / f"{name}.png"
@@ -124,3 +147,21 @@ class Journal:
         path = self.figure(name)
         write_whole(path, partial(Image.fromarray(picture).save, format="png"))
         return path
+
+
+def text_operations(report: Report, now: int) -> list[Operation]:
+    """The reasons why values are absent or uncertain."""
+    texts = {f"absent.{key}": why for key, why in report.absent.items()}
+    texts |= {f"warning.{key}": text for key, text in report.warnings.items()}
+    return [Tags(texts, report.step, now)] if texts else []
+
+
+def _name(part: Operation) -> tuple[str, int]:
+    """What is there once at a step."""
+    match part:
+        case Picture(key=key, step=step) | File(name=key, step=step):
+            return key, step
+        case Metrics(step=step):
+            return "", step
+        case _:
+            return "", -1

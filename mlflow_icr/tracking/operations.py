@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, Final
@@ -100,6 +101,11 @@ class End:
 
 Operation = Params | Tags | Metrics | Picture | File | Dataset | Model | End
 KINDS: Final = {kind.__name__.lower(): kind for kind in (Params, Tags, Metrics, Picture, File, Dataset, Model, End)}
+
+
+def now_ms() -> int:
+    """Unix milliseconds."""
+    return time.time_ns() // 1_000_000
 
 
 def lane_of(kind: str) -> str:

@@ -21,11 +21,11 @@ from mlflow_icr.tracking.checkpoints.folder import checkpoints
 from mlflow_icr.tracking.ending import end_at_exit, exit_on_sigterm, status_of
 from mlflow_icr.tracking.event_log import EventLog
 from mlflow_icr.tracking.folder import check_writable, holds_run
-from mlflow_icr.tracking.journal import Journal
+from mlflow_icr.tracking.journal import Journal, text_operations
 from mlflow_icr.tracking.lock import Lock
 from mlflow_icr.tracking.logged import Logged
+from mlflow_icr.tracking.operations import now_ms
 from mlflow_icr.tracking.reactions import Listener, Reaction
-from mlflow_icr.tracking.report_operations import missing_operations, now_ms, report_operations, text_operations
 from mlflow_icr.tracking.sink import Sink, SinkState, not_taken, say_on_stderr
 from mlflow_icr.tracking.worker import LAST_ATTEMPTS, Worker, drain
 
@@ -139,7 +139,7 @@ class Tracker:
 
     def _complete(self) -> None:
         """Bring the log up to the journal, after a kill or a power cut between the two."""
-        missing = missing_operations(self.journal, self.log_file)
+        missing = self.journal.operations_not_in(self.log_file)
         self.log_file.append(missing)
         if any(isinstance(one, told.Metrics) for one in missing):  # whose verdict was not logged
             self.log_file.append(self._verdict_tags())
@@ -238,7 +238,7 @@ class Tracker:
             self._verdicts.add(self.journal.by_step[report.step])
         except ValueError:  # it comes after measurements at more images seen
             self._verdicts = folded(self.journal.rows)
-        self.log_file.append([*report_operations(report, self.journal, now), *self._verdict_tags()])
+        self.log_file.append([*self.journal.operations(report, now), *self._verdict_tags()])
 
     def _verdict_tags(self) -> list[told.Operation]:
         """The verdict as tags at the last step, unless it was logged before."""

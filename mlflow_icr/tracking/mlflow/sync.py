@@ -12,8 +12,7 @@ from mlflow_icr.tracking.earlier import OPERATIONS
 from mlflow_icr.tracking.event_log import EVENTS, EventLog
 from mlflow_icr.tracking.folder import holds_run
 from mlflow_icr.tracking.mlflow.sink import STATE_FILE, MLflowSink
-from mlflow_icr.tracking.operations import End
-from mlflow_icr.tracking.report_operations import now_ms
+from mlflow_icr.tracking.operations import End, now_ms
 from mlflow_icr.tracking.sink import SinkState
 from mlflow_icr.tracking.tracker import ALLOW, ONLINE, Tracker
 from mlflow_icr.tracking.worker import LAST_ATTEMPTS, drain

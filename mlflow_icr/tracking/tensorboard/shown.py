@@ -1,37 +1,31 @@
-"""An operation's values in TensorBoard, by tag, at a step and a time; and the projector's files."""
+"""What a log shows in TensorBoard, operation by operation: new values, and earlier values that they replace.
+
+A training that resumes from a checkpoint may log steps again that it had logged before it was killed. The earlier values of a
+key from that step on are removed as soon as the key is logged again; equal values stay.
+"""
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mlflow_icr.tracking.operations import (
-    DISTRIBUTIONS,
-    FIGURE,
-    SUMMARY,
-    TABLE,
-    Dataset,
-    End,
-    File,
-    Metrics,
-    Operation,
-    Params,
-    Picture,
-    Tags,
-)  # fmt: skip
-from mlflow_icr.tracking.tensorboard.answer import VERDICT, summary_tag
+from mlflow_icr.monitoring.series import read_history
+from mlflow_icr.tracking import operations as told
+from mlflow_icr.tracking.operations import DISTRIBUTIONS, FIGURE, LOGGED, MEASURED, SUMMARY, TABLE, File, Metrics, Picture
+from mlflow_icr.tracking.tensorboard.answer import VERDICT, answers, summary_tag
+from mlflow_icr.tracking.tensorboard.custom_scalars import Overlay, overlay
 from mlflow_icr.tracking.tensorboard.hparams import session_start, text_value
 
 TABLE_ROWS = 50
 BUCKETS = 64  # of a histogram
-SPRITE = "sprite.png"
+Last = dict[str, tuple[int, float]]  # the last step of a tag, and the value there
 
 
 @dataclass(frozen=True)
@@ -45,7 +39,112 @@ class Shown:
     number: float | None = None
 
 
-def shown(folder: Path, operation: Operation) -> Iterator[Shown]:
+@dataclass
+class Addition:
+    """What one operation adds; each tag's values from its step in `cuts` on that were there before do not count.
+
+    `late` is the earliest step that comes after a later one of its tag, `down` a tag of a training's own whose steps go down.
+    """
+
+    values: list[Shown] = field(default_factory=list)
+    cuts: dict[str, int] = field(default_factory=dict)
+    late: int | None = None
+    down: str = ""
+
+
+class Book:
+    """The state after the operations so far, as plain data in `state`."""
+
+    def __init__(self, folder: Path, state: Mapping[str, Any] | None = None) -> None:
+        self.folder, state = folder, state or {}
+        self._last: Last = {tag: (step, value) for tag, (step, value) in state.get("last", {}).items()}
+        self._before: Last = {tag: (step, value) for tag, (step, value) in state.get("before", {}).items()}
+        self._begun: set[str] = set(state.get("begun", ()))  # keys that were logged since a training went on
+        self._overlay = Overlay(state.get("overlay"))
+        self._described: bool = state.get("described", False)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """Plain data from which the same book can be made."""
+        return {
+            "last": dict(self._last), "before": dict(self._before), "begun": sorted(self._begun),
+            "overlay": dict(self._overlay.state), "described": self._described,
+        }  # fmt: skip
+
+    def add(self, operation: told.Operation) -> Addition:
+        """Add the next operation. Raises ValueError for a step that event files do not have."""
+        addition, step = Addition(), getattr(operation, "step", None) or 0
+        if not -(2**63) <= step < 2**63:
+            raise ValueError(f"step is {step}; expected one of 64 bits")
+        match operation:
+            case told.Params():
+                if not self._described:  # those of a process that goes on would be one more run on the page
+                    addition.values = list(shown(self.folder, operation))
+                self._described = True
+            case Metrics(source=source) if source == LOGGED:
+                self._add_logged(operation, addition)
+            case Metrics(step=step, time=time, values=values):
+                addition.values = list(shown(self.folder, operation))
+                if operation.source == MEASURED:
+                    copies = self._overlay.add({"images_seen": step, **values})
+                    copies = self._late_overlay(step) if copies is None else copies
+                    more = answers(values) | copies
+                    addition.values += [scalar(key, step, time / 1000, value) for key, value in more.items()]
+                self._note(addition)
+            case Picture() | File(role="distributions"):
+                addition.values = list(shown(self.folder, operation))
+                self._note(addition)
+            case _:
+                addition.values = list(shown(self.folder, operation))
+        return addition
+
+    def _add_logged(self, operation: Metrics, addition: Addition) -> None:
+        if operation.resumes:
+            self._before, self._begun = dict(self._last), set()
+        for value in shown(self.folder, operation):
+            number, tag, step = value.number, value.tag, value.step
+            if number is not None:
+                if tag not in self._begun:
+                    self._begun.add(tag)
+                    last, there = self._before.get(tag, (step - 1, math.nan))
+                    if last == step and np.float32(there) == np.float32(number):
+                        continue
+                    if last >= step:
+                        addition.cuts[tag] = step
+                if step >= self._last.get(tag, (step, 0.0))[0]:
+                    self._last[tag] = (step, number)
+                elif tag not in addition.cuts:
+                    addition.down = tag
+            addition.values.append(value)
+
+    def _note(self, addition: Addition) -> None:
+        for value in addition.values:
+            if self._last.get(value.tag, (value.step, 0.0))[0] > value.step:
+                addition.late = value.step
+            else:
+                self._last[value.tag] = (value.step, math.nan if value.number is None else value.number)
+
+    def _late_overlay(self, step: int) -> dict[str, float]:
+        rows = read_history(self.folder)
+        place = next((i for i, row in enumerate(rows) if row["images_seen"] == step), None)
+        return {} if place is None else overlay(rows[: place + 1])
+
+
+def all_shown(folder: Path, operations: Iterable[told.Operation], since: int) -> list[Shown]:
+    """All values that operations show from a step on, in the order of their steps."""
+    book, found = Book(folder), list[Shown]()
+    for operation in operations:
+        try:
+            addition = book.add(operation)
+        except Exception:  # it was set aside, with this as its reason
+            continue
+        if addition.cuts:
+            found = [value for value in found if value.step < addition.cuts.get(value.tag, value.step + 1)]
+        found += [value for value in addition.values if value.step >= since]
+    return sorted(found, key=lambda value: value.step)
+
+
+def shown(folder: Path, operation: told.Operation) -> Iterator[Shown]:
     """The values of an operation in event files, without values that depend on earlier operations."""
     match operation:
         case Metrics(values=values, step=step, time=time, texts=texts, source=source):
@@ -53,9 +152,9 @@ def shown(folder: Path, operation: Operation) -> Iterator[Shown]:
                 yield scalar(summary_tag(key) if source == SUMMARY else key, step, time / 1000, number)
             for key, text in texts.items():
                 yield _text(key, step, time, text)
-        case Tags(values=values, step=step, time=time):
+        case told.Tags(values=values, step=step, time=time):
             yield from _texts(values, step, time)
-        case Params(values=values, time=time):
+        case told.Params(values=values, time=time):
             for value in session_start(values, time / 1000).value:
                 yield Shown(value.tag, 0, time / 1000, value)
         case Picture(key=key, step=step, time=time, path=path):
@@ -67,10 +166,10 @@ def shown(folder: Path, operation: Operation) -> Iterator[Shown]:
                 yield _text(f"tables/{name}", step, time, _table(folder / path))
             elif role == DISTRIBUTIONS:
                 yield from _histograms(folder / path, step, time)
-        case Dataset(description=description, context=context):
+        case told.Dataset(description=description, context=context):
             lines = [f"**{key}**: {description[key]}" for key in ("name", "digest", "profile") if key in description]
             yield _text(f"data/{context}", 0, 0, "\n\n".join(lines))
-        case End(status=status, time=time):
+        case told.End(status=status, time=time):
             yield _text("status", 0, time, status)
 
 
@@ -143,37 +242,3 @@ def _table(path: Path) -> str:
     cells = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
     lines = [columns, ["---"] * len(columns), *cells]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def write_projection(log_dir: Path, name: str, step: int, path: Path) -> None:
-    """Write the vectors, thumbnails and texts of an embedding for the projector, replacing those of the same step."""
-    from google.protobuf import text_format
-    from PIL import Image
-    from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
-
-    with np.load(path) as arrays:
-        vectors, images, labels = arrays["vectors"], arrays["images"], arrays["labels"]
-    place = f"projector/{step:05d}/{name}"
-    folder = log_dir / place
-    folder.mkdir(parents=True, exist_ok=True)
-    np.savetxt(folder / "tensors.tsv", vectors, delimiter="\t", fmt="%.7g")
-    with (folder / "metadata.tsv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file, delimiter="\t", lineterminator="\n").writerows([str(label)] for label in labels)
-    side = int(np.ceil(np.sqrt(len(images))))
-    height, width = images.shape[1:3]
-    sprite = np.zeros((side * side, *images.shape[1:]), images.dtype)
-    sprite[: len(images)] = images
-    sprite = sprite.reshape(side, side, height, width, -1).swapaxes(1, 2).reshape(side * height, side * width, -1)
-    Image.fromarray(sprite if sprite.shape[-1] == 3 else sprite[..., 0]).save(folder / SPRITE)
-    config, config_path = ProjectorConfig(), log_dir / "projector_config.pbtxt"
-    if config_path.exists():
-        text_format.Parse(config_path.read_text(), config)
-    tag = f"{name}:{step:05d}"
-    others = [one for one in config.embeddings if one.tensor_name != tag]
-    del config.embeddings[:]
-    config.embeddings.extend(others)
-    one = config.embeddings.add(tensor_name=tag, tensor_path=f"{place}/tensors.tsv")
-    one.metadata_path = f"{place}/metadata.tsv"
-    one.sprite.image_path = f"{place}/{SPRITE}"
-    one.sprite.single_image_dim.extend([width, height])
-    config_path.write_text(text_format.MessageToString(config))

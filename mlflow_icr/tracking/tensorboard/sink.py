@@ -13,10 +13,10 @@ from typing import Any
 from mlflow_icr.tracking.event_log import Entry
 from mlflow_icr.tracking.operations import ALL, EMBEDDING, File, Operation
 from mlflow_icr.tracking.sink import Sink
-from mlflow_icr.tracking.tensorboard.book import Book, all_shown
 from mlflow_icr.tracking.tensorboard.custom_scalars import layout_summary
 from mlflow_icr.tracking.tensorboard.event_file import EventFile, is_event_file
-from mlflow_icr.tracking.tensorboard.shown import Shown, write_projection
+from mlflow_icr.tracking.tensorboard.projector import write_projection
+from mlflow_icr.tracking.tensorboard.shown import Book, Shown, all_shown
 
 
 class TensorBoardSink(Sink):

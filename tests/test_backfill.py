@@ -172,7 +172,7 @@ def test_interrupted_between_checkpoints_it_goes_on_as_if_nothing_had_happened(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        measure_checkpoints(training, data, tmp_path / "cut", protocol=VIEWS, say=interrupt)
+        measure_checkpoints(training, data, tmp_path / "cut", protocol=VIEWS, echo=interrupt)
     again = measure_checkpoints(training, data, tmp_path / "cut", protocol=VIEWS)
     assert (again.measured, again.known) == ([10], [2, 4])
     measure_checkpoints(training, data, tmp_path / "whole", protocol=VIEWS)

@@ -73,7 +73,7 @@ def test_the_earliest_then_the_newest_then_what_was_left_behind(
     for step in (10, 20, 30):
         save(folder, small_unet, step)
 
-    def say(line: str) -> None:
+    def echo(line: str) -> None:
         lines.append(line)
         if line.startswith("checkpoint-10:"):
             save(folder, small_unet, 40)  # while that one was measured
@@ -81,7 +81,7 @@ def test_the_earliest_then_the_newest_then_what_was_left_behind(
     def heard(found: Verdict) -> None:
         states.append(found.state)
 
-    made = watch(folder, data, base=base, images_per_step=8, say=say, on_verdict=heard)
+    made = watch(folder, data, base=base, images_per_step=8, echo=echo, on_verdict=heard)
     found = made.run()
     assert made.measured == [80, 320, 240, 160]
     assert made.left_out == {}

@@ -184,7 +184,7 @@ def test_pictures_come_with_key_and_step(tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"not a picture")
     client.log_artifact(run_id, str(tmp_path / "broken.png"))
     said: list[str] = []
-    exporter = Exporter(tmp_path / "tb", say=said.append)
+    exporter = Exporter(tmp_path / "tb", echo=said.append)
     assert exporter.run(client.get_run(run_id)).new_images == 5
     assert len(said) == 1
     assert "broken.png" in said[0]
@@ -244,7 +244,7 @@ def test_following_lists_folders_without_pictures_once_in_a_while(tmp_path: Path
             client.set_terminated(run_id)
 
     monkeypatch.setattr(MlflowClient, "list_artifacts", counted)
-    (found,) = export_runs(tmp_path / "tb", experiment="Default", follow=True, interval=0.01, tell=look)
+    (found,) = export_runs(tmp_path / "tb", experiment="Default", follow=True, interval=0.01, on_run=look)
     assert found.new_images == 4  # at the run's end everything is looked at
     assert sorted(read(found.folder).Tags()["images"]) == [
         "checkpoints/3/unet/d.png", "figures/a.png", "figures/b.png", "new/c.png",

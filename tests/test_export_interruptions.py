@@ -181,7 +181,7 @@ def test_follow_waits_for_a_store_that_goes_away(tmp_path: Path, monkeypatch: py
         return real(*arguments)
 
     monkeypatch.setattr(store, "runs", sometimes)
-    found = export_runs(tmp_path, experiment="Default", follow=True, interval=0.01, say=said.append)
+    found = export_runs(tmp_path, experiment="Default", follow=True, interval=0.01, echo=said.append)
     assert sum(run.new_points for run in found) == 4
     assert said == ["it does not answer; waiting for it"]
     assert threading.active_count() < 50

@@ -66,7 +66,7 @@ def logdir(tmp_path: Path) -> Path:
 
 def test_folders_become_runs_with_their_values_steps_and_times(logdir: Path) -> None:
     said: list[str] = []
-    assert added(import_runs(logdir, "imported", say=said.append)) == (1513, 2)
+    assert added(import_runs(logdir, "imported", echo=said.append)) == (1513, 2)
     assert said == ["somebody's logs: MLflow has no place for histograms (1); left out"]
     found = runs("imported")
     assert sorted(found) == ["eval/test", "somebody's logs"]
@@ -131,7 +131,7 @@ def test_a_logdir_that_was_moved_has_the_runs_that_it_had(logdir: Path, tmp_path
     first = {run.folder.name: run.run_id for run in import_runs(logdir, "imported")}
     moved = logdir.rename(tmp_path / "elsewhere")
     said: list[str] = []
-    again = import_runs(moved, "imported", say=said.append)
+    again = import_runs(moved, "imported", echo=said.append)
     assert added(again) == (0, 0)
     assert {run.folder.name: run.run_id for run in again} == {"elsewhere": first["somebody's logs"], "test": first["test"]}
     # What is at the old place now is another training's, and a copy is one too.
@@ -210,7 +210,7 @@ def test_a_torn_file_and_a_foreign_one_cost_only_what_is_torn(tmp_path: Path) ->
     path.write_bytes(whole[:-10])
     (tmp_path / "run" / "zz.tfevents.not").write_bytes(b"a text that is no record at all")
     said: list[str] = []
-    assert added(import_runs(tmp_path, "imported", say=said.append)) == (49, 0)
+    assert added(import_runs(tmp_path, "imported", echo=said.append)) == (49, 0)
     assert [path.name in text or "zz.tfevents.not" in text for text in said] == [True, True]
     path.write_bytes(whole)  # its writer went on
     assert added(import_runs(tmp_path, "imported")) == (1, 0)

@@ -98,7 +98,7 @@ def test_a_stop_reaches_the_running_and_starts_no_other(tmp_path: Path) -> None:
 def test_output_is_told_as_it_comes_and_kept(tmp_path: Path) -> None:
     told: list[tuple[str, str]] = []
     jobs = [job(tmp_path, "a", "print('one'); print('two')"), job(tmp_path, "b", "raise ValueError('no')")]
-    found = ends(LocalLauncher(2, echo=lambda name, line: told.append((name, line))), jobs)
+    found = ends(LocalLauncher(2, on_output=lambda name, line: told.append((name, line))), jobs)
     assert [line for name, line in told if name == "a"] == ["one\n", "two\n"]
     assert jobs[0].log.read_text() == "one\ntwo\n"
     assert (found["b"].status, found["b"].why) == (FAILED, "ValueError: no")

@@ -50,7 +50,7 @@ class World:
         if self.tracker is None:
             sinks = [MLflowSink(tracking_uri=self.uri), TensorBoardSink(self.folder / "tensorboard")]
             self.tracker = Tracker(self.folder, sinks, resume="allow")
-            self.tracker.say = lambda text: None
+            self.tracker.echo = lambda text: None
             self.tracker.open({"optimizer[0].lr": 0.1}, {"study": "s"})
         return self.tracker
 

@@ -37,7 +37,7 @@ PREVIEW = re.compile(r"images/.+[+%]step[+%]-?\d+[+%]timestamp[+%].+[+%]compress
 LARGEST_IMAGE = 64 << 20
 COMMIT_BYTES = 8 << 20
 LOOK_AT_ALL_SECONDS = 60.0  # between two looks, while a run goes on, at folders without pictures and into known pictures
-Say = Callable[[str], None]
+Echo = Callable[[str], None]
 
 
 @dataclass
@@ -110,8 +110,8 @@ class Looked:
 class RunExport:
     """One run into one folder, under its lock; `looked` is what an earlier one in this process has seen."""
 
-    def __init__(self, client: Any, run: Any, folder: Path, group: str, say: Say, looked: Looked) -> None:
-        self.client, self.run, self.folder, self.say, self.looked = client, run, folder, say, looked
+    def __init__(self, client: Any, run: Any, folder: Path, group: str, echo: Echo, looked: Looked) -> None:
+        self.client, self.run, self.folder, self.echo, self.looked = client, run, folder, echo, looked
         self.group = group
         self.run_id: str = run.info.run_id
         self.tags: dict[str, str] = run.data.tags
@@ -224,7 +224,7 @@ class RunExport:
             files = list(store.files(self.client, self.run_id, skip=skip))
         except store.StoreError as error:
             self._unless_gone(error)
-            self.say(f"images of run {self.run_id} are left out ({error}); the next export tries again")
+            self.echo(f"images of run {self.run_id} are left out ({error}); the next export tries again")
             return []
         pictures = [(file.path, int(file.file_size or 0)) for file in files if file.path.lower().endswith(IMAGES)]
         with_pictures = {parent for path, _ in pictures for parent in PurePosixPath(path).parents}
@@ -255,7 +255,7 @@ class RunExport:
         from PIL import Image
 
         if size > LARGEST_IMAGE:
-            self.say(f"{path} of run {self.run_id} is left out: {size >> 20} MiB, expected at most {LARGEST_IMAGE >> 20}")
+            self.echo(f"{path} of run {self.run_id} is left out: {size >> 20} MiB, expected at most {LARGEST_IMAGE >> 20}")
             return
         try:
             content = store.download(self.client, self.run_id, path, temporary)
@@ -272,7 +272,7 @@ class RunExport:
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             if isinstance(error, store.StoreError):
                 self._unless_gone(error)
-            self.say(f"{path} of run {self.run_id} is left out: {type(error).__name__}; the next export tries it again")
+            self.echo(f"{path} of run {self.run_id} is left out: {type(error).__name__}; the next export tries it again")
             return
         self.file.image(tag, step, moment / 1000, content, width, height)
         self.state.images[path] = [*versions, version]

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlflow_icr.bridge.run_export import Exported, Looked, RunExport, Say, owner
+from mlflow_icr.bridge.run_export import Echo, Exported, Looked, RunExport, owner
 from mlflow_icr.tracking.folder import check_writable
 from mlflow_icr.tracking.mlflow import store
 
@@ -26,31 +26,31 @@ class Exporter:
     Raises ValueError when the logdir cannot be written.
     """
 
-    def __init__(self, logdir: Path | str, client: Any = None, say: Say = lambda text: None) -> None:
+    def __init__(self, logdir: Path | str, client: Any = None, echo: Echo = lambda text: None) -> None:
         self.logdir = Path(logdir)
         check_writable("logdir", self.logdir)
         self.client = client if client is not None else store.connect()
-        self.say = self._once(say)
+        self.echo = self._once(echo)
         self._folders: dict[str, Path] = {}
         self._looked: dict[str, Looked] = {}
 
     @staticmethod
-    def _once(say: Say) -> Say:
+    def _once(echo: Echo) -> Echo:
         printed: set[str] = set()
 
-        def tell(text: str) -> None:
+        def echo_once(text: str) -> None:
             if text not in printed:
                 printed.add(text)
-                say(text)
+                echo(text)
 
-        return tell
+        return echo_once
 
     def run(self, run: Any) -> Exported:
         """Bring the folder of a run (MLflow's Run) up to the store."""
         folder = self._folder(run, ())
         group = folder.relative_to(self.logdir).as_posix()
         looked = self._looked.setdefault(run.info.run_id, Looked())
-        return RunExport(self.client, run, folder, group, self.say, looked)()
+        return RunExport(self.client, run, folder, group, self.echo, looked)()
 
     def _folder(self, run: Any, below: Sequence[str]) -> Path:
         """A run's folder, in that of its parent whichever of them is exported first."""
@@ -97,35 +97,35 @@ def export_runs(
     interval: float = 5.0,
     stop: threading.Event | None = None,
     client: Any = None,
-    tell: Callable[[Exported], object] = lambda exported: None,
-    say: Say = lambda text: None,
+    on_run: Callable[[Exported], object] = lambda exported: None,
+    echo: Echo = lambda text: None,
 ) -> list[Exported]:
     """Export an experiment by its name, or runs with those nested in them; returns what each run got.
 
-    With `follow`, again every `interval` seconds until no run is running; runs that come are taken up, and a store that does
-    not answer for a while is waited for; `stop` ends it between two looks. `tell` is called after each look, `say` with lines
-    on what is left out. Raises ValueError for an unknown experiment or run and an unwritable logdir, store.StoreError (an
+    With `follow`, the export is repeated every `interval` seconds until no run is running; it takes up new runs and waits for a
+    store that does not answer for a while. `stop` ends it between two looks. `on_run` is called after each look, `echo` with
+    lines on what is left out. Raises ValueError for an unknown experiment or run and an unwritable logdir, store.StoreError (an
     OSError) when the store does not answer at the start.
     """
     if (experiment is None) == (not run_ids):
         raise ValueError(f"experiment is {experiment!r} and run_ids {list(run_ids)!r}; expected one of the two")
     if not interval > 0:
         raise ValueError(f"interval is {interval}; expected seconds above 0")
-    exporter = Exporter(logdir, client, say)
+    exporter = Exporter(logdir, client, echo)
     select = _selection(exporter.client, experiment, run_ids)
     found: dict[str, Exported] = {}
-    running = _look(exporter, select, found, tell)
+    running = _look(exporter, select, found, on_run)
     stop = stop or threading.Event()
     while follow and running and not stop.wait(interval):
         try:
-            running = _look(exporter, select, found, tell)
+            running = _look(exporter, select, found, on_run)
         except store.StoreError as error:
-            exporter.say(f"{error}; waiting for it")
+            exporter.echo(f"{error}; waiting for it")
     return list(found.values())
 
 
 def _look(
-    exporter: Exporter, select: Callable[[], Iterator[Any]], found: dict[str, Exported], tell: Callable[[Exported], object]
+    exporter: Exporter, select: Callable[[], Iterator[Any]], found: dict[str, Exported], on_run: Callable[[Exported], object]
 ) -> bool:
     """Export every run that had not ended when it was last exported; returns whether some run is running."""
     running = False
@@ -136,7 +136,7 @@ def _look(
             continue
         # The status was read before the history: of an ended run, everything has been seen.
         exported = exporter.run(run)
-        tell(exported)
+        on_run(exported)
         if before:
             points, images = before.new_points + exported.new_points, before.new_images + exported.new_images
             exported = replace(exported, new_points=points, new_images=images)

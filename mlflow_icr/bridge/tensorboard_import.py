@@ -33,7 +33,7 @@ TEXT_PREFIX = "tensorboard.text."
 LONGEST_KEY = 150
 # What MLflow's metrics, parameters, tags and images all allow, on every system.
 FORBIDDEN = re.compile(r"[^A-Za-z0-9_./ -]")
-Say = Callable[[str], None]
+Echo = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ class Names:
 class _FolderImport:
     """One folder into one run."""
 
-    def __init__(self, client: Any, experiment: str, folder: Folder, name: str, run: Any, say: Say) -> None:
-        self.client, self.folder, self.name, self.say = client, folder, name, say
+    def __init__(self, client: Any, experiment: str, folder: Folder, name: str, run: Any, echo: Echo) -> None:
+        self.client, self.folder, self.name, self.echo = client, folder, name, echo
         self.is_new = run is None
         if run is None:
             tags = {SOURCE: str(folder.path), FILES: " ".join(folder.identities[:MOST_FILES])}
@@ -114,10 +114,10 @@ class _FolderImport:
         self._texts()
         self._end()
         for place in folder.torn:
-            self.say(f"{self.name}: {place} is no record; what stands before it is in, and a repeat tries the rest")
+            self.echo(f"{self.name}: {place} is no record; what stands before it is in, and a repeat tries the rest")
         if folder.others:
             kinds = ", ".join(f"{kind} ({count})" for kind, count in sorted(folder.others.items()))
-            self.say(f"{self.name}: MLflow has no place for {kinds}; left out")
+            self.echo(f"{self.name}: MLflow has no place for {kinds}; left out")
         return Imported(self.run_id, self.name, self.folder.path, points, images)
 
     def _metric(self, tag: str, steps: np.ndarray, moments: np.ndarray, values: np.ndarray) -> int:
@@ -164,9 +164,9 @@ class _FolderImport:
             if key not in there:
                 params.append(Param(key, text[:LONGEST_PARAM]))
             elif there[key] != text[:LONGEST_PARAM]:
-                self.say(f"{self.name}: hparam {name} is now {text!r}; the run keeps {there[key]!r}")
+                self.echo(f"{self.name}: hparam {name} is now {text!r}; the run keeps {there[key]!r}")
             if len(text) > LONGEST_PARAM:
-                self.say(f"{self.name}: hparam {name} is cut at {LONGEST_PARAM} characters")
+                self.echo(f"{self.name}: hparam {name} is cut at {LONGEST_PARAM} characters")
         for start in range(0, len(params), TEXTS_PER_CALL):
             with store.answers():
                 self.client.log_batch(self.run_id, params=params[start : start + TEXTS_PER_CALL])
@@ -205,10 +205,10 @@ class _FolderImport:
             image: Image.Image = Image.open(io.BytesIO(encoded))
             image.load()
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            self.say(f"{self.name}: image {key} at step {step} is left out: {type(error).__name__}")
+            self.echo(f"{self.name}: image {key} at step {step} is left out: {type(error).__name__}")
             return False
         if getattr(image, "n_frames", 1) > 1:
-            self.say(f"{self.name}: of the animation {key} at step {step}, the first picture")
+            self.echo(f"{self.name}: of the animation {key} at step {step}, the first picture")
         if image.mode not in ("L", "RGB", "RGBA"):  # log_image's preview cannot be of every kind
             image = image.convert("RGBA" if "A" in image.mode or "transparency" in image.info else "RGB")
         with store.answers():
@@ -244,14 +244,14 @@ def import_runs(
     experiment: str,
     *,
     client: Any = None,
-    tell: Callable[[Imported], object] = lambda imported: None,
-    say: Say = lambda text: None,
+    on_run: Callable[[Imported], object] = lambda imported: None,
+    echo: Echo = lambda text: None,
 ) -> list[Imported]:
     """Import every folder of event files at or below a logdir; returns what each one's run got.
 
-    A folder's run is found again by its event files, also where the folder was moved, so that a repeat adds what is new and
-    nothing twice; a copy beside the original is a run of its own. The experiment is made where there is none. `tell` is called
-    after each run, `say` with what is left out. Raises ValueError when the logdir has no event files or the experiment was
+    A folder's run is recognised by its event files, also where the folder was moved, so a repeat adds what is new and nothing
+    twice. A copy beside the original is a run of its own. The experiment is made where there is none. `on_run` is called after
+    each run, `echo` with what is left out. Raises ValueError when the logdir has no event files or the experiment was
     deleted, store.StoreError (an OSError) when the store does not answer.
     """
     root = Path(logdir).resolve()
@@ -272,9 +272,9 @@ def import_runs(
         if run is not None:
             known.remove(run)
             if run.data.tags[SOURCE] != str(path):
-                say(f"{name}: it was imported from {run.data.tags[SOURCE]}, and goes on in the same run")
-        found.append(_FolderImport(client, experiment_id, folder, name, run, say)())
-        tell(found[-1])
+                echo(f"{name}: it was imported from {run.data.tags[SOURCE]}, and goes on in the same run")
+        found.append(_FolderImport(client, experiment_id, folder, name, run, echo)())
+        on_run(found[-1])
     return found
 
 

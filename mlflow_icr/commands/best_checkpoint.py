@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mlflow_icr.commands.console import Commands, add_command, say
+from mlflow_icr.commands.console import Commands, add_command, echo
 
 
 def add(commands: Commands) -> None:
@@ -40,6 +40,6 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.max and arguments.metric is None:
         raise ValueError("max is given without metric; expected --metric KEY, to take the highest value of")
     choice = choose(arguments.run_or_folder, metric=arguments.metric, maximum=arguments.max)
-    say(choice.why)
+    echo(choice.why)
     print(fetch(choice, arguments.output))
     return 0

@@ -101,6 +101,6 @@ def reading_of(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"value_range": check_value_range(arguments.value_range or ()), "background": arguments.background}
 
 
-def say(text: str) -> None:
+def echo(text: str) -> None:
     """Print a line on standard error, which is not the result."""
     print(text, file=sys.stderr, flush=True)

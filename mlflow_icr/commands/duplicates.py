@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from mlflow_icr.commands.console import Commands, add_command, say
+from mlflow_icr.commands.console import Commands, add_command, echo
 
 
 def add(commands: Commands) -> None:
@@ -50,9 +50,9 @@ def _run(arguments: argparse.Namespace) -> int:
     files = ImageFiles(arguments.data)
     read = read_items(files, range(len(files)), Reading(height_width(parse_size(arguments.resolution))))
     for note in read.notes:
-        say(note)
+        echo(note)
     if read.unreadable:
-        say(f"{len(read.unreadable)} cannot be read, and are left out: {named(read.unreadable)}")
+        echo(f"{len(read.unreadable)} cannot be read, and are left out: {named(read.unreadable)}")
     names = [files.names[item] for item in read.items]
     images, shape = read.images, tuple(read.images.shape[1:])
     if arguments.encoder == "pixels" and images.element_size() == 1:  # no floats are made of them all at once
@@ -73,5 +73,5 @@ def _run(arguments: argparse.Namespace) -> int:
             writer.writerow([number, names[i], f"{nearest[i]:.4f}", str(i in copies).lower()])
     repeats = sum(len(group) - 1 for group in groups)
     exact = sum(len(indices) - 1 for indices in exact_duplicates(hashes))
-    say(f"{len(names)} images: {repeats} are near-duplicates of others, in {len(groups)} groups; {exact} are exact")
+    echo(f"{len(names)} images: {repeats} are near-duplicates of others, in {len(groups)} groups; {exact} are exact")
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mlflow_icr.commands.console import Commands, add_command, say
+from mlflow_icr.commands.console import Commands, add_command, echo
 
 
 def add(commands: Commands) -> None:
@@ -46,7 +46,7 @@ def _run(arguments: argparse.Namespace) -> int:
     copy_pipeline(snapshots[newest].parent, output)
     for component, tensors in components.items():
         save_file(tensors, output / component / WEIGHTS, metadata={"format": "pt"})
-    say(
+    echo(
         f"relative width {arguments.std:g} at {wanted.images_seen:.0f} images, from {len(snapshots)} snapshots; "
         f"their sum differs from the wanted profile by {100 * error:.2g} %"
     )

@@ -6,7 +6,7 @@ import argparse
 import re
 from typing import TYPE_CHECKING
 
-from mlflow_icr.commands.console import Commands, add_command, say
+from mlflow_icr.commands.console import Commands, add_command, echo
 
 if TYPE_CHECKING:
     from mlflow_icr.extraction.downloads import Progress
@@ -80,15 +80,15 @@ def _fetch(name: str, sha256: str) -> None:
     from mlflow_icr.extraction.encoder_weights import WEIGHTS
 
     before, weights = kept_encoder(name), ENCODER_FILES[name][-1]
-    say(f"{name}: {weights.url} ({WEIGHTS[name].licence})")
+    echo(f"{name}: {weights.url} ({WEIGHTS[name].licence})")
     kept = fetch_encoder(name, sha256=sha256, progress=_bar)
     digest = kept.sums[weights.name]
     if kept.verified or sha256:
-        say(f"{name}: SHA-256 {digest}, as expected")
+        echo(f"{name}: SHA-256 {digest}, as expected")
     elif before is not None:
-        say(f"{name}: SHA-256 {digest}, as when it was first fetched; no published checksum is known")
+        echo(f"{name}: SHA-256 {digest}, as when it was first fetched; no published checksum is known")
     else:
-        say(f"{name}: SHA-256 {digest}, UNVERIFIED: no published checksum is known. Compare it with one you trust (--sha256).")
+        echo(f"{name}: SHA-256 {digest}, UNVERIFIED: no published checksum is known. Compare it with one you trust (--sha256).")
     print(kept.path)
 
 
@@ -113,6 +113,6 @@ def _bar(file: RemoteFile) -> Progress:
     def tell(received: int, total: int | None) -> None:
         if total and received * 10 // total > tenths[0]:
             tenths[0] = received * 10 // total
-            say(f"{file.name}: {received / 2**20:.1f} of {total / 2**20:.1f} MiB")
+            echo(f"{file.name}: {received / 2**20:.1f} of {total / 2**20:.1f} MiB")
 
     return tell

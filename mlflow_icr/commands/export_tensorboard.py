@@ -7,7 +7,7 @@ import signal
 import threading
 from pathlib import Path
 
-from mlflow_icr.commands.console import Commands, add_command, say
+from mlflow_icr.commands.console import Commands, add_command, echo
 
 
 def add(commands: Commands) -> None:
@@ -46,7 +46,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     signal.signal(signal.SIGINT, interrupt)
 
-    def tell(run: Exported) -> None:
+    def on_run(run: Exported) -> None:
         if printed.get(run.run_id) != run.status or run.new_points or run.new_images:
             printed[run.run_id] = run.status
             print(f"{run.folder}: {run.new_points} points and {run.new_images} images added, {run.status}", flush=True)
@@ -58,8 +58,8 @@ def _run(arguments: argparse.Namespace) -> int:
         follow=arguments.follow,
         interval=arguments.interval,
         stop=stopped,
-        tell=tell,
-        say=say,
+        on_run=on_run,
+        echo=echo,
     )
     if stopped.is_set():
         raise KeyboardInterrupt

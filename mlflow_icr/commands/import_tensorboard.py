@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mlflow_icr.commands.console import Commands, add_command, say
+from mlflow_icr.commands.console import Commands, add_command, echo
 
 
 def add(commands: Commands) -> None:
@@ -30,8 +30,8 @@ def add(commands: Commands) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from mlflow_icr.bridge.tensorboard_import import Imported, import_runs
 
-    def tell(run: Imported) -> None:
+    def on_run(run: Imported) -> None:
         print(f"{run.run_name}: {run.new_points} points and {run.new_images} images added, run {run.run_id}", flush=True)
 
-    import_runs(arguments.logdir, arguments.experiment, tell=tell, say=say)
+    import_runs(arguments.logdir, arguments.experiment, on_run=on_run, echo=echo)
     return 0

@@ -19,10 +19,10 @@ from mlflow_icr.commands.console import (
     add_loading,
     add_reading,
     add_views,
+    echo,
     loading_of,
     protocol_of,
     reading_of,
-    say,
 )
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ def _generated(arguments: argparse.Namespace) -> int:
         encoder=arguments.encoder,
         weights=arguments.encoder_weights,
         resolution=arguments.resolution,
-        say=say,
+        echo=echo,
     )
     if arguments.output_dir is not None:
         found.save(arguments.output_dir)
@@ -221,9 +221,9 @@ def _show(report: Report, values: Mapping[str, object], sink: MLflowSink | None,
     """Print values, and what a report has to say beside them; then log it to the run that a sink joins."""
     print(json.dumps(values, indent=2))
     for key, why in report.absent.items():
-        say(f"{key} is absent: {why}")
+        echo(f"{key} is absent: {why}")
     for key, text in report.warnings.items():
-        say(f"{key} is {text}")
+        echo(f"{key} is {text}")
     if sink is not None:
         from mlflow_icr.integrations.backfill import add_to_run
 
@@ -246,11 +246,11 @@ def _checkpoints(arguments: argparse.Namespace) -> int:
         protocol=protocol_of(arguments),
         companions=arguments.companions,
         batch_size=arguments.batch_size,
-        say=say,
+        echo=echo,
         **loading_of(arguments),
     )
     for name, why in found.left_out.items():
-        say(f"{name} is left out: {why}")
-    say(f"{len(found.measured)} checkpoints measured, {len(found.known)} were before; all results are in {found.output_dir}")
+        echo(f"{name} is left out: {why}")
+    echo(f"{len(found.measured)} checkpoints measured, {len(found.known)} were before; all results are in {found.output_dir}")
     print(found.verdict.text.replace("**", "").replace("\n\n", "\n"))
     return 0 if found.complete and not found.left_out else 1

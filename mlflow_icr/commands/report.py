@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mlflow_icr.commands.console import Commands, add_command, say
+from mlflow_icr.commands.console import Commands, add_command, echo
 
 
 def add(commands: Commands) -> None:
@@ -33,4 +33,4 @@ def add(commands: Commands) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from mlflow_icr.reporting import report_command
 
-    return report_command(arguments.target, arguments.output, log=arguments.log, say=say)
+    return report_command(arguments.target, arguments.output, log=arguments.log, echo=echo)

@@ -34,6 +34,6 @@ def _run(arguments: argparse.Namespace) -> int:
         new_run=arguments.new_run,
         tracking_uri=arguments.tracking_uri,
         dry_run=arguments.dry_run,
-        say=lambda text: print(text, flush=True),
+        echo=lambda text: print(text, flush=True),
     )
     return 0 if all(part.complete for part in found) else 1

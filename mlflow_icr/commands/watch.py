@@ -10,7 +10,7 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlflow_icr.commands.console import Commands, add_layer, add_loading, add_views, loading_of, protocol_of, say
+from mlflow_icr.commands.console import Commands, add_layer, add_loading, add_views, echo, loading_of, protocol_of
 
 if TYPE_CHECKING:
     from mlflow_icr.monitoring import Verdict
@@ -93,7 +93,7 @@ def _run(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
         run_name=arguments.run_name,
         pace=Pace(arguments.follow, arguments.poll, arguments.settle, arguments.end_after),
-        say=say,
+        echo=echo,
         on_verdict=_print,
         reaction=arguments.on_verdict,
         **loading_of(arguments),
@@ -102,7 +102,7 @@ def _run(arguments: argparse.Namespace) -> int:
     try:
         watch.run()
     except KeyboardInterrupt:
-        say("stopped; the same command goes on from here")
+        echo("stopped; the same command goes on from here")
         return 0
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -113,10 +113,10 @@ def _ended(watch: Any) -> int:
     """Say what came of it; returns the exit status, 1 where something was left out."""
     found = watch.verdict
     for name, why in watch.left_out.items():
-        say(f"{name} is left out: {why}")
+        echo(f"{name} is left out: {why}")
     if found is None:
         raise ValueError(f"checkpoints is {str(watch.folder)!r}, which holds no checkpoint; docs/trainers/ says what is one")
-    say(f"{len(watch.measured)} checkpoints measured; all results are in {watch.output_dir}")
+    echo(f"{len(watch.measured)} checkpoints measured; all results are in {watch.output_dir}")
     _print(found)
     return 1 if watch.left_out else 0
 

@@ -18,7 +18,7 @@ from mlflow_icr.tracking.mlflow.store import answers, connect, get_run
 from mlflow_icr.tracking.mlflow.sync import waiting_of
 
 SECTIONS = ("repr", "perf/measure")  # beginnings of the keys that a measurement has
-Say = Callable[[str], None]
+Echo = Callable[[str], None]
 
 
 @dataclass
@@ -48,7 +48,7 @@ def measure_checkpoints(
     protocol: Protocol | None = None,
     companions: Sequence[str] = (),
     batch_size: int | None = None,
-    say: Say = lambda text: None,
+    echo: Echo = lambda text: None,
     **options: Any,
 ) -> Backfill:
     """Measure every checkpoint in a folder on the same views of the same images, in order; resumes after an interruption.
@@ -62,7 +62,7 @@ def measure_checkpoints(
     folder = Path(folder)
     units = Units(images_per_step, len(ImageFiles(data)) if images_per_epoch is None else images_per_epoch)
     left_out: dict[str, str] = {}
-    checkpoints = find_checkpoints(folder, units, say, left_out)
+    checkpoints = find_checkpoints(folder, units, echo, left_out)
     if run_id is not None:  # checked before anything is loaded
         get_run(connect(), run_id)
     out = folder / "icr" if output_dir is None else Path(output_dir)
@@ -95,7 +95,7 @@ def measure_checkpoints(
                 found.left_out[checkpoint.name] = str(error)
                 continue
             found.measured.append(checkpoint.step)
-            say(line_of(checkpoint.name, report))
+            echo(line_of(checkpoint.name, report))
     finally:
         tracker.close("FINISHED")
         found.complete = run_id is None or waiting_of(out).complete

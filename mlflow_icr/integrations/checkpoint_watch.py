@@ -20,7 +20,7 @@ from mlflow_icr.monitoring import Protocol, Verdict
 from mlflow_icr.reporting import conclude
 from mlflow_icr.tracking import Tracker, folder_tracker
 
-Say = Callable[[str], None]
+Echo = Callable[[str], None]
 LOCK = ".watch.lock"
 # Seconds since a file's last change after which it is no longer being written, even if two machines' clocks differ.
 LONG_AGO = 60.0
@@ -91,7 +91,7 @@ class CheckpointWatch:
     `data` is the folder of training images, `base` the pipeline that the training began with (a folder, or a name on the hub),
     which is measured at 0 images seen; None where the checkpoints are pipelines themselves. Results are in `output_dir` (None:
     `icr` in the folder), and a watch that was ended continues there, in the same MLflow run. `images_per_step` None is what the
-    checkpoints' metadata say, else 1; `images_per_epoch` None is the number of training images. `say` gets a line for each
+    checkpoints' metadata say, else 1; `images_per_epoch` None is the number of training images. `echo` gets a line for each
     measurement, `on_verdict` the verdict whenever its state has changed. A `reaction`, a command or a webhook's URL, gets
     it too, as `Tracker` does it. `options` are those of `load_pipeline`.
 
@@ -114,7 +114,7 @@ class CheckpointWatch:
         batch_size: int | None = None,
         run_name: str | None = None,
         pace: Pace | None = None,
-        say: Say = lambda text: None,
+        echo: Echo = lambda text: None,
         on_verdict: Callable[[Verdict], object] = lambda verdict: None,
         reaction: str | None = None,
         **options: Any,
@@ -126,7 +126,7 @@ class CheckpointWatch:
         Units(1 if images_per_step is None else images_per_step, self._images_per_epoch)  # refuses impossible values
         self._how: dict[str, Any] = {"protocol": protocol, "companions": companions, "batch_size": batch_size}
         self._options, self._run_name, self._reaction = options, run_name, reaction
-        self.pace, self._say, self._on_verdict = pace or Pace(), say, on_verdict
+        self.pace, self._echo, self._on_verdict = pace or Pace(), echo, on_verdict
         self.measured: list[int] = []  # images seen, in the order of measuring
         self.left_out: dict[str, str] = {}  # reasons by name
         self._refused: dict[Path, float] = {}  # what could not be loaded, and when it was written
@@ -214,7 +214,7 @@ class CheckpointWatch:
         self._tracker = tracker
         self._state = tracker.verdict.state if tracker.journal.rows else ""
         if self.base is not None and 0 not in tracker.journal.steps:
-            self._say(line_of(str(self.base), self._measurement.record(0, tracker)))
+            self._echo(line_of(str(self.base), self._measurement.record(0, tracker)))
 
     def _units(self, first: CheckpointFiles) -> Units:
         """Images in a step as they were given, as an earlier watch took them, or as a checkpoint's metadata say."""
@@ -240,10 +240,10 @@ class CheckpointWatch:
             if written is not None:
                 self._refused[checkpoint.files.path] = written
             self.left_out[checkpoint.name] = why
-            self._say(f"{checkpoint.name} is left out: {why}")
+            self._echo(f"{checkpoint.name} is left out: {why}")
             return
         self.measured.append(checkpoint.step)
-        self._say(line_of(checkpoint.name, report) + (f" ({len(due) - 1} more are waiting)" if len(due) > 1 else ""))
+        self._echo(line_of(checkpoint.name, report) + (f" ({len(due) - 1} more are waiting)" if len(due) > 1 else ""))
         found = self._tracker.verdict
         if found.state != self._state:
             self._state = found.state

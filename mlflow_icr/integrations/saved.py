@@ -21,10 +21,10 @@ from mlflow_icr.integrations.checkpoint_files import (
 )
 from mlflow_icr.integrations.single_file import network_in_file
 
-Say = Callable[[str], None]
+Echo = Callable[[str], None]
 
 
-def _say_nothing(text: str) -> None:
+def _echo_nothing(text: str) -> None:
     """Print nothing."""
 
 
@@ -72,9 +72,9 @@ class SavedCheckpoint:
 
 
 def find_checkpoints(
-    folder: Path, units: Units | None = None, say: Say = _say_nothing, left_out: dict[str, str] | None = None
+    folder: Path, units: Units | None = None, echo: Echo = _echo_nothing, left_out: dict[str, str] | None = None
 ) -> list[SavedCheckpoint]:
-    """The checkpoints in a folder by ascending images seen; `say` gets a line for each name that is left out.
+    """The checkpoints in a folder by ascending images seen; `echo` gets a line for each name that is left out.
 
     `left_out` gets the reason for each checkpoint with damaged weights, by its name.
 
@@ -90,7 +90,7 @@ def find_checkpoints(
             if entry.damaged and left_out is not None:
                 left_out[entry.path.name] = entry.reason
             else:
-                say(f"{entry.path.name} is left out: {entry.reason}")
+                echo(f"{entry.path.name} is left out: {entry.reason}")
             continue
         step = units.images_seen(entry.checkpoint.position)
         if step in found:
@@ -99,7 +99,7 @@ def find_checkpoints(
     if not found:
         inner = folder / "checkpoints"
         if inner.is_dir():
-            return find_checkpoints(inner, units, say, left_out)
+            return find_checkpoints(inner, units, echo, left_out)
         raise ValueError(
             f"checkpoints is {str(folder)!r}, which holds no folder or file with a number and weights; expected such as "
             f"000000131072/unet, checkpoint-500/unet, checkpoint-500/{LORA} or name-step00000500.safetensors"

@@ -47,11 +47,11 @@ class PostHoc:
             writer.writerows((i, nearest[i], scores[i]) for i in sorted(range(len(scores)), key=lambda i: scores[i]))
 
 
-def _read(name: str, path: Path, resolution: int | None, say: Callable[[str], None]) -> Tensor:
+def _read(name: str, path: Path, resolution: int | None, echo: Callable[[str], None]) -> Tensor:
     found: ImageSet = read_images(path, resolution)
-    say(f"{name}: {len(found.images)} images of {path}")
+    echo(f"{name}: {len(found.images)} images of {path}")
     if found.unreadable:
-        say(f"{name}: {len(found.unreadable)} cannot be read, and are left out: {named(found.unreadable)}")
+        echo(f"{name}: {len(found.unreadable)} cannot be read, and are left out: {named(found.unreadable)}")
     return found.images
 
 
@@ -63,16 +63,16 @@ def measure_generated(
     encoder: str = "pixels",
     weights: Path | None = None,
     resolution: int | None = None,
-    say: Callable[[str], None] = lambda text: None,
+    echo: Callable[[str], None] = lambda text: None,
 ) -> PostHoc:
     """Copies, distances and diversity of generated images: folders, `.zip` or `.npz` files of images.
 
-    `encoder` and `weights` are those of `load_encoder`; `say` gets lines on how many images were read, and which could not be.
+    `encoder` and `weights` are those of `load_encoder`; `echo` gets lines on how many images were read, and which could not be.
     Copies are also sought by pixels, whatever the encoder. Raises ValueError for sets without images or of different kinds.
     """
-    sets = {"generated": _read("generated", generated, resolution, say), "train": _read("train", train, resolution, say)}
+    sets = {"generated": _read("generated", generated, resolution, echo), "train": _read("train", train, resolution, echo)}
     if heldout is not None:
-        sets["heldout"] = _read("heldout", heldout, resolution, say)
+        sets["heldout"] = _read("heldout", heldout, resolution, echo)
     shape = tuple(sets["train"].shape[1:])
     for name, images in sets.items():
         if tuple(images.shape[1:]) != shape:

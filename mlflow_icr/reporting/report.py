@@ -73,10 +73,10 @@ def conclude(tracker: Tracker) -> Path | None:
     return path
 
 
-def report_command(targets: Sequence[str], output: Path, *, log: bool = False, say: Callable[[str], None]) -> int:
+def report_command(targets: Sequence[str], output: Path, *, log: bool = False, echo: Callable[[str], None]) -> int:
     """Write the report on some targets (see `gather`) to a file, which is printed, and with `log` to their MLflow run.
 
-    Returns the exit status; `say` gets remarks, a line each. Raises ValueError for impossible targets or outputs, and
+    Returns the exit status; `echo` gets remarks, a line each. Raises ValueError for impossible targets or outputs, and
     OSError when a disk or store does not take it.
     """
     if output.is_dir():
@@ -86,11 +86,11 @@ def report_command(targets: Sequence[str], output: Path, *, log: bool = False, s
         raise ValueError(f"log is set, but {found.unlogged}")
     write_report(found.runs, output, title=found.title, notes=found.notes)
     for note in found.notes:
-        say(note)
+        echo(note)
     without = [run.name for run in found.runs if not run.measured]
     if without:
-        say(f"without a measurement of ICR: {', '.join(without)}")
+        echo(f"without a measurement of ICR: {', '.join(without)}")
     print(output)
     if log and found.run_id is not None:
-        say(f"logged as {log_report(store.connect(), found.run_id, output)} of run {found.run_id}")
+        echo(f"logged as {log_report(store.connect(), found.run_id, output)} of run {found.run_id}")
     return 0

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlflow_icr.extraction.files import write_whole
-from mlflow_icr.tracking import operations as told
+from mlflow_icr.tracking import operations as ops
 from mlflow_icr.tracking.operations import LOGGED, MEASURED, SUMMARY, TABLE, to_line
 
 OPERATIONS, MODELS, VALUES, SENT = "mlflow.jsonl", "models.jsonl", "logged/values.jsonl", "logged/sent.json"
@@ -38,57 +38,57 @@ def _state(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _operations(content: dict[str, Any], rows: Rows, write: Write) -> list[told.Operation]:
+def _operations(content: dict[str, Any], rows: Rows, write: Write) -> list[ops.Operation]:
     """The operations for one line of the earlier format; none for a damaged line."""
     try:
         match content.get("kind"):
             case "start":
-                tags = [told.Tags(content["tags"])] if content["tags"] else []
-                return [told.Params(content["params"]), *tags]
+                tags = [ops.Tags(content["tags"])] if content["tags"] else []
+                return [ops.Params(content["params"]), *tags]
             case "tags":
-                return [told.Tags(content["tags"])]
+                return [ops.Tags(content["tags"])]
             case "metrics":
                 measured = content["values"].items() <= rows.get(content["step"], {}).items()
-                return [told.Metrics(content["step"], content["time"], content["values"], MEASURED if measured else SUMMARY)]
+                return [ops.Metrics(content["step"], content["time"], content["values"], MEASURED if measured else SUMMARY)]
             case "points":
-                return [told.Metrics(step, time, {key: value}, LOGGED) for key, value, step, time in content["points"]]
+                return [ops.Metrics(step, time, {key: value}, LOGGED) for key, value, step, time in content["points"]]
             case "picture":
-                return [told.Picture(content["key"], content["step"], content["time"], content["path"])]
+                return [ops.Picture(content["key"], content["step"], content["time"], content["path"])]
             case "table":
                 write(content["to"], json.dumps(content["content"]).encode())
                 folder, _, name = content["to"].rpartition("/")
-                return [told.File(content["to"], folder, TABLE, name.removesuffix(".json"))]
+                return [ops.File(content["to"], folder, TABLE, name.removesuffix(".json"))]
             case "artifact":
-                return [told.File(content["path"], content["to"] or "")]
+                return [ops.File(content["path"], content["to"] or "")]
             case "dataset":
-                return [told.Dataset(content["description"], content["context"])]
+                return [ops.Dataset(content["description"], content["context"])]
             case "model":
                 times = [time for *_, time in content["points"]]
                 values = {key: value for key, value, *_ in content["points"]}
                 return [
-                    told.Model(
+                    ops.Model(
                         content["step"], max(times, default=0), content["path"], values, content["weights"], content["turning"]
                     )
                 ]
             case "end":
-                return [told.End(content["status"], content["time"])]
+                return [ops.End(content["status"], content["time"])]
     except (KeyError, TypeError, ValueError):
         pass
     return []
 
 
-def _logged(content: dict[str, Any]) -> list[told.Operation]:
+def _logged(content: dict[str, Any]) -> list[ops.Operation]:
     try:
         values = {key: float(value) for key, value in content["values"].items()}
         time, texts = round(content["time"] * 1000), content.get("texts", {})
-        return [told.Metrics(content["step"], time, values, LOGGED, texts, content.get("resumes", False))]
+        return [ops.Metrics(content["step"], time, values, LOGGED, texts, content.get("resumes", False))]
     except (KeyError, TypeError, ValueError):
         return []
 
 
 def _parts(
     folder: Path, write: Callable[[str, bytes], object]
-) -> tuple[list[list[told.Operation]], list[list[told.Operation]], list[told.Operation]]:
+) -> tuple[list[list[ops.Operation]], list[list[ops.Operation]], list[ops.Operation]]:
     """The operations of each line of both outboxes, with the training's own values in place of their copies."""
     from mlflow_icr.monitoring.series import HISTORY
 
@@ -99,7 +99,7 @@ def _parts(
     return outbox, models, logged
 
 
-def earlier_operations(folder: Path) -> Iterator[told.Operation]:
+def earlier_operations(folder: Path) -> Iterator[ops.Operation]:
     """The operations of a folder of the earlier format, in order; none if it is no such folder."""
     outbox, models, _ = _parts(folder, lambda name, content: None)
     for part in (*outbox, *models):
@@ -113,11 +113,11 @@ def write_events(folder: Path, path: Path) -> None:
         write_whole(folder / name, lambda file: file.write(content))
 
     outbox, models, logged = _parts(folder, keep)
-    operations: list[told.Operation] = []
+    operations: list[ops.Operation] = []
     places: list[int] = []  # for each line of both outboxes, how many operations end it
     for part in (*outbox, *models):
         # Its copies in MLflow's outbox have no texts, and not what the training took back.
-        operations += [o for o in part if not (logged and isinstance(o, told.Metrics) and o.source == LOGGED)]
+        operations += [o for o in part if not (logged and isinstance(o, ops.Metrics) and o.source == LOGGED)]
         places.append(len(operations))
     before = len(operations)
     operations += logged

@@ -99,7 +99,7 @@ class Reaction(Sink):
         turned_at, checkpoint = (None if number is None else int(number) for number in numbers)
         text = values.get("verdict.text", "")
         change = VerdictChange(state, previous, step, text, turned_at, checkpoint, str(self.folder), self._run_id())
-        problem = self._tell(change)
+        problem = self._call_listener(change)
         self.state.update(state=state)
         if problem:
             logger.warning("%s, told of %s at %s images seen, %s", self.name, state, f"{step:,}", problem)
@@ -111,7 +111,7 @@ class Reaction(Sink):
             return None
         return None if found is None else str(found)
 
-    def _tell(self, change: VerdictChange) -> str:
+    def _call_listener(self, change: VerdictChange) -> str:
         """What went wrong, in some words; empty where nothing did. Raises ConnectionError if the server does not answer."""
         if callable(self._listener):
             return call(self._listener, change, SECONDS)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlflow_icr.extraction.files import write_whole
-from mlflow_icr.tracking import operations as told
+from mlflow_icr.tracking import operations as ops
 from mlflow_icr.tracking.event_log import EVENTS, Cursor, EventLog
 from mlflow_icr.tracking.operations import ALL, described, to_content
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mlflow_icr.tracking.worker import Worker
 
 
-def say_on_stderr(text: str) -> None:
+def echo_on_stderr(text: str) -> None:
     """Print a line on standard error."""
     print(text, file=sys.stderr, flush=True)
 
@@ -77,7 +77,7 @@ class SinkState:
         """Refused operations: `what`, `why`, `lane` and `operation`, by number in the log."""
         return dict(self.content["refused"])
 
-    def refuse(self, lane: str, number: int, operation: told.Operation | None, why: str) -> None:
+    def refuse(self, lane: str, number: int, operation: ops.Operation | None, why: str) -> None:
         """Set a refused operation aside, with its reason; None for a line of the log that is not one."""
         what = described(operation) if operation else f"line {number + 1} of {EVENTS}"
         content = to_content(operation) if operation else {}
@@ -122,7 +122,7 @@ class Sink:
     folder: Path
     log: EventLog
     state: SinkState
-    say: Callable[[str], None]
+    echo: Callable[[str], None]
     warned: set[str]  # keys of warnings that were shown, by all of its workers
     workers: Sequence[Worker] = ()  # the workers that deliver to it, while a tracker is open
 
@@ -174,9 +174,9 @@ class Sink:
         """The file of the sink's cursors."""
         return folder / f"{self.name.lower()}.json"
 
-    def attach(self, folder: Path, log: EventLog, state: SinkState, say: Callable[[str], None]) -> None:
-        """Attach to the run's folder, its log and the sink's state; `say` prints a line. Called once, before `open`."""
-        self.folder, self.log, self.state, self.say, self.warned = folder, log, state, say, set()
+    def attach(self, folder: Path, log: EventLog, state: SinkState, echo: Callable[[str], None]) -> None:
+        """Attach to the run's folder, its log and the sink's state; `echo` prints a line. Called once, before `open`."""
+        self.folder, self.log, self.state, self.echo, self.warned = folder, log, state, echo, set()
 
     def open(self, opening: bool, *, offline: bool = False) -> None:
         """Get ready, in the caller's thread. Without `opening`, the sink is only brought up to the log."""
@@ -187,29 +187,29 @@ class Sink:
     def in_caller(self) -> None:
         """Called in the caller's thread at every measurement."""
 
-    def send(self, lane: str, operations: Sequence[told.Operation], may_be_repeated: bool) -> None:
+    def send(self, lane: str, operations: Sequence[ops.Operation], may_be_repeated: bool) -> None:
         """Deliver operations in order; `may_be_repeated`: all or some may have arrived before."""
         for operation in operations:
             self.take(operation)
 
-    def take(self, operation: told.Operation) -> None:
+    def take(self, operation: ops.Operation) -> None:
         """Deliver one operation."""
         match operation:
-            case told.Params(values=values):
+            case ops.Params(values=values):
                 self.params(values)
-            case told.Tags(values=values, step=step):
+            case ops.Tags(values=values, step=step):
                 self.tags(values, step)
-            case told.Metrics(values=values, step=step, time=time):
+            case ops.Metrics(values=values, step=step, time=time):
                 self.metrics(values, step, time)
-            case told.Picture(key=key, path=path, step=step):
+            case ops.Picture(key=key, path=path, step=step):
                 self.picture(key, self.folder / path, step)
-            case told.File() as file:
+            case ops.File() as file:
                 self.file(self.folder / file.path, file)
-            case told.Dataset(description=description, context=context):
+            case ops.Dataset(description=description, context=context):
                 self.dataset(description, context)
-            case told.Model() as model:
+            case ops.Model() as model:
                 self.model(self.folder / model.path, model)
-            case told.End(status=status):
+            case ops.End(status=status):
                 self.end(status)
 
     def params(self, values: Mapping[str, Any]) -> None:
@@ -224,13 +224,13 @@ class Sink:
     def picture(self, key: str, path: Path, step: int) -> None:
         """A picture of a step, a PNG."""
 
-    def file(self, path: Path, file: told.File) -> None:
+    def file(self, path: Path, file: ops.File) -> None:
         """A file: its `role` says whether it is an artifact, a figure, a table, distributions or vectors."""
 
     def dataset(self, description: Mapping[str, str], context: str) -> None:
         """A set of images, as MLflow describes it; `context` is "training" or "validation"."""
 
-    def model(self, path: Path, model: told.Model) -> None:
+    def model(self, path: Path, model: ops.Model) -> None:
         """A checkpoint, a diffusers folder."""
 
     def end(self, status: str) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from mlflow_icr.monitoring.report import Report
 from mlflow_icr.monitoring.summary import summarise
 from mlflow_icr.monitoring.verdict import Verdict, folded
-from mlflow_icr.tracking import operations as told
+from mlflow_icr.tracking import operations as ops
 from mlflow_icr.tracking.checkpoints.folder import checkpoints
 from mlflow_icr.tracking.ending import end_at_exit, exit_on_sigterm, status_of
 from mlflow_icr.tracking.event_log import EventLog
@@ -26,7 +26,7 @@ from mlflow_icr.tracking.lock import Lock
 from mlflow_icr.tracking.logged import Logged
 from mlflow_icr.tracking.operations import now_ms
 from mlflow_icr.tracking.reactions import Listener, Reaction
-from mlflow_icr.tracking.sink import Sink, SinkState, not_taken, say_on_stderr
+from mlflow_icr.tracking.sink import Sink, SinkState, echo_on_stderr, not_taken
 from mlflow_icr.tracking.worker import LAST_ATTEMPTS, Worker, drain
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ class Tracker:
         self._verdicts = folded(self.journal.rows)
         self.sinks = [*sinks, *([] if on_verdict is None else [Reaction(on_verdict, self.verdict.state)])]
         self.workers: list[Worker] = []
-        self.say: Callable[[str], None] = say_on_stderr
+        self.echo: Callable[[str], None] = echo_on_stderr
         self.quiet = False  # whether the caller reports failures
         self.ends_by_itself = True  # end with the program; False if the caller does that
         self._shown_verdict: dict[str, str] = {}
@@ -99,7 +99,7 @@ class Tracker:
             return
         named, now = params or {}, now_ms()
         plain = {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in named.items()}
-        self.log_file.append([told.Params(plain, now), *([told.Tags(dict(tags), time=now)] if tags else [])])
+        self.log_file.append([ops.Params(plain, now), *([ops.Tags(dict(tags), time=now)] if tags else [])])
         self.begin(opening=True)
         if self.ends_by_itself:
             self._undo_signal = exit_on_sigterm()
@@ -116,13 +116,13 @@ class Tracker:
         paths: list[Path] = []
         for sink in list(self.sinks):
             if sink.remote and self.mode == OFFLINE:
-                self.say(f"nothing is sent to {sink.name} now; mlflow-icr sync {self.journal.folder} does that")
+                self.echo(f"nothing is sent to {sink.name} now; mlflow-icr sync {self.journal.folder} does that")
             try:
                 path = sink.state_path(self.journal.folder)
                 while path in paths:  # a second sink of a kind
                     path = path.with_name(f"{path.stem}_{path.suffix}")
                 paths.append(path)
-                sink.attach(self.journal.folder, self.log_file, SinkState(path, self.log_file), self.say)
+                sink.attach(self.journal.folder, self.log_file, SinkState(path, self.log_file), self.echo)
                 sink.open(opening, offline=sink.remote and self.mode == OFFLINE)
             except Exception as error:  # a tracker of any kind, failing in any way, must not cost a training run
                 self._warn(f"failure {sink.name}", f"{sink.name} gets nothing ({sink.reason_of(error)}); training goes on")
@@ -141,7 +141,7 @@ class Tracker:
         """Bring the log up to the journal, after a kill or a power cut between the two."""
         missing = self.journal.operations_not_in(self.log_file)
         self.log_file.append(missing)
-        if any(isinstance(one, told.Metrics) for one in missing):  # whose verdict was not logged
+        if any(isinstance(one, ops.Metrics) for one in missing):  # whose verdict was not logged
             self.log_file.append(self._verdict_tags())
         self._offer(checkpoints(self.journal.folder))
 
@@ -162,17 +162,17 @@ class Tracker:
             step = max(self.journal.steps, default=0)
             last = self.log_file.summary  # a run that is opened and closed again has the same summary
             if values and (last is None or (last.step, last.values) != (step, values)):
-                self.log_file.append([told.Metrics(step, self._given_times.get(step, now_ms()), values, told.SUMMARY)])
+                self.log_file.append([ops.Metrics(step, self._given_times.get(step, now_ms()), values, ops.SUMMARY)])
             kept = {step, self.verdict.checkpoint_images_seen}
             self._offer({at: path for at, path in checkpoints(self.journal.folder).items() if at in kept}, kept=True)
-            self.log_file.append([told.End(status, now_ms())])
+            self.log_file.append([ops.End(status, now_ms())])
         finally:
             drain(self.workers, patience=LAST_ATTEMPTS, closing=True)
             for sink in self.sinks if not self.quiet else ():
                 if sink.waiting_text:
                     logger.warning("%s", sink.waiting_text)
                 if sink.refused_text:
-                    self.say(sink.refused_text)
+                    self.echo(sink.refused_text)
             self.abandon()
         return values
 
@@ -240,7 +240,7 @@ class Tracker:
             self._verdicts = folded(self.journal.rows)
         self.log_file.append([*self.journal.operations(report, now), *self._verdict_tags()])
 
-    def _verdict_tags(self) -> list[told.Operation]:
+    def _verdict_tags(self) -> list[ops.Operation]:
         """The verdict as tags at the last step, unless it was logged before."""
         found = self.verdict
         texts = {"verdict": found.state, "verdict.text": found.text}
@@ -248,7 +248,7 @@ class Tracker:
         if texts == self._shown_verdict:
             return []
         self._shown_verdict = texts
-        return [told.Tags(texts | ({} if self._noted else {NOTE: found.text}), self._verdicts.newest, now_ms())]
+        return [ops.Tags(texts | ({} if self._noted else {NOTE: found.text}), self._verdicts.newest, now_ms())]
 
     def log(self, row: Logged) -> None:
         """Write a training's own values to the log, and within seconds to every sink. Raises OSError if the disk is full.
@@ -260,16 +260,16 @@ class Tracker:
         self.begin()
         resumes, self._resumes_log = self._resumes_log, False
         time = round(row.time * 1000)
-        operation = told.Metrics(row.step, time, dict(row.values), told.LOGGED, dict(row.texts), resumes)
+        operation = ops.Metrics(row.step, time, dict(row.values), ops.LOGGED, dict(row.texts), resumes)
         self.log_file.append([operation], urgent=False)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Log values that are neither a measurement nor a training's own, such as the results of a study."""
-        self._tell(told.Metrics(step, now_ms(), dict(values), told.SUMMARY))
+        self._enqueue(ops.Metrics(step, now_ms(), dict(values), ops.SUMMARY))
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Set texts by key, of which the last stays."""
-        self._tell(told.Tags(dict(values), time=now_ms()))
+        self._enqueue(ops.Tags(dict(values), time=now_ms()))
 
     def note(self, markdown: str) -> None:
         """Set the description that the run's page in MLflow shows."""
@@ -289,17 +289,17 @@ class Tracker:
             return
         parts = text_operations(report, now_ms())
         if report.values:
-            parts.append(told.Metrics(report.step, now_ms(), dict(report.values), told.SUMMARY))
+            parts.append(ops.Metrics(report.step, now_ms(), dict(report.values), ops.SUMMARY))
         for key, picture in report.figures.items():
             path = self.journal.folder / "shown" / f"{uuid.uuid4().hex}.png"
             path.parent.mkdir(exist_ok=True)
             Image.fromarray(picture).save(path)
-            parts.append(told.Picture(key, report.step, now_ms(), self.journal.relative(path)))
-        self._tell(*parts)
+            parts.append(ops.Picture(key, report.step, now_ms(), self.journal.relative(path)))
+        self._enqueue(*parts)
 
     def picture(self, key: str, path: Path, step: int) -> None:
         """Show a picture of a step, a PNG in the folder that stays as it is."""
-        self._tell(told.Picture(key, step, now_ms(), self.journal.relative(path)))
+        self._enqueue(ops.Picture(key, step, now_ms(), self.journal.relative(path)))
 
     def dataset(self, describe: Callable[[], Mapping[str, str]], context: str) -> None:
         """Show what a set of images is; `context` is what it is for, "training" or "validation".
@@ -312,7 +312,7 @@ class Tracker:
             for sink in self.sinks:
                 self._warn_of(sink, error)
             return
-        self._tell(told.Dataset(description, context))
+        self._enqueue(ops.Dataset(description, context))
 
     def table(self, name: str, rows: Sequence[Mapping[str, object]], step: int) -> None:
         """Write a table to `tables/<name>.csv` in the folder and show it; rows have the same keys. Nothing for no rows."""
@@ -322,23 +322,23 @@ class Tracker:
         content = {"columns": list(rows[0]), "data": [[row[key] for key in rows[0]] for row in rows]}
         path = self.journal.write_file(f"tables/{name}.json", json.dumps(content, default=str).encode())
         folder = f"tables/{name}".rpartition("/")[0]
-        self._tell(told.File(self.journal.relative(path), folder, told.TABLE, name, step, now_ms()))
+        self._enqueue(ops.File(self.journal.relative(path), folder, ops.TABLE, name, step, now_ms()))
 
     def figure(self, name: str, picture: np.ndarray, step: int) -> None:
         """Write a figure (H, W, 3) uint8 of the whole run to `figures/<name>.png` in the folder, and show it."""
         if self._is_usable():
             path = self.journal.write_figure(name, picture)
-            self._tell(told.File(self.journal.relative(path), "figures", told.FIGURE, name, step, now_ms()))
+            self._enqueue(ops.File(self.journal.relative(path), "figures", ops.FIGURE, name, step, now_ms()))
 
     def embedding(self, name: str, vectors: np.ndarray, images: np.ndarray, labels: Sequence[str], step: int) -> None:
         """Show vectors (N, D) with thumbnails (N, H, W, 3) uint8 and texts where there is a projector."""
         if self._is_usable():
             path = self.journal.write_arrays(f"embeddings/{name}.npz", vectors=vectors, images=images, labels=np.array(labels))
-            self._tell(told.File(self.journal.relative(path), None, told.EMBEDDING, name, step, now_ms()))
+            self._enqueue(ops.File(self.journal.relative(path), None, ops.EMBEDDING, name, step, now_ms()))
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Keep a file of the output folder as an artifact, in a folder of that name."""
-        self._tell(told.File(self.journal.relative(path), folder or "", time=now_ms()))
+        self._enqueue(ops.File(self.journal.relative(path), folder or "", time=now_ms()))
 
     def checkpoint(self, images_seen: int) -> None:
         """Log the checkpoint at a measurement, if there is one, and if it was measured."""
@@ -359,9 +359,9 @@ class Tracker:
             row, at = self.journal.by_step[step], self.log_file.time_of(step)
             if at is not None:
                 values = {key: value for key, value in row.items() if key != "images_seen"}
-                self.log_file.append([told.Model(step, at, self.journal.relative(path), values, kept, turning)])
+                self.log_file.append([ops.Model(step, at, self.journal.relative(path), values, kept, turning)])
 
-    def _tell(self, *operations: told.Operation) -> None:
+    def _enqueue(self, *operations: ops.Operation) -> None:
         if self._is_usable():
             self.begin()
             self.log_file.append(operations)

@@ -242,13 +242,13 @@ def run_study(study: Study, stop: Stop) -> int:
         raise
     finally:  # whatever happens: MLflow would call a run FINISHED that its process left open
         tracker.close(status)
-    _say(study, status, table, address, mlflow.get_tracking_uri())
+    _echo(study, status, table, address, mlflow.get_tracking_uri())
     if status == "FINISHED":
         return 0
     return 128 + stop.signal if stop.signal else 1
 
 
-def _say(study: Study, status: str, table: Mapping[str, Cells], address: str, tracking_uri: str) -> None:
+def _echo(study: Study, status: str, table: Mapping[str, Cells], address: str, tracking_uri: str) -> None:
     print(f"\n{_text(table)}\n")
     print(f"figure       {study.folder / 'study.png'}")
     print(f"report       {study.folder / 'report' / 'index.html'}")

@@ -39,7 +39,7 @@ def run_siblings(siblings: Sequence[Sibling], parallel: int, wants_stop: Callabl
         print(f"[{name:{width}}] {line}", end="", flush=True)
 
     alone = all(flag == "--num-processes=1" for one in siblings for flag in one.flags if flag.startswith("--num-processes"))
-    launcher = LocalLauncher(parallel, echo=echo, one_gpu_each=alone)
+    launcher = LocalLauncher(parallel, on_output=echo, one_gpu_each=alone)
 
     def stops() -> bool:
         return wants_stop() or any(one.status != FINISHED for one in ended.values())

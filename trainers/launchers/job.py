@@ -43,9 +43,9 @@ class Launcher(Protocol):
     """Runs jobs; the failure of one does not affect the others."""
 
     def run(
-        self, jobs: Sequence[Job], wants_stop: Callable[[], bool], say: Callable[[str], None]
+        self, jobs: Sequence[Job], wants_stop: Callable[[], bool], echo: Callable[[str], None]
     ) -> Generator[Ended, None, None]:
-        """Yield each job's outcome as it ends; after `wants_stop`, what is known of the rest. `say` gets lines on progress.
+        """Yield each job's outcome as it ends; after `wants_stop`, what is known of the rest. `echo` gets lines on progress.
 
         Raises OSError when no job can be started at all.
         """

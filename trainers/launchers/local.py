@@ -36,28 +36,28 @@ class _Running:
     child: subprocess.Popen[str]
     slot: int
     since: int  # bytes of the log before this attempt
-    teller: threading.Thread | None  # who copies its output to the log and to the terminal
+    copier: threading.Thread | None  # who copies its output to the log and to the terminal
 
 
 class LocalLauncher:
     """At most `parallel` processes at a time; `inherited` file descriptors stay open in each as long as it lives.
 
-    `echo(name, line)` is called with every line of output as it comes, which is in the job's log too. Of several GPUs each job
-    gets one, unless jobs of several ranks are to share them all.
+    `on_output(name, line)` is called with every line of output as it comes; the job's log has it too. Each job gets one of
+    several GPUs, unless jobs of several ranks are to share them all.
     """
 
     def __init__(
         self,
         parallel: int,
         inherited: Sequence[int] = (),
-        echo: Callable[[str, str], None] | None = None,
+        on_output: Callable[[str, str], None] | None = None,
         *,
         one_gpu_each: bool = True,
     ) -> None:
-        self.parallel, self.inherited, self.echo, self.one_gpu_each = parallel, tuple(inherited), echo, one_gpu_each
+        self.parallel, self.inherited, self.on_output, self.one_gpu_each = parallel, tuple(inherited), on_output, one_gpu_each
 
     def run(
-        self, jobs: Sequence[Job], wants_stop: Callable[[], bool], say: Callable[[str], None]
+        self, jobs: Sequence[Job], wants_stop: Callable[[], bool], echo: Callable[[str], None]
     ) -> Generator[Ended, None, None]:
         """Yield each job's end as it comes. After `wants_stop` those that run are asked to stop, and no other one starts.
 
@@ -74,7 +74,7 @@ class LocalLauncher:
                     own = {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if self.one_gpu_each and len(gpus) > 1 else {}
                     try:
                         running.append(self._start(job, shared | own, slot))
-                        say(f"{job.name} starts; its output is in {job.log}")
+                        echo(f"{job.name} starts; its output is in {job.log}")
                     except OSError as error:  # no memory for a process, or no disk for a log
                         free.append(slot)
                         yield Ended(job.name, FAILED, str(error))
@@ -99,31 +99,31 @@ class LocalLauncher:
                 job.line(),
                 env=variables,
                 stdin=subprocess.DEVNULL,
-                stdout=log if self.echo is None else subprocess.PIPE,
+                stdout=log if self.on_output is None else subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
                 start_new_session=True,  # Ctrl-C reaches us alone, and we ask the children once
                 pass_fds=self.inherited,
             )
-        teller = None
-        if self.echo is not None:
-            teller = threading.Thread(target=_tell, args=(job, child, self.echo), daemon=True)
-            teller.start()
-        return _Running(job, child, slot, since, teller)
+        copier = None
+        if self.on_output is not None:
+            copier = threading.Thread(target=_copy_output, args=(job, child, self.on_output), daemon=True)
+            copier.start()
+        return _Running(job, child, slot, since, copier)
 
 
-def _tell(job: Job, child: subprocess.Popen[str], echo: Callable[[str, str], None]) -> None:
+def _copy_output(job: Job, child: subprocess.Popen[str], on_output: Callable[[str, str], None]) -> None:
     assert child.stdout is not None
     with job.log.open("a") as log:
         for line in child.stdout:
             log.write(line)
             log.flush()
-            echo(job.name, line)
+            on_output(job.name, line)
 
 
 def _ended(one: _Running, *, asked: bool = False) -> Ended:
-    if one.teller is not None:
-        one.teller.join()
+    if one.copier is not None:
+        one.copier.join()
     code = one.child.returncode
     if code == 0:
         return Ended(one.job.name, FINISHED)

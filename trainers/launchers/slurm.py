@@ -154,19 +154,19 @@ class SlurmLauncher:
         self._handles: dict[str, Any] = {}  # submitit's jobs, of those that this process submitted
 
     def run(
-        self, jobs: Sequence[Job], wants_stop: Callable[[], bool], say: Callable[[str], None]
+        self, jobs: Sequence[Job], wants_stop: Callable[[], bool], echo: Callable[[str], None]
     ) -> Generator[Ended, None, None]:
         """Yield each job's end as it comes; after `wants_stop` the rest is left to the cluster, and told as RUNNING."""
         since = {job.name: size(job.log) for job in jobs}
         ids = self._known({job.name for job in jobs})
         for name, number in ids.items():
-            say(f"{name} is job {number}, submitted earlier")
+            echo(f"{name} is job {number}, submitted earlier")
         new = [job for job in jobs if job.name not in ids]
         if new:
             ids |= self._submit(new)
             self._remember(ids)
             for job in new:
-                say(f"{job.name} is job {ids[job.name]}; its output goes to {job.log}")
+                echo(f"{job.name} is job {ids[job.name]}; its output goes to {job.log}")
         left = {job.name: job for job in jobs}
         seen: dict[str, tuple[str, str]] = {}
         while left and not wants_stop():
@@ -178,7 +178,7 @@ class SlurmLauncher:
                     yield self._ended(job, before[0] if state == GONE else state, since[name])
                 elif before != seen[name] and state not in OVER and state != GONE:
                     waits = state == "PENDING" and reason not in ("None", "")
-                    say(f"{name} (job {ids[name]}) is {state.lower()}{f': {reason}' if waits else ''}")
+                    echo(f"{name} (job {ids[name]}) is {state.lower()}{f': {reason}' if waits else ''}")
             self._sleep(wants_stop)
         for name in left:
             yield Ended(name, RUNNING, f"job {ids[name]} goes on; scancel {ids[name]} would end it")

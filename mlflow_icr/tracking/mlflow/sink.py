@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlflow_icr.environment import ours
-from mlflow_icr.tracking import operations as told
+from mlflow_icr.tracking import operations as ops
 from mlflow_icr.tracking.checkpoints.folder import ALL, KEPT, NONE, check_log_models, check_register
 from mlflow_icr.tracking.checkpoints.model_delivery import ModelDelivery
 from mlflow_icr.tracking.event_log import EventLog
@@ -138,9 +138,9 @@ class MLflowSink(Sink):
         """`mlflow.json`: target, run, and how far each lane is."""
         return folder / self.state_file
 
-    def attach(self, folder: Path, log: EventLog, state: SinkState, say: Callable[[str], None]) -> None:
+    def attach(self, folder: Path, log: EventLog, state: SinkState, echo: Callable[[str], None]) -> None:
         """Attach to the folder; from now on models are logged as `log_models` says."""
-        super().attach(folder, log, state, say)
+        super().attach(folder, log, state, echo)
         self._client = self._run = None
         if not self._wishes.items() <= state.content.items():
             state.update(**self._wishes)
@@ -229,34 +229,34 @@ class MLflowSink(Sink):
         """An exception in a line, without credentials."""
         return reason_of(error)
 
-    def send(self, lane: str, operations: Sequence[told.Operation], may_be_repeated: bool) -> None:
+    def send(self, lane: str, operations: Sequence[ops.Operation], may_be_repeated: bool) -> None:
         """Send operations to the run; consecutive values and texts go in as few calls as MLflow allows."""
         self._ensure_run(may_be_repeated)
-        metrics: list[told.Metrics] = []
+        metrics: list[ops.Metrics] = []
         tags: dict[str, str] = {}
         for operation in operations:
             match operation:
-                case told.Metrics():
+                case ops.Metrics():
                     metrics.append(operation)
                     tags |= {f"logged.{key}": text for key, text in operation.texts.items()}
-                case told.Tags(values=values):
+                case ops.Tags(values=values):
                     tags |= values
-                case told.Params(values=values):
+                case ops.Params(values=values):
                     self._log_params(values)
-                case told.Dataset():
+                case ops.Dataset():
                     log_dataset(self._client, self._id, operation)
-                case told.Picture(key=key, step=step) if not self.known.get(step):
+                case ops.Picture(key=key, step=step) if not self.known.get(step):
                     log_picture(self._client, self._id, self.folder, operation, self._key(key, NOT_FILE), may_be_repeated)
-                case told.File(folder=folder) if folder is not None:
+                case ops.File(folder=folder) if folder is not None:
                     log_file(self._client, self._id, self.folder, operation, folder)
-                case told.Model() if self.policy != NONE:
+                case ops.Model() if self.policy != NONE:
                     self._log_model(operation)
                 case _:
                     pass
         self._log_metrics(metrics, may_be_repeated)
         self._log_tags(tags)
         for operation in operations:  # sent last; MLflow accepts values of ended runs too
-            if isinstance(operation, told.End) and self.target.owned and self.log.status is not None:  # else it goes on again
+            if isinstance(operation, ops.End) and self.target.owned and self.log.status is not None:  # else it goes on again
                 end_run(self._client, self._id, operation.status, operation.time)
 
     @property
@@ -291,7 +291,7 @@ class MLflowSink(Sink):
             self.state.update(run_id=run.info.run_id, experiment_id=run.info.experiment_id)
             self._run = run
             if self._wants_running:
-                self.say(f"MLflow: {self.address}")
+                self.echo(f"MLflow: {self.address}")
             self._found.set()
 
     def _find_or_make(self, client: Any, may_be_repeated: bool) -> Any:
@@ -305,7 +305,7 @@ class MLflowSink(Sink):
             except MlflowException as error:
                 if not target.inherited or error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                     raise
-            self.say(f"MLflow: MLFLOW_RUN_ID is {target.given!r}, which the server does not have; a new run is made")
+            self.echo(f"MLflow: MLFLOW_RUN_ID is {target.given!r}, which the server does not have; a new run is made")
         key = self.state.content["key"]
         if may_be_repeated:  # an attempt without an answer may have made one
             experiments = [experiment.experiment_id for experiment in client.search_experiments()]
@@ -344,7 +344,7 @@ class MLflowSink(Sink):
     def _cut(self, what: str, text: str, longest: int) -> str:
         if len(text) > longest and what not in self.warned:
             self.warned.add(what)
-            self.say(f"MLflow: {what} has {len(text)} characters, of which it keeps {longest}; all are in {self.log.path}")
+            self.echo(f"MLflow: {what} has {len(text)} characters, of which it keeps {longest}; all are in {self.log.path}")
         return text[:longest]
 
     def _log_params(self, values: Mapping[str, Any]) -> None:
@@ -364,7 +364,7 @@ class MLflowSink(Sink):
         for start in range(0, len(tags), TEXTS_PER_CALL):
             self._client.log_batch(self._id, tags=tags[start : start + TEXTS_PER_CALL])
 
-    def _log_metrics(self, parts: Sequence[told.Metrics], may_be_repeated: bool) -> None:
+    def _log_metrics(self, parts: Sequence[ops.Metrics], may_be_repeated: bool) -> None:
         from mlflow.entities import Metric
 
         points = [
@@ -380,7 +380,7 @@ class MLflowSink(Sink):
         for start in range(0, len(points), METRICS_PER_CALL):
             self._client.log_batch(self._id, metrics=points[start : start + METRICS_PER_CALL])
 
-    def _log_model(self, operation: told.Model) -> None:
+    def _log_model(self, operation: ops.Model) -> None:
         assert self.experiment_id is not None, "it is known with the run"
         weights = self.policy == ALL or (self.policy == KEPT and operation.kept)
         delivery = ModelDelivery(self._client, self._id, self.experiment_id, self.folder)

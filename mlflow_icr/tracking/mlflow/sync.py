@@ -133,9 +133,9 @@ def sync(
     new_run: bool = False,
     tracking_uri: str | None = None,
     dry_run: bool = False,
-    say: Callable[[str], None] = lambda text: None,
+    echo: Callable[[str], None] = lambda text: None,
 ) -> list[Synced]:
-    """Deliver what the server does not have of a run's or a study's folder; `say` gets a line for each.
+    """Deliver what the server does not have of a run's or a study's folder; `echo` gets a line for each.
 
     With `dry_run` the undelivered operations are only listed. Of several folders, one that is in use or
     damaged is named, and the others are delivered.
@@ -153,5 +153,5 @@ def sync(
                 raise
             done = Synced(part, None, "", failed=str(error))
         found.append(done)
-        say(done.text)
+        echo(done.text)
     return found

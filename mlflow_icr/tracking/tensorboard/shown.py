@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from mlflow_icr.monitoring.series import read_history
-from mlflow_icr.tracking import operations as told
+from mlflow_icr.tracking import operations as ops
 from mlflow_icr.tracking.operations import DISTRIBUTIONS, FIGURE, LOGGED, MEASURED, SUMMARY, TABLE, File, Metrics, Picture
 from mlflow_icr.tracking.tensorboard.answer import VERDICT, answers, summary_tag
 from mlflow_icr.tracking.tensorboard.custom_scalars import Overlay, overlay
@@ -71,13 +71,13 @@ class Book:
             "overlay": dict(self._overlay.state), "described": self._described,
         }  # fmt: skip
 
-    def add(self, operation: told.Operation) -> Addition:
+    def add(self, operation: ops.Operation) -> Addition:
         """Add the next operation. Raises ValueError for a step that event files do not have."""
         addition, step = Addition(), getattr(operation, "step", None) or 0
         if not -(2**63) <= step < 2**63:
             raise ValueError(f"step is {step}; expected one of 64 bits")
         match operation:
-            case told.Params():
+            case ops.Params():
                 if not self._described:  # those of a process that goes on would be one more run on the page
                     addition.values = list(shown(self.folder, operation))
                 self._described = True
@@ -130,7 +130,7 @@ class Book:
         return {} if place is None else overlay(rows[: place + 1])
 
 
-def all_shown(folder: Path, operations: Iterable[told.Operation], since: int) -> list[Shown]:
+def all_shown(folder: Path, operations: Iterable[ops.Operation], since: int) -> list[Shown]:
     """All values that operations show from a step on, in the order of their steps."""
     book, found = Book(folder), list[Shown]()
     for operation in operations:
@@ -144,7 +144,7 @@ def all_shown(folder: Path, operations: Iterable[told.Operation], since: int) ->
     return sorted(found, key=lambda value: value.step)
 
 
-def shown(folder: Path, operation: told.Operation) -> Iterator[Shown]:
+def shown(folder: Path, operation: ops.Operation) -> Iterator[Shown]:
     """The values of an operation in event files, without values that depend on earlier operations."""
     match operation:
         case Metrics(values=values, step=step, time=time, texts=texts, source=source):
@@ -152,9 +152,9 @@ def shown(folder: Path, operation: told.Operation) -> Iterator[Shown]:
                 yield scalar(summary_tag(key) if source == SUMMARY else key, step, time / 1000, number)
             for key, text in texts.items():
                 yield _text(key, step, time, text)
-        case told.Tags(values=values, step=step, time=time):
+        case ops.Tags(values=values, step=step, time=time):
             yield from _texts(values, step, time)
-        case told.Params(values=values, time=time):
+        case ops.Params(values=values, time=time):
             for value in session_start(values, time / 1000).value:
                 yield Shown(value.tag, 0, time / 1000, value)
         case Picture(key=key, step=step, time=time, path=path):
@@ -166,10 +166,10 @@ def shown(folder: Path, operation: told.Operation) -> Iterator[Shown]:
                 yield _text(f"tables/{name}", step, time, _table(folder / path))
             elif role == DISTRIBUTIONS:
                 yield from _histograms(folder / path, step, time)
-        case told.Dataset(description=description, context=context):
+        case ops.Dataset(description=description, context=context):
             lines = [f"**{key}**: {description[key]}" for key in ("name", "digest", "profile") if key in description]
             yield _text(f"data/{context}", 0, 0, "\n\n".join(lines))
-        case told.End(status=status, time=time):
+        case ops.End(status=status, time=time):
             yield _text("status", 0, time, status)
 
 

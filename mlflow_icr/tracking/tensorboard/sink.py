@@ -84,15 +84,15 @@ class TensorBoardSink(Sink):
                     write_projection(self.log_dir, operation.name, operation.step, self.folder / operation.path)
                 addition = self._book.add(operation)
                 if addition.cuts:
-                    self._tell_again(min(addition.cuts.values()), place, addition.cuts)
+                    self._write_again(min(addition.cuts.values()), place, addition.cuts)
                 self._write(addition.values)
                 late += [] if addition.late is None else [addition.late]
                 if addition.down and "down" not in self.warned:
                     self.warned.add("down")
                     where = "where that was logged again; MLflow and the log have all values"
-                    self.say(f"TensorBoard: the steps of {addition.down!r} go down; it shows only the newer values {where}")
+                    self.echo(f"TensorBoard: the steps of {addition.down!r} go down; it shows only the newer values {where}")
             if late:
-                self._tell_again(min(late), number + len(operations))
+                self._write_again(min(late), number + len(operations))
             self.state.content |= {"committed": self._file.commit(), "book": self._book.state}
         except BaseException:
             self._file.start(self.state.content["committed"])
@@ -106,7 +106,7 @@ class TensorBoardSink(Sink):
         for (step, seconds), group in groupby(values, key=lambda value: (value.step, value.seconds)):
             self._file.add(_event(step, seconds, Summary(value=[value.value for value in group])))
 
-    def _tell_again(self, since: int, until: int, cuts: dict[str, int] | None = None) -> None:
+    def _write_again(self, since: int, until: int, cuts: dict[str, int] | None = None) -> None:
         """Write all values from a step on again in order, of operations before a number in the log, without removed ones."""
         assert self._file is not None
         entries: Iterable[Entry] = self.log.entries()

@@ -268,14 +268,14 @@ class Measured:
 
 
 def measure_all(
-    scale: Scale, folder: Folder, wants_stop: Callable[[], bool], say: Callable[[str], None]
+    scale: Scale, folder: Folder, wants_stop: Callable[[], bool], echo: Callable[[str], None]
 ) -> dict[str, dict[str, Any]]:
     """The results of every training that has ended, by its name: trajectory, and what only some have."""
     found: dict[str, dict[str, Any]] = {}
     for training in scale.trainings():
         if wants_stop() or not is_done(folder.run(training)):  # result files are of all checkpoints of a run
             continue
-        say(f"measuring {training.name}")
+        echo(f"measuring {training.name}")
         measured = Measured(scale, training, folder)
         result: dict[str, Any] = {"role": training.role, "seed": training.seed, "trajectory": measured.trajectory()}
         last = max(measured.checkpoints)

@@ -46,7 +46,7 @@ def train_missing(
     root: Path,
     data: str,
     wants_stop: Callable[[], bool],
-    say: Callable[[str], None],
+    echo: Callable[[str], None],
     train: Train = in_a_process,
 ) -> list[str]:
     """Train what has not ended, one after the other, with what it needs first; returns the names of those that failed.
@@ -61,7 +61,7 @@ def train_missing(
             continue
         if wants_stop():
             break
-        say(f"training {training.name}: {training.images} images, {training.flags['total_kimg']:g} kimg")
+        echo(f"training {training.name}: {training.images} images, {training.flags['total_kimg']:g} kimg")
         try:
             prepare(training, scale, data, root, wants_stop)
         except InterruptedError:
@@ -74,5 +74,5 @@ def train_missing(
         status = train(flags, log)
         if status and not wants_stop():
             failed.append(training.name)
-            say(f"{training.name} failed with exit status {status}; {log} says why")
+            echo(f"{training.name} failed with exit status {status}; {log} says why")
     return failed

@@ -26,7 +26,7 @@ from trainers.launchers.slurm import SlurmLauncher
 from trainers.train import Stop
 
 
-def _say(text: str) -> None:
+def _echo(text: str) -> None:
     print(text, flush=True)
 
 
@@ -37,14 +37,14 @@ def announce(sweep: Sweep) -> None:
     grid = " x ".join(f"{field} {', '.join(found)}" for field, found in values.items())
     where = f"{sweep.parallel} at a time, {'on this machine' if sweep.launcher == 'local' else 'by Slurm'}"
     count = len(sweep.runs)
-    _say(f"{count} {'run' if count == 1 else 'runs'}{f': {grid}' if grid else ''}; {where}; in {sweep.folder}")
+    _echo(f"{count} {'run' if count == 1 else 'runs'}{f': {grid}' if grid else ''}; {where}; in {sweep.folder}")
     width = max(len(run.name) for run in sweep.runs)
     for run in sweep.runs:
         c = run.config
         what = (
             f"{c.data.source}, {c.data.num_images} images, seed {c.run.seed}, {c.optimizer.total_kimg:g} thousand images seen"
         )
-        _say(f"  {run.name:{width}}  {sweep.states[run.name]}  ({what})")
+        _echo(f"  {run.name:{width}}  {sweep.states[run.name]}  ({what})")
 
 
 @contextlib.contextmanager
@@ -81,13 +81,13 @@ def _tell(study: Study, ended: Ended) -> None:
     row, run = study.rows[ended.name], ended.name
     done = f"[{len(study.of(FINISHED))}/{len(study.rows)}]"
     if ended.status == FAILED:
-        _say(f"{done} {run} failed: {ended.why}; its log: {study.log(run)}")
+        _echo(f"{done} {run} failed: {ended.why}; its log: {study.log(run)}")
     elif ended.status == FINISHED:
         turned = "" if row["turned_at_images_seen"] is None else f", turned at {row['turned_at_images_seen']:,.0f} images seen"
         onset = row["mem_onset_images_seen"]
-        _say(f"{done} {run} finished: {row['verdict']}{turned}{'' if onset is None else f', copies from {onset:,.0f} on'}")
+        _echo(f"{done} {run} finished: {row['verdict']}{turned}{'' if onset is None else f', copies from {onset:,.0f} on'}")
     else:
-        _say(f"{done} {run} {'goes on by itself' if ended.status == RUNNING else 'stopped'}{ended.why and ': '}{ended.why}")
+        _echo(f"{done} {run} {'goes on by itself' if ended.status == RUNNING else 'stopped'}{ended.why and ': '}{ended.why}")
 
 
 def _deliver(sweep: Sweep, names: Sequence[str]) -> None:
@@ -108,7 +108,7 @@ def run_sweep(sweep: Sweep, launcher: Launcher, wants_stop: Callable[[], bool]) 
     over = []
     try:
         study.publish()
-        with contextlib.closing(launcher.run(jobs, wants_stop, _say)) as ends:
+        with contextlib.closing(launcher.run(jobs, wants_stop, _echo)) as ends:
             for ended in ends if jobs else ():
                 study.set(ended)
                 over += [ended.name] if ended.status != RUNNING else []

@@ -2,8 +2,8 @@
 
 The Invariant Contamination Ratio (ICR) of a denoiser's features, its energies, and generative and memorization metrics.
 
-Names are imported from the packages below when they are first used, for MLflow imports `mlflow_icr.plugin` at every
-`import mlflow`, and that import must not load torch.
+Names are imported from the packages below when they are first used, because `import mlflow` always imports
+`mlflow_icr.plugin`, and must not load torch.
 """
 
 from importlib import import_module

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 
 def refuse_unknown(kind: str, name: str, known: list[str]) -> None:
-    """Raise ValueError, with the nearest of what is allowed, unless `known` holds `name`."""
+    """Raise ValueError, which proposes the nearest allowed name, unless `known` holds `name`."""
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
@@ -32,7 +32,7 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """Parse; an unknown flag is told with the nearest that is known."""
+        """Parse; the error for an unknown flag names the nearest known one."""
         flags = dashed(sys.argv[1:] if args is None else args)
         parsed, unknown = self.parse_known_args(flags, namespace)
         if unknown:
@@ -50,7 +50,7 @@ class OneLineParser(argparse.ArgumentParser):
         return parsed
 
     def _chosen(self, arguments: Iterable[str]) -> argparse.ArgumentParser:
-        """The parser of the command that is given, where there are commands."""
+        """The parser of the given command, or this one where there are no commands."""
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction):
                 return next((action.choices[argument] for argument in arguments if argument in action.choices), self)

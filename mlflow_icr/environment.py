@@ -1,4 +1,4 @@
-"""What a run runs on, as tags: versions, number of processes, GPUs. Loads neither torch nor MLflow."""
+"""Tags for a run's environment: versions, number of processes, GPUs. Loads neither torch nor MLflow."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ MOST_TEXT = 8000  # characters that MLflow takes for a tag's value
 
 
 def cores() -> int:
-    """The cores that this process may use; not all systems tell that, and then all there are."""
+    """The number of cores that this process may use; all cores where the system does not say."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def wait_passively() -> None:
     """Have OpenMP's threads sleep while they wait for each other, unless the environment says how they should.
 
-    By default they spin: two trainings side by side on two cores, each with two threads, then have 5 to 120 images/s where one
-    alone has 300. torch reads the environment when it is loaded; where that is done already, nothing is changed.
+    By default they spin: two trainings on the same two cores, with two threads each, then reach 5 to 120 images/s, where one
+    alone reaches 300. torch reads the environment when it is loaded; if it is loaded already, nothing is changed.
     """
     if "torch" not in sys.modules and not any(name in os.environ for name in WAIT_VARIABLES):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
@@ -44,11 +44,11 @@ def thread_waiting() -> str:
 @lru_cache(maxsize=1)
 def _versions() -> dict[str, str]:
     """Versions of packages, from their metadata: none of them is imported."""
-    found = {"version": __version__}
+    versions = {"version": __version__}
     for package in PACKAGES:
         with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+            versions[package] = version(package)
+    return versions
 
 
 def _cuda_version(torch_version: str) -> str | None:
@@ -59,8 +59,8 @@ def _cuda_version(torch_version: str) -> str | None:
 
 
 def _from_label(torch_version: str) -> str | None:
-    found = re.search(r"\+cu(\d+)(\d)$", torch_version)
-    return f"{found[1]}.{found[2]}" if found else None
+    match = re.search(r"\+cu(\d+)(\d)$", torch_version)
+    return f"{match[1]}.{match[2]}" if match else None
 
 
 def _gpus() -> str | None:
@@ -77,7 +77,7 @@ def _gpus() -> str | None:
 
 
 def environment_tags() -> dict[str, str]:
-    """The tags `icr.*`: what is known of versions, processes and GPUs; what cannot be known is left out. Never raises."""
+    """The tags `icr.*`: versions, processes and GPUs; those that are not known are left out. Never raises."""
     tags: dict[str, str | None] = {**_versions()}
     tags["cuda"] = _cuda_version(tags.get("torch") or "")
     size = os.environ.get("WORLD_SIZE", "")
@@ -91,7 +91,7 @@ _OURS: ContextVar[bool] = ContextVar("ours", default=False)
 
 @contextmanager
 def ours() -> Iterator[None]:
-    """While this lasts, a run that is made in this thread is one of this package's, and gets `environment_tags`."""
+    """A context in which runs that this thread makes count as this package's, and get `environment_tags`."""
     before = _OURS.set(True)
     try:
         yield

@@ -280,7 +280,7 @@ def test_a_stopped_watch_ends_its_run_and_says_how_to_go_on(
         wait_until(lambda: (folder / "icr" / "history.jsonl").exists() and len(read_history(folder / "icr")) == 2)
         process.send_signal(signal.SIGTERM)
         assert process.stderr is not None
-        assert "the same command goes on from here" in process.stderr.read()
+        assert "the same command resumes from here" in process.stderr.read()
     assert process.returncode == 0
     (run,) = mlflow.search_runs(search_all_experiments=True, output_format="list")
     assert run.info.status == "FINISHED"

@@ -1,4 +1,4 @@
-"""The commands of `mlflow-icr`, a module each: `add` declares its options, and it calls into the library.
+"""The commands of `mlflow-icr`, a module each: it declares its options in `add`, and calls the library.
 
-What a command needs is imported when it runs: `--help` waits for nothing.
+A command imports what it needs when it runs, so that `--help` does not wait.
 """

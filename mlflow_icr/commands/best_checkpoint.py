@@ -13,7 +13,7 @@ def add(commands: Commands) -> None:
     parser = add_command(
         commands,
         "best-checkpoint",
-        "fetch the checkpoint to keep, as a folder of diffusers",
+        "fetch the checkpoint to keep, as a diffusers folder",
         "Find the checkpoint that the verdict keeps, or the one with the best value of a metric. Print its folder, or copy it.",
         "mlflow-icr best-checkpoint outputs/first --output best",
     )
@@ -38,7 +38,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     check_output(arguments.output)
     if arguments.max and arguments.metric is None:
-        raise ValueError("max is given without metric; expected --metric KEY, to take the highest value of")
+        raise ValueError("max is given without metric; expected --metric KEY, whose highest value is taken")
     choice = choose(arguments.run_or_folder, metric=arguments.metric, maximum=arguments.max)
     echo(choice.why)
     print(fetch(choice, arguments.output))

@@ -1,4 +1,4 @@
-"""Shared by the commands: how one is added with its help, options for images, models and views, and lines on standard error."""
+"""Functions that commands share: add a command, add options for images, models and views, print on standard error."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def add_loading(parser: argparse._ActionsContainer) -> None:
     """Add the options that say how a model is loaded and read."""
     parser.add_argument("--prompt", default="", metavar="TEXT", help="prompt of a text-to-image model; default: the empty one")
     parser.add_argument(
-        "--class-label", type=int, metavar="N", help="class of a model of classes; default: the one that means none"
+        "--class-label", type=int, metavar="N", help="class of a class-conditional model; default: the one that means none"
     )
     parser.add_argument("--device", metavar="NAME", help="device, such as cuda:1; default: the CPU")
     parser.add_argument(
@@ -54,7 +54,7 @@ def add_loading(parser: argparse._ActionsContainer) -> None:
 
 
 def loading_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """These options and the resolution as `load_pipeline` takes them."""
+    """The options of `add_loading` and the resolution as `load_pipeline` takes them."""
     for name in ("resolution", "batch_size"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
@@ -64,7 +64,7 @@ def loading_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def add_layer(parser: argparse._ActionsContainer) -> None:
-    """Add the options that say which layer is read, of how many images."""
+    """Add the options for the layer that is read, and the number of images."""
     parser.add_argument(
         "--layer", default="decoder", metavar="NAME", help="the layer whose features are read; default: decoder"
     )
@@ -72,7 +72,7 @@ def add_layer(parser: argparse._ActionsContainer) -> None:
 
 
 def add_views(parser: argparse._ActionsContainer, sigmas: Sequence[float] = (0.29,), shown: str = "0.29") -> None:
-    """Add the options of the views; `sigmas` is the default of --sigma, and `shown` what its help says of it."""
+    """Add the options of the views; `sigmas` is the default of --sigma, and `shown` stands for it in the help."""
     parser.add_argument(
         "--sigma", type=float, nargs="+", default=list(sigmas), metavar="X", help=f"noise standard deviations; default: {shown}"
     )
@@ -86,21 +86,28 @@ def add_views(parser: argparse._ActionsContainer, sigmas: Sequence[float] = (0.2
 
 
 def protocol_of(arguments: argparse.Namespace) -> Any:
-    """The protocol that the options of layer and views say, with what else of it a command asks for."""
+    """The protocol of the options: layer and views, and those of `optional` that the command has."""
     from mlflow_icr.monitoring import Protocol
 
-    more = ("ridge", "projection", "shrinkage")
-    names = ("layer", "num_images", "augmentation_level", "num_views", "seed", *(name for name in more if name in arguments))
+    optional = ("ridge", "projection", "shrinkage")
+    names = (
+        "layer",
+        "num_images",
+        "augmentation_level",
+        "num_views",
+        "seed",
+        *(name for name in optional if name in arguments),
+    )
     return Protocol(sigmas=tuple(arguments.sigma), **{name: getattr(arguments, name) for name in names})
 
 
 def reading_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """These options as `load_folder` takes them. Raises ValueError for a range that is none."""
+    """The options of `add_reading` as `load_folder` takes them. Raises ValueError for an invalid range."""
     from mlflow_icr.extraction.images import check_value_range
 
     return {"value_range": check_value_range(arguments.value_range or ()), "background": arguments.background}
 
 
 def echo(text: str) -> None:
-    """Print a line on standard error, which is not the result."""
+    """Print a line on standard error; standard output is for results."""
     print(text, file=sys.stderr, flush=True)

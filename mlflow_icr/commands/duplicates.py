@@ -1,4 +1,4 @@
-"""The command `mlflow-icr duplicates`: images of a set that are there twice, or nearly so."""
+"""The command `mlflow-icr duplicates`: exact and near duplicates in a set of images."""
 
 from __future__ import annotations
 
@@ -55,19 +55,19 @@ def _run(arguments: argparse.Namespace) -> int:
         echo(f"{len(read.unreadable)} cannot be read, and are left out: {named(read.unreadable)}")
     names = [files.names[item] for item in read.items]
     images, shape = read.images, tuple(read.images.shape[1:])
-    if arguments.encoder == "pixels" and images.element_size() == 1:  # no floats are made of them all at once
+    if arguments.encoder == "pixels" and images.element_size() == 1:  # compared as bytes, without a float copy of all
         embeddings = images.flatten(1)
     else:
         embeddings = load_encoder(arguments.encoder, weights=arguments.encoder_weights, shape=shape)(images)
-    found = near_duplicates(embeddings, THRESHOLD if arguments.threshold is None else arguments.threshold)
+    duplicates = near_duplicates(embeddings, THRESHOLD if arguments.threshold is None else arguments.threshold)
     hashes = pixel_hashes(images)
     nearest: dict[int, float] = {}
-    for (i, j), distance in zip(found.pairs.tolist(), found.distances.tolist(), strict=True):
+    for (i, j), distance in zip(duplicates.pairs.tolist(), duplicates.distances.tolist(), strict=True):
         nearest[i], nearest[j] = min(distance, nearest.get(i, 1.0)), min(distance, nearest.get(j, 1.0))
     copies = {index for indices in exact_duplicates(hashes) for index in indices}
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(["group", "image", "distance", "exact"])
-    groups = found.groups(len(names))
+    groups = duplicates.groups(len(names))
     for number, group in enumerate(groups):
         for i in group:
             writer.writerow([number, names[i], f"{nearest[i]:.4f}", str(i in copies).lower()])

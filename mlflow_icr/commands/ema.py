@@ -15,7 +15,7 @@ def add(commands: Commands) -> None:
         "ema",
         "reconstruct an average of weights of any width, from a run's snapshots",
         "Reconstruct the average of weights of any relative width (post-hoc EMA, Karras et al. 2024) from the snapshots of a "
-        "run, and save it as a folder of diffusers.",
+        "run, and save it as a diffusers folder.",
         "mlflow-icr ema outputs/first/checkpoints --std 0.05",
     )
     parser.add_argument(

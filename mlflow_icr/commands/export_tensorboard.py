@@ -1,4 +1,4 @@
-"""The command `mlflow-icr export-tensorboard`: MLflow runs as event files, once or as they go on."""
+"""The command `mlflow-icr export-tensorboard`: MLflow runs as event files, once or continuously."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def add(commands: Commands) -> None:
         commands,
         "export-tensorboard",
         "write MLflow runs as TensorBoard event files",
-        "Write MLflow runs as TensorBoard event files. It may be killed and repeated: each point is there once.",
+        "Write MLflow runs as TensorBoard event files. It may be killed and repeated: each point is written once.",
         "mlflow-icr export-tensorboard --experiment digits --logdir boards/ --follow",
     )
     which = parser.add_argument_group("which runs").add_mutually_exclusive_group(required=True)
@@ -25,9 +25,9 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--logdir", type=Path, required=True, metavar="DIR", help="the folder in which each run gets a folder of its own"
     )
-    parser.add_argument("--follow", action="store_true", help="go on until no run is running; Ctrl-C ends it earlier")
+    parser.add_argument("--follow", action="store_true", help="continue until no run is running; Ctrl-C ends it earlier")
     parser.add_argument(
-        "--interval", type=float, default=5.0, metavar="SECONDS", help="with --follow: time between two looks; default: 5"
+        "--interval", type=float, default=5.0, metavar="SECONDS", help="with --follow: time between two reads; default: 5"
     )
     parser.set_defaults(run=_run)
 
@@ -40,7 +40,7 @@ def _run(arguments: argparse.Namespace) -> int:
     stopped = threading.Event()
 
     def interrupt(number: int, frame: object) -> None:
-        # Where Python cannot raise (in a destructor, say) the interrupt is ignored; the loop looks here too.
+        # Python ignores an interrupt where it cannot raise, such as in a destructor; the loop checks the event too.
         stopped.set()
         raise KeyboardInterrupt
 

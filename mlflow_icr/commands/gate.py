@@ -24,7 +24,7 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument("target", metavar="RUN", help="an output folder, or an MLflow run: its id or runs:/ID")
     parser.add_argument(
-        "--max-copies", type=float, metavar="SHARE", help="share of samples that may be copies; its interval has to fit"
+        "--max-copies", type=float, metavar="SHARE", help="largest share of copies; the whole interval must not exceed it"
     )
     parser.add_argument(
         "--forbid", action="append", default=[], metavar="STATE", help="verdict that does not pass; may be repeated"
@@ -35,9 +35,9 @@ def add(commands: Commands) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from mlflow_icr.reporting.gate import gate
 
-    found = gate(_material(arguments.target), arguments.max_copies, arguments.forbid)
-    print(found.text)
-    return 0 if found.passed else 1
+    decision = gate(_material(arguments.target), arguments.max_copies, arguments.forbid)
+    print(decision.text)
+    return 0 if decision.passed else 1
 
 
 def _material(name: str) -> RunMaterial:

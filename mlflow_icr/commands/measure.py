@@ -1,4 +1,4 @@
-"""The command `mlflow-icr measure` on saved models: one, or the checkpoints that a training has left.
+"""The command `mlflow-icr measure`: one saved model, the checkpoints of a training, or generated images.
 
 Nothing heavy is imported before it is needed.
 """
@@ -55,7 +55,7 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="?",
         metavar="CHECKPOINT",
-        help="a folder of diffusers, such as checkpoints/000000131072 of a run",
+        help="a diffusers folder, such as checkpoints/000000131072 of a run",
     )
     what.add_argument(
         "--checkpoints", type=Path, metavar="DIR", help="a folder of numbered checkpoints; they are measured in order"
@@ -112,7 +112,7 @@ def _add_model(model: argparse._ArgumentGroup) -> None:
     model.add_argument(
         "--pipeline",
         metavar="PIPELINE",
-        help="a folder of diffusers or a name on the hub, in place of CHECKPOINT; with --checkpoints: what training began with",
+        help="a diffusers folder or a name on the hub, in place of CHECKPOINT; with --checkpoints: what training began with",
     )
     add_loading(model)
 
@@ -124,7 +124,10 @@ def _add_protocol(how: argparse._ArgumentGroup) -> None:
         "--ridge", type=float, default=0.0, metavar="X", help="added to the variances of the residual covariance; default: 0"
     )
     how.add_argument(
-        "--projection", type=int, metavar="N", help="principal directions that are read, where views are too few; default: all"
+        "--projection",
+        type=int,
+        metavar="N",
+        help="number of principal directions to read, where views are too few; default: all",
     )
     how.add_argument(
         "--shrinkage",
@@ -162,7 +165,7 @@ def measure(arguments: argparse.Namespace) -> int:
 def _one(arguments: argparse.Namespace, place: str | Path) -> int:
     if arguments.output_dir is not None:
         raise ValueError(f"output_dir is {str(arguments.output_dir)!r}; expected none without --generated or --checkpoints")
-    if arguments.projection is not None and arguments.images_seen < 1:  # of an untrained network nothing is projected
+    if arguments.projection is not None and arguments.images_seen < 1:  # it is fitted to a trained network
         raise ValueError(f"images_seen is {arguments.images_seen}; expected a number > 0 where projection is given")
     from mlflow_icr.extraction.adapters.choose import image_channels
     from mlflow_icr.extraction.images import folder_labels, load_folder, with_channels
@@ -196,8 +199,8 @@ def _generated(arguments: argparse.Namespace) -> int:
     from mlflow_icr.monitoring.posthoc import measure_generated
 
     if arguments.train is None:
-        raise ValueError("train is not given; expected the images that the generator was trained on, to look for copies among")
-    found = measure_generated(
+        raise ValueError("train is not given; expected the images that the generator was trained on, to find copies of them")
+    scores = measure_generated(
         arguments.generated,
         arguments.train,
         arguments.heldout,
@@ -207,18 +210,18 @@ def _generated(arguments: argparse.Namespace) -> int:
         echo=echo,
     )
     if arguments.output_dir is not None:
-        found.save(arguments.output_dir)
+        scores.save(arguments.output_dir)
     sink = None
     if arguments.run_id is not None:
         from mlflow_icr.tracking import MLflowSink
 
         sink = MLflowSink(run_id=arguments.run_id, joins=True)
-    _show(found.report(arguments.images_seen), found.values, sink, {})
+    _show(scores.report(arguments.images_seen), scores.values, sink, {})
     return 0
 
 
 def _show(report: Report, values: Mapping[str, object], sink: MLflowSink | None, params: Mapping[str, object]) -> None:
-    """Print values, and what a report has to say beside them; then log it to the run that a sink joins."""
+    """Print values, and a report's absences and warnings; then log the report to the run that a sink joins."""
     print(json.dumps(values, indent=2))
     for key, why in report.absent.items():
         echo(f"{key} is absent: {why}")
@@ -233,9 +236,9 @@ def _show(report: Report, values: Mapping[str, object], sink: MLflowSink | None,
 def _checkpoints(arguments: argparse.Namespace) -> int:
     from mlflow_icr.integrations.backfill import measure_checkpoints
 
-    if arguments.value_range is not None:  # a backfill may be continued, and must then be of the same images
+    if arguments.value_range is not None:  # a backfill may be resumed, and must then use the same images
         raise ValueError(f"value_range is {arguments.value_range!r}; expected none with --checkpoints")
-    found = measure_checkpoints(
+    backfill = measure_checkpoints(
         arguments.checkpoints,
         arguments.data,
         arguments.output_dir,
@@ -249,8 +252,11 @@ def _checkpoints(arguments: argparse.Namespace) -> int:
         echo=echo,
         **loading_of(arguments),
     )
-    for name, why in found.left_out.items():
+    for name, why in backfill.left_out.items():
         echo(f"{name} is left out: {why}")
-    echo(f"{len(found.measured)} checkpoints measured, {len(found.known)} were before; all results are in {found.output_dir}")
-    print(found.verdict.text.replace("**", "").replace("\n\n", "\n"))
-    return 0 if found.complete and not found.left_out else 1
+    echo(
+        f"{len(backfill.measured)} checkpoints measured, {len(backfill.known)} were before; "
+        f"all results are in {backfill.output_dir}"
+    )
+    print(backfill.verdict.text.replace("**", "").replace("\n\n", "\n"))
+    return 0 if backfill.complete and not backfill.left_out else 1

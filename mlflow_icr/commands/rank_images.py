@@ -1,4 +1,4 @@
-"""The command `mlflow-icr rank-images`: which training images the residual energy is in."""
+"""The command `mlflow-icr rank-images`: training images by their share of the residual energy."""
 
 from __future__ import annotations
 

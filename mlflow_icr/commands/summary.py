@@ -15,8 +15,8 @@ def add(commands: Commands) -> None:
         commands,
         "summary",
         "print a run's lowest ICR, onset of copies and lead, as JSON",
-        "Summarise the history of a run in a few numbers, as JSON: lowest ICR, the onset of copies, and how long before it "
-        "the turn was.",
+        "Summarise the history of a run in a few numbers, as JSON: the lowest ICR, the onset of copies, and how long before "
+        "that onset the turn was.",
         "mlflow-icr summary outputs/first",
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="the output folder of a run, or its history.jsonl")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mlflow_icr.commands.console import Commands, add_command, add_reading, add_views, reading_of
 
-# Those of Li et al. 2026, figure 2, for EDM; here so that --help does not wait for torch.
+# Noise levels of Li et al. 2026, figure 2, for EDM; written here so that --help does not wait for torch.
 SIGMAS = (0.01, 0.02, 0.06, 0.14, 0.3, 0.59, 1.09, 1.92, 3.26)
 
 
@@ -22,7 +22,7 @@ def add(commands: Commands) -> None:
         "probe's accuracy is measured too. Prints JSON.",
         "mlflow-icr sweep-noise outputs/first/checkpoints/000000016032 --data photos/ --output-dir sweep",
     )
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a folder of diffusers")
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a diffusers folder")
     data = parser.add_argument_group("images")
     data.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="the training images; subfolders are classes")
     data.add_argument(

@@ -1,4 +1,4 @@
-"""The command `mlflow-icr sync`: what MLflow missed is delivered to it."""
+"""The command `mlflow-icr sync`: deliver to MLflow what it missed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="the output folder of a run, or a folder above several")
     parser.add_argument("--dry-run", action="store_true", help="only print what has not been delivered")
     parser.add_argument(
-        "--tracking-uri", metavar="URI", help="the server's new address, if it has moved; default: the one when the run began"
+        "--tracking-uri", metavar="URI", help="the server's new address, if it has moved; default: the run's first address"
     )
     parser.add_argument("--new-run", action="store_true", help="send everything to a new run, there or at MLFLOW_TRACKING_URI")
     parser.set_defaults(run=_run)
@@ -29,11 +29,11 @@ def add(commands: Commands) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from mlflow_icr.tracking.mlflow.sync import sync
 
-    found = sync(
+    deliveries = sync(
         arguments.folder,
         new_run=arguments.new_run,
         tracking_uri=arguments.tracking_uri,
         dry_run=arguments.dry_run,
         echo=lambda text: print(text, flush=True),
     )
-    return 0 if all(part.complete for part in found) else 1
+    return 0 if all(delivery.complete for delivery in deliveries) else 1

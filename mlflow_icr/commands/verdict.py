@@ -1,4 +1,4 @@
-"""The command `mlflow-icr verdict`: what a run's history says."""
+"""The command `mlflow-icr verdict`: whether a run generalizes, turns or memorizes."""
 
 from __future__ import annotations
 
@@ -29,6 +29,6 @@ def _run(arguments: argparse.Namespace) -> int:
 
     from mlflow_icr.monitoring.verdict import verdict
 
-    found = verdict(arguments.folder)
-    print(json.dumps(asdict(found), indent=2) if arguments.json else found.text.replace("**", "").replace("\n\n", "\n"))
+    reached = verdict(arguments.folder)
+    print(json.dumps(asdict(reached), indent=2) if arguments.json else reached.text.replace("**", "").replace("\n\n", "\n"))
     return 0

@@ -19,9 +19,9 @@ DESCRIPTION = """\
 Watch a folder of checkpoints, beside any trainer: measure each new one, and say whether the model still learns or has begun to
 copy its training images.
 
-It takes folders of diffusers, networks in one safetensors file, and LoRA files in kohya's, PEFT's and diffusers' formats. A
-checkpoint is taken when it has been written to the end. Each is measured once; stop the command, and start it again, as you
-like. Results go to MLflow, TensorBoard and a report."""
+It takes diffusers folders, networks in one safetensors file, and LoRA files in kohya's, PEFT's and diffusers' formats. A
+checkpoint is taken when it is completely written, and measured once. The command may be stopped and started again at any
+time. Results go to MLflow, TensorBoard and a report."""
 EXAMPLES = """\
 examples:
   mlflow-icr watch --checkpoints output/ --data images/ --base stabilityai/stable-diffusion-xl-base-1.0 --resolution 1024 \\
@@ -56,23 +56,28 @@ def add(commands: Commands) -> None:
         help="the batch of a step; default: what kohya's files say, else 1",
     )
     what.add_argument(
-        "--images-per-epoch", type=int, metavar="N", help="where names count epochs; default: the number of training images"
+        "--images-per-epoch",
+        type=int,
+        metavar="N",
+        help="where names count epochs: their images; default: the number of training images",
     )
     when = parser.add_argument_group("when")
     when.add_argument("--follow", action="store_true", help="wait for more checkpoints; else measure what is there, and end")
-    when.add_argument("--poll", type=float, default=5.0, metavar="SECONDS", help="between two looks at the folder; default: 5")
     when.add_argument(
-        "--settle", type=float, default=5.0, metavar="SECONDS", help="how long a checkpoint must not have changed; default: 5"
+        "--poll", type=float, default=5.0, metavar="SECONDS", help="time between two looks at the folder; default: 5"
+    )
+    when.add_argument(
+        "--settle", type=float, default=5.0, metavar="SECONDS", help="how long a checkpoint must be unchanged; default: 5"
     )
     when.add_argument(
         "--end-after", type=float, metavar="SECONDS", help="with --follow: end when nothing new has come for so long"
     )
     where = parser.add_argument_group("where results go")
     where.add_argument("--output-dir", type=Path, metavar="DIR", help="history, report and event files; default: DIR/icr")
-    where.add_argument("--run-name", metavar="NAME", help="of the MLflow run; default: the folder's name")
-    where.add_argument("--on-verdict", metavar="COMMAND", help="a command, or a webhook's URL, told when the verdict changes")
+    where.add_argument("--run-name", metavar="NAME", help="name of the MLflow run; default: the folder's")
+    where.add_argument("--on-verdict", metavar="COMMAND", help="command or webhook URL to call when the verdict changes")
     how = parser.add_argument_group("how it is measured")
-    how.add_argument("--resolution", type=int, metavar="PIXELS", help="side of the images; default: what the network is for")
+    how.add_argument("--resolution", type=int, metavar="PIXELS", help="side of the images; default: the network's")
     add_loading(how)
     add_layer(how)
     add_views(how)
@@ -102,7 +107,7 @@ def _run(arguments: argparse.Namespace) -> int:
     try:
         watch.run()
     except KeyboardInterrupt:
-        echo("stopped; the same command goes on from here")
+        echo("stopped; the same command resumes from here")
         return 0
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -110,19 +115,19 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _ended(watch: Any) -> int:
-    """Say what came of it; returns the exit status, 1 where something was left out."""
-    found = watch.verdict
+    """Print the outcome; returns the exit status, 1 if a checkpoint was left out."""
+    verdict = watch.verdict
     for name, why in watch.left_out.items():
         echo(f"{name} is left out: {why}")
-    if found is None:
+    if verdict is None:
         raise ValueError(f"checkpoints is {str(watch.folder)!r}, which holds no checkpoint; docs/trainers/ says what is one")
     echo(f"{len(watch.measured)} checkpoints measured; all results are in {watch.output_dir}")
-    _print(found)
+    _print(verdict)
     return 1 if watch.left_out else 0
 
 
-def _print(found: Verdict) -> None:
-    print(found.text.replace("**", "").replace("\n\n", "\n"), flush=True)
+def _print(verdict: Verdict) -> None:
+    print(verdict.text.replace("**", "").replace("\n\n", "\n"), flush=True)
 
 
 def _interrupt(number: int, frame: object) -> None:

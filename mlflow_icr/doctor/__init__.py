@@ -16,7 +16,7 @@ __all__ = ["BAD", "OK", "WARN", "Check", "doctor_command", "examine"]
 
 
 def examine(given_weights: Mapping[str, Path] | None = None, folder: Path | None = None) -> Iterator[Check]:
-    """Every check, one after the other; `given_weights` are encoders' files by name, `folder` is where runs are written.
+    """Carry out every check in turn; `given_weights` are encoders' files by name, `folder` is where runs are written.
 
     Leaves nothing behind, except a deleted experiment on a tracking server until its `mlflow gc`. Raises nothing: a failure is
     a check with the state bad.
@@ -43,14 +43,14 @@ def doctor_command(tracking_uri: str | None, weight_texts: Sequence[str], *, as_
 
     Raises ValueError for weights that are not NAME=PATH.
     """
-    given = weights.parse_weights(weight_texts)
+    given_weights = weights.parse_weights(weight_texts)
     if tracking_uri is not None:
         os.environ["MLFLOW_TRACKING_URI"] = tracking_uri  # set before MLflow is imported, also for its child processes
-    found = []
-    for check in examine(given):
-        found.append(check)
+    results = []
+    for check in examine(given_weights):
+        results.append(check)
         if not as_json:
             print(check.line, flush=True)
     if as_json:
-        print(json.dumps([asdict(check) for check in found], indent=2))
-    return int(any(check.state == BAD for check in found))
+        print(json.dumps([asdict(check) for check in results], indent=2))
+    return int(any(check.state == BAD for check in results))

@@ -71,7 +71,7 @@ def _existing(folder: Path) -> Path:
 
 
 def cache() -> Iterator[Check]:
-    """The folder of kept embeddings: writable, and how large it is."""
+    """Whether the folder of kept embeddings is writable, and how large it is."""
     from mlflow_icr.extraction.files import CACHE_VARIABLE, cache_folder
 
     folder = cache_folder()

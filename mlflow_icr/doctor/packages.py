@@ -1,4 +1,4 @@
-"""Python, this package and those that it needs: installed, and of the right versions."""
+"""Whether Python, this package and its requirements are installed, in the right versions."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ DEVELOPMENT = "dev"  # an extra that a user may not need
 
 
 def python() -> Iterator[Check]:
-    """Python's version, against what the package asks for."""
+    """Whether Python's version is one that the package allows."""
     asked = metadata(DISTRIBUTION)["Requires-Python"] or ""
-    found = platform.python_version()
-    fits = SpecifierSet(asked).contains(found, prereleases=True)
+    python_version = platform.python_version()
+    fits = SpecifierSet(asked).contains(python_version, prereleases=True)
     mend = "" if fits else f"expected {asked}: make an environment with such a Python"
-    yield Check("python", OK if fits else BAD, f"{found} at {sys.executable}", mend)
+    yield Check("python", OK if fits else BAD, f"{python_version} at {sys.executable}", mend)
 
 
 def package() -> Iterator[Check]:
-    """The installed package is the code that runs."""
+    """Whether the installed package is the code that runs."""
     place = Path(__file__).resolve().parents[1]
     try:
-        found = version(DISTRIBUTION)
+        installed = version(DISTRIBUTION)
     except PackageNotFoundError:
         mend = f"pip install -e {place.parent}"
         yield Check(DISTRIBUTION, BAD, f"{__version__} at {place} is not installed: MLflow does not find its plugins", mend)
         return
-    if found != __version__:
-        text = f"the code at {place} is {__version__}, but {found} is installed"
+    if installed != __version__:
+        text = f"the code at {place} is {__version__}, but {installed} is installed"
         yield Check(DISTRIBUTION, BAD, text, f"pip install -e {place.parent}, or start from the environment that is meant")
     else:
-        yield Check(DISTRIBUTION, OK, f"{found} at {place}")
+        yield Check(DISTRIBUTION, OK, f"{installed} at {place}")
 
 
 def _requirements() -> Iterator[tuple[Requirement, str]]:
@@ -57,7 +57,7 @@ def _requirements() -> Iterator[tuple[Requirement, str]]:
                 break
 
 
-def _found(requirement: Requirement) -> str | None:
+def _installed_version(requirement: Requirement) -> str | None:
     try:
         return version(requirement.name)
     except PackageNotFoundError:
@@ -65,40 +65,40 @@ def _found(requirement: Requirement) -> str | None:
 
 
 def required() -> Iterator[Check]:
-    """Every package that is needed: its version, where that fits."""
-    fine = []
+    """Every required package: its version, or how to install one that fits."""
+    others = []
     for requirement, extra in _requirements():
         if extra or requirement.name == DISTRIBUTION:
             continue
-        found = _found(requirement)
+        installed = _installed_version(requirement)
         asked = f"{requirement.name}{requirement.specifier}"
-        if found is None:
+        if installed is None:
             yield Check(requirement.name, BAD, "is not installed", f'pip install "{asked}"')
-        elif not requirement.specifier.contains(found, prereleases=True):
-            yield Check(requirement.name, BAD, f"{found}; expected {requirement.specifier}", f'pip install "{asked}"')
+        elif not requirement.specifier.contains(installed, prereleases=True):
+            yield Check(requirement.name, BAD, f"{installed}; expected {requirement.specifier}", f'pip install "{asked}"')
         elif requirement.name in NAMED:
-            yield Check(requirement.name, OK, found)
+            yield Check(requirement.name, OK, installed)
         else:
-            fine.append(f"{requirement.name} {found}")
-    if fine:
-        yield Check("other packages", OK, ", ".join(fine))
+            others.append(f"{requirement.name} {installed}")
+    if others:
+        yield Check("other packages", OK, ", ".join(others))
 
 
 def optional() -> Iterator[Check]:
     """The requirements of extras: a line for each extra that is incomplete."""
     missing: dict[str, list[str]] = {}
-    there: set[str] = set()
+    extras: set[str] = set()
     for requirement, extra in _requirements():
         if not extra or requirement.name == DISTRIBUTION:
             continue
-        there.add(extra)
-        found = _found(requirement)
-        if found is None:
+        extras.add(extra)
+        installed = _installed_version(requirement)
+        if installed is None:
             missing.setdefault(extra, []).append(f"{requirement.name} is not installed")
-        elif not requirement.specifier.contains(found, prereleases=True):
-            missing.setdefault(extra, []).append(f"{requirement.name} is {found}; expected {requirement.specifier}")
+        elif not requirement.specifier.contains(installed, prereleases=True):
+            missing.setdefault(extra, []).append(f"{requirement.name} is {installed}; expected {requirement.specifier}")
     for extra, why in missing.items():
-        yield Check(f"extra {extra}", WARN, ", ".join(why), f'where it is wanted: pip install "{DISTRIBUTION}[{extra}]"')
-    whole = sorted(there - missing.keys())
-    if whole:
-        yield Check("extras", OK, ", ".join(whole))
+        yield Check(f"extra {extra}", WARN, ", ".join(why), f'to use it: pip install "{DISTRIBUTION}[{extra}]"')
+    complete = sorted(extras - missing.keys())
+    if complete:
+        yield Check("extras", OK, ", ".join(complete))

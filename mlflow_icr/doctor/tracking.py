@@ -1,4 +1,4 @@
-"""MLflow: the tracking store and the artifact store answer and accept results, and MLflow finds the plugins."""
+"""Whether MLflow's tracking store and artifact store answer and accept results, and MLflow finds the plugins."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ def tracking() -> Iterator[Check]:
         yield Check(STORE, BAD, str(error), mend if server else "set MLFLOW_TRACKING_URI to a store that this MLflow reads")
         return
     yield Check(STORE, OK, f"{shown} answers")
-    made: list[tuple[str, list[Path]]] = []
+    created: list[tuple[str, list[Path]]] = []
     try:
         with answers():
-            yield from _write(client, made)
+            yield from _write(client, created)
     except StoreError as error:
         yield Check(f"{STORE}, writing", BAD, str(error), "ask for the right to write there, or name another store")
     finally:
-        for experiment, folders in made:
-            _take_away(client, experiment, folders)
+        for experiment, folders in created:
+            _delete_experiment(client, experiment, folders)
 
 
 def _sqlite_file(uri: str) -> Path | None:
@@ -66,12 +66,12 @@ def _new_file(file: Path, shown: str) -> Check:
     return Check(STORE, BAD, f"{shown} is not there, and {folder} cannot be written", "name another with MLFLOW_TRACKING_URI")
 
 
-def _write(client: Any, made: list[tuple[str, list[Path]]]) -> Iterator[Check]:
+def _write(client: Any, created: list[tuple[str, list[Path]]]) -> Iterator[Check]:
     from mlflow.entities import Metric, RunTag
 
-    # A name of its own: others may be at it, and a deleted experiment's name stays taken.
+    # A unique name: other processes may run this check, and a deleted experiment's name stays taken.
     experiment = client.create_experiment(f"{EXPERIMENT} {uuid.uuid4().hex}")
-    made.append((experiment, _new_folders(client.get_experiment(experiment).artifact_location)))
+    created.append((experiment, _new_folders(client.get_experiment(experiment).artifact_location)))
     run = client.create_run(experiment, tags={"role": "doctor"})
     run_id = run.info.run_id
     client.log_batch(run_id, metrics=[Metric("doctor", 0.1, 0, 1)], tags=[RunTag("doctor", "here")])
@@ -85,17 +85,17 @@ def _write(client: Any, made: list[tuple[str, list[Path]]]) -> Iterator[Check]:
 
 def _artifact(client: Any, run: Any) -> Check:
     run_id = run.info.run_id
-    mend = "its address is the server's --artifacts-destination or --default-artifact-root; this machine needs its rights"
+    mend = "its address is the server's --artifacts-destination or --default-artifact-root; this machine needs access to it"
     try:
         client.log_text(run_id, CONTENT, "doctor.txt")
         from mlflow.artifacts import load_text
 
-        found = load_text(f"{run.info.artifact_uri}/doctor.txt")
+        returned = load_text(f"{run.info.artifact_uri}/doctor.txt")
     except Exception as error:  # each artifact store brings its own library with its own errors
         from mlflow_icr.tracking.mlflow.store import without_credentials
 
         return Check(ARTIFACTS, BAD, without_credentials(first_line(error)), mend)
-    if found != CONTENT:
+    if returned != CONTENT:
         return Check(ARTIFACTS, BAD, "a file comes back with another content", mend)
     return Check(ARTIFACTS, OK, "takes a file and gives it back")
 
@@ -108,11 +108,11 @@ def _new_folders(place: str) -> list[Path]:
     return [path for path in (folder, *folder.parents) if not path.exists()]
 
 
-def _take_away(client: Any, experiment: str, folders: list[Path]) -> None:
+def _delete_experiment(client: Any, experiment: str, folders: list[Path]) -> None:
     """Delete the doctor's experiment: permanently if this process is the store, else as far as a server allows."""
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-    with contextlib.suppress(Exception):  # the store's own error says best why this cannot be removed
+    with contextlib.suppress(Exception):  # not part of the check: some stores do not allow it
         runs = client.search_runs([experiment])
         for run in runs:
             with contextlib.suppress(Exception):
@@ -132,10 +132,10 @@ def _take_away(client: Any, experiment: str, folders: list[Path]) -> None:
 
 
 def plugins() -> Iterator[Check]:
-    """The entry points, and that MLflow has loaded what they name."""
+    """Whether the entry points are installed, and MLflow has loaded their objects."""
     mend = "pip install mlflow-icr (or pip install -e .) in the environment that MLflow runs in"
-    found = {group: [point for point in entry_points(group=group) if point.value.startswith("mlflow_icr.")] for group in GROUPS}
-    for group, points in found.items():
+    for group in GROUPS:
+        points = [point for point in entry_points(group=group) if point.value.startswith("mlflow_icr.")]
         if not points:
             yield Check(group, BAD, "no entry point of mlflow-icr is installed", mend)
             continue
@@ -148,7 +148,7 @@ def plugins() -> Iterator[Check]:
 
 
 def _loaded(group: str, point: Any) -> bool:
-    """Whether MLflow itself has what an entry point names."""
+    """Whether MLflow itself has loaded the object of an entry point."""
     import mlflow
 
     if group == "mlflow.model_evaluator":

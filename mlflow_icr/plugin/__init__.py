@@ -1,5 +1,5 @@
-"""Doors for MLflow: an evaluator, a run context and dataset constructors, which MLflow finds by their entry points."""
+"""Plugins for MLflow: an evaluator, a run context and dataset constructors, which MLflow finds by their entry points."""
 
-# First of all: MLflow, while it starts, loads modules of this package. Where one of them were imported before MLflow, MLflow
-# would find it half done, warn, and go without it.
+# MLflow must be imported first: while it starts, it loads modules of this package. If one of them were imported before, MLflow
+# would find it half imported, warn, and ignore it.
 import mlflow as mlflow

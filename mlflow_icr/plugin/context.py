@@ -1,4 +1,4 @@
-"""What MLflow asks when it makes a run. Loads no torch."""
+"""The run context, which MLflow asks for tags when it makes a run. Loads no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mlflow_icr.environment import environment_tags, is_ours
 class ICRContext(RunContextProvider):  # type: ignore[misc]
     """Sets `environment_tags` on runs that this package makes; other runs do not get them.
 
-    Runs that `mlflow run` makes never ask a context: a program that may be one sets the tags itself, as the trainers do.
+    `mlflow run` asks no context when it makes a run: a program that it starts sets the tags itself, as the trainers do.
     """
 
     def in_context(self) -> bool:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 DIGEST_LENGTH = 36  # hexadecimal digits of a SHA-256: what MLflow's stores take
 PATH = "path"  # the column of a folder's files
-MOST_SIZES = 20  # different sizes that a profile lists, the commonest ones
+MOST_SIZES = 20  # a profile lists the commonest image sizes, up to this number
 
 
 class ImageDataset(Dataset, PyFuncConvertibleDatasetMixin):  # type: ignore[misc]
@@ -50,7 +50,7 @@ class ImageDataset(Dataset, PyFuncConvertibleDatasetMixin):  # type: ignore[misc
 
     @property
     def profile(self) -> dict[str, object]:
-        """How many images, of what shape and dtype, and what else is known of them."""
+        """Number, shape and dtype of the images, and further facts on them."""
         return {"num_images": len(self.features), "shape": list(self.shape), "dtype": self.dtype} | self._facts
 
     @property
@@ -80,18 +80,18 @@ class ImageDataset(Dataset, PyFuncConvertibleDatasetMixin):  # type: ignore[misc
         return EvaluationDataset(self.features, path=path, feature_names=feature_names, name=self.name, digest=self.digest)
 
 
-def _source(given: str | Path | DatasetSource | None) -> DatasetSource:
+def _source(source: str | Path | DatasetSource | None) -> DatasetSource:
     """A source as MLflow's own constructors take it: none means the program that runs, a path a place on this machine."""
     from mlflow.data import sources
     from mlflow.data.code_dataset_source import CodeDatasetSource
     from mlflow.data.dataset_source_registry import resolve_dataset_source
     from mlflow.tracking.context.registry import resolve_tags
 
-    if given is None:
+    if source is None:
         return CodeDatasetSource(tags=resolve_tags())
-    if isinstance(given, Path):
-        return sources.LocalArtifactDatasetSource(str(given))  # resolving a local path makes MLflow warn
-    return given if isinstance(given, DatasetSource) else resolve_dataset_source(given)
+    if isinstance(source, Path):
+        return sources.LocalArtifactDatasetSource(str(source))  # resolving a local path makes MLflow warn
+    return source if isinstance(source, DatasetSource) else resolve_dataset_source(source)
 
 
 def from_image_folder(
@@ -100,7 +100,7 @@ def from_image_folder(
     digest: str | None = None,
     source: str | Path | DatasetSource | None = None,
 ) -> ImageDataset:
-    """All image files below a folder. The digest is of their relative names and bytes, whatever order they are listed in.
+    """All image files below a folder. The digest is of their relative names and bytes, in any order.
 
     `name` is the folder's own unless given, `source` the folder. Raises ValueError for a folder without images.
     """

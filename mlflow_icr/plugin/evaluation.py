@@ -1,4 +1,4 @@
-"""What `mlflow.models.evaluate` measures with the evaluator `icr`: its configuration, its images, and one report."""
+"""The measurement of the evaluator `icr` of `mlflow.models.evaluate`: its configuration, its images, and one report."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from mlflow_icr.extraction.images import (
 )
 from mlflow_icr.monitoring import GenerationMonitor, ICRMonitor, Protocol, Report
 
-SIGMA = "sigma"  # taken for the protocol's sigmas, too
+SIGMA = "sigma"  # another name of the protocol's sigmas
 
 
 def _require(condition: bool, key: str, value: object, allowed: str) -> None:
@@ -35,7 +35,7 @@ def _require(condition: bool, key: str, value: object, allowed: str) -> None:
         raise ValueError(f"{key} is {value!r}; expected {allowed}")
 
 
-def _whole(value: object, least: int) -> bool:
+def _is_whole(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
@@ -65,15 +65,15 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         for key in ("train", "heldout"):
             value = getattr(self, key)
-            there = isinstance(value, (str, Path)) and (
+            readable = isinstance(value, (str, Path)) and (
                 Path(value).is_dir() or (Path(value).is_file() and Path(value).suffix in (".zip", ".npz"))
             )
-            _require(value is None or there, key, value, "a folder, or a .zip or .npz file, of images that is there")
+            _require(value is None or readable, key, value, "a folder, or a .zip or .npz file, of images")
         for key in ("pipeline", "encoder_weights"):
             value = getattr(self, key)
             _require(value is None or (isinstance(value, (str, Path)) and bool(str(value))), key, value, "a path")
         for key, least in (("num_samples", 0), ("num_steps", 2), ("images_seen", 0), ("batch_size", 1)):
-            _require(_whole(getattr(self, key), least), key, getattr(self, key), f"a whole number >= {least}")
+            _require(_is_whole(getattr(self, key), least), key, getattr(self, key), f"a whole number >= {least}")
         _require(isinstance(self.encoder, str) and bool(self.encoder), "encoder", self.encoder, "an encoder's name")
         companions = self.companions
         listed = isinstance(companions, (list, tuple)) and all(isinstance(name, str) for name in companions)
@@ -86,7 +86,7 @@ class EvaluationConfig:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> EvaluationConfig:
-        """The configuration that `evaluator_config` says. Raises ValueError, also for unknown keys."""
+        """The configuration from `evaluator_config`. Raises ValueError, also for unknown keys."""
         own = {entry.name for entry in fields(cls)} - {"protocol"}
         shared = {entry.name for entry in fields(Protocol)}
         for key in config:
@@ -108,7 +108,7 @@ class EvaluationConfig:
 
 
 def image_files(features: object) -> list[str] | None:
-    """The paths in an evaluation's data: those of the first column that holds nothing but names of image files; else None."""
+    """The paths in an evaluation's data: the first column that holds only names of image files; None if there is none."""
     columns: list[list[object]] = []
     if isinstance(features, pd.DataFrame):
         columns = [list(features[name]) for name in features.columns]
@@ -122,26 +122,26 @@ def image_files(features: object) -> list[str] | None:
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Training images and held-out ones, (N, C, H, W), with the classes (N,) of the former where they are known."""
+    """Training and held-out images, (N, C, H, W), and the classes (N,) of the training images where they are known."""
 
     train: Tensor
     heldout: Tensor | None = None
     labels: Tensor | None = None
 
 
-def _whole_set(key: str, found: ImageSet) -> Tensor:
+def _complete_set(key: str, image_set: ImageSet) -> Tensor:
     """All images of a set. Raises ValueError naming the files that cannot be read."""
-    total = len(found.images) + len(found.unreadable)
-    if found.unreadable:
-        raise ValueError(f"{key}: {len(found.unreadable)} of {total} images cannot be read: {named(found.unreadable)}")
-    return found.images
+    total = len(image_set.images) + len(image_set.unreadable)
+    if image_set.unreadable:
+        raise ValueError(f"{key}: {len(image_set.unreadable)} of {total} images cannot be read: {named(image_set.unreadable)}")
+    return image_set.images
 
 
 def _from_data(features: object, size: Size, channels: int | None) -> Tensor | None:
-    """The images that an evaluation's data are: files, or rows of pixels as `from_tensor` gives them; else None."""
+    """The images in an evaluation's data: files, or rows of pixels as `from_tensor` gives them; None if there are none."""
     files = image_files(features)
     if files is not None:
-        return _whole_set("data", read_files(files, size))
+        return _complete_set("data", read_files(files, size))
     pixels = math.prod(height_width(size))
     if isinstance(features, np.ndarray) and channels is not None and features.shape[1:] == (channels * pixels,):
         return torch.from_numpy(features).view(-1, channels, *height_width(size))
@@ -154,19 +154,19 @@ def load_images(config: EvaluationConfig, features: object, size: Size, channels
     Training images come from `config.train`, or else from the evaluation's data. Raises ValueError where both or neither
     are there, and for images that do not fit the network.
     """
-    given = _from_data(features, size, channels)
+    data_images = _from_data(features, size, channels)
     labels = None
     if config.train is None:
-        if given is None:
+        if data_images is None:
             raise ValueError(
                 "train is not given; expected a folder, .zip or .npz file of the training images, or data with their paths"
             )
-        train = given
+        train = data_images
     else:
-        _require(given is None, "train", str(config.train), "nothing where data are images already")
-        train = _whole_set("train", read_images(config.train, size))
+        _require(data_images is None, "train", str(config.train), "nothing where data are images already")
+        train = _complete_set("train", read_images(config.train, size))
         labels = folder_labels(config.train) if Path(config.train).is_dir() else None
-    heldout = None if config.heldout is None else _whole_set("heldout", read_images(config.heldout, size))
+    heldout = None if config.heldout is None else _complete_set("heldout", read_images(config.heldout, size))
     for key, images in (("train", train), ("heldout", heldout)):
         if images is not None and channels is not None and images.shape[1] != channels:
             raise ValueError(f"{key} images have {images.shape[1]} channel(s); the network takes {channels}")
@@ -175,7 +175,7 @@ def load_images(config: EvaluationConfig, features: object, size: Size, channels
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What was measured, the protocol with its numbers fixed, and D, the width of the layer."""
+    """The report, the protocol with its numbers fixed, and D, the width of the layer."""
 
     report: Report
     protocol: Protocol
@@ -183,7 +183,7 @@ class Evaluation:
 
 
 def evaluate_denoiser(denoiser: Denoiser, images: Images, config: EvaluationConfig) -> Evaluation:
-    """ICR, its interval and energies, and what samples say, of a denoiser on its training images.
+    """ICR with its interval and energies, and the metrics of samples, of a denoiser on its training images.
 
     Raises ValueError, before anything is measured, for a layer, encoder, companion or number that does not fit.
     """

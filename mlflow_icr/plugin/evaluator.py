@@ -39,7 +39,7 @@ class ICREvaluator(ModelEvaluator):  # type: ignore[misc]
 
     @classmethod
     def can_evaluate(cls, *, model_type: str | None, evaluator_config: Mapping[str, Any] | None, **kwargs: Any) -> bool:
-        """Whether the model type is "diffusion": evaluations of other models that name no evaluator are not for this one."""
+        """Whether the model type is "diffusion"; MLflow asks every evaluator where the caller names none."""
         return model_type == MODEL_TYPE
 
     def evaluate(
@@ -68,29 +68,31 @@ class ICREvaluator(ModelEvaluator):  # type: ignore[misc]
         try:
             config = EvaluationConfig.of({"images_seen": images_seen_of(model)} | dict(evaluator_config or {}))
             if (model is None) == (config.pipeline is None):
-                there = "both" if model is not None else "neither"
-                raise ValueError(f"model and evaluator_config's pipeline: {there} given; expected one of them")
+                which = "both" if model is not None else "neither"
+                raise ValueError(f"model and evaluator_config's pipeline: {which} given; expected one of them")
             folder = pipeline_of(model) if config.pipeline is None else download_pipeline(config.pipeline)
             denoiser, side = load_denoiser(folder)
             images = load_images(config, getattr(dataset, "features_data", None), side, image_channels(denoiser))
-            found = evaluate_denoiser(denoiser, images, config)
+            evaluation = evaluate_denoiser(denoiser, images, config)
         except (ValueError, OSError) as error:
             raise MlflowException.invalid_parameter_value(f"evaluator icr: {error}") from error
-        return _log(found, config, images, run_id, own_metrics=model_id is None)
+        return _log(evaluation, config, images, run_id, own_metrics=model_id is None)
 
 
-def _log(found: Evaluation, config: EvaluationConfig, images: Images, run_id: str, *, own_metrics: bool) -> EvaluationResult:
-    """Log everything that was found; on the disk first, where it stays if the server does not take it."""
-    for key, why in found.report.absent.items():
+def _log(
+    evaluation: Evaluation, config: EvaluationConfig, images: Images, run_id: str, *, own_metrics: bool
+) -> EvaluationResult:
+    """Write an evaluation to the disk, then log it; the folder stays if the server does not take it."""
+    for key, why in evaluation.report.absent.items():
         logger.warning("%s is not measured: %s", key, why)
-    for key, text in found.report.warnings.items():
+    for key, text in evaluation.report.warnings.items():
         logger.warning("%s is %s", key, text)
     folder = Path(tempfile.mkdtemp(prefix="mlflow-icr-"))
-    pictures = _write(found, config, images, folder)
+    pictures = _write(evaluation, config, images, folder)
     client = MlflowClient()
     try:
         client.log_artifacts(run_id, str(folder), FOLDER)
-        _log_values(client, run_id, found.report, own_metrics)
+        _log_values(client, run_id, evaluation.report, own_metrics)
         _log_images(client, run_id, config, images)
         uri = f"{client.get_run(run_id).info.artifact_uri}/{FOLDER}"
         artifacts = {name: _artifact(folder / path, f"{uri}/{path}") for name, path in pictures.items()}
@@ -101,25 +103,25 @@ def _log(found: Evaluation, config: EvaluationConfig, images: Images, run_id: st
             f"evaluator icr: the run does not take results ({type(error).__name__}); they are in {folder}"
         ) from None
     shutil.rmtree(folder)
-    return EvaluationResult(dict(found.report.values), artifacts)
+    return EvaluationResult(dict(evaluation.report.values), artifacts)
 
 
-def _write(found: Evaluation, config: EvaluationConfig, images: Images, folder: Path) -> dict[str, str]:
+def _write(evaluation: Evaluation, config: EvaluationConfig, images: Images, folder: Path) -> dict[str, str]:
     """Write an output folder of one measurement with its protocol; returns the artifacts' paths in it by name."""
     from mlflow_icr.extraction.images import content_hash
     from mlflow_icr.plugin.pipeline import without_password
     from mlflow_icr.tracking import Journal
 
-    report = found.report
+    report = evaluation.report
     journal = Journal(folder)
     journal.append(report)
     shown = {key: value for key, value in asdict(config).items() if key != "protocol"}
     if config.pipeline is not None:
         shown["pipeline"] = without_password(config.pipeline)
     content = {
-        "protocol": asdict(found.protocol),
-        "protocol_digest": found.protocol.digest,
-        "feature_dim": found.dim,
+        "protocol": asdict(evaluation.protocol),
+        "protocol_digest": evaluation.protocol.digest,
+        "feature_dim": evaluation.dim,
         "images_seen": report.step,
         "train_sha256": content_hash(images.train),
         "heldout_sha256": None if images.heldout is None else content_hash(images.heldout),
@@ -134,7 +136,7 @@ def _write(found: Evaluation, config: EvaluationConfig, images: Images, folder: 
 
 
 def _log_values(client: MlflowClient, run_id: str, report: Report, own_metrics: bool) -> None:
-    """Log reasons and warnings as tags, and the values unless MLflow does it, for a logged model."""
+    """Log reasons and warnings as tags, and the values too, unless MLflow does so itself, as for a logged model."""
     now = time.time_ns() // 1_000_000
     metrics = [Metric(key, value, now, report.step) for key, value in report.values.items()] if own_metrics else []
     texts = {"icr.protocol_digest": report.protocol_digest}
@@ -145,7 +147,7 @@ def _log_values(client: MlflowClient, run_id: str, report: Report, own_metrics: 
 
 
 def _log_images(client: MlflowClient, run_id: str, config: EvaluationConfig, images: Images) -> None:
-    """Log what the configuration names as inputs of the run; its data are there already."""
+    """Log the configuration's images as inputs of the run; MLflow has logged the evaluation's data already."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
     from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
@@ -155,8 +157,8 @@ def _log_images(client: MlflowClient, run_id: str, config: EvaluationConfig, ima
     for context, path, pixels in (("training", config.train, images.train), ("validation", config.heldout, images.heldout)):
         if path is not None and pixels is not None:
             place = Path(path).resolve()
-            shown = Dataset(**from_tensor(pixels, source=place, name=place.stem).to_dict())
-            inputs.append(DatasetInput(shown, [InputTag(MLFLOW_DATASET_CONTEXT, context)]))
+            entity = Dataset(**from_tensor(pixels, source=place, name=place.stem).to_dict())
+            inputs.append(DatasetInput(entity, [InputTag(MLFLOW_DATASET_CONTEXT, context)]))
     if inputs:
         client.log_inputs(run_id, inputs)
 

@@ -1,4 +1,4 @@
-"""Diffusers folders as MLflow models: logging one, and finding it again."""
+"""Diffusers folders as MLflow models: log one, find the one of a model, download one."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def log_pipeline(folder: Path | str, name: str = ARTIFACT, **arguments: Any) -> 
 
     It samples as a run's checkpoints do: see `SamplingModel`.
 
-    `arguments` are those of `mlflow.pyfunc.log_model`. Only the pipeline is copied, not what training needs to go on. Raises
-    ValueError for a folder that holds no pipeline.
+    `arguments` are those of `mlflow.pyfunc.log_model`. Only the pipeline is copied, not what training needs to continue.
+    Raises ValueError for a folder that holds no pipeline.
     """
     folder = Path(folder)
     if not is_pipeline(folder):
@@ -45,42 +45,42 @@ def pipeline_of(model: Any) -> Path:
     # MLflow keeps a loaded model's artifacts there, and shows them nowhere else.
     context = getattr(getattr(model, "_model_impl", None), "context", None)
     artifacts = getattr(context, "artifacts", None) or {}
-    found = {name: Path(path) for name, path in artifacts.items() if is_pipeline(Path(path))}
-    if len(found) != 1:
+    pipelines = {name: Path(path) for name, path in artifacts.items() if is_pipeline(Path(path))}
+    if len(pipelines) != 1:
         raise ValueError(
-            f"model has {len(found)} diffusers folders among its artifacts ({', '.join(artifacts) or 'it has none'}); expected "
-            "one, as mlflow_icr.plugin.pipeline.log_pipeline logs it, and env_manager 'local'; or model=None and "
+            f"model has {len(pipelines)} diffusers folders among its artifacts ({', '.join(artifacts) or 'it has none'}); "
+            "expected one, as mlflow_icr.plugin.pipeline.log_pipeline logs it, and env_manager 'local'; or model=None and "
             "evaluator_config's pipeline"
         )
-    return found.popitem()[1]
+    return pipelines.popitem()[1]
 
 
 def images_seen_of(model: Any) -> int:
-    """How far a loaded pyfunc model was trained, as a run's checkpoints say it of themselves; 0 where a model does not."""
+    """The images seen in training, from the metadata of a loaded pyfunc model, as a run's checkpoints have them; else 0."""
     described = getattr(getattr(model, "metadata", None), "metadata", None) or {}
-    found = described.get("images_seen", 0)
-    return found if isinstance(found, int) and found > 0 else 0
+    images_seen = described.get("images_seen", 0)
+    return images_seen if isinstance(images_seen, int) and images_seen > 0 else 0
 
 
 def without_password(place: Path | str) -> str:
-    """A path or address as it may be shown: without the user and password that an address can hold."""
+    """A path or address without the user and password that it can hold."""
     return re.sub(r"//[^/@]*@", "//", str(place))
 
 
 def download_pipeline(place: Path | str) -> Path:
     """The diffusers folder at a path, or at an address that MLflow knows, such as models:/NAME/1 or runs:/ID/checkpoint.
 
-    A logged model is searched for it. Raises ValueError when there is none.
+    A logged model's folder is searched for it. Raises ValueError when there is none.
     """
     folder = Path(place)
     if not folder.is_dir():
         try:
             folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=str(place)))
-        except Exception as error:  # stores and their clients raise what they like
+        except Exception as error:  # each store's client has its own errors
             raise ValueError(f"pipeline is {without_password(place)!r}, which cannot be had ({type(error).__name__})") from None
     if is_pipeline(folder):
         return folder
-    found = sorted({path.parent for path in folder.rglob(INDEX)})
-    if len(found) != 1:
-        raise ValueError(f"pipeline is {without_password(place)!r}, which holds {len(found)} diffusers folders; expected one")
-    return found[0]
+    folders = sorted({path.parent for path in folder.rglob(INDEX)})
+    if len(folders) != 1:
+        raise ValueError(f"pipeline is {without_password(place)!r}, which holds {len(folders)} diffusers folders; expected one")
+    return folders[0]

@@ -259,7 +259,7 @@ def test_an_answer_that_is_lost_makes_no_model_twice(pipeline: Path, tmp_path: P
     tracker.open({}, {})
     for step in STEPS[:2]:
         measured(tracker, step, pipeline)
-    tracker.settle()
+    tracker.flush_local()
     for _ in range(200):
         if sink.flush():
             break

@@ -50,7 +50,7 @@ def test_points_are_of_their_steps_and_come_from_a_thread(monkeypatch: pytest.Mo
             next(steps)
             losses.append(float(state.loss_sum) - sum(losses) if step < 4 else 0.0)
         curve.step(state)
-    curve.settle()
+    curve.flush()
     curve.close()
     steps.close()
     assert [row.step for row in found] == [48, 96]
@@ -78,10 +78,10 @@ def test_what_logging_raises_is_raised_in_the_training() -> None:
     state.curve_steps, state.images_seen = 1, 32
     curve.step(state)
     with pytest.raises(OSError, match="No space left"):
-        curve.settle()
+        curve.flush()
     silent = Curve(0, accelerator, full)
     state.curve_steps = 5
     silent.step(state)
-    silent.settle()
+    silent.flush()
     for one in (curve, silent):
         one.close()

@@ -159,7 +159,7 @@ def test_values_that_a_dead_server_missed_arrive_when_it_is_back(
         tracker.open({}, {})
         for step in range(500):
             tracker.log(Logged(step, 1e9 + step, {"loss": step / 7}))
-    tracker.settle()
+    tracker.flush_local()
     assert 1 <= len(asked) <= 6  # each lane asks, and then waits
     assert "hunter2" not in caplog.text
     sink.redirect(store)

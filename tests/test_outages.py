@@ -92,7 +92,7 @@ def test_a_server_that_comes_late_dies_and_comes_again(server: Server, tmp_path:
         tracker.record(report(step))
     server.start()
     tracker.record(report(20))
-    tracker.settle()
+    tracker.flush_local()
     assert sink.flush()
     server.kill()
     for step in (30, 40):
@@ -130,11 +130,11 @@ def test_a_postgresql_store_gets_the_same(tmp_path: Path, monkeypatch: pytest.Mo
         tracker = Tracker(folder, [sink])
         tracker.open({}, {})
         tracker.record(report(0))
-        tracker.settle()
+        tracker.flush_local()
         assert sink.flush()
         made.kill()
         tracker.record(report(10))
-        tracker.settle()
+        tracker.flush_local()
         assert not sink.flush()
         made.start()
         tracker.close("FINISHED")
@@ -226,7 +226,7 @@ def test_an_answer_that_is_lost_makes_nothing_twice(tmp_path: Path, monkeypatch:
     tracker.open({"seed": 1}, {})
     for step in (0, 10, 20):
         tracker.record(report(step))
-        tracker.settle()
+        tracker.flush_local()
         for _ in range(100):
             if sink.flush():
                 break
@@ -255,7 +255,7 @@ def test_half_a_picture_is_made_whole(tmp_path: Path, monkeypatch: pytest.Monkey
     tracker = Tracker(folder, [sink])
     tracker.open({}, {})
     tracker.record(report(0))
-    tracker.settle()
+    tracker.flush_local()
     sink.flush()
     tracker.close("FINISHED")
     assert [Path(path).suffix for path in calls] == [".png", ".webp", ".png", ".webp"]
@@ -312,7 +312,7 @@ def test_a_server_that_hangs_does_not_hold_up_the_training(
         tracker.open({}, {})
         for step in range(0, 200, 10):
             tracker.record(report(step))
-        tracker.settle()
+        tracker.flush_local()
         assert sum(worker.waiting for worker in sink.workers) == tracker.log_file.end.number  # before the first call gave up
         assert sink.failure is None
         tracker.close("FINISHED")

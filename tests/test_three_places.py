@@ -56,7 +56,7 @@ def test_random_reports_are_the_same_in_three_places(seed: int, tmp_path: Path) 
         absent = {"gen/fd_pixels": chance.choice(SCRIPTS)}
         picture = np.frombuffer(chance.randbytes(8 * 9 * 3), np.uint8).reshape(8, 9, 3)
         tracker.record(Report(step, values, {"Bild/größe": picture}, absent, "digest"))
-    tracker.settle()
+    tracker.flush_local()
     assert sink.flush()
     board.flush()
     assert sink.run_id is not None

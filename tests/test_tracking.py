@@ -75,7 +75,7 @@ def test_a_value_is_the_same_everywhere(tmp_path: Path) -> None:
     tracker.open({"seed": 3, "sigmas": [0.29]}, {"study": "s"})
     for step in range(7):
         tracker.record(report(step))
-    tracker.settle()
+    tracker.flush_local()
     board.flush()
     journal = journal_scalars(tmp_path)
     assert sorted(journal) == ["mem/ratio_l2", "perf/images_per_second", "repr/icr"]
@@ -281,7 +281,7 @@ def test_a_dead_server_costs_nothing_but_a_warning(
         tracker.dataset(described, "training")
         tracker.record(report(1))
         tracker.record(report(2))
-        tracker.settle()
+        tracker.flush_local()
         assert not sink.flush()
     warnings = [r.getMessage() for r in caplog.records if "MLflow" in r.getMessage()]
     assert len(warnings) == 1
@@ -294,7 +294,7 @@ def test_a_dead_server_costs_nothing_but_a_warning(
     sink.redirect(store)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     tracker.record(report(3))
-    tracker.settle()
+    tracker.flush_local()
     assert sink.flush()
     assert sink.run_id is not None
     assert mlflow_scalars(sink.run_id) == journal_scalars(tmp_path)
@@ -325,7 +325,7 @@ def test_a_server_that_fails_between_start_and_parameters_gets_them_later(
         tracker.open({"seed": 1}, {})
         assert not sink.flush()
         tracker.record(report(1))
-        tracker.settle()
+        tracker.flush_local()
     tracker.record(report(2))
     tracker.close("FINISHED")
     (run,) = mlflow.MlflowClient().search_runs(["0"])
@@ -350,7 +350,7 @@ def test_the_journal_is_on_the_disk_before_the_trackers_are_called(tmp_path: Pat
     tracker = Tracker(tmp_path, [Late()])
     for step in (0, 5):
         tracker.record(report(step))
-    tracker.settle()
+    tracker.flush_local()
     assert seen == [True, True]
 
 
@@ -383,7 +383,7 @@ def test_a_sink_that_takes_its_time_holds_nobody_up(tmp_path: Path) -> None:
     assert told == []
     free.set()
     tracker.figure("curves", np.zeros((4, 4, 3), np.uint8), 2)  # comes after all that
-    tracker.settle()
+    tracker.flush_local()
     rows = read_history(tmp_path)
     assert told == [*((verdict(rows[: i + 1]).text, i) for i in range(3)), ("log", [7]), ("curves", 2)]
     assert last == verdict(rows)

@@ -168,7 +168,7 @@ def test_the_documented_sink_works(tmp_path: Path, wandb: list[tuple[Any, ...]])
         tracker = Tracker(tmp_path / "run", [names["WandbSink"](project="p")], resume="allow")
         tracker.open({"seed": 3}, {"study": "s"})
         tracker.record(report(step))
-        tracker.settle()
+        tracker.flush_local()
         if step == 1:
             tracker.abandon()
     tracker.close("FAILED")

@@ -62,8 +62,8 @@ def _on_the_way(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
 class Curve:
     """Hands `log` a point every `every` steps, in a thread of its own; 0 is never. Every rank has one, and one rank's logs.
 
-    `skipped` steps were left out before. `log` is called in that thread only, and after `settle` no call is under way. What it
-    raises is raised by the next `step` or `settle`.
+    `skipped` steps were left out before. `log` is called in that thread only, and after `flush` no call is under way. What it
+    raises is raised by the next `step` or `flush`.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Curve:
         while self._waiting and self._waiting[0].done():
             self._waiting.pop(0).result()
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Wait until every point is logged. Raises what that has raised."""
         while self._waiting:
             self._waiting.pop(0).result()

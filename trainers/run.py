@@ -293,7 +293,7 @@ class Run:
         if self.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         self._trained_seconds += time.perf_counter() - self._since
-        self.curve.settle()
+        self.curve.flush()
 
     def _go_on(self) -> None:
         self._since = time.perf_counter()

@@ -57,8 +57,8 @@ def event_files(folder: Path) -> list[Path]:
 
 def identities(folder: Path) -> list[str]:
     """What names each event file of a folder wherever that is, (N,) hexadecimal; nothing where there is no such folder."""
-    found = (_identity(path) for path in event_files(folder)) if folder.is_dir() else ()
-    return [identity for identity in found if identity]
+    digests = (_identity(path) for path in event_files(folder)) if folder.is_dir() else ()
+    return [identity for identity in digests if identity]
 
 
 def _identity(path: Path) -> str:
@@ -161,7 +161,7 @@ def read_folder(path: Path) -> Folder:
 def _forget(points: dict[str, Columns], folder: Folder, step: int) -> None:
     """Drop what was written of a step and later ones."""
     for tag in list(points):
-        kept = [index for index, there in enumerate(points[tag][0]) if there < step]
+        kept = [index for index, earlier in enumerate(points[tag][0]) if earlier < step]
         if not kept:
             del points[tag]
         elif len(kept) < len(points[tag][0]):

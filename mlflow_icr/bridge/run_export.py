@@ -193,8 +193,8 @@ class RunExport:
             total += len(page)
             last = _mark(page[-1]) if page else last
         step, moment, value = (np.concatenate(part) for part in (steps, times, values))
-        there = event_file.scalars(self.folder / DATA, self._tag(key))
-        new = event_file.unseen(event_file.as_points(step, moment, event_file.float32_bits(value)), there)
+        written = event_file.scalars(self.folder / DATA, self._tag(key))
+        new = event_file.unseen(event_file.as_points(step, moment, event_file.float32_bits(value)), written)
         self._points(key, ((int(step[i]), float(moment[i]), float(value[i])) for i in new))
         self._wrote(key, len(new), total, last)
 
@@ -202,15 +202,15 @@ class RunExport:
         """Append the images that the file does not have; one that was logged again under its name is a new version."""
         ended = self.run.info.status in store.ENDED
         look_at_all = ended or time.monotonic() - self.looked.at >= LOOK_AT_ALL_SECONDS
-        found = []
+        new = []
         for path, size in self._listed(look_at_all):
             versions = self.state.images.get(path, [])
             # What a store lists has no time and no digest: a picture of the same size has to be read. A stepped one has a
             # name of its own.
             if not versions or versions[-1][0] != size or (look_at_all and not STEPPED.fullmatch(path)):
-                found.append((*self._place(path, len(versions)), path, size))
+                new.append((*self._place(path, len(versions)), path, size))
         with tempfile.TemporaryDirectory() as temporary:
-            for tag, moment, step, path, size in sorted(found):
+            for tag, moment, step, path, size in sorted(new):
                 self._image(tag, moment, step, path, size, Path(temporary))
                 if self.file.waiting > COMMIT_BYTES:
                     self._commit()

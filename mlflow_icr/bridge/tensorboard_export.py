@@ -81,8 +81,8 @@ class Exporter:
 def _selection(client: Any, experiment: str | None, run_ids: Sequence[str]) -> Callable[[], Iterator[Any]]:
     """A function that lists the chosen runs again at each call. Raises ValueError for an unknown experiment or run."""
     if experiment is not None:
-        found = store.experiment_id(client, experiment)
-        return lambda: store.runs(client, found)
+        experiment_id = store.experiment_id(client, experiment)
+        return lambda: store.runs(client, experiment_id)
     for run_id in run_ids:
         store.get_run(client, run_id)
     return lambda: (run for run_id in run_ids for run in store.family(client, run_id))
@@ -113,25 +113,28 @@ def export_runs(
         raise ValueError(f"interval is {interval}; expected seconds above 0")
     exporter = Exporter(logdir, client, echo)
     select = _selection(exporter.client, experiment, run_ids)
-    found: dict[str, Exported] = {}
-    running = _look(exporter, select, found, on_run)
+    known: dict[str, Exported] = {}
+    running = _look(exporter, select, known, on_run)
     stop = stop or threading.Event()
     while follow and running and not stop.wait(interval):
         try:
-            running = _look(exporter, select, found, on_run)
+            running = _look(exporter, select, known, on_run)
         except store.StoreError as error:
             exporter.echo(f"{error}; waiting for it")
-    return list(found.values())
+    return list(known.values())
 
 
 def _look(
-    exporter: Exporter, select: Callable[[], Iterator[Any]], found: dict[str, Exported], on_run: Callable[[Exported], object]
+    exporter: Exporter,
+    select: Callable[[], Iterator[Any]],
+    known: dict[str, Exported],
+    on_run: Callable[[Exported], object],
 ) -> bool:
     """Export every run that had not ended when it was last exported; returns whether some run is running."""
     running = False
     for run in select():
         running |= run.info.status not in store.ENDED
-        before = found.get(run.info.run_id)
+        before = known.get(run.info.run_id)
         if before and before.status in store.ENDED:
             continue
         # The status was read before the history: of an ended run, everything has been seen.
@@ -140,5 +143,5 @@ def _look(
         if before:
             points, images = before.new_points + exported.new_points, before.new_images + exported.new_images
             exported = replace(exported, new_points=points, new_images=images)
-        found[run.info.run_id] = exported
+        known[run.info.run_id] = exported
     return running

@@ -75,7 +75,7 @@ class Names:
         self._keys[tag] = key
         return key
 
-    def settle(self, tags: Iterable[str]) -> None:
+    def assign(self, tags: Iterable[str]) -> None:
         """Give names to tags, first to those that can stay as they are."""
         for tag in sorted(tags, key=lambda tag: (bool(FORBIDDEN.search(tag)), tag)):
             self(tag)
@@ -105,7 +105,7 @@ class _FolderImport:
                 folder.scalars.pop(tag, None)
         for tag in [tag for tag in folder.scalars if key_of(tag) not in folder.scalars]:
             folder.scalars[key_of(tag)] = folder.scalars.pop(tag)
-        self.names.settle({*folder.scalars, *folder.texts, *folder.hparams, *(name for name, _, _ in folder.images)})
+        self.names.assign({*folder.scalars, *folder.texts, *folder.hparams, *(name for name, _, _ in folder.images)})
         self._hparams()
         self._tags({SOURCE: str(folder.path), FILES: " ".join(folder.identities[:MOST_FILES])})
         self._tags({RENAMED + key: tag for key, tag in self.names.new.items()})
@@ -152,7 +152,7 @@ class _FolderImport:
         """Log hparams that the run does not have as parameters, those of an exported run's tags as tags."""
         from mlflow.entities import Param
 
-        there = self.run.data.params
+        logged = self.run.data.params
         params, tags = [], {}
         for name, value in self.folder.hparams.items():
             text = parameter_text(value)
@@ -161,10 +161,10 @@ class _FolderImport:
                 if not key.removeprefix(TAG_PREFIX).startswith(SYSTEM):  # those would say something else of this run
                     tags[key.removeprefix(TAG_PREFIX)] = text
                 continue
-            if key not in there:
+            if key not in logged:
                 params.append(Param(key, text[:LONGEST_PARAM]))
-            elif there[key] != text[:LONGEST_PARAM]:
-                self.echo(f"{self.name}: hparam {name} is now {text!r}; the run keeps {there[key]!r}")
+            elif logged[key] != text[:LONGEST_PARAM]:
+                self.echo(f"{self.name}: hparam {name} is now {text!r}; the run keeps {logged[key]!r}")
             if len(text) > LONGEST_PARAM:
                 self.echo(f"{self.name}: hparam {name} is cut at {LONGEST_PARAM} characters")
         for start in range(0, len(params), TEXTS_PER_CALL):
@@ -175,8 +175,8 @@ class _FolderImport:
     def _tags(self, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
 
-        there = self.run.data.tags
-        new = [RunTag(key, text[:LONGEST_TAG]) for key, text in tags.items() if there.get(key) != text[:LONGEST_TAG]]
+        logged = self.run.data.tags
+        new = [RunTag(key, text[:LONGEST_TAG]) for key, text in tags.items() if logged.get(key) != text[:LONGEST_TAG]]
         for start in range(0, len(new), TEXTS_PER_CALL):
             with store.answers():
                 self.client.log_batch(self.run_id, tags=new[start : start + TEXTS_PER_CALL])
@@ -195,8 +195,8 @@ class _FolderImport:
         return count
 
     def _stored_images(self) -> Counter[tuple[str, int, int]]:
-        found = (STEPPED.fullmatch(file.path) for file in store.files(self.client, self.run_id, "images"))
-        return Counter((re.sub("[~#]", "/", m["key"]), int(m["step"]), int(m["ms"])) for m in found if m)
+        matches = (STEPPED.fullmatch(file.path) for file in store.files(self.client, self.run_id, "images"))
+        return Counter((re.sub("[~#]", "/", m["key"]), int(m["step"]), int(m["ms"])) for m in matches if m)
 
     def _image(self, key: str, step: int, moment: int, encoded: bytes) -> bool:
         from PIL import Image
@@ -262,26 +262,26 @@ def import_runs(
         )
     client = client if client is not None else store.connect()
     experiment_id = _experiment(client, experiment)
-    known = [run for run in store.runs(client, experiment_id) if FILES in run.data.tags]
-    found = []
+    unclaimed = [run for run in store.runs(client, experiment_id) if FILES in run.data.tags]
+    imported = []
     for path in folders:
         relative = path.relative_to(root).as_posix()
         name = root.name if relative == "." else relative
         folder = read_folder(path)
-        run = _run_of(folder, known)
+        run = _run_of(folder, unclaimed)
         if run is not None:
-            known.remove(run)
+            unclaimed.remove(run)
             if run.data.tags[SOURCE] != str(path):
                 echo(f"{name}: it was imported from {run.data.tags[SOURCE]}, and goes on in the same run")
-        found.append(_FolderImport(client, experiment_id, folder, name, run, echo)())
-        on_run(found[-1])
-    return found
+        imported.append(_FolderImport(client, experiment_id, folder, name, run, echo)())
+        on_run(imported[-1])
+    return imported
 
 
-def _run_of(folder: Folder, known: Iterable[Any]) -> Any:
+def _run_of(folder: Folder, unclaimed: Iterable[Any]) -> Any:
     """The run that a folder was imported to, from here or from where it was before it was moved; None where there is none."""
     files = set(folder.identities)
-    same = [run for run in known if files & set(run.data.tags[FILES].split())]
+    same = [run for run in unclaimed if files & set(run.data.tags[FILES].split())]
     here = (run for run in same if run.data.tags[SOURCE] == str(folder.path))
     moved = (run for run in same if not files & set(identities(Path(run.data.tags[SOURCE]))))
     return next(here, None) or next(moved, None)
@@ -289,9 +289,9 @@ def _run_of(folder: Folder, known: Iterable[Any]) -> Any:
 
 def _experiment(client: Any, name: str) -> str:
     with store.answers():
-        found = client.get_experiment_by_name(name)
-        if found is None:
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
             return str(client.create_experiment(name))
-    if found.lifecycle_stage != "active":
+    if experiment.lifecycle_stage != "active":
         raise ValueError(f"experiment is {name!r}, which was deleted; expected one that was not, or a new name")
-    return str(found.experiment_id)
+    return str(experiment.experiment_id)

@@ -111,8 +111,8 @@ class EventLog:
                         self.measured[int(step[1])] = Cursor(offset, number)
                 offset, number = offset + len(line), number + 1
         self.end = Cursor(offset, number)
-        found = from_line(summary) if summary else None
-        self.summary = found if isinstance(found, Metrics) else None
+        newest = from_line(summary) if summary else None
+        self.summary = newest if isinstance(newest, Metrics) else None
 
     def _note(self, operation: Operation, at: Cursor) -> None:
         match operation:
@@ -174,7 +174,7 @@ class EventLog:
 
         A line that is not an operation is left out; `damaged` gets its number and why. Raises OSError for a file that was cut.
         """
-        found: list[Entry] = []
+        entries: list[Entry] = []
         offset, number, values = since.offset, since.number, 0
         with self.path.open("rb") as file:
             file.seek(offset)
@@ -189,18 +189,18 @@ class EventLog:
                         damaged(number, str(error))
                     else:
                         held = len(operation.values) if isinstance(operation, Metrics) else 1
-                        if found and values + held > limit:
+                        if entries and values + held > limit:
                             break
                         values += max(1, held)
-                        found.append(Entry(number, offset + len(line), operation))
+                        entries.append(Entry(number, offset + len(line), operation))
                 offset, number = offset + len(line), number + 1
-        return found, Cursor(offset, number)
+        return entries, Cursor(offset, number)
 
     def entries(self, since: Cursor = Cursor()) -> Iterator[Entry]:
         """All operations from a cursor on."""
         while since.offset < self.end.offset:
-            found, since = self.read(since)
-            yield from found
+            batch, since = self.read(since)
+            yield from batch
 
     def time_of(self, step: int) -> int | None:
         """When a step was measured, in ms."""

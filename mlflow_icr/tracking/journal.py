@@ -112,29 +112,29 @@ class Journal:
             with Image.open(path) as image:
                 figures[path.parent.relative_to(self.folder / "images").as_posix()] = np.asarray(image.convert("RGB"))
         values = {key: value for key, value in row.items() if key != "images_seen"}
-        there = distributions_path(self.folder, step).exists()
-        return Report(step, values, figures, distributions=read_distributions(self.folder, step) if there else {})
+        has_distributions = distributions_path(self.folder, step).exists()
+        return Report(step, values, figures, distributions=read_distributions(self.folder, step) if has_distributions else {})
 
     def operations(self, report: Report, now: int) -> list[Operation]:
         """The operations of a measurement that was appended, also of one without values."""
         step = report.step
-        found: list[Operation] = [Metrics(step, now, dict(report.values))]
-        found += [Picture(key, step, now, self.relative(self.picture(key, step))) for key in report.figures]
+        operations: list[Operation] = [Metrics(step, now, dict(report.values))]
+        operations += [Picture(key, step, now, self.relative(self.picture(key, step))) for key in report.figures]
         if report.distributions:
             path = self.relative(distributions_path(self.folder, step))
-            found.append(File(path, None, DISTRIBUTIONS, DISTRIBUTIONS, step, now))
-        return [*found, *text_operations(report, now)]
+            operations.append(File(path, None, DISTRIBUTIONS, DISTRIBUTIONS, step, now))
+        return [*operations, *text_operations(report, now)]
 
     def operations_not_in(self, log: EventLog) -> list[Operation]:
         """Operations of measurements that are here but not in the log, after a kill or a power cut between the two."""
-        there: set[tuple[str, int]] = set()
+        logged: set[tuple[str, int]] = set()
         newest = next(reversed(log.measured), None)
         if newest is not None:  # the kill may have come before its pictures
-            there |= {_name(entry.operation) for entry in log.entries(log.measured[newest])}
+            logged |= {_name(entry.operation) for entry in log.entries(log.measured[newest])}
         cut_off = [] if newest is None else [row for row in self.rows[-1:] if int(row["images_seen"]) == newest]
         rows = [*cut_off, *(row for row in self.rows if int(row["images_seen"]) not in log.measured)]
         parts = [part for row in rows for part in self.operations(self.report(row), now_ms())]
-        return [part for part in parts if _name(part) not in there]
+        return [part for part in parts if _name(part) not in logged]
 
     def figure(self, name: str) -> Path:
         """The path of a figure of the whole run."""

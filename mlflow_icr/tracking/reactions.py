@@ -106,10 +106,10 @@ class Reaction(Sink):
 
     def _run_id(self) -> str | None:
         try:
-            found = json.loads((self.folder / "mlflow.json").read_text()).get("run_id")
+            run_id = json.loads((self.folder / "mlflow.json").read_text()).get("run_id")
         except (OSError, ValueError, AttributeError):
             return None
-        return None if found is None else str(found)
+        return None if run_id is None else str(run_id)
 
     def _call_listener(self, change: VerdictChange) -> str:
         """What went wrong, in some words; empty where nothing did. Raises ConnectionError if the server does not answer."""

@@ -242,13 +242,13 @@ class Tracker:
 
     def _verdict_tags(self) -> list[ops.Operation]:
         """The verdict as tags at the last step, unless it was logged before."""
-        found = self.verdict
-        texts = {"verdict": found.state, "verdict.text": found.text}
-        texts |= {f"verdict.{key}": f"{value:.0f}" for key, value in found.summary().items()}
+        current = self.verdict
+        texts = {"verdict": current.state, "verdict.text": current.text}
+        texts |= {f"verdict.{key}": f"{value:.0f}" for key, value in current.summary().items()}
         if texts == self._shown_verdict:
             return []
         self._shown_verdict = texts
-        return [ops.Tags(texts | ({} if self._noted else {NOTE: found.text}), self._verdicts.newest, now_ms())]
+        return [ops.Tags(texts | ({} if self._noted else {NOTE: current.text}), self._verdicts.newest, now_ms())]
 
     def log(self, row: Logged) -> None:
         """Write a training's own values to the log, and within seconds to every sink. Raises OSError if the disk is full.
@@ -353,8 +353,8 @@ class Tracker:
         new = {step: path for step, path in new.items() if step in self.journal.steps}
         if not new:
             return
-        found = self.verdict
-        turning = None if found.turned_at is None else found.checkpoint_images_seen
+        current = self.verdict
+        turning = None if current.turned_at is None else current.checkpoint_images_seen
         for step, path in sorted(new.items()):
             row, at = self.journal.by_step[step], self.log_file.time_of(step)
             if at is not None:
@@ -381,7 +381,7 @@ class Tracker:
         """The id of the run's experiment, once it is known."""
         return next((sink.experiment_id for sink in self.sinks if sink.experiment_id is not None), None)
 
-    def settle(self) -> None:
+    def flush_local(self) -> None:
         """Wait until every sink on this machine has everything."""
         drain([worker for worker in self.workers if not worker.sink.remote], patience=LAST_ATTEMPTS)
 

@@ -82,8 +82,8 @@ class Worker:
                 self.sink.send(self.lane, [from_content(entry["operation"])], True)
             except Exception as error:  # of whatever kind: it stays set aside
                 if self.sink.failure_of(error) is not Failure.OUTAGE:
-                    again = {**entry, "why": self.sink.reason_of(error)}
-                    self.sink.state.update(refused={**self.sink.state.refused, key: again})
+                    refused = {key: {**entry, "why": self.sink.reason_of(error)}}
+                    self.sink.state.update(refused={**self.sink.state.refused, **refused})
                 continue
             self.sink.state.accept(key)
             self.delivered += 1
@@ -206,21 +206,21 @@ def drain(workers: Sequence[Worker], *, patience: int = 1, closing: bool = False
     for worker in workers:
         worker.hurry(closing=closing)
     state = {id(worker): (worker.cursor.offset, time.monotonic(), 0.0) for worker in workers}
-    left = [worker for worker in workers if not worker.done]
-    while left:
-        for worker in list(left):
+    pending = [worker for worker in workers if not worker.done]
+    while pending:
+        for worker in list(pending):
             offset, since, looked = state[id(worker)]
             now = time.monotonic()
             if worker.cursor.offset != offset:
                 state[id(worker)] = (worker.cursor.offset, now, 0.0)
             stalled = now - since > worker.sink.patience_of(worker.lane)
             if worker.done or worker.failed >= patience or not worker.alive or stalled:
-                left.remove(worker)
+                pending.remove(worker)
             elif worker.cursor.offset == offset and now - max(since, looked) > LOOK_SECONDS:
                 if not worker.sink.reachable():
-                    left.remove(worker)
+                    pending.remove(worker)
                 state[id(worker)] = (offset, since, time.monotonic())
-        if left:
-            with left[0].log.changed:
-                left[0].log.changed.wait(0.05)
+        if pending:
+            with pending[0].log.changed:
+                pending[0].log.changed.wait(0.05)
     return all(worker.done for worker in workers) and not any(worker.sink.state.refused for worker in workers)

@@ -57,14 +57,14 @@ def best_checkpoint(
 
 def choose(run: Path | str, *, metric: str | None = None, maximum: bool = False, tracking_uri: str | None = None) -> Choice:
     """The checkpoint that `best_checkpoint` fetches, and why it is that one. Raises as it does."""
-    found, keep = _of_folder(Path(run)) if Path(run).is_dir() else _of_run(str(run), tracking_uri)
-    if not any(checkpoint.place for checkpoint in found):
-        raise ValueError(f"run is {str(run)!r}, which has {_without_weights(found)}; expected a run with checkpoints")
-    return _verdicts(found, keep, run) if metric is None else _extreme(found, metric, maximum, run)
+    measured, keep = _of_folder(Path(run)) if Path(run).is_dir() else _of_run(str(run), tracking_uri)
+    if not any(checkpoint.place for checkpoint in measured):
+        raise ValueError(f"run is {str(run)!r}, which has {_without_weights(measured)}; expected a run with checkpoints")
+    return _verdicts(measured, keep, run) if metric is None else _extreme(measured, metric, maximum, run)
 
 
-def _without_weights(found: Sequence[Checkpoint]) -> str:
-    return f"{len(found)} checkpoints without their weights" if found else "no checkpoints"
+def _without_weights(measured: Sequence[Checkpoint]) -> str:
+    return f"{len(measured)} checkpoints without their weights" if measured else "no checkpoints"
 
 
 def _of_folder(folder: Path) -> tuple[list[Checkpoint], int | None]:
@@ -72,9 +72,9 @@ def _of_folder(folder: Path) -> tuple[list[Checkpoint], int | None]:
     if not (folder / HISTORY).exists():
         raise ValueError(f"run is {str(folder)!r}, which holds no {HISTORY}; expected the output folder of one run")
     rows = {int(row["images_seen"]): row for row in read_history(folder)}
-    there = checkpoints(folder)
-    found = [Checkpoint(step, row, there.get(step)) for step, row in sorted(rows.items())]
-    return found, verdict(list(rows.values())).checkpoint_images_seen
+    folders = checkpoints(folder)
+    measured = [Checkpoint(step, row, folders.get(step)) for step, row in sorted(rows.items())]
+    return measured, verdict(list(rows.values())).checkpoint_images_seen
 
 
 def _of_run(run_id: str, tracking_uri: str | None) -> tuple[list[Checkpoint], int | None]:
@@ -93,17 +93,17 @@ def _of_run(run_id: str, tracking_uri: str | None) -> tuple[list[Checkpoint], in
                     f"run is {run_id!r}, which is no folder, and no run of the tracking store; expected either"
                 ) from None
             raise
-        found, token = [], None
+        measured, token = [], None
         while True:
             page = client.search_logged_models(
                 [run.info.experiment_id], f"source_run_id = '{run_id}'", page_token=token, max_results=100
             )
-            found += [_of_model(model) for model in page if model.tags.get(STEP_TAG, "").isdecimal()]
+            measured += [_of_model(model) for model in page if model.tags.get(STEP_TAG, "").isdecimal()]
             token = page.token
             if not token:
                 break
     keep = run.data.tags.get("verdict.checkpoint_images_seen", "")
-    return sorted(found, key=lambda c: c.images_seen), int(keep) if keep.isdecimal() else None
+    return sorted(measured, key=lambda c: c.images_seen), int(keep) if keep.isdecimal() else None
 
 
 def _of_model(model: Any) -> Checkpoint:
@@ -112,33 +112,32 @@ def _of_model(model: Any) -> Checkpoint:
     return Checkpoint(int(model.tags[STEP_TAG]), values, place)
 
 
-def _verdicts(found: Sequence[Checkpoint], keep: int | None, run: Path | str) -> Choice:
+def _verdicts(measured: Sequence[Checkpoint], keep: int | None, run: Path | str) -> Choice:
     if keep is None:
         raise ValueError(f"run is {str(run)!r}, which has no verdict yet; expected metric, to choose by")
-    chosen = next((c for c in found if c.images_seen == keep and c.place is not None), None)
+    chosen = next((c for c in measured if c.images_seen == keep and c.place is not None), None)
     if chosen is None:
-        left = ", ".join(str(c.images_seen) for c in found if c.place is not None)
-        raise ValueError(
-            f"run is {str(run)!r}, whose verdict keeps the checkpoint at {keep} images seen, which is gone; there are {left}"
-        )
+        available = ", ".join(str(c.images_seen) for c in measured if c.place is not None)
+        gone = f"whose verdict keeps the checkpoint at {keep} images seen, which is gone"
+        raise ValueError(f"run is {str(run)!r}, {gone}; there are {available}")
     return Choice(chosen, f"{keep} images seen, the checkpoint that the verdict keeps")
 
 
-def _extreme(found: Sequence[Checkpoint], metric: str, maximum: bool, run: Path | str) -> Choice:
-    measured = [c for c in found if metric in c.values and c.values[metric] == c.values[metric]]  # without nan
-    if not measured:
-        known = sorted({key for c in found for key in c.values} - {"images_seen"})
-        raise ValueError(f"metric is {metric!r}, which no checkpoint of {str(run)!r} has; expected one of {', '.join(known)}")
+def _extreme(measured: Sequence[Checkpoint], metric: str, maximum: bool, run: Path | str) -> Choice:
+    candidates = [c for c in measured if metric in c.values and c.values[metric] == c.values[metric]]  # without nan
+    if not candidates:
+        metrics = sorted({key for c in measured for key in c.values} - {"images_seen"})
+        raise ValueError(f"metric is {metric!r}, which no checkpoint of {str(run)!r} has; expected one of {', '.join(metrics)}")
     kind = "highest" if maximum else "lowest"
-    ordered = sorted(measured, key=lambda c: (-c.values[metric] if maximum else c.values[metric], c.images_seen))
-    there = [c for c in ordered if c.place is not None]
-    if not there:
+    ordered = sorted(candidates, key=lambda c: (-c.values[metric] if maximum else c.values[metric], c.images_seen))
+    available = [c for c in ordered if c.place is not None]
+    if not available:
         raise ValueError(f"metric is {metric!r}, which was measured at no checkpoint of {str(run)!r} that is still there")
-    why = f"{there[0].images_seen} images seen, {metric} {there[0].values[metric]:.6g}, the {kind} of the checkpoints there are"
-    if there[0].values[metric] != ordered[0].values[metric]:
-        best = ordered[0]
-        why += f"; it was {best.values[metric]:.6g} at {best.images_seen}, whose checkpoint is gone"
-    return Choice(there[0], why)
+    best, best_ever = available[0], ordered[0]
+    why = f"{best.images_seen} images seen, {metric} {best.values[metric]:.6g}, the {kind} of the checkpoints there are"
+    if best.values[metric] != best_ever.values[metric]:
+        why += f"; it was {best_ever.values[metric]:.6g} at {best_ever.images_seen}, whose checkpoint is gone"
+    return Choice(best, why)
 
 
 def check_output(output_dir: Path | str | None) -> None:
@@ -176,9 +175,9 @@ def _download(uri: str, to: Path | None, tracking_uri: str | None) -> Path:
     import mlflow
 
     with artifacts_answer():
-        found = mlflow.artifacts.download_artifacts(
+        folder = mlflow.artifacts.download_artifacts(
             artifact_uri=uri, dst_path=None if to is None else str(to), tracking_uri=tracking_uri
         )
-    if not Path(found).is_dir():
+    if not Path(folder).is_dir():
         raise StoreError(f"the artifact store does not have what it took: {PIPELINE} of the checkpoint is missing")
-    return Path(found)
+    return Path(folder)

@@ -83,15 +83,15 @@ def write_checkpoint(output_dir: Path, images_seen: int, write: Callable[[Path],
 
 def checkpoints(output_dir: Path) -> dict[int, Path]:
     """The checkpoints of an output folder by images seen, oldest first."""
-    found = sorted(output_dir.glob(f"{FOLDER}/[0-9]*"))
-    return {int(path.name): path for path in found if path.name.isdecimal() and is_pipeline(path)}
+    folders = sorted(output_dir.glob(f"{FOLDER}/[0-9]*"))
+    return {int(path.name): path for path in folders if path.name.isdecimal() and is_pipeline(path)}
 
 
-def mark_turning(output_dir: Path, found: Verdict) -> None:
+def mark_turning(output_dir: Path, verdict: Verdict) -> None:
     """Write `checkpoints/turning.json`, which names the checkpoint to keep, once a verdict has found a turn."""
-    if found.turned_at is None:
+    if verdict.turned_at is None:
         return
-    content = found.summary() | {"state": found.state, "checkpoint": f"{found.checkpoint_images_seen:012d}"}
+    content = verdict.summary() | {"state": verdict.state, "checkpoint": f"{verdict.checkpoint_images_seen:012d}"}
     text = json.dumps(content, indent=2) + "\n"
     write_whole(output_dir / FOLDER / TURNING, lambda file: file.write(text.encode()))
 
@@ -101,13 +101,13 @@ def remove_old(output_dir: Path, limit: int, keep: Collection[int]) -> list[int]
 
     Returns what was removed, in images seen. More than `limit` stay where more than so many are to be kept.
     """
-    found = checkpoints(output_dir)
-    spared = {*keep, max(found, default=0)}
-    surplus = len(found) - limit if limit else 0
-    removed = [images_seen for images_seen in found if images_seen not in spared][: max(0, surplus)]
+    saved = checkpoints(output_dir)
+    spared = {*keep, max(saved, default=0)}
+    surplus = len(saved) - limit if limit else 0
+    removed = [images_seen for images_seen in saved if images_seen not in spared][: max(0, surplus)]
     for images_seen in removed:
-        gone = found[images_seen].with_name(f".{found[images_seen].name}.old")
-        shutil.rmtree(gone, ignore_errors=True)
-        os.rename(found[images_seen], gone)
-        shutil.rmtree(gone, ignore_errors=True)
+        doomed = saved[images_seen].with_name(f".{saved[images_seen].name}.old")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.rename(saved[images_seen], doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
     return removed

@@ -43,10 +43,10 @@ class ModelDelivery:
         from mlflow.exceptions import MlflowException
 
         try:
-            found = self._named(checkpoint.step)
-            model = self._model(checkpoint.step, params, found)
+            existing = self._named(checkpoint.step)
+            model = self._model(checkpoint.step, params, existing)
             self._link_metrics(model, checkpoint)
-            self._finish(model, checkpoint, weights, {} if found is None else self._sizes(model.model_id))
+            self._finish(model, checkpoint, weights, {} if existing is None else self._sizes(model.model_id))
             self._set_roles(newest, turning)
         except NotImplementedError:
             raise RefusalError("this store has no logged models; checkpoints stay in the output folder") from None
@@ -117,20 +117,20 @@ class ModelDelivery:
         """Log the measurement's points once more, now as the model's; for the run they are the points that it has."""
         from mlflow.entities import Metric
 
-        there = {(metric.key, metric.step, metric.timestamp) for metric in model.metrics or []}
+        linked = {(metric.key, metric.step, metric.timestamp) for metric in model.metrics or []}
         metrics = [
             Metric(clean_key(key, NOT_MLFLOW), value, checkpoint.time, checkpoint.step, model_id=model.model_id)
             for key, value in checkpoint.values.items()
-            if (clean_key(key, NOT_MLFLOW), checkpoint.step, checkpoint.time) not in there
+            if (clean_key(key, NOT_MLFLOW), checkpoint.step, checkpoint.time) not in linked
         ]
         for start in range(0, len(metrics), METRICS_PER_CALL):
             self._client.log_batch(self.run_id, metrics=metrics[start : start + METRICS_PER_CALL])
 
-    def _finish(self, model: Any, checkpoint: Model, weights: bool, there: dict[str, int]) -> None:
+    def _finish(self, model: Any, checkpoint: Model, weights: bool, sizes: dict[str, int]) -> None:
         """Upload what is wanted and there, and have the model say where its weights are."""
         if model.tags.get(WEIGHTS_TAG) == UPLOADED:
             return
-        state = self._upload(model, checkpoint, there) if weights else LOCAL
+        state = self._upload(model, checkpoint, sizes) if weights else LOCAL
         self._client.finalize_logged_model(model.model_id, "READY")
         if state == UPLOADED and EXTERNAL in model.tags:
             self._client.delete_logged_model_tag(model.model_id, EXTERNAL)
@@ -138,13 +138,13 @@ class ModelDelivery:
         tags = {WEIGHTS_TAG: state} | ({} if state == UPLOADED else {EXTERNAL: "true"})
         self._client.set_logged_model_tags(model.model_id, tags)
 
-    def _upload(self, model: Any, checkpoint: Model, there: dict[str, int]) -> str:
+    def _upload(self, model: Any, checkpoint: Model, sizes: dict[str, int]) -> str:
         folder = self.folder / checkpoint.path
         if not is_pipeline(folder):
             return REMOVED
         try:
             for path in pipeline_files(folder):
-                self._put(model, path, f"{PIPELINE}/{path.relative_to(folder).as_posix()}", there)
+                self._put(model, path, f"{PIPELINE}/{path.relative_to(folder).as_posix()}", sizes)
         except FileNotFoundError:
             if folder.is_dir():
                 raise
@@ -154,21 +154,21 @@ class ModelDelivery:
                 self._put(model, path, path.name, {})
         return UPLOADED
 
-    def _put(self, model: Any, path: Path, to: str, there: dict[str, int]) -> None:
-        if there.get(to) != path.stat().st_size:  # else an attempt whose answer was lost has brought it
+    def _put(self, model: Any, path: Path, to: str, sizes: dict[str, int]) -> None:
+        if sizes.get(to) != path.stat().st_size:  # else an attempt whose answer was lost has brought it
             self._client.log_model_artifact(model.model_id, str(path), to.rpartition("/")[0] or None)
 
     def _sizes(self, model_id: str) -> dict[str, int]:
         """Sizes of the files that a model has, by path."""
-        found: dict[str, int] = {}
+        sizes: dict[str, int] = {}
         waiting: list[str | None] = [None]
         while waiting:
             for entry in self._client.list_logged_model_artifacts(model_id, waiting.pop()):
                 if entry.is_dir:
                     waiting.append(entry.path)
                 else:
-                    found[entry.path] = entry.file_size
-        return found
+                    sizes[entry.path] = entry.file_size
+        return sizes
 
     def _set_roles(self, newest: int, turning: int | None) -> None:
         """Have exactly the newest model and the turning one say so; a model that is both is the turning one."""

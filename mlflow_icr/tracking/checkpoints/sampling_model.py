@@ -65,15 +65,15 @@ def requests_of(model_input: Any) -> list[dict[str, int]]:
         columns, rows = model_input.columns, model_input.to_dict(orient="records")
     if not len(columns):  # all of it by default
         rows = [{}]
-    found = []
+    filled = []
     for row in rows:
         for key, value in row.items():
             if key not in COLUMNS:
                 raise ValueError(f"column is {key!r}; expected some of {', '.join(COLUMNS)}")
             if value != int(value) or value < LEAST[key]:
                 raise ValueError(f"{key} is {value}; expected a whole number >= {LEAST[key]}")
-        found.append(DEFAULTS | {key: int(value) for key, value in row.items()})
-    return found
+        filled.append(DEFAULTS | {key: int(value) for key, value in row.items()})
+    return filled
 
 
 class SamplingModel(PythonModel):  # type: ignore[misc]

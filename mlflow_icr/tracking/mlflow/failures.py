@@ -43,8 +43,8 @@ def failure_of(error: Exception) -> Failure:
                 return Failure.OUTAGE
             if error.error_code == "RESOURCE_DOES_NOT_EXIST" or INACTIVE in text:  # the run: it may be restored
                 return Failure.OUTAGE
-            found = STATUS.search(text)
-            return _of_status(int(found[1]) if found else error.get_http_status_code())
+            status = STATUS.search(text)
+            return _of_status(int(status[1]) if status else error.get_http_status_code())
         case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             return Failure.OUTAGE
         case _:

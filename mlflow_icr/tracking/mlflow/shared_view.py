@@ -125,12 +125,12 @@ def share(
 
 def newest_view(client: Any) -> tuple[str, str] | None:
     """Experiment and key of the view that was kept last, of those that this package made; None where there is none."""
-    found = []
+    views = []
     for experiment in client.search_experiments():
         for tag, value in experiment.tags.items():
             if tag.startswith(f"{TAG}icr-"):
-                found.append((json.loads(value).get("updatedAt", 0), experiment.experiment_id, tag.removeprefix(TAG)))
-    return max(found)[1:] if found else None
+                views.append((json.loads(value).get("updatedAt", 0), experiment.experiment_id, tag.removeprefix(TAG)))
+    return max(views)[1:] if views else None
 
 
 def server_version(tracking_uri: str) -> str:

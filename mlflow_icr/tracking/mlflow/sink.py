@@ -322,8 +322,8 @@ class MLflowSink(Sink):
     def _experiment(self, client: Any) -> str:
         target = self.target
         if target.experiment:
-            found = client.get_experiment_by_name(target.experiment)
-            return str(client.create_experiment(target.experiment) if found is None else found.experiment_id)
+            experiment = client.get_experiment_by_name(target.experiment)
+            return str(client.create_experiment(target.experiment) if experiment is None else experiment.experiment_id)
         return target.experiment_id or "0"
 
     def _key(self, key: str, wrong: re.Pattern[str] = NOT_MLFLOW) -> str:
@@ -351,9 +351,9 @@ class MLflowSink(Sink):
         """Parameters that the run does not have, since one cannot be changed."""
         from mlflow.entities import Param
 
-        there = self._client.get_run(self._id).data.params if values else {}
+        logged = self._client.get_run(self._id).data.params if values else {}
         texts = {self._key(key): self._cut(f"parameter {key!r}", str(value), LONGEST_PARAM) for key, value in values.items()}
-        new = [Param(key, text) for key, text in texts.items() if key not in there]
+        new = [Param(key, text) for key, text in texts.items() if key not in logged]
         for start in range(0, len(new), TEXTS_PER_CALL):
             self._client.log_batch(self._id, params=new[start : start + TEXTS_PER_CALL])
 
@@ -375,8 +375,8 @@ class MLflowSink(Sink):
         ]
         if may_be_repeated and points:
             keys = {point.key for point in points}
-            there = _named([point for key in keys for point in self._client.get_metric_history(self._id, key)])
-            points = [point for name, point in _named(points).items() if name not in there]
+            stored = _named([point for key in keys for point in self._client.get_metric_history(self._id, key)])
+            points = [point for name, point in _named(points).items() if name not in stored]
         for start in range(0, len(points), METRICS_PER_CALL):
             self._client.log_batch(self._id, metrics=points[start : start + METRICS_PER_CALL])
 

@@ -116,11 +116,11 @@ def answers(uri: str | None = None) -> Iterator[None]:
 def experiment_id(client: Any, name: str) -> str:
     """The id of a named experiment. Raises ValueError when there is none."""
     with answers():
-        found = client.get_experiment_by_name(name)
-        if found is None:
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
             names = [experiment.name for experiment in client.search_experiments(max_results=20)]
             raise ValueError(f"experiment is {name!r}, which the tracking store does not have; expected one of {names}")
-    return str(found.experiment_id)
+    return str(experiment.experiment_id)
 
 
 def get_run(client: Any, run_id: str) -> Any:

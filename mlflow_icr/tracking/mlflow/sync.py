@@ -59,11 +59,11 @@ class Synced:
 
 def folders_of(folder: Path) -> list[Path]:
     """The folders at and below a path that hold a journal or a log. Raises ValueError when there are none."""
-    found = {path.parent for name in (HISTORY, EVENTS, OPERATIONS) for path in folder.rglob(name)}
-    found = {path for path in found if holds_run(path)}
-    if not found:
+    folders = {path.parent for name in (HISTORY, EVENTS, OPERATIONS) for path in folder.rglob(name)}
+    folders = {path for path in folders if holds_run(path)}
+    if not folders:
         raise ValueError(f"folder is {str(folder)!r}, which holds no {HISTORY}; expected the output folder of a run or study")
-    return sorted(found)
+    return sorted(folders)
 
 
 def _refusals(state: SinkState) -> dict[str, str]:
@@ -140,7 +140,7 @@ def sync(
     With `dry_run` the undelivered operations are only listed. Of several folders, one that is in use or
     damaged is named, and the others are delivered.
     """
-    found, folders = [], folders_of(folder)
+    folders, deliveries = folders_of(folder), []
     parts = [(part, name) for part in folders for name in _state_files(part) or [STATE_FILE]]
     for part, name in parts:
         try:
@@ -152,6 +152,6 @@ def sync(
             if len(folders) == 1:
                 raise
             done = Synced(part, None, "", failed=str(error))
-        found.append(done)
+        deliveries.append(done)
         echo(done.text)
-    return found
+    return deliveries

@@ -26,10 +26,10 @@ SUMMARY_GROUP = "summary/"  # of what a whole run comes to: one point each, whic
 
 def answer_keys(keys: Collection[str]) -> dict[str, str]:
     """The tag in the group `Answer` of each key that is shown there, of the keys that there are."""
-    found = {tag: next((key for key in choices if key in keys), None) for tag, choices in ANSWERS.items()}
+    keys_by_tag = {tag: next((key for key in choices if key in keys), None) for tag, choices in ANSWERS.items()}
     if RATIOS[0] not in keys and NEAR in keys:
-        found |= {f"{GROUP}error ratio": None, VIEW_EXCESS: EXCESS if EXCESS in keys else None}
-    return {key: tag for tag, key in found.items() if key is not None}
+        keys_by_tag |= {f"{GROUP}error ratio": None, VIEW_EXCESS: EXCESS if EXCESS in keys else None}
+    return {key: tag for tag, key in keys_by_tag.items() if key is not None}
 
 
 def answers(values: Mapping[str, float]) -> dict[str, float]:

@@ -75,8 +75,8 @@ def overlay(rows: Rows) -> dict[str, float]:
 def _on_axis(row: Mapping[str, float], first: float, lowest: float) -> dict[str, float]:
     # All three or none: a chart leaves a series out whose bounds have other steps.
     ratios = [row.get(key, row[COPIES[0]]) for key in COPIES]
-    found = {tag: lowest + ratio * (first - lowest) for tag, ratio in zip(OVERLAY, ratios, strict=True)}
-    return found if all(map(math.isfinite, found.values())) else {}
+    values = {tag: lowest + ratio * (first - lowest) for tag, ratio in zip(OVERLAY, ratios, strict=True)}
+    return values if all(map(math.isfinite, values.values())) else {}
 
 
 class Overlay:

@@ -144,8 +144,8 @@ def unseen(points: np.ndarray, seen: np.ndarray) -> np.ndarray:
     starts = np.flatnonzero(np.diff(group[order], prepend=-1))
     rank = np.empty(len(both), dtype=np.int64)
     rank[order] = np.arange(len(both)) - np.repeat(starts, np.diff(starts, append=len(both)))
-    there = np.bincount(group[: len(seen)], minlength=group.max() + 1)[group[len(seen) :]]
-    return np.flatnonzero(rank[len(seen) :] - there >= there)
+    seen_count = np.bincount(group[: len(seen)], minlength=group.max() + 1)[group[len(seen) :]]
+    return np.flatnonzero(rank[len(seen) :] - seen_count >= seen_count)
 
 
 def scalars(path: Path, tag: str) -> np.ndarray:

@@ -88,8 +88,8 @@ class Book:
                 if operation.source == MEASURED:
                     copies = self._overlay.add({"images_seen": step, **values})
                     copies = self._late_overlay(step) if copies is None else copies
-                    more = answers(values) | copies
-                    addition.values += [scalar(key, step, time / 1000, value) for key, value in more.items()]
+                    repeated = answers(values) | copies
+                    addition.values += [scalar(key, step, time / 1000, value) for key, value in repeated.items()]
                 self._note(addition)
             case Picture() | File(role="distributions"):
                 addition.values = list(shown(self.folder, operation))
@@ -106,8 +106,8 @@ class Book:
             if number is not None:
                 if tag not in self._begun:
                     self._begun.add(tag)
-                    last, there = self._before.get(tag, (step - 1, math.nan))
-                    if last == step and np.float32(there) == np.float32(number):
+                    last, before = self._before.get(tag, (step - 1, math.nan))
+                    if last == step and np.float32(before) == np.float32(number):
                         continue
                     if last >= step:
                         addition.cuts[tag] = step
@@ -132,16 +132,16 @@ class Book:
 
 def all_shown(folder: Path, operations: Iterable[ops.Operation], since: int) -> list[Shown]:
     """All values that operations show from a step on, in the order of their steps."""
-    book, found = Book(folder), list[Shown]()
+    book, values = Book(folder), list[Shown]()
     for operation in operations:
         try:
             addition = book.add(operation)
         except Exception:  # it was set aside, with this as its reason
             continue
         if addition.cuts:
-            found = [value for value in found if value.step < addition.cuts.get(value.tag, value.step + 1)]
-        found += [value for value in addition.values if value.step >= since]
-    return sorted(found, key=lambda value: value.step)
+            values = [value for value in values if value.step < addition.cuts.get(value.tag, value.step + 1)]
+        values += [value for value in addition.values if value.step >= since]
+    return sorted(values, key=lambda value: value.step)
 
 
 def shown(folder: Path, operation: ops.Operation) -> Iterator[Shown]:

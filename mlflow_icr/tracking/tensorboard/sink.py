@@ -54,8 +54,8 @@ class TensorBoardSink(Sink):
         hides = False
         if "file" not in content or not path.is_file() or path.stat().st_size < content["committed"]:
             # Event files of a folder that has results hold these, as an earlier version wrote them, or as they were lost.
-            there = any(is_event_file(name.name) for name in self.log_dir.iterdir() if not name.name.startswith("."))
-            hides = there and bool(self.log.measured or self.log.logged or self.state.forgot)
+            has_events = any(is_event_file(name.name) for name in self.log_dir.iterdir() if not name.name.startswith("."))
+            hides = has_events and bool(self.log.measured or self.log.logged or self.state.forgot)
             path = self.log_dir / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
             while path.exists():
                 path = path.with_name(f"{path.name}.0")
@@ -110,12 +110,12 @@ class TensorBoardSink(Sink):
         """Write all values from a step on again in order, of operations before a number in the log, without removed ones."""
         assert self._file is not None
         entries: Iterable[Entry] = self.log.entries()
-        again = all_shown(self.folder, (entry.operation for entry in entries if entry.number < until), since)
-        again = [value for value in again if value.step < (cuts or {}).get(value.tag, value.step + 1)]
+        values = all_shown(self.folder, (entry.operation for entry in entries if entry.number < until), since)
+        values = [value for value in values if value.step < (cuts or {}).get(value.tag, value.step + 1)]
         # TensorBoard's reader takes the first restart of a folder for its beginning, so there are two.
         for _ in range(2):
-            self._file.add(_restart(since, again[0].seconds if again else 0.0))
-        self._write(again)
+            self._file.add(_restart(since, values[0].seconds if values else 0.0))
+        self._write(values)
 
     def close(self) -> None:
         """Close the event file."""

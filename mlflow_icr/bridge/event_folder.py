@@ -25,9 +25,9 @@ Columns = tuple["array[Any]", "array[Any]", "array[Any]"]
 class Folder:
     """Scalars per tag as (N,) arrays of steps, wall times in ms and values; where the images are; texts; hparams.
 
-    A writer that was restarted says from which step on; what earlier files hold from there on is left out, as
-    TensorBoard does it. `others` counts what is of no kind that MLflow has; `torn` says which files are not whole;
-    `span` is the first and the last wall time in ms; `identities` are those of the files.
+    A restarted writer names the step that it restarts from; earlier points from that step on are left out, as TensorBoard
+    does. `others` counts values of kinds that MLflow does not have, `torn` names files with a damaged record, `span` is
+    the first and the last wall time in ms, `identities` are the files'.
     """
 
     path: Path
@@ -56,7 +56,7 @@ def event_files(folder: Path) -> list[Path]:
 
 
 def identities(folder: Path) -> list[str]:
-    """What names each event file of a folder wherever that is, (N,) hexadecimal; nothing where there is no such folder."""
+    """An identity of each event file, the same wherever the folder is, (N,) hexadecimal; empty without the folder."""
     digests = (_identity(path) for path in event_files(folder)) if folder.is_dir() else ()
     return [identity for identity in digests if identity]
 
@@ -70,7 +70,7 @@ def _identity(path: Path) -> str:
 
 
 class _Reader:
-    """Sorts values by their kind; a tag's kind is known from the first value on that tells it."""
+    """Sorts values by their kind; the first value with metadata sets its tag's kind."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -78,7 +78,7 @@ class _Reader:
         self.torn: list[str] = []
 
     def __iter__(self) -> Iterator[tuple[Any, str, str, Any]]:
-        """(event, kind, tag, what the kind has) of all files; kind "restart" for a restarted writer."""
+        """(event, kind, tag, content) of all files; kind "restart" for a restarted writer."""
         from tensorboard.compat.proto.event_pb2 import SessionLog
 
         for path in event_files(self.folder):
@@ -159,7 +159,7 @@ def read_folder(path: Path) -> Folder:
 
 
 def _forget(points: dict[str, Columns], folder: Folder, step: int) -> None:
-    """Drop what was written of a step and later ones."""
+    """Drop the points and images of a step and later ones."""
     for tag in list(points):
         kept = [index for index, earlier in enumerate(points[tag][0]) if earlier < step]
         if not kept:

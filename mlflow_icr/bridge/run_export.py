@@ -1,4 +1,4 @@
-"""One MLflow run into one folder of TensorBoard events: whole histories, each point once, whatever ended the export before."""
+"""Export of one MLflow run to one folder of event files: whole histories, each point once, also after an interrupted export."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class State:
 
     @classmethod
     def load(cls, folder: Path, run_id: str) -> State:
-        """A folder's state; a new one, with which the export starts again, if it does not fit the files."""
+        """A folder's state; an empty one, which starts the export again, if the state does not match the files."""
         try:
             content = json.loads((folder / STATE).read_text(encoding="utf-8"))
             if content.pop("version") != STATE_VERSION or content["run_id"] != run_id:
@@ -101,14 +101,14 @@ def _mark(point: Any) -> str:
 
 @dataclass
 class Looked:
-    """When all artifacts were last listed of a run, and which of their folders had no picture then, at or below them."""
+    """When all artifacts of a run were last listed, and which folders had no picture then, at or below them."""
 
     at: float = -LOOK_AT_ALL_SECONDS
     without: set[str] = field(default_factory=set)
 
 
 class RunExport:
-    """One run into one folder, under its lock; `looked` is what an earlier one in this process has seen."""
+    """Exports one run into one folder, under its lock; `looked` is the listing of an earlier export in this process."""
 
     def __init__(self, client: Any, run: Any, folder: Path, group: str, echo: Echo, looked: Looked) -> None:
         self.client, self.run, self.folder, self.echo, self.looked = client, run, folder, echo, looked
@@ -117,7 +117,7 @@ class RunExport:
         self.tags: dict[str, str] = run.data.tags
 
     def __call__(self) -> Exported:
-        """Append what is new. Raises ValueError when another process is at it, store.StoreError when the store is gone."""
+        """Append what is new. Raises ValueError when another process exports there, store.StoreError when the store fails."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.new_points = self.new_images = 0
         with EventFile(self.folder / DATA) as self.file:
@@ -148,7 +148,7 @@ class RunExport:
         return self.tags.get(RENAMED + key, summary_tag(key) if key in SUMMARY_KEYS else key)
 
     def _points(self, key: str, points: Iterable[tuple[int, float, float]]) -> None:
-        """Append points: step, time in ms and value; once more where TensorBoard's pages begin with this metric."""
+        """Append points (step, time in ms, value) under the metric's tag, and in the group `Answer` if it is shown there."""
         answer = answer_keys(self.run.data.metrics).get(key)
         tags = [self._tag(key), *([answer] if answer else [])]
         for step, moment, value in points:
@@ -158,8 +158,8 @@ class RunExport:
     def _metric(self, key: str) -> None:
         """Append a metric's points that are not there yet.
 
-        Each page starts with the last point that was written. Where the store has another one in that place, a point
-        with an earlier time has come in between, and the whole series is compared.
+        Each page starts with the last point that was written. If the store has another one in that place, a point with an
+        earlier time was logged since, and the whole series is compared.
         """
         more = True
         while more:
@@ -180,7 +180,7 @@ class RunExport:
         self.new_points += new
 
     def _compare(self, key: str) -> None:
-        """Append the points of a metric that the file does not have, by comparing all of both."""
+        """Append the points of a metric that the file does not have, by comparing all points of both."""
         steps, times, values, total, last, more = [], [], [], 0, "", True
         while more:
             page, more = store.metric_page(self.client, self.run_id, key, max(total - 1, 0))
@@ -199,7 +199,7 @@ class RunExport:
         self._wrote(key, len(new), total, last)
 
     def _images(self) -> None:
-        """Append the images that the file does not have; one that was logged again under its name is a new version."""
+        """Append the images that the file does not have; an image logged again under its name is a new version."""
         ended = self.run.info.status in store.ENDED
         look_at_all = ended or time.monotonic() - self.looked.at >= LOOK_AT_ALL_SECONDS
         new = []
@@ -218,7 +218,7 @@ class RunExport:
             self._commit()
 
     def _listed(self, look_at_all: bool) -> list[tuple[str, int]]:
-        """Paths and sizes of the pictures among the artifacts, of all of them or not in folders that had none."""
+        """Paths and sizes of pictures among the artifacts; without `look_at_all`, folders that had none are skipped."""
         skip = set() if look_at_all else self.looked.without
         try:
             files = list(store.files(self.client, self.run_id, skip=skip))
@@ -235,7 +235,7 @@ class RunExport:
         return [(path, size) for path, size in pictures if not PREVIEW.fullmatch(path)]
 
     def _unless_gone(self, error: store.StoreError) -> None:
-        """Raise an error of the artifacts where the tracking store does not answer either."""
+        """Raise an error of the artifact store if the tracking store does not answer either."""
         if not store.is_alive(self.client, self.run_id):
             raise error
 

@@ -53,7 +53,7 @@ class Exporter:
         return RunExport(self.client, run, folder, group, self.echo, looked)()
 
     def _folder(self, run: Any, below: Sequence[str]) -> Path:
-        """A run's folder, in that of its parent whichever of them is exported first."""
+        """A run's folder, inside its parent's, whichever of the two is exported first."""
         run_id: str = run.info.run_id
         if run_id not in self._folders:
             parent_id = run.data.tags.get(store.PARENT_TAG)
@@ -70,7 +70,7 @@ class Exporter:
 
     @staticmethod
     def _place(parent: Path, run: Any) -> Path:
-        """The folder that a run was exported to before, also under another name; else a new one that no other run has."""
+        """The folder that a run was exported to before, perhaps under another name; else a new folder."""
         for folder in sorted(parent.glob(f"*-{run.info.run_id[:8]}*")):
             if owner(folder) == run.info.run_id:
                 return folder

@@ -24,9 +24,9 @@ from mlflow_icr.tracking.tensorboard.custom_scalars import COPIES, ICR, OVERLAY
 from mlflow_icr.tracking.tensorboard.event_file import as_points, unseen
 from mlflow_icr.tracking.tensorboard.hparams import RENAMED, SYSTEM, TAG_PREFIX, parameter_text
 
-SOURCE = "tensorboard.source"  # of a run: where its event files were last
-FILES = "tensorboard.files"  # and which they are, wherever they are
-MOST_FILES = 600  # that a tag has room for
+SOURCE = "tensorboard.source"  # a run's tag: the last path of its event files
+FILES = "tensorboard.files"  # and the identities of these files, which a move does not change
+MOST_FILES = 600  # as many as a tag has room for
 TEXTS = "tensorboard.texts"
 TEXT_PREFIX = "tensorboard.text."
 # MLflow allows 250 characters, a file system 255 for a file's name; log_image adds some 90 to a key for that.
@@ -76,13 +76,13 @@ class Names:
         return key
 
     def assign(self, tags: Iterable[str]) -> None:
-        """Give names to tags, first to those that can stay as they are."""
+        """Assign a name to each tag, first to tags that can keep theirs."""
         for tag in sorted(tags, key=lambda tag: (bool(FORBIDDEN.search(tag)), tag)):
             self(tag)
 
 
 class _FolderImport:
-    """One folder into one run."""
+    """Imports one folder into one run."""
 
     def __init__(self, client: Any, experiment: str, folder: Folder, name: str, run: Any, echo: Echo) -> None:
         self.client, self.folder, self.name, self.echo = client, folder, name, echo
@@ -279,7 +279,7 @@ def import_runs(
 
 
 def _run_of(folder: Folder, unclaimed: Iterable[Any]) -> Any:
-    """The run that a folder was imported to, from here or from where it was before it was moved; None where there is none."""
+    """The run that a folder was imported to, before or after the folder was moved; None if there is none."""
     files = set(folder.identities)
     same = [run for run in unclaimed if files & set(run.data.tags[FILES].split())]
     here = (run for run in same if run.data.tags[SOURCE] == str(folder.path))

@@ -51,8 +51,8 @@ def folder_tracker(
 ) -> Tracker:
     """A tracker of MLflow and of TensorBoard event files in the folder, to be opened on the main process.
 
-    With `resume` it goes on in the MLflow run that the folder belongs to. `log_models` and `register` are `MLflowSink`'s,
-    `on_verdict` is `Tracker`'s. Raises ValueError as those do.
+    With `resume` it continues the folder's MLflow run. `log_models` and `register` are `MLflowSink`'s, `on_verdict` is
+    `Tracker`'s. Raises ValueError as those do.
     """
     from mlflow_icr.tracking.mlflow.sink import MLflowSink
     from mlflow_icr.tracking.tensorboard.sink import TensorBoardSink

@@ -157,7 +157,7 @@ def text_operations(report: Report, now: int) -> list[Operation]:
 
 
 def _name(part: Operation) -> tuple[str, int]:
-    """What is there once at a step."""
+    """What identifies an operation among those of its step."""
     match part:
         case Picture(key=key, step=step) | File(name=key, step=step):
             return key, step

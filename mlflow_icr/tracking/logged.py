@@ -28,7 +28,7 @@ class Logged:
 
 
 def read_logged(output_dir: Path | str) -> list[Logged]:
-    """All values of a training's own, in order, also those that a resumed one replaced. Raises FileNotFoundError."""
+    """All values that a training logged itself, in order, with those that it later replaced. Raises FileNotFoundError."""
     folder = Path(output_dir)
     if not folder.is_dir():
         raise FileNotFoundError(2, "no such output folder", str(output_dir))

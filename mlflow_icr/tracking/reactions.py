@@ -27,9 +27,9 @@ NOT_NOW = {408, 425, 429}  # statuses below 500 that say nothing of what was sen
 
 @dataclass(frozen=True)
 class VerdictChange:
-    """The verdict has another state from a measurement on; numbers are images seen, None where there is none.
+    """A change of the verdict's state at a measurement; numbers are images seen, or None.
 
-    `run_id` is MLflow's, None as long as the server has not said it.
+    `run_id` is MLflow's, or None while it is not known.
     """
 
     state: str
@@ -43,7 +43,7 @@ class VerdictChange:
 
     @property
     def payload(self) -> dict[str, Any]:
-        """What a command reads and a webhook gets, as JSON."""
+        """The content for a command's standard input or a webhook, in JSON's types."""
         return {"event": "verdict", **asdict(self)}
 
 
@@ -91,7 +91,7 @@ class Reaction(Sink):
         return True
 
     def tags(self, values: Mapping[str, str], step: int | None) -> None:
-        """Tell of the verdict of a measurement, where its state is another one."""
+        """Call the listener if the verdict of a measurement has another state."""
         state, previous = values.get("verdict"), self.state.content["state"]
         if state is None or step is None or state == previous:
             return
@@ -112,7 +112,7 @@ class Reaction(Sink):
         return None if run_id is None else str(run_id)
 
     def _call_listener(self, change: VerdictChange) -> str:
-        """What went wrong, in some words; empty where nothing did. Raises ConnectionError if the server does not answer."""
+        """Call the listener; returns what went wrong, or "". Raises ConnectionError if the server does not answer."""
         if callable(self._listener):
             return call(self._listener, change, SECONDS)
         if self._url:
@@ -121,7 +121,7 @@ class Reaction(Sink):
 
 
 def call(listener: Listener, change: VerdictChange, seconds: float) -> str:
-    """Call a function in a thread, which is left alone where it does not return; returns what went wrong."""
+    """Call a function in a thread, which is abandoned if it does not return; returns what went wrong."""
     outcome: list[str] = []
 
     def work() -> None:
@@ -172,7 +172,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def post(url: str, payload: Mapping[str, Any], seconds: float) -> str:
-    """Post JSON to an address; returns what went wrong. Raises ConnectionError for what may pass: no answer, or a busy one."""
+    """Post JSON to an address; returns what went wrong. Raises ConnectionError without an answer, or if the server is busy."""
     import requests
 
     try:

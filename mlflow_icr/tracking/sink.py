@@ -25,7 +25,7 @@ def echo_on_stderr(text: str) -> None:
 
 
 def not_taken(name: str, error: Exception, where: Path) -> str:
-    """What is said once of a place that fails. The error's type only: an address with a password can be part of its text."""
+    """One line on a sink that fails. It has the error's type only: the error's text may hold an address with a password."""
     return f"{name} does not take results ({type(error).__name__}); training goes on, and everything measured is in {where}"
 
 
@@ -40,8 +40,8 @@ class Failure(Enum):
 class SinkState:
     """The cursors of a sink in the log, for each lane, and refused operations with reasons; a file of the run folder.
 
-    Sinks may keep more in `content`. Threads may share it. A file that was left beside another log, of a folder that was
-    removed, is forgotten; with a log that was put back from a copy, everything is sent again.
+    Sinks may keep more in `content`. Threads may share it. A file that belongs to another log is ignored: its folder was
+    removed and made again. If the log was restored from an older copy, everything is sent again.
     """
 
     def __init__(self, path: Path, log: EventLog) -> None:
@@ -109,8 +109,8 @@ class SinkState:
 class Sink:
     """Base of sinks: override the methods for what the place can show; everything else is ignored. Methods may raise.
 
-    They are called in a thread of the sink, in the log's order. An operation that raises is tried again: for ever if the
-    connection fails, else three times, and then it is set aside with its reason. After a kill, the next process may repeat one
+    They are called in a thread of the sink, in the log's order. An operation that raises is tried again: without end if the
+    connection fails, else three times; then it is set aside with its reason. After a kill, the next process may repeat one
     operation. `remote` sinks wait while a tracker is offline.
     """
 
@@ -154,7 +154,7 @@ class Sink:
 
     @property
     def waiting_text(self) -> str:
-        """What it has not taken, in a line; empty where it has everything."""
+        """One line on operations that wait; empty if there are none."""
         waiting = sum(worker.waiting for worker in self.workers)
         why = f" ({self.reason_of(self.failure)})" if self.failure else ""
         where = f"{waiting} operations wait in {self.folder}{why}; {self.delivered_by} delivers them"

@@ -272,7 +272,7 @@ class Tracker:
         self._enqueue(ops.Tags(dict(values), time=now_ms()))
 
     def note(self, markdown: str) -> None:
-        """Set the description that the run's page in MLflow shows."""
+        """Set the description on the run's page in MLflow."""
         self._noted = True
         self.tags({NOTE: markdown})
 
@@ -302,7 +302,7 @@ class Tracker:
         self._enqueue(ops.Picture(key, step, now_ms(), self.journal.relative(path)))
 
     def dataset(self, describe: Callable[[], Mapping[str, str]], context: str) -> None:
-        """Show what a set of images is; `context` is what it is for, "training" or "validation".
+        """Describe a set of images; `context` is its use, "training" or "validation".
 
         `describe` gives the set's `ImageDataset.to_dict()`; its failure, too, costs no more than a warning.
         """
@@ -337,11 +337,11 @@ class Tracker:
             self._enqueue(ops.File(self.journal.relative(path), None, ops.EMBEDDING, name, step, now_ms()))
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
-        """Keep a file of the output folder as an artifact, in a folder of that name."""
+        """Log a file of the output folder as an artifact, in the artifact folder `folder`."""
         self._enqueue(ops.File(self.journal.relative(path), folder or "", time=now_ms()))
 
     def checkpoint(self, images_seen: int) -> None:
-        """Log the checkpoint at a measurement, if there is one, and if it was measured."""
+        """Log the checkpoint at so many images seen, if it exists and was measured."""
         if self._is_usable():
             self.begin()
             self._offer({step: path for step, path in checkpoints(self.journal.folder).items() if step == images_seen})

@@ -58,7 +58,7 @@ class Worker:
         return self.cursor.offset >= self.log.end.offset
 
     def hurry(self, *, closing: bool = False) -> None:
-        """Skip the pause before the next attempt; `closing`: stop when everything is delivered, or cannot be."""
+        """Skip the pause before the next attempt; `closing`: stop when everything is delivered, or delivery fails."""
         self.sink.look_again()
         with self.log.changed:
             self._mark, self.failed = self.attempts, 0
@@ -66,7 +66,7 @@ class Worker:
             self.log.changed.notify_all()
 
     def abandon(self) -> None:
-        """Write no state any more: another process has the folder."""
+        """Stop writing state: another process may use the folder."""
         with self.log.changed:
             self._abandoned = self._closing = True
             self.log.changed.notify_all()
@@ -92,7 +92,7 @@ class Worker:
         return not self.done and (self._hurry or self.log.urgent > self.cursor.offset or time.monotonic() >= self._next_send)
 
     def _wait(self) -> bool:
-        """Wait for something to deliver; False when there is to be nothing more."""
+        """Wait for something to deliver; False when nothing more is to come."""
         with self.log.changed:
             while not self._due():
                 if self._closing and (self.done or self._abandoned):
@@ -135,7 +135,7 @@ class Worker:
             self.log.changed.notify_all()
 
     def _pause(self, failures: int) -> bool:
-        """Wait for the next attempt; False when it is not to come."""
+        """Wait for the next attempt; False when there is none."""
         with self.log.changed:
             self._hurry = self._mark == self.attempts  # a caller began to wait during this attempt: the next one is immediate
             self.failed += self.attempts > self._mark

@@ -78,7 +78,7 @@ def _of_folder(folder: Path) -> tuple[list[Checkpoint], int | None]:
 
 
 def _of_run(run_id: str, tracking_uri: str | None) -> tuple[list[Checkpoint], int | None]:
-    """The same, of a run in MLflow."""
+    """The same for a run in MLflow."""
     from mlflow.exceptions import MlflowException
 
     if not re.fullmatch(r"[A-Za-z0-9][\w-]*", run_id):
@@ -141,7 +141,7 @@ def _extreme(measured: Sequence[Checkpoint], metric: str, maximum: bool, run: Pa
 
 
 def check_output(output_dir: Path | str | None) -> None:
-    """Raise ValueError unless it is None, or a folder that is not there yet or empty."""
+    """Raise ValueError unless `output_dir` is None, a new folder or an empty one."""
     if output_dir is None:
         return
     folder = Path(output_dir)

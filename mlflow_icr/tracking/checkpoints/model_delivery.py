@@ -34,11 +34,10 @@ class ModelDelivery:
         self._client, self.run_id, self.experiment_id, self.folder = client, run_id, experiment_id, folder
 
     def send(self, checkpoint: Model, params: Mapping[str, str], *, weights: bool, newest: int, turning: int | None) -> None:
-        """Have the model, its metrics, its weights where they are wanted, and the roles of `newest` and `turning`.
+        """Deliver a checkpoint: its model, metrics and, if `weights`, its files; then set the roles of `newest` and `turning`.
 
-        `params` are the run's, which may not have them yet.
-
-        Raises RefusalError when the store has no models, and what MLflow raises.
+        `params` are the run's parameters, which MLflow may not have yet. Raises RefusalError when the store has no models, and
+        what MLflow raises.
         """
         from mlflow.exceptions import MlflowException
 
@@ -114,7 +113,7 @@ class ModelDelivery:
         return model
 
     def _link_metrics(self, model: Any, checkpoint: Model) -> None:
-        """Log the measurement's points once more, now as the model's; for the run they are the points that it has."""
+        """Log the measurement's points again with the model's id; the run keeps each point once."""
         from mlflow.entities import Metric
 
         linked = {(metric.key, metric.step, metric.timestamp) for metric in model.metrics or []}
@@ -127,7 +126,7 @@ class ModelDelivery:
             self._client.log_batch(self.run_id, metrics=metrics[start : start + METRICS_PER_CALL])
 
     def _finish(self, model: Any, checkpoint: Model, weights: bool, sizes: dict[str, int]) -> None:
-        """Upload what is wanted and there, and have the model say where its weights are."""
+        """Upload the weights if they are wanted and still on the disk, and tag the model with where they are."""
         if model.tags.get(WEIGHTS_TAG) == UPLOADED:
             return
         state = self._upload(model, checkpoint, sizes) if weights else LOCAL
@@ -171,7 +170,7 @@ class ModelDelivery:
         return sizes
 
     def _set_roles(self, newest: int, turning: int | None) -> None:
-        """Have exactly the newest model and the turning one say so; a model that is both is the turning one."""
+        """Tag the newest and the turning model with their roles, and no other; a model that is both is the turning one."""
         roles = {newest: NEWEST}
         if turning is not None:
             roles[turning] = TURNING

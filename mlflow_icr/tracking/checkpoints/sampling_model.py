@@ -80,7 +80,7 @@ class SamplingModel(PythonModel):  # type: ignore[misc]
     """A checkpoint as an MLflow model. Weights are read at the first prediction."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Note where the pipeline lies."""
+        """Keep the path of the pipeline."""
         self.folder = Path(context.artifacts[ARTIFACT])
         self._loaded: Any = None
 

@@ -12,7 +12,7 @@ from mlflow_icr.tracking.operations import TABLE, Dataset, File, Picture
 
 
 def log_dataset(client: Any, run_id: str, operation: Dataset) -> None:
-    """Log a set of images as an input of the run: the store knows one by its digest, and a second one as the first."""
+    """Log a set of images as an input of the run; the store keeps one data set for each digest."""
     from mlflow.entities import Dataset as Described
     from mlflow.entities import DatasetInput, InputTag
     from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
@@ -22,7 +22,7 @@ def log_dataset(client: Any, run_id: str, operation: Dataset) -> None:
 
 
 def log_picture(client: Any, run_id: str, folder: Path, operation: Picture, key: str, may_be_repeated: bool) -> None:
-    """Log a picture with its step, unchanged, once, under a key of NOT_FILE's. Raises RefusalError where the file is gone."""
+    """Log a picture with its step, once, under a key that file names allow. Raises RefusalError if the file is missing."""
     from PIL import Image
 
     if may_be_repeated and _is_there(client, run_id, key, operation):
@@ -50,7 +50,7 @@ def _is_there(client: Any, run_id: str, key: str, operation: Picture) -> bool:
 
 
 def log_file(client: Any, run_id: str, folder: Path, operation: File, to: str) -> None:
-    """Upload a file as it is now; a table is shown on the run's page. Raises RefusalError where it is gone."""
+    """Upload a file as it is now; a table is shown on the run's page. Raises RefusalError if the file is missing."""
     client.log_artifact(run_id, str(_existing(folder / operation.path)), to or None)
     if operation.role == TABLE:  # the page shows those that a tag names, those of earlier processes too
         tag = client.get_run(run_id).data.tags.get("mlflow.loggedArtifacts", "[]")

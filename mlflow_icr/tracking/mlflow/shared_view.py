@@ -27,7 +27,7 @@ CARD_HEIGHT = 225  # pixels: two rows of charts fit a window of 900 below MLflow
 
 @dataclass(frozen=True)
 class Chart:
-    """One line chart over images seen; of several keys, the first names it."""
+    """One line chart over images seen, named after its first key."""
 
     keys: tuple[str, ...]
 
@@ -66,7 +66,7 @@ COLUMNS = ("tags.`verdict`", "metrics.`turned_at_images_seen`", "metrics.`foreca
 
 
 def view_key(search: str) -> str:
-    """The key of the view of the runs that a search finds; the same search, the same view."""
+    """The key of a search's view: the same search has the same view."""
     return f"icr-{hashlib.sha256(search.encode()).hexdigest()[:16]}"
 
 
@@ -124,7 +124,7 @@ def share(
 
 
 def newest_view(client: Any) -> tuple[str, str] | None:
-    """Experiment and key of the view that was kept last, of those that this package made; None where there is none."""
+    """Experiment and key of the newest view that this package made; None if there is none."""
     views = []
     for experiment in client.search_experiments():
         for tag, value in experiment.tags.items():

@@ -50,12 +50,11 @@ class MLflowSink(Sink):
     `mlflow run -P`) stay. With `joins`, results are added to the run of `run_id`: it is neither set running nor ended, and
     values that it has already (`known` keys by step) are not sent again.
 
-    Checkpoints are models of the run: `log_models` says whose weights are uploaded, "all", "kept" (those that are kept at the
-    end), or "none", and then there are no models; None for what the folder's earlier process had. `register` names a registered
-    model whose alias `keep` the checkpoint to keep gets at the end. Raises ValueError for others, and for impossible names.
+    Checkpoints are models of the run. `log_models` selects those whose weights are uploaded: "all", "kept" (at the end of the
+    run) or "none", which makes no models; None continues the folder's earlier choice. `register` names a registered model; its
+    alias `keep` is set to the checkpoint to keep when the run ends. Raises ValueError for other values and impossible names.
 
-    A `tracking_uri` is where the server of a resumed folder is now; with `starts_over` the folder's run is forgotten, and a new
-    one gets everything.
+    For a resumed folder, `tracking_uri` is the server's present address; with `starts_over` everything goes to a new run.
     """
 
     name = "MLflow"
@@ -139,7 +138,7 @@ class MLflowSink(Sink):
         return folder / self.state_file
 
     def attach(self, folder: Path, log: EventLog, state: SinkState, echo: Callable[[str], None]) -> None:
-        """Attach to the folder; from now on models are logged as `log_models` says."""
+        """Attach to the folder, and keep there how models are logged."""
         super().attach(folder, log, state, echo)
         self._client = self._run = None
         if not self._wishes.items() <= state.content.items():
@@ -209,7 +208,7 @@ class MLflowSink(Sink):
         return 90.0 if lane == POINTS else 600.0
 
     def reachable(self) -> bool:
-        """Whether the server answers within 3 s, which is not asked twice a second."""
+        """Whether the server answers within 3 s; asked at most once a second."""
         with self._asking:
             looked, answered = self._reached
             if time.monotonic() - looked > 1.0:
@@ -218,11 +217,11 @@ class MLflowSink(Sink):
         return answered
 
     def look_again(self) -> None:
-        """Forget the last answer: the server may have come up since."""
+        """Forget the last answer: the server may have come back since."""
         self._reached = (-60.0, False)
 
     def failure_of(self, error: Exception) -> Failure:
-        """What an exception says; before there is a run, nothing of an operation."""
+        """The meaning of an exception; before there is a run, no operation is refused."""
         return Failure.OUTAGE if self._run is None else failure_of(error)
 
     def reason_of(self, error: Exception) -> str:
@@ -393,6 +392,6 @@ class MLflowSink(Sink):
 
 
 def _named(points: Sequence[Any]) -> dict[tuple[str, int, int, int], Any]:
-    """Points by what MLflow's databases tell them apart by."""
+    """Points by the fields that identify them in MLflow's databases."""
     bits = float64_bits([point.value for point in points])
     return {(point.key, point.step, point.timestamp, int(value)): point for point, value in zip(points, bits, strict=True)}

@@ -83,7 +83,7 @@ def float64_bits(values: Any) -> np.ndarray:
 
 
 def without_credentials(text: str, uri: str = "") -> str:
-    """A message with the user, password and query of a tracking URI taken out, and user and password of any other in it."""
+    """A message without the user, password and query of a tracking URI, and without user and password of any other URI."""
     parts = urlsplit(uri)
     secrets = [parts.netloc.rpartition("@")[0], parts.password, parts.query]
     for secret in filter(None, secrets):
@@ -218,8 +218,8 @@ def download(client: Any, run_id: str, path: str, folder: Path) -> bytes:
 def end_run(client: Any, run_id: str, status: str, end_time: int) -> None:
     """Set a run's status and its end, in Unix ms.
 
-    Not by `set_terminated`, which prints the run's address, with the password where the tracking URI has one; to keep that
-    back, the output of the whole process would have to be redirected.
+    `set_terminated` would print the run's address, with the password if the tracking URI has one; only redirecting the output
+    of the whole process could prevent that.
     """
     from mlflow.entities import RunStatus
 

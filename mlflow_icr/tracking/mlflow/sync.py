@@ -41,7 +41,7 @@ class Synced:
 
     @property
     def text(self) -> str:
-        """All that in a line."""
+        """The result in one line."""
         waiting = {lane: count for lane, count in self.waiting.items() if count}
         where = f"run {self.run_id}" if self.run_id else "a new run"
         parts = [self.failed] if self.failed else []
@@ -71,7 +71,7 @@ def _refusals(state: SinkState) -> dict[str, str]:
 
 
 def _state_files(folder: Path) -> list[str]:
-    """The files of all MLflow sinks of a folder; of a second one, `mlflow_.json`."""
+    """The state files of a folder's MLflow sinks; a second sink has `mlflow_.json`."""
     return sorted(path.name for path in folder.glob("mlflow*.json") if not path.stem.removeprefix("mlflow").strip("_"))
 
 

@@ -61,7 +61,7 @@ def public_uri(uri: str) -> str:
 
 
 def with_credentials(uri: str, *known: str | None) -> str:
-    """The known URI that is this one with credentials, or the URI itself; absolute."""
+    """The URI with the credentials of a known one that is the same without them; absolute."""
     return next((one for one in map(absolute_uri, filter(None, known)) if public_uri(one) == uri), uri)
 
 

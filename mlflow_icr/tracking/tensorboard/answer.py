@@ -1,4 +1,4 @@
-"""What TensorBoard's pages begin with: ICR, copies, the error ratio that the verdict reads and residual energy, once more.
+"""The first group of TensorBoard's pages: ICR, copies, the error ratio that the verdict reads, and residual energy.
 
 TensorBoard orders charts and texts by their tags, capitals first, and opens the first group. Values of these keys are therefore
 shown twice, under their own tag and in the group `Answer`.
@@ -19,13 +19,13 @@ ANSWERS = {
     f"{GROUP}error ratio": RATIOS,
     f"{GROUP}residual energy": ("repr/fisher_residual_energy",),
 }
-VIEW_EXCESS = f"{GROUP}view excess"  # in place of the ratio, where there are near views alone: the verdict reads it then
+VIEW_EXCESS = f"{GROUP}view excess"  # in place of the ratio if there are near views alone: the verdict reads it then
 VERDICT = f"{GROUP}verdict"  # a text
-SUMMARY_GROUP = "summary/"  # of what a whole run comes to: one point each, which belong behind all curves
+SUMMARY_GROUP = "summary/"  # values of the whole run, one point each; the name sorts behind all curves
 
 
 def answer_keys(keys: Collection[str]) -> dict[str, str]:
-    """The tag in the group `Answer` of each key that is shown there, of the keys that there are."""
+    """Of the given keys, those in the group `Answer`, with their tags there."""
     keys_by_tag = {tag: next((key for key in choices if key in keys), None) for tag, choices in ANSWERS.items()}
     if RATIOS[0] not in keys and NEAR in keys:
         keys_by_tag |= {f"{GROUP}error ratio": None, VIEW_EXCESS: EXCESS if EXCESS in keys else None}
@@ -38,11 +38,11 @@ def answers(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def summary_tag(key: str) -> str:
-    """The tag of a value that a whole run comes to."""
+    """The tag of a value of the run's summary."""
     return SUMMARY_GROUP + key
 
 
 def key_of(tag: str) -> str:
-    """The key of a tag: without the group of summaries where it is one that this package writes."""
+    """The key of a tag: without `summary/` if this package wrote it."""
     key = tag.removeprefix(SUMMARY_GROUP)
     return key if key in SUMMARY_KEYS else tag

@@ -80,7 +80,7 @@ def _on_axis(row: Mapping[str, float], first: float, lowest: float) -> dict[str,
 
 
 class Overlay:
-    """`overlay` of rows that come one by one, each at the cost of one; `state` is what it knows, as plain data."""
+    """`overlay` for rows that come one by one, at a constant cost; `state` is its memory as plain data."""
 
     def __init__(self, state: Mapping[str, float] | None = None) -> None:
         self.state: dict[str, float] = dict(state or {})

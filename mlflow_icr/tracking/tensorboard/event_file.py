@@ -109,7 +109,7 @@ def is_event_file(name: str) -> bool:
 
 
 def events(path: Path, torn: Callable[[int], object] = lambda offset: None) -> Iterator[Any]:
-    """The events of a file up to its end, or up to a damaged record; `torn` is called with the place of that."""
+    """The events of a file up to its end or a damaged record, whose offset `torn` is called with."""
     from google.protobuf.message import DecodeError
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
     from tensorboard.compat.proto.event_pb2 import Event

@@ -41,9 +41,9 @@ class Shown:
 
 @dataclass
 class Addition:
-    """What one operation adds; each tag's values from its step in `cuts` on that were there before do not count.
+    """The values of one operation; they replace each tag's earlier values from its step in `cuts` on.
 
-    `late` is the earliest step that comes after a later one of its tag, `down` a tag of a training's own whose steps go down.
+    `late` is the earliest step that comes after a later one of its tag, `down` a logged tag whose steps go down.
     """
 
     values: list[Shown] = field(default_factory=list)

@@ -22,12 +22,12 @@ from mlflow_icr.tracking.tensorboard.shown import Book, Shown, all_shown
 class TensorBoardSink(Sink):
     """Writes one event file into one folder, on the disk after every measurement. On the main process only.
 
-    Beside it, `tensorboard.json` says how far the log is in it, and where its last whole commit ends: a process that goes on
+    `tensorboard.json` beside it has the sink's place in the log, and where the last whole commit ends: a process that resumes
     cuts off what came after that, and reads no event file. Without it, everything is written again.
 
-    Both of TensorBoard's readers hide points, each in its own way. The fast one drops, of a tag whose step does not go up, all
-    that it had from that step on. The other one drops everything from the step of a restart on (`SessionLog.START`), of all
-    tags. So what belongs before others that are there already is written with a restart, and what stays is said again in order.
+    Both of TensorBoard's readers hide points, each in its own way. Where a tag's step does not rise, the fast reader drops the
+    points of that tag from the step on. At a restart (`SessionLog.START`) the other reader drops the points of all tags from the
+    restart's step on. So a point that belongs before existing ones is written after a restart, and later points follow again.
     """
 
     name = "TensorBoard"
@@ -107,7 +107,7 @@ class TensorBoardSink(Sink):
             self._file.add(_event(step, seconds, Summary(value=[value.value for value in group])))
 
     def _write_again(self, since: int, until: int, cuts: dict[str, int] | None = None) -> None:
-        """Write all values from a step on again in order, of operations before a number in the log, without removed ones."""
+        """Write the values from step `since` on again in order, those of operations before `until` that were not removed."""
         assert self._file is not None
         entries: Iterable[Entry] = self.log.entries()
         values = all_shown(self.folder, (entry.operation for entry in entries if entry.number < until), since)

@@ -26,8 +26,8 @@ class TensorBoardSink(Sink):
     cuts off what came after that, and reads no event file. Without it, everything is written again.
 
     Both of TensorBoard's readers hide points, each in its own way. Where a tag's step does not rise, the fast reader drops the
-    points of that tag from the step on. At a restart (`SessionLog.START`) the other reader drops the points of all tags from the
-    restart's step on. So a point that belongs before existing ones is written after a restart, and later points follow again.
+    points of that tag from the step on. At a restart (`SessionLog.START`) the other reader drops the points of all tags from
+    its step on. So a point that belongs before existing ones is written after a restart, and later points follow again.
     """
 
     name = "TensorBoard"

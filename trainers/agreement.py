@@ -63,7 +63,7 @@ class Decision:
 
 
 class Agreement:
-    """Asked before every step, on every rank. `save_every_minutes` is wall time between checkpoints, 0 for no such ones."""
+    """Decides before every step, on every rank. `save_every_minutes` is the wall time between checkpoints, 0 for none."""
 
     def __init__(self, accelerator: Accelerator, learning_rate: float, save_every_minutes: float) -> None:
         self.accelerator, self.learning_rate, self.save_seconds = accelerator, learning_rate, 60 * save_every_minutes
@@ -81,9 +81,9 @@ class Agreement:
             if trained % ASK_EVERY_STEPS:
                 return Decision()
             wishes = torch.tensor([float(stop), float(save)], device=self.accelerator.device)
-            found = self.accelerator.reduce(torch.cat([wishes, state.skipped[1:].float()]), reduction="sum").tolist()
-            self.refuse_divergence(round(found[2] / self.accelerator.num_processes))
-            return Decision(found[0] > 0, found[1] > 0)
+            totals = self.accelerator.reduce(torch.cat([wishes, state.skipped[1:].float()]), reduction="sum").tolist()
+            self.refuse_divergence(round(totals[2] / self.accelerator.num_processes))
+            return Decision(totals[0] > 0, totals[1] > 0)
         if trained % ASK_EVERY_STEPS == 0:
             self._skipped_in_row.poll(state.skipped[1])
         self.refuse_divergence(self._skipped_in_row.value)

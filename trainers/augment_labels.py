@@ -1,9 +1,9 @@
 """Augmentation labels: a network in training gets them as an input; a saved network has no such input.
 
 Nine numbers a row go through a linear layer without bias and are added to the embedding of time, before its first layer, where
-diffusers' TimestepEmbedding has a place for it (`cond_proj`). It begins with zeros, so that a network is what it was without.
-Only the network in training is told: its average, whatever measures or samples it, and a folder of diffusers know zeros alone,
-which is the network without the layer. Source: Karras et al. 2022, appendix F.2.
+diffusers' TimestepEmbedding has a place for it (`cond_proj`). Its weights start at zero, so that it changes nothing at first.
+Only the network in training gets labels. For its average, which is measured, sampled and saved, all labels are zero, which is
+the network without the layer. Source: Karras et al. 2022, appendix F.2.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ def tell_labels(network: nn.Module) -> RowLabels:
     """Have a network with the layer read labels while it is in training mode; returns where they go."""
     labels = RowLabels()
 
-    def with_labels(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    def with_labels(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         if not module.training:
             return None
         assert labels.of_rows is not None, "a network in training has labels for its rows"
-        return given[0], labels.of_rows.to(given[0].dtype)
+        return arguments[0], labels.of_rows.to(arguments[0].dtype)
 
     for embedding in _embeddings(network):
         embedding.register_forward_pre_hook(with_labels)

@@ -1,11 +1,11 @@
 """Augmentation of training images, before noise, drawn by keys as the noise is: mirror images, or EDM's pipe.
 
 Mirror images (`flip`) stand beside the images themselves, as if the data had both: samples may be mirrored too, and a view that
-is mirrored tells the monitor nothing. Of latents, mirror images are encoded once, as the images are: an autoencoder does not
-commute with a mirror.
+is mirrored tells the monitor nothing. With an autoencoder, mirror images are encoded once, as the images are: encoding does not
+commute with mirroring.
 
 EDM's pipe (`edm`) mirrors, scales, turns, stretches and shifts images, and tells the network so by nine numbers a row, which
-are zero for an image as it is (`augment_labels`). A sample is made with zeros, so that it is not to look augmented.
+are zero for an unchanged image (`augment_labels`). Samples are made with zeros, so that they do not look augmented.
 Source: Karras et al. 2022, appendix F.2 and table 6.
 """
 
@@ -21,12 +21,12 @@ from torch.nn.functional import affine_grid, grid_sample
 
 FLIP, EDM = "flip", "edm"
 AUGMENTATIONS = ("", FLIP, EDM)
-# What error views do that training does as well. EDM's pipe shifts one image in eight, each by a way of its own, and by that of
-# an error view about once in a thousand times: shifted views still tell what is known by heart, and mirrored ones do not.
+# Changes of error views that training makes too. EDM's pipe shifts one image in eight, each by a distance of its own, and about
+# one in a thousand as an error view does: shifted views still show what is known by heart, and mirrored ones do not.
 TRAINED_VIEWS: dict[str, tuple[str, ...]] = {"": (), FLIP: (FLIP,), EDM: (FLIP,)}
 LABELS = 9  # x-flip, y-flip, scaling, rotation (2), anisotropy (2), translation (2)
-# EDM's constants: a standard deviation's scaling and stretching, and its way as a share of the side.
-SCALE, STRETCH, WAY = 2**0.2, 2**0.2, 1 / 8
+# EDM's constants, for one standard deviation: scaling, stretching, and the shift as a share of the side.
+SCALE, STRETCH, SHIFT = 2**0.2, 2**0.2, 1 / 8
 
 
 def draw_mirrored(generator: np.random.Generator, count: int) -> Tensor:
@@ -41,7 +41,7 @@ def mirrored_where(chosen: Tensor, x: Tensor, other: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Warps:
-    """EDM's transformations of B images, each (B,) float64: 0 where one is left out, as its labels are then.
+    """EDM's transformations of B images, each (B,) float64: 0 where one is left out, and its labels are 0 there too.
 
     `flip_x` and `flip_y` are 0 or 1; `scale`, `stretch`, `right` and `down` are standard normal; `turn` is the angle of the
     rotation and `axis` that of the stretched axis, in radians.
@@ -64,7 +64,7 @@ class Warps:
         return torch.from_numpy(np.stack(columns, 1)).float()
 
     def matrices(self, size: tuple[int, int]) -> np.ndarray:
-        """Where pixels go, (B, 2, 3): from (x, y, 1), counted from the centre, right and down; mirrors left aside."""
+        """Affine maps of pixels, (B, 2, 3), from (x, y, 1) counted from the centre, right and down; without the mirrors."""
         height, width = size
         cos, sin = np.cos(self.turn), np.sin(self.turn)
         rotated = _matrices(cos, -sin, sin, cos) * (SCALE**self.scale)[:, None, None]
@@ -72,14 +72,14 @@ class Warps:
         turned = _matrices(cos, -sin, sin, cos)
         along = turned * np.stack([longer, 1 / longer], 1)[:, None, :]  # turned @ diag(longer, 1 / longer)
         linear = along @ turned.transpose(0, 2, 1) @ rotated
-        way = WAY * np.stack([self.right * width, self.down * height], 1)
-        return np.concatenate([linear, way[:, :, None]], 2)
+        offset = SHIFT * np.stack([self.right * width, self.down * height], 1)
+        return np.concatenate([linear, offset[:, :, None]], 2)
 
 
 class Augmented(NamedTuple):
-    """What is done to a batch, as tensors: labels (B, 9), which are mirrored (B, 2) bool, left to right and top to bottom.
+    """A batch's augmentation: labels (B, 9), and which images are mirrored (B, 2) bool, left to right and top to bottom.
 
-    `places` (B, 2, 3) float32 says where `affine_grid` reads each pixel, and `warped` (B,) whether it is elsewhere at all.
+    `places` (B, 2, 3) float32 says where `affine_grid` reads each pixel, and `warped` (B,) whether an image is moved at all.
     """
 
     labels: Tensor
@@ -93,12 +93,12 @@ def _matrices(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray) -> np.
 
 
 def draw_warps(generator: np.random.Generator, count: int, probability: float) -> Warps:
-    """Transformations of `count` images: half are mirrored left to right, all else is done with this probability, each."""
-    chosen = generator.random((5, count)) < probability
+    """Transformations of `count` images: half are mirrored left to right; all others have this probability, each."""
+    applied = generator.random((5, count)) < probability
     flips = generator.integers(0, 2, (2, count))
     angles = generator.uniform(-np.pi, np.pi, (2, count))
     scale, stretch, right, down = generator.standard_normal((4, count))
-    flip_y, scaled, turned, stretched, shifted = chosen
+    flip_y, scaled, turned, stretched, shifted = applied
     return Warps(
         flip_x=flips[0].astype(float),
         flip_y=flips[1] * flip_y,
@@ -115,13 +115,13 @@ def reading_places(warps: Warps, size: tuple[int, int]) -> Tensor:
     """Where each pixel of B moved images is read, (B, 2, 3) float32, as `affine_grid` takes it."""
     forward = warps.matrices(size)
     half = np.array(size[::-1]) / 2  # of width and height, in which affine_grid counts from the centre
-    back = np.linalg.inv(forward[:, :, :2])
-    way = -back @ forward[:, :, 2:]
-    return torch.from_numpy(np.concatenate([back * half, way], 2) / half[:, None]).float()
+    inverse = np.linalg.inv(forward[:, :, :2])
+    offset = -inverse @ forward[:, :, 2:]
+    return torch.from_numpy(np.concatenate([inverse * half, offset], 2) / half[:, None]).float()
 
 
 def draw_augmented(generator: np.random.Generator, count: int, probability: float, size: tuple[int, int]) -> Augmented:
-    """What is done to a batch of `count` images of a size (height, width)."""
+    """The augmentation of a batch of `count` images of a size (height, width)."""
     warps = draw_warps(generator, count, probability)
     warped = np.stack([warps.scale, warps.turn, warps.stretch, warps.right, warps.down]).any(0)
     mirrored = torch.from_numpy(np.stack([warps.flip_x, warps.flip_y], 1) > 0)
@@ -131,8 +131,8 @@ def draw_augmented(generator: np.random.Generator, count: int, probability: floa
 def augment(x: Tensor, how: Augmented) -> Tensor:
     """Images x (B, C, H, W) mirrored and moved, reflected at their borders; of x's dtype.
 
-    An image that is not moved stays what it is, to the bit. Others are read between pixels by cubic splines, for lines would
-    make them softer; on MPS, which has no others, by lines.
+    An image that is not moved stays the same to the bit. Others are interpolated bicubically, since bilinear interpolation
+    blurs them; on MPS, which has no other, bilinearly.
     """
     x = mirrored_where(how.mirrored[:, 0], x, x.flip(-1))
     x = mirrored_where(how.mirrored[:, 1], x, x.flip(-2))

@@ -49,9 +49,9 @@ class Order:
 class Batch:
     """Indices of inputs (B,), noise levels (B,), unit noise (B, C, H, W) and, if the model has classes, classes (B,).
 
-    Of latents, `spread` is the unit noise (B, C, H, W) that says which one of the posterior is taken. `dropout_keys` (B,) int64
-    are there where the network has dropout, and `mirrored` (B,) bool where mirror images are trained on, or `augmented` where
-    EDM's pipe is. `chosen` are the inputs themselves, where they are kept on the host.
+    With latents, `spread` is the unit noise (B, C, H, W) that draws one from the posterior. `dropout_keys` (B,) int64 are there
+    if the network has dropout, `mirrored` (B,) bool if mirror images are trained on, and `augmented` if EDM's pipe is used.
+    `chosen` are the inputs themselves, if they are kept on the host.
     """
 
     indices: Tensor
@@ -83,7 +83,7 @@ class Batch:
         return self._each(lambda value: value[rows])
 
     def pinned(self) -> Batch:
-        """The same in memory that a CUDA device copies from by itself."""
+        """The same batch in pinned memory, from which a CUDA device copies by itself."""
         return self._each(Tensor.pin_memory)
 
     def to(self, device: torch.device) -> Batch:
@@ -91,7 +91,7 @@ class Batch:
         return self._each(lambda value: value.to(device, non_blocking=device.type == "cuda"))
 
     def clean(self, inputs: Inputs) -> Tensor:
-        """What is noised, (B, C, H, W), of inputs on the batch's device: images in [-1, 1], or latents."""
+        """The clean rows (B, C, H, W), from inputs on the batch's device: images in [-1, 1], or latents."""
         chosen = _rows(inputs, self.indices, self.mirrored) if self.chosen is None else self.chosen
         if self.spread is None:
             images = as_input(chosen)
@@ -103,7 +103,7 @@ class Batch:
 
 
 def _rows(inputs: Inputs, indices: Tensor, mirrored: Tensor | None) -> Tensor:
-    """Some of the inputs (B, ...), of latents those of the mirror images where `mirrored` (B,) says so."""
+    """The inputs (B, ...) with these indices; with latents, those of the mirror images where `mirrored` (B,) is true."""
     rows = take_rows(inputs.images, indices)
     if mirrored is None or inputs.mirrored is None:
         return rows
@@ -111,38 +111,38 @@ def _rows(inputs: Inputs, indices: Tensor, mirrored: Tensor | None) -> Tensor:
 
 
 def rows_of(batch_size: int, parts: int, rank: int, ranks: int) -> np.ndarray:
-    """The rows of a batch that are a rank's: an equal, consecutive share of each of its accumulated parts, in their order."""
+    """A rank's rows of a batch: an equal, consecutive share of each of its accumulated parts, in their order."""
     return np.arange(batch_size).reshape(parts, ranks, -1)[:, rank].ravel()
 
 
 def draw_batch(inputs: Inputs, order: Order, family: Family, images_seen: int, rows: np.ndarray | None = None) -> Batch:
-    """The batch that follows after images_seen, or these rows of it: a function of the configuration and that number.
+    """The batch that follows images_seen, or these rows of it: a function of the configuration and that number.
 
     It is on the CPU, wherever the images are; classes must be there too.
     """
     config, count = family.config, family.config.optimizer.batch_size
-    own = np.arange(count) if rows is None else rows
+    local_rows = np.arange(count) if rows is None else rows
 
     def stream(purpose: str) -> np.random.Generator:
         return keyed_generator(purpose, config.run.seed, images_seen)
 
     def unit(purpose: str) -> Tensor:
-        return torch.from_numpy(keyed_rows(purpose, config.run.seed, images_seen, rows=own, shape=inputs.shape))
+        return torch.from_numpy(keyed_rows(purpose, config.run.seed, images_seen, rows=local_rows, shape=inputs.shape))
 
-    indices = torch.from_numpy(order.at(images_seen, images_seen + count)[own])
-    level = family.draw(stream("level"), count)[torch.from_numpy(own)]
+    indices = torch.from_numpy(order.at(images_seen, images_seen + count)[local_rows])
+    level = family.draw(stream("level"), count)[torch.from_numpy(local_rows)]
     labels = None
     if inputs.labels is not None and family.null_class is not None:
-        dropped = torch.from_numpy(stream("label dropout").random(count)[own] < config.network.label_dropout)
+        dropped = torch.from_numpy(stream("label dropout").random(count)[local_rows] < config.network.label_dropout)
         labels = torch.where(dropped, family.null_class, inputs.labels[indices])
     has_keys = bool(config.network.dropout) and config.network.dropout_masks == "keyed"
     spread = unit("posterior") if inputs.latent else None
-    keys = torch.from_numpy(stream("dropout").integers(2**63, size=count)[own]) if has_keys else None
-    mirrored = draw_mirrored(stream("mirror"), count)[torch.from_numpy(own)] if config.data.augment == FLIP else None
+    keys = torch.from_numpy(stream("dropout").integers(2**63, size=count)[local_rows]) if has_keys else None
+    mirrored = draw_mirrored(stream("mirror"), count)[torch.from_numpy(local_rows)] if config.data.augment == FLIP else None
     augmented = None
     if config.data.augment == EDM:
         entire = draw_augmented(stream("augment"), count, config.data.augment_probability, inputs.shape[1:])
-        augmented = Augmented(*(value[torch.from_numpy(own)] for value in entire))
+        augmented = Augmented(*(value[torch.from_numpy(local_rows)] for value in entire))
     chosen = _rows(inputs, indices, mirrored) if inputs.on_host else None
     return Batch(indices, level, unit("noise"), labels, spread, keys, mirrored, augmented, chosen)
 
@@ -151,14 +151,14 @@ class Ahead:
     """A context that draws batches one ahead in a thread, so that the device need not wait for the host's random numbers.
 
     `draw(images_seen)` gives a rank's share in parts, one for each accumulated step; it is pinned where `device` is a CUDA
-    device. What goes wrong in the thread is raised where its batch is asked for. Leaving the context ends the thread.
+    device. An error in the thread is raised when its batch is requested. Leaving the context ends the thread.
     """
 
     def __init__(self, draw: Callable[[int], list[Batch]], batch_size: int, device: torch.device) -> None:
         self._draw, self._size, self._pin = draw, batch_size, device.type == "cuda"
         # A new thread's device is the first one: pinning memory there would put another context on it, of every rank.
         self._pool = ThreadPoolExecutor(1, "draw", partial(torch.cuda.set_device, device) if self._pin else None)
-        # A context that is never left ends with Python, while what ending takes is still there.
+        # A context that is never left ends with Python, before the modules that ending needs are gone.
         self._end = finalize(self, self._pool.shutdown, cancel_futures=True)
         self._at = -1
         self._next: Future[list[Batch]]
@@ -174,8 +174,8 @@ class Ahead:
         return [part.pinned() for part in parts] if self._pin else parts
 
     def __call__(self, images_seen: int) -> list[Batch]:
-        """The parts that follow after images_seen; those after them are begun."""
-        found = self._next if self._at == images_seen else self._pool.submit(self._parts, images_seen)
+        """The parts that follow images_seen; drawing the next ones begins."""
+        pending = self._next if self._at == images_seen else self._pool.submit(self._parts, images_seen)
         self._at = images_seen + self._size
         self._next = self._pool.submit(self._parts, self._at)
-        return found.result()
+        return pending.result()

@@ -91,19 +91,19 @@ def not_finite(tensors: dict[str, Tensor]) -> str:
 
 def place_autoencoder(folder: Path, autoencoder: Autoencoder, output_dir: Path) -> None:
     """Put the autoencoder into a pipeline's folder as `vae/`: hard links to one copy in `output_dir`."""
-    kept = output_dir / AUTOENCODER
-    if not kept.exists():
-        part = kept.with_name(f".{AUTOENCODER}.part")
+    original = output_dir / AUTOENCODER
+    if not original.exists():
+        part = original.with_name(f".{AUTOENCODER}.part")
         shutil.rmtree(part, ignore_errors=True)
         autoencoder.network.save_pretrained(part)
         for path in [*part.rglob("*"), part]:
             fsync_path(path)
-        part.rename(kept)
+        part.rename(original)
     try:
-        shutil.copytree(kept, folder / "vae", copy_function=os.link)
+        shutil.copytree(original, folder / "vae", copy_function=os.link)
     except OSError:  # a file system without hard links; shutil.Error is an OSError too
         shutil.rmtree(folder / "vae", ignore_errors=True)
-        shutil.copytree(kept, folder / "vae")
+        shutil.copytree(original, folder / "vae")
 
 
 def _write_progress(
@@ -113,7 +113,7 @@ def _write_progress(
     progress |= {"curve_steps": state.curve_steps, "optimizer_steps": state.optimizer_steps}
     progress |= {"origin_images_seen": state.origin_images_seen}
     progress |= {"skipped_steps": int(state.skipped[0]), "batch_size": batch_size}
-    if accelerator.scaler is not None:  # of fp16: plain numbers
+    if accelerator.scaler is not None:  # fp16's, whose state is plain numbers
         progress["scaler"] = accelerator.scaler.state_dict()
     progress["data_sha256"] = list(data_sha256)
     progress["sha256"] = file_sha256(part / STATE)
@@ -184,13 +184,13 @@ def save_shares(part: Path, accelerator: Accelerator, shares: dict[str, Tensor])
 
 def remove_between(output_dir: Path, measured: Collection[int]) -> None:
     """Remove checkpoints that were saved between measurements, except the newest ones: they serve only to resume."""
-    found = checkpoints(output_dir)
-    for images_seen, folder in list(found.items())[:-KEPT_STATES]:
+    folders = checkpoints(output_dir)
+    for images_seen, folder in list(folders.items())[:-KEPT_STATES]:
         if images_seen not in measured:
-            gone = folder.with_name(f".{folder.name}.old")
-            shutil.rmtree(gone, ignore_errors=True)
-            folder.rename(gone)
-            shutil.rmtree(gone, ignore_errors=True)
+            discarded = folder.with_name(f".{folder.name}.old")
+            shutil.rmtree(discarded, ignore_errors=True)
+            folder.rename(discarded)
+            shutil.rmtree(discarded, ignore_errors=True)
 
 
 def _is_intact(folder: Path) -> bool:
@@ -209,9 +209,9 @@ def _is_intact(folder: Path) -> bool:
 
 def latest_checkpoint(output_dir: Path) -> Path | None:
     """The newest checkpoint from which training can resume, or None. Raises ValueError if all are damaged."""
-    found = sorted((path.parent for path in output_dir.glob(f"checkpoints/[0-9]*/{STATE}")), reverse=True)
-    newest = next((folder for folder in found if _is_intact(folder)), None)
-    if found and newest is None:
+    folders = sorted((path.parent for path in output_dir.glob(f"checkpoints/[0-9]*/{STATE}")), reverse=True)
+    newest = next((folder for folder in folders if _is_intact(folder)), None)
+    if folders and newest is None:
         raise ValueError(f"output_dir is {str(output_dir)!r}, whose checkpoints are damaged; expected one to resume from")
     return newest
 
@@ -229,9 +229,9 @@ def check_data(folder: Path, data: str, data_sha256: Sequence[str]) -> None:
 def _load_averages(state: TrainState, accelerator: Accelerator, average: dict[str, Tensor], powers: dict[str, Tensor]) -> None:
     """Load the averages other than `state.ema`: power-function averages and, with sharding, this rank's share."""
     named = list(bare(state.network, accelerator).named_parameters())
-    wanted = [(shares, f"{std:g}/", powers) for std, shares in state.powers.items()]
-    wanted += [] if state.shares is None else [(state.shares, "", average)]
-    for shares, prefix, tensors in wanted:
+    targets = [(shares, f"{std:g}/", powers) for std, shares in state.powers.items()]
+    targets += [] if state.shares is None else [(state.shares, "", average)]
+    for shares, prefix, tensors in targets:
         for (name, parameter), share in zip(named, shares, strict=True):
             if prefix + name not in tensors:
                 raise RuntimeError(f"there is no average {prefix}{name}")

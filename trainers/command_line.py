@@ -56,22 +56,22 @@ class CommandLine(ArgumentParser):  # type: ignore[misc]
 
     def _bracketed(self, flags: Iterable[str]) -> Iterator[str]:
         """Values separated by commas or spaces, as the lists that jsonargparse reads."""
-        left = list(flags)
-        while left:
-            argument = left.pop(0)
+        remaining = list(flags)
+        while remaining:
+            argument = remaining.pop(0)
             flag, equals, value = argument.partition("=")
             entry = OPTIONS.get(flag[2:].replace("-", "_")) if flag.startswith("--") else None
             if entry is None or not entry.is_tuple:
                 yield argument
                 continue
             values = [value] if equals else []
-            while left and not equals and not left[0].startswith("--"):
-                values.append(left.pop(0))
+            while remaining and not equals and not remaining[0].startswith("--"):
+                values.append(remaining.pop(0))
             yield f"{flag}=[{','.join(values)}]" if values else flag
 
 
 def metavar_of(entry: Option) -> str:
-    """What `--help` shows in place of an option's value."""
+    """The placeholder of an option's value in `--help`."""
     if entry.is_tuple:
         return "X,Y,..."
     return "|".join(filter(None, entry.rules["one_of"])) or METAVARS[entry.kind]

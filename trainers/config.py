@@ -34,7 +34,7 @@ class TrainConfig:
     noise: NoiseConfig
     monitor: MonitorConfig
     run: RunConfig
-    preset: str = ""  # of which it was made; empty for none
+    preset: str = ""  # that it was made from; empty for none
 
     def __post_init__(self) -> None:
         optimizer, monitor = self.optimizer, self.monitor
@@ -144,11 +144,11 @@ GROUPS: dict[str, type[Group]] = {
     name: kind for name, kind in get_type_hints(TrainConfig).items() if isinstance(kind, type) and issubclass(kind, Group)
 }
 OPTIONS: dict[str, Option] = {entry.name: entry for group, kind in GROUPS.items() for entry in options_of(kind, group)}
-PRESET = Option("preset", "", "preset", str, "", {"text": "of which the configuration was made"})
+PRESET = Option("preset", "", "preset", str, "", {"text": "preset that the configuration was made from"})
 
 
 def preset_names() -> list[str]:
-    """The presets there are."""
+    """The names of all presets."""
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
@@ -179,7 +179,7 @@ def flat_values(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _problem(error: Exception) -> str:
-    """What is wrong in a YAML file, with its line, or why it cannot be read."""
+    """The error in a YAML file, with its line, or why the file cannot be read."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         return f"line {error.problem_mark.line + 1}: {error.problem or error.context}"
     return str(error).splitlines()[0]
@@ -203,7 +203,7 @@ def preset_values(preset: str) -> dict[str, Any]:
 
 
 def with_changes(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Values with some changed, by flat name; with another family or network, without what only the old one makes use of."""
+    """Values with some changed, by flat name; another family or network drops those that only the old one uses."""
     values, changes = dict(values), flat_values(changes)
     old = values.get("family", "edm")
     family = changes.get("family", old)

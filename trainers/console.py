@@ -15,7 +15,7 @@ from trainers.loop import TrainState
 
 LOSS_EVERY_SECONDS = 2.0  # reading the loss waits for the device
 SPEED_AFTER_SECONDS = 60.0
-LONG_HOURS = 1.0  # a training that takes longer says so in plain output, which has no bar
+LONG_HOURS = 1.0  # plain output, which has no bar, names the length of a training that takes longer
 
 
 class Console:
@@ -36,28 +36,28 @@ class Console:
         self._icr = ""
         self._read = time.monotonic()
         self._since: tuple[float, int] | None = None  # time and images seen at the first step after a measurement
-        self._told_length = False
+        self._length_is_printed = False
 
     def step(self, state: TrainState) -> None:
         """Advance to the state's images seen."""
         if self.bar.disable:
-            self._tell_length(state.images_seen)
+            self._print_length(state.images_seen)
             return
         self.bar.update(state.images_seen - self.bar.n)
         if time.monotonic() - self._read > LOSS_EVERY_SECONDS and state.loss_steps:
             self._read = time.monotonic()
             self.bar.set_postfix_str(f"loss {float(state.loss_sum) / state.loss_steps:.3f}{self._icr}")
 
-    def _tell_length(self, images_seen: int) -> None:
-        """Say once how long a long training takes, as the bar does."""
-        if self._told_length or not self.shown:
+    def _print_length(self, images_seen: int) -> None:
+        """Print once how long a long training takes, which the bar would show."""
+        if self._length_is_printed or not self.shown:
             return
         now = time.monotonic()
         if self._since is None:
             self._since = now, images_seen
         seconds, images = now - self._since[0], images_seen - self._since[1]
         if seconds >= SPEED_AFTER_SECONDS and images:
-            self._told_length = True
+            self._length_is_printed = True
             hours = (self._total - images_seen) * seconds / images / 3600
             if hours > LONG_HOURS:
                 speed, total = f"{images / seconds:.0f} images/s", f"{self._total / 1000:,.0f} kimg"
@@ -88,15 +88,15 @@ class Console:
             self.bar.write(text, file=sys.stdout)
             sys.stdout.flush()
 
-    def stopped(self, found: Verdict) -> None:
-        """Say why training ends before its budget."""
-        self._line(f"stops: {found.state}; {'; '.join(found.evidence)}")
+    def stopped(self, verdict: Verdict) -> None:
+        """Print why training ends before its budget."""
+        self._line(f"stops: {verdict.state}; {'; '.join(verdict.evidence)}")
 
     def close(self) -> None:
         """Remove the bar."""
         self.bar.close()
 
-    def summary(self, values: Mapping[str, float], found: Verdict, status: str, output_dir: Path) -> None:
+    def summary(self, values: Mapping[str, float], verdict: Verdict, status: str, output_dir: Path) -> None:
         """Print a summary of the history in two lines."""
         parts = []
         if "icr_min" in values:
@@ -107,14 +107,14 @@ class Console:
                 parts.append(f"a lead of {values['lead_images'] / 1000:.1f} kimg")
         elif parts:
             parts.append("no copies by the distance ratio")
-        verdict = f"verdict: {found.state}"
-        if found.turned_at is not None:
-            assert found.low is not None
-            assert found.high is not None
-            between = f"{found.low / 1000:.1f} to {found.high / 1000:.1f}"
-            verdict += f", turned at {found.turned_at / 1000:.1f} kimg ({between})"
-            verdict += f"; keep checkpoints/{found.checkpoint_images_seen:012d}"
-        self._line(verdict)
-        if found.forecast.images_seen is not None:
-            self._line(found.forecast.text)
+        line = f"verdict: {verdict.state}"
+        if verdict.turned_at is not None:
+            assert verdict.low is not None
+            assert verdict.high is not None
+            between = f"{verdict.low / 1000:.1f} to {verdict.high / 1000:.1f}"
+            line += f", turned at {verdict.turned_at / 1000:.1f} kimg ({between})"
+            line += f"; keep checkpoints/{verdict.checkpoint_images_seen:012d}"
+        self._line(line)
+        if verdict.forecast.images_seen is not None:
+            self._line(verdict.forecast.text)
         self._line(f"{status.lower()}: {', '.join(parts) or 'nothing measured'}; everything is in {output_dir}")

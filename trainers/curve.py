@@ -37,7 +37,7 @@ class _Point:
 
 
 def used_memory(device: torch.device) -> float | None:
-    """GiB: the most that tensors on a CUDA device took since last asked, else what this process holds; None if unknown."""
+    """GiB: the most that tensors on a CUDA device took since the last call, else this process's memory; None if unknown."""
     if device.type == "cuda":
         most = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -49,8 +49,8 @@ def used_memory(device: torch.device) -> float | None:
         return None
 
 
-def _on_the_way(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """Values on their way to the host, with an event for their arrival; from CUDA they come after the queued work."""
+def _start_copy(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """A copy of values on the host, with an event for its arrival; from CUDA it comes after the queued work."""
     if values.device.type != "cuda":
         return values.cpu(), None
     copy = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
@@ -62,8 +62,8 @@ def _on_the_way(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
 class Curve:
     """Hands `log` a point every `every` steps, in a thread of its own; 0 is never. Every rank has one, and one rank's logs.
 
-    `skipped` steps were left out before. `log` is called in that thread only, and after `flush` no call is under way. What it
-    raises is raised by the next `step` or `flush`.
+    `skipped` steps were left out before. `log` is called in that thread only, and after `flush` no call is under way. An error
+    in it is raised by the next `step` or `flush`.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Curve:
         self.every, self.accelerator, self.log = every, accelerator, log
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="curve") if log is not None else None
         self._waiting: list[Future[None]] = []
-        self._skipped = float(skipped)  # as of the last point; the thread's
+        self._skipped = float(skipped)  # as of the last point; only the thread uses it
         self.start_clock(0)
 
     def start_clock(self, images_seen: int) -> None:
@@ -80,7 +80,7 @@ class Curve:
         self._since, self._from = time.perf_counter(), images_seen
 
     def step(self, state: TrainState) -> None:
-        """After a step: a point, if one is due. Raises what logging an earlier one has raised."""
+        """Log a point after a step, if one is due. Raises an error from logging an earlier one."""
         if not self.every or state.curve_steps < self.every:
             return
         # The sum over ranks is queued like a step; nothing waits for it here.
@@ -95,7 +95,7 @@ class Curve:
             return
         point = _Point(state.images_seen, steps, float(state.optimizer.param_groups[0]["lr"]), rate)
         self._raise_earlier()
-        self._waiting.append(self._pool.submit(self._log, point, *_on_the_way(mean)))
+        self._waiting.append(self._pool.submit(self._log, point, *_start_copy(mean)))
 
     def _log(self, point: _Point, values: Tensor, arrived: torch.cuda.Event | None) -> None:
         if arrived is not None:
@@ -103,7 +103,7 @@ class Curve:
         losses, norms, skipped = values.tolist()
         good = point.steps - (skipped - self._skipped)
         self._skipped = skipped
-        found: dict[str, float | None] = {
+        point_values: dict[str, float | None] = {
             "curve/loss": losses / point.steps,
             "curve/learning_rate": point.learning_rate,
             "curve/gradient_norm": norms / good if good > 0 else None,
@@ -111,20 +111,20 @@ class Curve:
             "curve/memory_gib": used_memory(self.accelerator.device),
             "curve/skipped_steps": skipped,
         }
-        known = {key: value for key, value in found.items() if value is not None and math.isfinite(value)}
+        finite = {key: value for key, value in point_values.items() if value is not None and math.isfinite(value)}
         assert self.log is not None
-        self.log(Logged(point.images_seen, time.time(), known))
+        self.log(Logged(point.images_seen, time.time(), finite))
 
     def _raise_earlier(self) -> None:
         while self._waiting and self._waiting[0].done():
             self._waiting.pop(0).result()
 
     def flush(self) -> None:
-        """Wait until every point is logged. Raises what that has raised."""
+        """Wait until every point is logged. Raises an error from logging one."""
         while self._waiting:
             self._waiting.pop(0).result()
 
     def close(self) -> None:
-        """End the thread, after what is under way."""
+        """End the thread, after the call that is under way."""
         if self._pool is not None:
             self._pool.shutdown()

@@ -43,7 +43,7 @@ FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's data
 EMBEDDED_SIDES = {"digits": 8, "mnist5k": 28, "fashion-mnist": 28}
 EMBEDDED = tuple(EMBEDDED_SIDES)
 TRAIN = "train"
-LOOKED_AT = 64  # images that say which size a set's have
+LOOKED_AT = 64  # images that give a set's usual size
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +57,7 @@ class DataSet:
     train_labels: Tensor | None = None  # (N,) integers
     heldout_labels: Tensor | None = None
     num_classes: int | None = None  # of the whole set, so that subsets train the same network
-    notes: Sequence[str] = ()  # lines on what could have been understood otherwise, and on exact duplicates
+    notes: Sequence[str] = ()  # lines on ambiguities in the files, and on exact duplicates
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,8 +92,8 @@ def _source(images: np.ndarray, labels: np.ndarray, resolution: Size) -> Source:
 def _digits(resolution: Size) -> Source:
     from sklearn.datasets import load_digits
 
-    found = load_digits()
-    return _source((found.images * (255 / 16)).round().astype(np.uint8), found.target, resolution)  # grey values 0 to 16
+    digits = load_digits()
+    return _source((digits.images * (255 / 16)).round().astype(np.uint8), digits.target, resolution)  # grey values 0 to 16
 
 
 def _mnist5k(resolution: Size) -> Source:
@@ -187,8 +187,8 @@ class DataFacts:
     size: tuple[int, int]  # usual (height, width) of those that were looked at
     channels: int
     num_classes: int | None
-    group_by: str = ""  # how images are kept together: that given, else by patient or file, where there are several of each
-    groups: tuple[str, ...] = ()  # of each image, if they are
+    group_by: str = ""  # how images are kept together: as given, else by patient or file, where there are several of each
+    groups: tuple[str, ...] = ()  # the group of each image, if there are any
 
 
 def usual_size(sizes: Counter[tuple[int, int]]) -> tuple[int, int]:
@@ -196,12 +196,12 @@ def usual_size(sizes: Counter[tuple[int, int]]) -> tuple[int, int]:
     size, count = sizes.most_common(1)[0]
     if 2 * count >= sizes.total():
         return size
-    every = list(sizes.elements())
-    height, width = (int(median(side)) for side in zip(*every, strict=True))
-    upright = sum(size[0] > size[1] for size in every)
-    wide = sum(size[0] < size[1] for size in every)
-    if 10 * min(upright, wide) >= len(every):
-        height = width = int(median(min(size) for size in every))
+    all_sizes = list(sizes.elements())
+    height, width = (int(median(side)) for side in zip(*all_sizes, strict=True))
+    upright = sum(size[0] > size[1] for size in all_sizes)
+    wide = sum(size[0] < size[1] for size in all_sizes)
+    if 10 * min(upright, wide) >= len(all_sizes):
+        height = width = int(median(min(size) for size in all_sizes))
     return height, width
 
 
@@ -269,7 +269,7 @@ def images_in_other_groups(groups: Sequence[str], num_heldout: int, seed: int) -
 
 
 def _natural_groups(files: Listing) -> str:
-    """What images of one set have in common, patient or file; empty where each has its own, or one has over half of all."""
+    """The natural groups of a set's images, patient or file; empty where each has its own, or one has over half of all."""
     subjects = [header.subject for header in files.headers]
     several = any(header.frames > 1 for header in files.headers) and not files.rows_of_files()
     by = "patient" if all(subjects) and len(set(subjects)) < len(subjects) else "file" if several else ""
@@ -313,9 +313,9 @@ def load_data(
 
     Subsets nest: the first 64 of 128 images are the 64 of a run with num_images 64, and the held-out images, taken from the
     end of the order, are the same for every num_images. The first skip_images of the order are left out: two runs of which one
-    skips what the other has share no image. Of a folder, no other images are read, unless their values are to be measured. With
-    `group_by` (see `Listing.groups`) held-out images are of other groups. `resolution` is a side or (height, width). Raises
-    ValueError when the set has too few.
+    skips what the other has share no image. Other images of a folder are not read, unless their values are to be measured.
+    With `group_by` (see `Listing.groups`) held-out images are of other groups. `resolution` is a side or (height, width).
+    Raises ValueError when the set has too few.
     """
     reading = Reading(height_width(resolution), check_value_range(value_range), background)
     source = load_source(data, resolution, split)

@@ -28,7 +28,7 @@ def _fold(words: Tensor, shift: int) -> Tensor:
 
 
 def _mixed(words: Tensor) -> Tensor:
-    """int32 words, each bit of which depends on all of the given one; in place. Products wrap around."""
+    """int32 words, mixed in place: each bit depends on all bits of the given word. Products wrap around."""
     return _fold(_fold(_fold(words, LAST_SHIFT).mul_(FIRST), SHIFT).mul_(SECOND), LAST_SHIFT)
 
 
@@ -69,7 +69,7 @@ def kept(x: Tensor, before: Tensor, between: Tensor, p: float) -> Tensor:
     # In x's memory layout, as all that follows: mixing two layouts would cost more than the hash.
     places = _mixed(torch.empty_like(x[:1], dtype=torch.int32).copy_(places))
     before, between = (words.view(-1, *[1] * (x.dim() - 1)) for words in (before, between))
-    # For all elements, as few operations as possible: two rows share a mask only if they share both words.
+    # As few operations as possible for all elements: two rows share a mask only if they share both words.
     words = _fold((places ^ before).mul_(FIRST), SHIFT).add_(between).mul_(SECOND)
     return words >= round(p * 2**32) - 2**31
 
@@ -84,10 +84,10 @@ def fused(p: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """`dropped` for a share p, compiled: one kernel forward and one backward, for any shape."""
     constant: Any = torch.compiler.assume_constant_result(lambda: p)  # else it is an input, which costs a kernel to convert
 
-    def of(x: Tensor, before: Tensor, between: Tensor) -> Tensor:
+    def apply(x: Tensor, before: Tensor, between: Tensor) -> Tensor:
         return dropped(x, before, between, constant())
 
-    return torch.compile(of, dynamic=True)
+    return torch.compile(apply, dynamic=True)
 
 
 @cache

@@ -14,7 +14,7 @@ from mlflow_icr.tracking.checkpoints.folder import LOG_MODELS
 from trainers.augmentation import AUGMENTATIONS, EDM
 from trainers.options import FAMILIES, TRANSFORMER, UNET, Group, network_of, option, refuse, required
 
-STOP_VERDICTS = ("", "turning", "memorizing")  # each later one is past the earlier
+STOP_VERDICTS = ("", "turning", "memorizing")  # in the order in which a training passes them
 MASKS = ("keyed", "torch")
 DECAYS = ("constant", "cosine", "inverse_sqrt")
 TIMES = ("uniform", "logit_normal")
@@ -31,10 +31,10 @@ class DataConfig(Group):
     num_heldout: int = required("number of images that are never trained on, for losses and distances", least=0)
     skip_images: int = option(0, "images to leave out before the training images, for a disjoint subset", least=0)
     split: str = option("train", "split of a `datasets` set", flag="data_split")
-    balanced: bool = option(False, "equally many images of each class, as far as there are")
-    augment: str = option("", "flip: mirror images are trained on too; edm: EDM's, of which it is told", one_of=AUGMENTATIONS)
-    augment_probability: float = option(0.12, "with edm: of each way to change an image but its mirror's", least=0, below=1)
-    group_by: str = option("", "held-out images are of another folder, file, patient (of DICOM), or match of this expression")
+    balanced: bool = option(False, "equally many images of each class, as far as there are enough")
+    augment: str = option("", "flip: train on mirror images too; edm: EDM's, with labels for the network", one_of=AUGMENTATIONS)
+    augment_probability: float = option(0.12, "with edm: probability of each transformation but mirroring", least=0, below=1)
+    group_by: str = option("", "keep held-out images apart by folder, file, patient (DICOM), or match of this expression")
     value_range: tuple[float, ...] = option((), "values that are black and white; empty: what the files say, else measured")
     background: str = option("white", "colour behind transparent parts of images")
 

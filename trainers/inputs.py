@@ -19,8 +19,8 @@ from trainers.data import DataSet
 
 logger = logging.getLogger(__name__)
 
-FAR = 1.6  # times: EDM's 0.5 for the 0.75 of line drawings trains as well
-# Of what is free on a device with the network and its optimizer on it: activations take most of the rest.
+FAR = 1.6  # a factor: EDM's 0.5 for line drawings, whose deviation is 0.75, trains as well
+# Share of a device's free memory, with the network and its optimizer on it: activations take most of the rest.
 DEVICE_SHARE = 0.25
 
 
@@ -28,18 +28,18 @@ DEVICE_SHARE = 0.25
 class Inputs:
     """Images (N, C, H, W), as `Read.images`, or mean and deviation of latents, (N, 2 C, H, W) float32; and classes (N,).
 
-    Of latents that are trained on with mirror images, `mirrored` has those of the mirror images.
+    `mirrored` has the latents of mirror images, where these are trained on.
     """
 
     images: Tensor
     labels: Tensor | None = None
     mirrored: Tensor | None = None
     latent: bool = False
-    on_host: bool = False  # while the network is on a device that they do not fit: each batch's are brought there
+    on_host: bool = False  # where they do not fit the network's device: each batch's are copied there
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W), of what the network is given."""
+        """(C, H, W) of the network's input."""
         channels, height, width = self.images.shape[1:]
         return channels // (2 if self.latent else 1), height, width
 
@@ -64,7 +64,7 @@ class Inputs:
 
 
 def fits(size: int, device: torch.device) -> bool:
-    """Whether so many bytes of images leave a device enough for training; memory that the CPU has they are in already."""
+    """Whether so many bytes of images leave a device enough for training; on the CPU they are in memory already."""
     if device.type != "cuda":
         return True
     free, _ = torch.cuda.mem_get_info(device)
@@ -75,7 +75,7 @@ def as_input(images: Tensor) -> Tensor:
     """Images (B, C, H, W), uint8, uint16 or floats in [0, 1], as float32 in [-1, 1], on their device."""
     if images.is_floating_point():
         return images.float() * 2 - 1
-    if images.dtype == torch.uint16:  # of which devices do little more than keep it
+    if images.dtype == torch.uint16:  # which devices can store, and do little else with
         return images.view(torch.int16).int().bitwise_and(0xFFFF).float() / 32767.5 - 1
     return images.float() / 127.5 - 1
 
@@ -115,20 +115,20 @@ def open_autoencoder(config: TrainConfig, device: torch.device) -> Autoencoder |
 
 
 def _moments(autoencoder: Autoencoder, images: Tensor, device: torch.device) -> Tensor:
-    """Latents of images that every rank has: read where every rank finds them, else each encodes a share, and one keeps all."""
+    """Latents of images that every rank has: cached if all ranks find them, else each encodes a share and one keeps all."""
     cache = LatentCache(cache_folder())
-    found = cache.find(autoencoder, images)
+    cached = cache.find(autoencoder, images)
     rank, ranks = world()
-    if sum_over_ranks(int(found is not None), device) == ranks and found is not None:
-        return found
-    made = gather_rows(encode_images(autoencoder, images[rank::ranks], device).to(device), len(images)).cpu()
+    if sum_over_ranks(int(cached is not None), device) == ranks and cached is not None:
+        return cached
+    latents = gather_rows(encode_images(autoencoder, images[rank::ranks], device).to(device), len(images)).cpu()
     if rank == 0:
-        cache.keep(autoencoder, images, made)
-    return made
+        cache.keep(autoencoder, images, latents)
+    return latents
 
 
 def inputs_of(config: TrainConfig, data: DataSet, autoencoder: Autoencoder | None, device: torch.device) -> Inputs:
-    """What a configuration's network is trained on.
+    """The training inputs of a configuration's network.
 
     Raises ValueError where the data has no classes, or other channels than the autoencoder.
     """
@@ -158,11 +158,11 @@ def with_measured(config: TrainConfig, inputs: Inputs) -> TrainConfig:
     """
     if config.network.family != "edm":
         return config
-    measured, given = inputs.deviation(), config.noise.sigma_data
-    if given is None:
+    measured, configured = inputs.deviation(), config.noise.sigma_data
+    if configured is None:
         if measured < 1e-3:  # a quarter of a step of 8 bits
             raise ValueError(f"data is {config.data.source!r}, whose images are all of one value; expected some that differ")
         return config.changed(sigma_data=float(f"{measured:.3g}"))
-    if not 1 / FAR < measured / given < FAR:
-        logger.warning("sigma_data is %g, but the inputs' standard deviation is %.3g", given, measured)
+    if not 1 / FAR < measured / configured < FAR:
+        logger.warning("sigma_data is %g, but the inputs' standard deviation is %.3g", configured, measured)
     return config

@@ -21,7 +21,7 @@ def is_launched() -> bool:
 
 
 def check_launcher(environment: Mapping[str, str]) -> None:
-    """Raise ValueError for what `accelerate launch` has set up and cannot work here, by the variables that it sets."""
+    """Raise ValueError if `accelerate launch` has set up, by its variables, something that is not supported here."""
     engine = next((name for name in ("DEEPSPEED", "MEGATRON_LM") if environment.get(f"ACCELERATE_USE_{name}") == "true"), None)
     if environment.get("ACCELERATE_USE_FSDP") == "true" and environment.get("FSDP_VERSION", "1") != "2":
         engine = "FSDP 1"
@@ -45,38 +45,38 @@ def check_processes(count: int, config: TrainConfig) -> None:
 
 
 def launch(count: int, arguments: Sequence[str], output_dir: Path) -> int:
-    """Run `trainers.train` with these arguments on several ranks; returns 0, or 128 + signal when stopped, or what a rank left.
+    """Run `trainers.train` with these arguments on several ranks; returns 0, 128 + signal, or the status of a failed rank.
 
-    What stops a trainer (Ctrl-C, SIGTERM, SIGUSR1, SIGUSR2) reaches the ranks as one SIGTERM: they save and end.
-    When a rank fails, torchrun ends the others, and the run is FAILED, also where it is the one that logs.
+    A signal that stops a trainer (Ctrl-C, SIGTERM, SIGUSR1, SIGUSR2) reaches the ranks as one SIGTERM: they save and end.
+    When a rank fails, torchrun ends the others, and the run is FAILED, even if the failed rank is the one that logs.
     """
-    asked: list[int] = []
+    received: list[int] = []  # signals
     command = [sys.executable, "-m", "trainers.launchers.ranks", "--standalone", f"--nproc-per-node={count}"]
     command += [f"--shutdown-timeout={int(GRACE_SECONDS)}", "-m", "trainers.train", *arguments]
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // count)))  # torchrun's own choice is 1, with a warning
-    # A session of its own: Ctrl-C reaches this process alone, which asks once.
+    # A session of its own: Ctrl-C reaches this process alone, which sends one SIGTERM.
     child = subprocess.Popen(command, env=environment, start_new_session=True)
 
-    def ask(number: int, frame: object) -> None:
-        if not asked:
+    def forward(number: int, frame: object) -> None:
+        if not received:
             child.terminate()
-        asked.append(number)
+        received.append(number)
 
-    before = {number: signal.signal(number, ask) for number in STOP_SIGNALS}
+    handlers = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
     try:
         status = child.wait()
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
     if status == 0:
         return 0
-    _end_run(output_dir, "KILLED" if asked else "FAILED")
-    return 128 + asked[0] if asked else 1 if status < 0 else status
+    _end_run(output_dir, "KILLED" if received else "FAILED")
+    return 128 + received[0] if received else 1 if status < 0 else status
 
 
 def _end_run(output_dir: Path, status: str) -> None:
-    """End the run in MLflow, where the rank that logs has not come to it."""
+    """End the run in MLflow, if the rank that logs has not done so."""
     from mlflow_icr.tracking.folder import holds_run
     from mlflow_icr.tracking.mlflow.sync import deliver_folder
 

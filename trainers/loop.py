@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class TrainState:
-    """What training changes: the weights, their average, the optimizer, and how far it has come."""
+    """The state that training changes: the weights, their average, the optimizer, and how far it has come."""
 
     network: nn.Module  # as Accelerate prepared it
     ema: nn.Module
     optimizer: torch.optim.Optimizer  # as Accelerate prepared it
     dropout_keys: RowKeys  # where the network reads them
-    augment_labels: RowLabels  # as well
+    augment_labels: RowLabels  # where the network reads them, too
     images_seen: int = 0
     loss_sum: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))  # since the last measurement
     loss_steps: int = 0
@@ -42,11 +42,11 @@ class TrainState:
     curve_steps: int = 0
     optimizer_steps: int = 0
     origin_images_seen: int = 0  # where the present batch size began
-    # On the device, so that no step waits to know them: optimizer steps left out for gradients that are not finite, in all and
-    # in a row up to now.
+    # Optimizer steps skipped for gradients that are not finite, in all and in a row up to now; on the device, so that no step
+    # waits for them.
     skipped: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.int64))
     powers: dict[float, list[Tensor]] = field(default_factory=dict)  # power-function averages by relative width
-    shares: list[Tensor] | None = None  # where parameters are sharded: this rank's of the average; `ema` is whole on demand
+    shares: list[Tensor] | None = None  # with sharded parameters: this rank's of the average; `ema` is whole on demand
 
 
 def new_state(network: nn.Module, config: TrainConfig, accelerator: Accelerator) -> TrainState:

@@ -52,6 +52,6 @@ def save_lora(folder: Path, part: str, network: nn.Module) -> None:
     from peft import get_peft_model_state_dict
 
     folder.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Any] = get_peft_model_state_dict(network)
-    tensors = {f"{part}.{key}": value.detach().cpu().contiguous() for key, value in found.items()}
+    weights: dict[str, Any] = get_peft_model_state_dict(network)
+    tensors = {f"{part}.{key}": value.detach().cpu().contiguous() for key, value in weights.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})

@@ -1,4 +1,4 @@
-"""How weights are changed: learning rate along a training, Adam or AdamW, clipped gradients and skipped steps, the average."""
+"""Updates of the weights: learning rate along a training, Adam or AdamW, clipped gradients and skipped steps, the average."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig, 
 def guard_gradients(
     parameters: Iterable[nn.Parameter], optimizer: Any, skipped: Tensor, accelerator: Accelerator, clip_norm: float
 ) -> Tensor:
-    """Clip the gradients, have the coming step change nothing if one is not finite, and count it; the norm before, 0 if not.
+    """Clip the gradients; if one is not finite, skip the coming step and count it. Returns the norm before, 0 if not finite.
 
     The norm is that of all ranks' gradients, so all ranks skip the same steps, and the device decides by itself. Fused Adam
-    takes `found_inf` as it does from torch's gradient scaler, which in fp16 sees to the step itself; here it is only counted
-    then. `skipped` (2,) counts skipped steps, in all and in a row.
+    takes `found_inf` as it does from torch's gradient scaler. In fp16 that scaler skips the step, and it is only counted here.
+    `skipped` (2,) counts skipped steps, in all and in a row.
     """
     if accelerator.scaler is not None:
         accelerator.unscale_gradients()

@@ -31,22 +31,22 @@ def option(
     """A field: its default, the sentence that `--help` shows, and the values that it may have.
 
     Numbers are finite, at least `least`, over `above` and under `below`; texts are `one_of`; None is allowed where the type
-    says so. `families` are those that make use of it, `network` the one of NETWORKS that does, if not both: for another one,
-    anything but the default is refused. `flag` is its name on the command line, in flat mappings and in errors, where that is
+    says so. `families` are those that use it, and `network` is the one of NETWORKS that does, if not both: with another one,
+    any value but the default is refused. `flag` is its name on the command line, in flat mappings and in errors, if that is
     not the field's own.
     """
-    said = {"text": text, "least": least, "above": above, "below": below, "one_of": one_of, "flag": flag}
-    return field(default=default, metadata=said | {"families": families, "network": network})
+    rules = {"text": text, "least": least, "above": above, "below": below, "one_of": one_of, "flag": flag}
+    return field(default=default, metadata=rules | {"families": families, "network": network})
 
 
 def required(text: str, **rules: Any) -> Any:
-    """A field without a default: a preset, a file, a flag or the plan for the data gives it."""
+    """A field without a default: its value comes from a preset, a file, a flag, or the plan for the data."""
     return field(metadata=option(None, text, **rules).metadata)
 
 
 @dataclass(frozen=True)
 class Option:
-    """Where a flat name's value is, what type it has, and what it may be."""
+    """An option: its flat name, the field that holds it, its type, and the values that it may have."""
 
     name: str  # flat: the flag's, with underscores
     group: str  # empty for a field of the configuration itself
@@ -72,13 +72,13 @@ class Option:
 
     def unused_by(self, family: str, network: str) -> str:
         """Why a model of a family with one of NETWORKS makes no use of it; empty where it does."""
-        families, one = self.rules["families"], self.rules["network"]
+        families, needed = self.rules["families"], self.rules["network"]
         if family not in families:
             return f"nothing for family {family}: it is of {' and '.join(families)}"
-        return "" if one in ("", network) else f"nothing for a {network}: it is of a {one}"
+        return "" if needed in ("", network) else f"nothing for a {network}: it is of a {needed}"
 
     def kind_in_words(self) -> str:
-        """What type of value it takes, in words."""
+        """The type of its value, in words."""
         return f"{KINDS[self.kind].removeprefix('a ')}s separated by commas" if self.is_tuple else KINDS[self.kind]
 
     def shown(self, value: Any) -> str:
@@ -90,7 +90,7 @@ class Option:
         return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
 
     def typed(self, value: Any) -> Any:
-        """A value of the option's type from a file's or a text's, by jsonargparse. Raises ValueError for another type."""
+        """A value from a file or a text, converted to the option's type by jsonargparse. Raises ValueError for another type."""
         if type(value) is self.hint:
             return value
         if value is None and type(None) not in get_args(self.hint):
@@ -103,7 +103,7 @@ class Option:
             raise ValueError(f"{self.name} is {value!r}; expected {self.kind_in_words()}") from None
 
     def allowed(self) -> str:
-        """What it may be, in words."""
+        """The values that it may have, in words."""
         rules = self.rules
         if self.is_tuple:
             return self.kind_in_words()
@@ -119,7 +119,7 @@ class Option:
         return words + (", or null" if type(None) in get_args(self.hint) else "")
 
     def accepts(self, value: Any) -> bool:
-        """Whether a value of the right type is one that it may have."""
+        """Whether a value of the right type is allowed."""
         rules = self.rules
         if rules.get("one_of"):
             return value in rules["one_of"]

@@ -56,7 +56,7 @@ def _levels(height: int, width: int) -> int:
 
 
 def plan_values(given: Mapping[str, Any], facts: DataFacts, device: Device) -> dict[str, Any]:
-    """Values by flat name for a set of images and a device; those that are `given` stay, and others follow from them.
+    """Values by flat name for a set of images and a device; the `given` ones stay, and the others follow from them.
 
     | value | rule |
     |---|---|
@@ -120,15 +120,18 @@ def plan_values(given: Mapping[str, Any], facts: DataFacts, device: Device) -> d
     return values
 
 
-def _too_few(values: Mapping[str, Any], total: int, left: int) -> str:
-    """The line for a set of which fewer than two training images are left."""
+def _too_few(values: Mapping[str, Any], total: int, remaining: int) -> str:
+    """The error for a set that leaves fewer than two training images."""
     parts = [f"{name} is {values[name]}" for name in ("skip_images", "num_heldout", "group_by") if values.get(name)]
-    given = f"{', '.join(parts)}; " if parts else ""
-    return f"{given}data {values['data']!r} has {total} images, of which {max(0, left)} remain to train on; expected 2 or more"
+    settings = f"{', '.join(parts)}; " if parts else ""
+    return (
+        f"{settings}data {values['data']!r} has {total} images, of which {max(0, remaining)} remain to train on; "
+        "expected 2 or more"
+    )
 
 
 def plan_for(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The plan for the data that is given, on this machine, and lines that say it. Raises ValueError without readable data."""
+    """The plan for the given data on this machine, and lines that describe it. Raises ValueError without readable data."""
     facts = facts_of(str(given["data"]), str(given.get("data_split", "train")), given.get("group_by"))
     device = device_here()
     values = plan_values(given, facts, device)

@@ -56,7 +56,7 @@ from trainers.loop import TrainState, new_state, take_mean_loss, train, whole_av
 
 logger = logging.getLogger(__name__)
 
-# Views that are kept, in bytes: to encode them again would cost as much as many measurements.
+# Bytes of views that are kept: to encode them again would cost as much as many measurements.
 VIEW_CACHE, LATENT_CACHE = 512 * 2**20, 4 * 2**30
 PROJECTOR_IMAGES = 1000  # more make one sprite that browsers are slow with
 
@@ -89,8 +89,8 @@ class Run:
         self.inputs = inputs_of(config, self.data, self.autoencoder, self.accelerator.device)
         config = self.config = with_measured(config, self.inputs)
         self.family = family_of(config, self.data.num_classes)
-        began = latest_checkpoint(output_dir) if resume and config.network.init_from else None
-        network = self.family.build(self.inputs.shape[0], self.inputs.shape[1:], start="" if began is None else str(began))
+        saved = latest_checkpoint(output_dir) if resume and config.network.init_from else None
+        network = self.family.build(self.inputs.shape[0], self.inputs.shape[1:], start="" if saved is None else str(saved))
         self.num_parameters = sum(p.numel() for p in network.parameters())
         self.state = new_state(network, config, self.accelerator)
         ema = self._denoiser(self.state.ema)
@@ -144,7 +144,7 @@ class Run:
             if folder is not None:  # else the run ended before its first one, and starts again
                 check_data(folder, config.data.source, self._data_sha256)
                 self.monitor.load_state_dict(load_checkpoint(folder, self.state, self.accelerator, config.optimizer.batch_size))
-        # On every rank the same; the measurement at the state that was saved is repeated.
+        # The same on every rank; the measurement at the state that was saved is repeated.
         rows = read_history(output_dir) if resume and (output_dir / HISTORY).exists() else []
         self.measured_at = {int(row["images_seen"]) for row in rows}
         self.verdicts = folded(row for row in rows if row["images_seen"] < self.state.images_seen)
@@ -173,7 +173,7 @@ class Run:
         return self.accelerator.is_main_process
 
     def params(self) -> dict[str, Any]:
-        """What trackers show as the run's parameters."""
+        """The run's parameters, as trackers show them."""
         p = self.monitor.protocol
         return self.config.flat() | {
             "probe_images": p.num_images,
@@ -197,7 +197,7 @@ class Run:
         }
 
     def tags(self) -> dict[str, str]:
-        """What trackers show as the run's tags: what it runs on, as `icr.*`, and the SHA-256 of its data."""
+        """The run's tags, as trackers show them: its environment, as `icr.*`, and the SHA-256 of its data."""
         return environment_tags() | {"icr.data_sha256": self.data.train_sha256, "icr.heldout_sha256": self.data.heldout_sha256}
 
     def show_data(self, tracker: Tracker) -> None:
@@ -207,7 +207,7 @@ class Run:
             tracker.dataset(partial(describe_data, self.config, self.data.heldout, self.data.heldout_sha256), "validation")
 
     def measure(self, judged: bool) -> Report:
-        """The report of the state as it is, with samples if they are to be judged or the verdict wants them; on every rank."""
+        """The report of the present state, with samples if they are to be judged or the verdict wants them; on every rank."""
         state, config, absent = self.state, self.config, {}
         step = state.images_seen
         values: dict[str, float] = {
@@ -231,17 +231,17 @@ class Run:
         report = self.monitor.measure(step).joined(Report(step, values, absent=absent))
         if self.losses is not None:
             report = report.joined(self.losses.measure(step))
-        found = self.verdicts.add(report.flat())
-        if judged or (self.on_suspicion and found.wants_samples):
+        verdict = self.verdicts.add(report.flat())
+        if judged or (self.on_suspicion and verdict.wants_samples):
             samples = self.generation.measure(step)
-            report, found = report.joined(samples), self.verdicts.add_samples(samples.flat())
-        return report.joined(Report(step, found.forecast.values()))
+            report, verdict = report.joined(samples), self.verdicts.add_samples(samples.flat())
+        return report.joined(Report(step, verdict.forecast.values()))
 
     def train_to_end(self, tracker: Tracker | None, console: Console, wants_stop: Callable[[], bool]) -> str:
         """Train to the end of the schedule, or until asked to stop; returns FINISHED or KILLED. Raises TrainingError."""
         due, trained = [step for step in self.schedule if step >= self.state.images_seen], 0
         with closing(train(self.state, self.inputs, self.family, self.accelerator)) as steps, closing(self._curve(tracker)):
-            self._go_on()
+            self._start_clock()
             while due:
                 if self.state.images_seen >= due[0]:  # above it where the batch size has changed
                     self._pause()
@@ -252,7 +252,7 @@ class Run:
                     if self._verdict_reached():
                         console.stopped(self.verdicts.verdict)
                         return "FINISHED"
-                    self._go_on()
+                    self._start_clock()
                     continue
                 decision = self.agreement.ask(self.state, wants_stop(), trained)
                 if decision.save or decision.stop:
@@ -260,7 +260,7 @@ class Run:
                     self._save()
                     if decision.stop:
                         return "KILLED"
-                    self._go_on()
+                    self._start_clock()
                 self._step(steps)
                 trained += 1
                 console.step(self.state)
@@ -289,18 +289,18 @@ class Run:
         self.curve.step(self.state)
 
     def _pause(self) -> None:
-        """Stop the clock of the training, once what is queued is trained, and have the curve on the tracker."""
+        """Stop the training's clock, after the queued work, and wait until the curve is logged."""
         if self.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         self._trained_seconds += time.perf_counter() - self._since
         self.curve.flush()
 
-    def _go_on(self) -> None:
+    def _start_clock(self) -> None:
         self._since = time.perf_counter()
         self.curve.start_clock(self.state.images_seen)
 
     def _observe(self, tracker: Tracker | None, console: Console, judged: bool) -> None:
-        """Save, then measure: a kill while it is measured costs no training. What was saved is measured again, to the same."""
+        """Save, then measure: a kill during a measurement costs no training, and a resumed run measures the same again."""
         self._save()
         with whole_average(self.state, self.accelerator):
             report = self.measure(judged)
@@ -322,9 +322,9 @@ class Run:
         return state in STOP_VERDICTS[STOP_VERDICTS.index(self.config.monitor.stop_on) :]
 
     def _save(self) -> None:
-        """Write a checkpoint, unless no training could go on from it; every rank takes part. Raises DivergedError on all."""
+        """Write a checkpoint, unless no training could resume from it; every rank takes part. Raises DivergedError on all."""
         self.agreement.saved()
-        # Weights that give no finite gradient are none to go on from; in fp16 it may be the scaler's factor.
+        # No training resumes from weights that give no finite gradient; in fp16 the scaler's factor may be the cause.
         if self.accelerator.scaler is None and int(self.state.skipped[1]):
             return
         state, sharded, tensors = self.state, is_sharded(self.state.network), dict[str, torch.Tensor]()
@@ -333,9 +333,9 @@ class Run:
         if self.is_main or sharded:
             tensors = named_tensors(state, self.accelerator, self.monitor.state_dict(), losses, curve)
         problem = not_finite(tensors)
-        there = self.is_main and is_saved(self.output_dir, state.images_seen)
-        found = torch.tensor([float(bool(problem)), float(there)], device=self.accelerator.device)
-        broken, saved = self.accelerator.reduce(found, reduction="sum").tolist()
+        saved_here = self.is_main and is_saved(self.output_dir, state.images_seen)
+        flags = torch.tensor([float(bool(problem)), float(saved_here)], device=self.accelerator.device)
+        broken, saved = self.accelerator.reduce(flags, reduction="sum").tolist()
         if broken:
             raise DivergedError(self.config.optimizer.learning_rate, f"{problem or 'a weight'} is not finite")
         if not saved:
@@ -346,14 +346,14 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def _write(self, tensors: dict[str, torch.Tensor], sharded: bool) -> None:
-        """Write a checkpoint: the main process, and where parameters are sharded every rank its shares."""
+        """Write a checkpoint on the main process, and the shares of every rank where parameters are sharded."""
         shares = None
         if sharded:
             shares = {
                 key: value for key, value in tensors.items() if key.startswith(("network/", "ema/", "optimizer/", "power/"))
             }
             kept = {key: value for key, value in tensors.items() if key not in shares or key.startswith("power/")}
-            tensors = entire_tensors(kept)  # what the folder of the average and its snapshots are made of
+            tensors = entire_tensors(kept)  # for the folder of the average, and its snapshots
         if self.is_main:
             entire = tensors if sharded else entire_tensors(tensors)
             save_checkpoint(
@@ -364,7 +364,7 @@ class Run:
             save_shares(part_of(folder), self.accelerator, shares)
 
     def conclude(self, tracker: Tracker) -> None:
-        """What the run comes to: quality against copying, tables of images, vectors for the projector; on the main process."""
+        """Log the run's results: quality against copying, tables of images, vectors for the projector; on the main process."""
         if not tracker.journal.rows:
             return
         step = int(tracker.journal.rows[-1]["images_seen"])
@@ -381,10 +381,10 @@ class Run:
         if features is None:
             return
         features = features[:PROJECTOR_IMAGES]
-        shown = image_tiles((as_unit_interval(self.data.train[: len(features)]) * 255).round().to(torch.uint8))
+        tiles = image_tiles((as_unit_interval(self.data.train[: len(features)]) * 255).round().to(torch.uint8))
         texts = [str(i) if labels is None else f"{i}: class {int(labels[i])}" for i in range(len(features))]
         for name, vectors in (("s", invariant_part(features)), ("xi", residual_part(features))):
-            tracker.embedding(name, vectors.float().cpu().numpy(), shown, texts, step)
+            tracker.embedding(name, vectors.float().cpu().numpy(), tiles, texts, step)
 
     def end(self) -> None:
         """Leave the process group, if there is one."""

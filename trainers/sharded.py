@@ -1,4 +1,4 @@
-"""What several ranks have shares of, on disk: each writes its own, by torch.distributed.checkpoint, as safetensors."""
+"""Sharded tensors on disk: each rank writes its shares, by torch.distributed.checkpoint, as safetensors."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def write_shares(tensors: dict[str, Tensor], folder: Path) -> None:
 
 
 def read_entire(folder: Path) -> dict[str, Tensor]:
-    """The tensors that ranks have written, entire, on the CPU; any number of ranks, each for itself."""
+    """The tensors that ranks have written, entire, on the CPU; any number of ranks may read them, each for itself."""
     reader = HuggingFaceStorageReader(str(folder))
-    known = reader.read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(tuple(entry.size), dtype=entry.properties.dtype) for name, entry in known.items()}  # type: ignore[union-attr]
+    stored = reader.read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(tuple(entry.size), dtype=entry.properties.dtype) for name, entry in stored.items()}  # type: ignore[union-attr]
     load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     return tensors

@@ -17,12 +17,12 @@ from mlflow_icr.extraction.images import Read, Store
 from mlflow_icr.extraction.images.store import mapped
 from mlflow_icr.monitoring.ranks import world
 
-PATIENCE = timedelta(days=1)  # that other ranks wait for one to read; NCCL's own ten minutes are too few for a slow disk
+PATIENCE = timedelta(days=1)  # for one rank to read, while others wait; NCCL's own ten minutes are too few for a slow disk
 
 
 @dataclass(frozen=True)
 class _Answer:
-    """Where the images are, and all else that was read."""
+    """The file of the images, and everything else that was read."""
 
     path: Path
     shape: tuple[int, ...]
@@ -41,10 +41,10 @@ def _gathered(value: Any, group: Any) -> list[Any]:
 
 
 def once_a_node(read: Callable[[Store], Read], folder: Path | None) -> Read:
-    """What `read` gives, on every rank: the first rank of each host reads into a file in `folder`, which the others map.
+    """Call `read` once on each host, and return its result on every rank.
 
-    The file has no name any more when this returns, so that nothing is left over, however the ranks end. Raises, on all ranks,
-    the ValueError or OSError of any.
+    The first rank of a host reads into a file in `folder`, which the others map. The file has no name any more when this
+    returns, so that nothing is left over, however the ranks end. Raises, on all ranks, the ValueError or OSError of any.
     """
     if world()[1] == 1:
         return read(Store(folder))
@@ -52,23 +52,23 @@ def once_a_node(read: Callable[[Store], Read], folder: Path | None) -> Read:
     hosts = _gathered(socket.gethostname(), group)
     reader = hosts.index(hosts[dist.get_rank()])
     store = Store(folder, shared=True)
-    found = answer = failure = None
+    content = answer = failure = None
     if reader == dist.get_rank():
         try:
-            found = read(store)
+            content = read(store)
             assert store.path is not None
-            answer = _Answer(store.path, tuple(found.images.shape), found.images.numpy().dtype, _without_images(found))
+            answer = _Answer(store.path, tuple(content.images.shape), content.images.numpy().dtype, _without_images(content))
         except (ValueError, OSError) as error:
             failure = error
     failures = [error for error in _gathered(failure, group) if error is not None]
     answers = _gathered(answer, group)
-    if not failures and found is None:
-        there = answers[reader]
-        found = replace(there.rest, images=torch.from_numpy(mapped(there.path, there.shape, there.dtype)))
+    if not failures and content is None:
+        source = answers[reader]
+        content = replace(source.rest, images=torch.from_numpy(mapped(source.path, source.shape, source.dtype)))
     dist.barrier(group)
     store.forget()
     dist.destroy_process_group(group)
     if failures:
         raise failures[0]
-    assert found is not None
-    return found
+    assert content is not None
+    return content

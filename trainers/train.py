@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 CONFIG = "config.yaml"
 RESUME = ("no", "yes", "auto")
 CHANGES = "config_changes.jsonl"  # one line for each resumption with another configuration
-# What a resumed run may have otherwise, and what is written down as changed; anything else would make it another training.
+# Options that a resumed run may change, and whose changes are written down; any other change would make it another training.
 MAY_CHANGE = frozenset(
     (
         "total_kimg",
@@ -68,10 +68,10 @@ MAY_CHANGE = frozenset(
 
 
 class Stop:
-    """A wish to stop, from Ctrl-C, SIGTERM, SIGUSR1 or SIGUSR2, that the loop can look at; a second Ctrl-C interrupts at once.
+    """A request to stop, by Ctrl-C, SIGTERM, SIGUSR1 or SIGUSR2, that the loop looks at; a second Ctrl-C interrupts at once.
 
-    A SIGTERM after a Ctrl-C is the same wish: `mlflow run` sends one when the terminal has sent the other. SIGUSR1 and SIGUSR2
-    are what Slurm is told to send (`--signal`, submitit) before it takes the machine away.
+    A SIGTERM after a Ctrl-C is the same request: `mlflow run` sends one when the terminal has sent the other. Slurm sends
+    SIGUSR1 or SIGUSR2, as configured (`--signal`, submitit), before it takes the machine away.
     """
 
     def __init__(self) -> None:
@@ -92,37 +92,37 @@ def check_project() -> None:
         raise ValueError(f"mlflow_icr comes from {imported}, but trainers from {here}; install this project: pip install -e .")
 
 
-def goes_on(wish: str, output_dir: Path) -> bool:
+def resumes(resume: str, output_dir: Path) -> bool:
     """Whether a run is resumed: `yes`, `no`, or with `auto` where the output folder holds one. Raises ValueError."""
-    refuse_unknown("resume", wish, list(RESUME))
-    return wish == "yes" or (wish == "auto" and (output_dir / CONFIG).exists())
+    refuse_unknown("resume", resume, list(RESUME))
+    return resume == "yes" or (resume == "auto" and (output_dir / CONFIG).exists())
 
 
 def prepare_folder(output_dir: Path, config: TrainConfig | None, changes: Mapping[str, Any], resume: bool) -> TrainConfig:
     """The configuration to run, after refusing an output folder that is taken or a resumption that does not fit."""
-    there = output_dir / CONFIG
+    path = output_dir / CONFIG
     if not resume:
         assert config is not None
-        if (output_dir / HISTORY).exists() or there.exists():
+        if (output_dir / HISTORY).exists() or path.exists():
             raise ValueError(f"output_dir is {str(output_dir)!r}, which holds a run; expected a new folder, or --resume")
         return config
-    if not there.exists():
+    if not path.exists():
         raise ValueError(f"output_dir is {str(output_dir)!r}, which holds no {CONFIG}; --resume expects the folder of a run")
     if (output_dir / HISTORY).exists():
         read_history(output_dir)  # refuses a damaged one now, not when the first measurement is to be added
-    saved = config_from(read_values(there))
+    saved = config_from(read_values(path))
     for key, value in changes.items():
-        settled = (key, value) in (("encoder", "auto"), ("sigma_data", None))  # the run has what came of it
-        wanted = OPTIONS[key].typed(value) if key in OPTIONS else value  # a file has lists where there are tuples
-        if saved.get(key) != wanted and not settled and key not in MAY_CHANGE:
+        settled = (key, value) in (("encoder", "auto"), ("sigma_data", None))  # the run has the value that was chosen
+        typed = OPTIONS[key].typed(value) if key in OPTIONS else value  # a file has lists where there are tuples
+        if saved.get(key) != typed and not settled and key not in MAY_CHANGE:
             raise ValueError(f"{key} is {value!r}, but the run to resume has {saved.get(key)!r}; expected the same")
     return saved.changed(**{key: value for key, value in changes.items() if key in MAY_CHANGE})
 
 
 def note_changes(output_dir: Path, config: TrainConfig, images_seen: int) -> dict[str, str]:
-    """Write down what a resumed run's configuration changes of the one in its folder; returns that as the run's tags."""
-    there = output_dir / CONFIG
-    old = read_values(there) if there.exists() else config.flat()
+    """Write down how a resumed run's configuration differs from the one in its folder; returns the differences as tags."""
+    path = output_dir / CONFIG
+    old = read_values(path) if path.exists() else config.flat()
     changes = {key: [old.get(key), value] for key, value in config.flat().items() if old.get(key, value) != value}
     if not changes:
         return {}
@@ -131,8 +131,8 @@ def note_changes(output_dir: Path, config: TrainConfig, images_seen: int) -> dic
     return {f"icr.changed.{key}": f"{a} -> {b} at {images_seen} images" for key, (a, b) in changes.items()}
 
 
-def run_is_mine() -> bool:
-    """Whether this process is the one that logs: rank 0, by what torchrun and accelerate set, before either is imported."""
+def logs_here() -> bool:
+    """Whether this process is the one that logs: rank 0, by torchrun's or accelerate's variables, before either is imported."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
@@ -140,8 +140,8 @@ def configure(arguments: Any) -> tuple[TrainConfig, Path, dict[str, str], str | 
     """Everything that the command line says, checked. Raises ValueError for impossible values."""
     check_launcher(os.environ)
     changes, config = settled_paths(config_changes(arguments)), None
-    output_dir = output_folder(arguments.output_dir) if run_is_mine() else Path(arguments.output_dir).expanduser()
-    resume = goes_on(arguments.resume, output_dir)
+    output_dir = output_folder(arguments.output_dir) if logs_here() else Path(arguments.output_dir).expanduser()
+    resume = resumes(arguments.resume, output_dir)
     if arguments.preset is not None and arguments.config is not None:
         raise ValueError(f"preset is {arguments.preset!r} and config {arguments.config!r}; expected one of them")
     if arguments.config is not None:
@@ -149,13 +149,13 @@ def configure(arguments: Any) -> tuple[TrainConfig, Path, dict[str, str], str | 
         changes = config.flat()
     elif arguments.preset is not None:
         values = preset_values(arguments.preset)
-        if not resume:  # a run that goes on has a configuration, and needs no more what it began with
+        if not resume:  # a resumed run has its configuration already
             config = config_from(with_changes(values, changes))
         changes["preset"] = arguments.preset
     elif "data" in changes and not resume:
         values, lines = plan_for(with_changes({}, changes))
         config = config_from(with_changes(values, {}))
-        if run_is_mine() and (is_launched() or arguments.num_processes == 1):
+        if logs_here() and (is_launched() or arguments.num_processes == 1):
             print(*lines, sep="\n", flush=True)
     elif not resume:
         raise ValueError(f"preset is not given; expected one of {', '.join(preset_names())}, or --data alone")
@@ -173,9 +173,9 @@ def configure(arguments: Any) -> tuple[TrainConfig, Path, dict[str, str], str | 
 def train_run(
     run: Run, stop: Stop, output_dir: Path, tags: Mapping[str, str], resume: bool, options: Mapping[str, str | None]
 ) -> str:
-    """Train, measure, record and save until the end or a wish to stop; returns FINISHED or KILLED.
+    """Train, measure, record and save until the end or a request to stop; returns FINISHED or KILLED.
 
-    `options` are more of `folder_tracker`'s.
+    `options` are further ones of `folder_tracker`.
     """
     from mlflow_icr.extraction.files import write_whole
     from mlflow_icr.reporting import conclude
@@ -189,7 +189,7 @@ def train_run(
         tags = {**tags, **note_changes(output_dir, run.config, run.state.images_seen)}
         content = yaml.safe_dump(run.config.grouped(), sort_keys=False).encode()
         write_whole(output_dir / CONFIG, lambda file: file.write(content))  # a resumption must not find half of it
-        # A resumed run goes on in the MLflow run of its folder.
+        # A resumed run continues the MLflow run of its folder.
         tracker = folder_tracker(output_dir, resume=resume, log_models=run.config.run.log_models, **options)  # type: ignore[arg-type]
         tracker.open(run.params(), {**run.tags(), **tags})
         run.show_data(tracker)
@@ -205,9 +205,9 @@ def train_run(
                 if status != "FAILED":
                     run.conclude(tracker)
                     conclude(tracker)
-            finally:  # a full disk may take no table: every tracker is told how the run ended all the same
-                found = tracker.verdict
-                console.summary(tracker.close(status), found, status, output_dir)
+            finally:  # a full disk may take no table: every tracker gets the run's status all the same
+                verdict = tracker.verdict
+                console.summary(tracker.close(status), verdict, status, output_dir)
     return status
 
 
@@ -220,29 +220,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.num_processes > 1 and not is_launched():
             return launch(arguments.num_processes, sys.argv[1:] if argv is None else argv, output_dir)
         stop = Stop()
-        tell = end_as_rank()
+        set_status = end_as_rank()
         from trainers.agreement import TrainingError
         from trainers.run import Run  # torch, diffusers and accelerate, once the input is known to be good
 
         run = Run(config, output_dir, resume=resume)
     except (ValueError, OSError) as error:
-        if run_is_mine():
+        if logs_here():
             print(f"trainers.train: error: {error}", file=sys.stderr)
         return 2
     try:
-        # Not of the configuration, which trackers show: an address can be a secret.
+        # These are not in the configuration, which trackers show: an address can be a secret.
         options = {"run_name": run_name, "on_verdict": arguments.on_verdict, "register": arguments.register}
         status = train_run(run, stop, output_dir, tags, resume, options)
     except OSError as error:  # a full disk, most of all: what was measured before is whole, and so is the last checkpoint
         print(f"trainers.train: error: {error}; continue with --resume when that is fixed", file=sys.stderr)
         return 1
     except TrainingError as error:
-        if run_is_mine():
+        if logs_here():
             print(f"trainers.train: error: {error}", file=sys.stderr)
         run.end()
-        return tell(1)
+        return set_status(1)
     run.end()
-    return tell(0 if status == "FINISHED" else 128 + (stop.signal or signal.SIGINT))
+    return set_status(0 if status == "FINISHED" else 128 + (stop.signal or signal.SIGINT))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Where a training begins from a trained network: a run of one's own, a diffusers folder, or a name on the hub.
+"""The start of a training from a trained network: a run's, a diffusers folder, or a name on the hub.
 
-What the network is (its shape, what it predicts, on which noise) is then its own: it fills in the configuration, and flags that
-say otherwise are refused.
+The network's shape, prediction and noise then stay its own: they fill in the configuration, and flags that say otherwise are
+refused.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from mlflow_icr.extraction.images import height_width, parse_size
 from mlflow_icr.extraction.pipelines import INDEX, NULL_CLASS, SCHEDULER, load_network, load_scheduler, pipeline_folder
 
 PARTS = {"UNet2DModel": "unet", "DiTTransformer2DModel": "transformer"}
-# What of a scheduler has no option here (`trainers/families/ddpm.py`), and is refused where it is otherwise.
+# Settings of a scheduler that have no option here (`trainers/families/ddpm.py`); other values are refused.
 USUAL = {"trained_betas": None, "rescale_betas_zero_snr": False, "timestep_type": "discrete"}
 EMBEDDING_STD = 0.02  # as in DiT
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}
-FREE = ("autoencoder", "dropout")  # what a configuration may have otherwise than the training that made the network
+FREE = ("autoencoder", "dropout")  # options that may differ from those of the training that made the network
 
 
 @dataclass(frozen=True)
 class Start:
-    """The folder of a trained network, its config, and what a configuration must say to continue it, by flat name."""
+    """The folder of a trained network, its config, and the options that a configuration needs to continue it, by flat name."""
 
     place: str
     folder: Path  # of the network
@@ -47,10 +47,10 @@ class Start:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text()) if path.exists() else {}
+        content = json.loads(path.read_text()) if path.exists() else {}
     except (OSError, ValueError) as error:
         raise ValueError(f"init_from has a {path.name} that cannot be read ({str(error).splitlines()[0]})") from None
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _root(place: str) -> Path:
@@ -66,8 +66,8 @@ def _root(place: str) -> Path:
     try:
         return pipeline_folder(place, trust_remote_code=False)
     except ValueError as error:
-        there = "it holds no model" if folder.is_dir() else "no such folder"
-        reason = str(error).split(" (", 1)[1].rsplit(")", 1)[0] if " (" in str(error) else there
+        absence = "it holds no model" if folder.is_dir() else "no such folder"
+        reason = str(error).split(" (", 1)[1].rsplit(")", 1)[0] if " (" in str(error) else absence
         raise ValueError(
             f"init_from is {place!r}; expected a run, a diffusers folder of a UNet2DModel or a DiTTransformer2DModel, or a "
             f"name on the hub ({reason})"
@@ -103,7 +103,7 @@ def find_start(place: str) -> Start:
 
 
 def _network_options(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the options of a network say of this one, as far as there are options for it."""
+    """The network options that describe this network, as far as there are options for it."""
     options: dict[str, Any] = {"dropout": float(config.get("dropout") or 0)}
     if kind == "DiTTransformer2DModel":
         heads = int(config["num_attention_heads"])
@@ -114,7 +114,7 @@ def _network_options(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _noise_options(place: str, root: Path) -> dict[str, Any]:
-    """Family and noise that the scheduler of a folder stands for; none without a scheduler."""
+    """The options of family and noise that a folder's scheduler stands for; none without a scheduler."""
     if not (root / SCHEDULER).exists():
         return {}
     with torch.random.fork_rng(devices=[]):  # diffusers draws from the global generator where it makes some schedulers
@@ -140,9 +140,9 @@ def _noise_options(place: str, root: Path) -> dict[str, Any]:
 
 
 def started_values(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of a configuration, by flat name, with what its `init_from` implies in the place of all but the `changes`.
+    """Values of a configuration, by flat name, replaced by those that its `init_from` implies; FREE `changes` stay.
 
-    Raises ValueError where the changes say otherwise.
+    Raises ValueError where other changes say otherwise.
     """
     start = find_start(str(values["init_from"]))
     implied = dict(start.implied)
@@ -167,9 +167,9 @@ def started_values(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dic
         side = min(height_width(parse_size(resolution))) // factor
         implied["attention_resolutions"] = tuple(side // 2**level for level in start.attends)
     for key, value in implied.items():
-        given = tuple(changes[key]) if isinstance(changes.get(key), list) else changes.get(key)
-        if key in changes and given != value:
-            raise ValueError(f"{key} is {given!r}; expected {value!r}, which init_from {start.place!r} has")
+        wanted = tuple(changes[key]) if isinstance(changes.get(key), list) else changes.get(key)
+        if key in changes and wanted != value:
+            raise ValueError(f"{key} is {wanted!r}; expected {value!r}, which init_from {start.place!r} has")
     return {**values, **implied}
 
 
@@ -180,7 +180,7 @@ def _downsampling(autoencoder: str) -> int:
 
 
 def check_start(start: Start, channels: int, size: tuple[int, int], num_classes: int | None) -> None:
-    """Raise ValueError where a network does not fit what it is to be trained on."""
+    """Raise ValueError where a network does not fit the training inputs."""
     takes, made_for = start.network.get("in_channels"), start.network.get("sample_size")
     if takes != channels:
         raise ValueError(
@@ -198,7 +198,7 @@ def load_start(start: Start, channels: int, num_classes: int | None, dropout: fl
     """The network, in float32, with a share of dropout.
 
     Its table of classes is drawn again if the data has another number of them (None: any). The channels of a learned variance
-    are left out: the losses here would not train them, and what they said would be of the network before.
+    are left out: the losses here would not train them, so they would stay those of the earlier training.
     """
     network = load_network(start.folder, dropout=dropout)
     if (network.config.out_channels or channels) != channels:

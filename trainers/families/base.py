@@ -1,4 +1,4 @@
-"""What the loop, the monitors and the checkpoints ask of a family."""
+"""The interface of a family to the loop, the monitors and the checkpoints."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ class Family(ABC):
 
     @property
     def null_class(self) -> int | None:
-        """The class that stands for none; None for a U-Net without classes. Such a transformer knows class 0 alone."""
-        found = self._null_of_start if self.num_classes is None else self.num_classes
-        return found or 0 if self.config.network.kind == TRANSFORMER else found
+        """The class that stands for none; None for a U-Net without classes. A transformer without classes has class 0 alone."""
+        null = self._null_of_start if self.num_classes is None else self.num_classes
+        return null or 0 if self.config.network.kind == TRANSFORMER else null
 
     def build(self, channels: int, size: Size, start: str = "") -> nn.Module:
         """The network for x (B, channels, side, side), or (B, channels, height, width), initialised from the seed.
 
-        `start`, or else the configuration's `init_from`, is where a trained one is taken from. Raises ValueError where that is
-        none, or does not fit.
+        A trained network is taken from `start`, else from the configuration's `init_from`. Raises ValueError if there is none,
+        or it does not fit.
         """
         place, rank = start or self.config.network.init_from, self.config.network.lora_rank
         with torch.random.fork_rng(devices=[]):
@@ -93,7 +93,7 @@ class Family(ABC):
         """diffusers' scheduler of the noise that is trained on."""
 
     def components(self, network: Any) -> dict[str, Any]:
-        """The network as it is saved, by its folder's name; a transformer has a copy of the embedding in each block."""
+        """The network as it is saved, by its folder's name; each block of a transformer has a copy of the embedding."""
         if self.config.network.kind == TRANSFORMER:
             return {"transformer": with_own_embeddings(network)}
         return {"unet": network}
@@ -103,11 +103,11 @@ class Family(ABC):
         return None
 
     def save(self, folder: Path, network: nn.Module, *, latent: bool = False) -> None:
-        """Write a folder that plain diffusers loads and samples; of a `latent` model, all but the autoencoder's `vae/`.
+        """Write a folder that plain diffusers loads and samples; for a `latent` model, all but the autoencoder's `vae/`.
 
         Where no pipeline of diffusers does it (latents, flow matching), `pipeline.py` is in the folder, and loading it needs
-        trust_remote_code=True. Weights are safetensors. Of a LoRA there are the weights of the network with it, and beside them
-        its own, as diffusers' loaders take them. A layer for augmentation's labels is left out: samples have none.
+        trust_remote_code=True. Weights are safetensors. A LoRA is merged into the network's weights, and also saved beside
+        them, as diffusers' loaders take it. A layer for augmentation's labels is left out: samples have none.
         """
         network = without_label_layer(network)
         if self.config.network.lora_rank:

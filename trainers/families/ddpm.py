@@ -56,11 +56,11 @@ class DDPM(Family):
         return torch.from_numpy(generator.integers(0, self.config.noise.timesteps, count)).float()
 
     def loss(self, denoiser: Any, x: Tensor, level: Tensor, noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The mean squared error of what is predicted: the noise, or v = sqrt(abar) noise - sqrt(1 - abar) x; unweighted.
+        """The mean squared error of the prediction: of noise, or of v = sqrt(abar) noise - sqrt(1 - abar) x; unweighted.
 
-        That of a predicted x is weighted by abar / (1 - abar), which makes it the noise's.
+        The error of a predicted x is weighted by abar / (1 - abar), which makes it the error of the noise.
         """
-        if x.device not in self._tables:  # kept: to bring them there in each step would make the host wait for the device
+        if x.device not in self._tables:  # cached: to copy them there in each step would make the host wait for the device
             signals, shares = (torch.sigmoid(sign * denoiser.log_sigmas).sqrt().to(x) for sign in (-2, 2))
             self._tables[x.device] = signals, shares  # sqrt(abar) and sqrt(1 - abar), (T,)
         signal, share = (table[level.long()].view(-1, 1, 1, 1) for table in self._tables[x.device])
@@ -74,14 +74,14 @@ class DDPM(Family):
                 return (signal / share * (predicted - x)).square().mean()
 
     def stock_pipeline(self, network: Any) -> Any:
-        """DDPMPipeline, or for a U-Net of classes one that tells it classes; none for a transformer."""
+        """DDPMPipeline, or one that takes classes for a U-Net of classes; None for a transformer, or classes of rectangles."""
         from diffusers import ConsistencyModelPipeline, DDPMPipeline
 
         if self.config.network.kind == TRANSFORMER:  # diffusers' pipeline of it wants latents and classes
             return None
         if self.null_class is None:
             return DDPMPipeline(network, self.scheduler())
-        if not isinstance(network.config.sample_size, int):  # the other one samples squares alone
+        if not isinstance(network.config.sample_size, int):  # ConsistencyModelPipeline samples squares alone
             return None
-        # Made for consistency models, it samples by any scheduler, and alone of diffusers' pipelines tells a U-Net classes.
+        # Made for consistency models, it samples by any scheduler, and alone of diffusers' pipelines gives a U-Net classes.
         return ConsistencyModelPipeline(network, self.scheduler())

@@ -62,9 +62,9 @@ def make_dit(config: TrainConfig, channels: int, size: tuple[int, int], num_clas
 
 
 def share_embedding(network: Any, *, trained: bool = False) -> None:
-    """One embedding of time and class for all blocks, which drops no labels: the batches do, by keys.
+    """Give all blocks one embedding of time and class, which drops no labels: the batches do, by keys.
 
-    A `trained` network whose blocks have different ones, as diffusers makes them, keeps those.
+    A `trained` network whose blocks have different embeddings, as diffusers makes them, keeps those.
     """
     embeddings = [block.norm1.emb for block in network.transformer_blocks]
     for embedding in embeddings:

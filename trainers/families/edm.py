@@ -26,8 +26,8 @@ def edm_loss(
     The weight (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 makes every noise level count alike at initialisation.
     """
     weight = (sigma.square() + sigma_data**2) / (sigma * sigma_data).square()
-    noised, known = images + sigma.view(-1, 1, 1, 1) * noise, {} if labels is None else {"labels": labels}
-    denoised = denoiser(noised, sigma, **known)
+    noised, conditions = images + sigma.view(-1, 1, 1, 1) * noise, {} if labels is None else {"labels": labels}
+    denoised = denoiser(noised, sigma, **conditions)
     return (weight.view(-1, 1, 1, 1) * (denoised - images).square()).mean()
 
 
@@ -36,7 +36,7 @@ class EDM(Family):
 
     @property
     def sigma_data(self) -> float:
-        """The standard deviation of what is trained on; a run has measured it where its configuration did not give it."""
+        """The standard deviation of the training inputs; a run measures it if its configuration does not give it."""
         assert self.config.noise.sigma_data is not None, "sigma_data is measured before a family is made"
         return self.config.noise.sigma_data
 
@@ -62,10 +62,10 @@ class EDM(Family):
         return EDMDPMSolverMultistepScheduler(sigma_data=self.sigma_data)
 
     def stock_pipeline(self, network: Any) -> Any:
-        """One that was made for consistency models: it samples by any scheduler."""
+        """diffusers' pipeline of consistency models, which samples by any scheduler; None for other than squares."""
         from diffusers import ConsistencyModelPipeline
 
-        if not isinstance(network.config.sample_size, int):  # it samples squares alone
+        if not isinstance(network.config.sample_size, int):
             return None
         # Plain diffusers loads and samples this; with DDPMPipeline it would run and be wrong.
         return ConsistencyModelPipeline(unet=network, scheduler=self.scheduler())

@@ -1,8 +1,8 @@
 """Flow matching as in SiT (Ma et al. 2024), on diffusers' DiTTransformer2DModel.
 
 The interpolant is linear, x_t = (1 - t) x + t noise, and the network learns its velocity, noise - x, at t uniform in [0, 1].
-t is the share of noise, as in SiT's paper; the network is told 1000 t, as diffusers' flow-matching schedulers do, where SiT's
-code tells it t. Unlike diffusers, SiT shares the embedding of time and class between its blocks: so does the network here, and
+t is the share of noise, as in SiT's paper; the network gets 1000 t, as from diffusers' flow-matching schedulers, where SiT's
+code gives it t. Unlike diffusers, SiT shares the embedding of time and class between its blocks: so does the network here, and
 a saved one has a copy in each block.
 """
 

@@ -1,4 +1,4 @@
-"""From noise to images, through latents or not, of classes or not: what diffusers has no pipeline of its own for.
+"""A pipeline from noise to images, with or without latents and classes, for models that diffusers has no pipeline for.
 
 This file is copied into the folders of such models and needs diffusers and torch alone:
 DiffusionPipeline.from_pretrained(folder, trust_remote_code=True).
@@ -77,8 +77,8 @@ class NoiseToImagePipeline(DiffusionPipeline):  # type: ignore[misc]
             times = t.to(device).expand(len(scaled))
             output = network(scaled.to(network.dtype), times, return_dict=False, **conditions)[0]
             if guided:
-                known, unknown = output.chunk(2)
-                output = unknown + guidance_scale * (known - unknown)
+                conditional, unconditional = output.chunk(2)
+                output = unconditional + guidance_scale * (conditional - unconditional)
             x = self.scheduler.step(output, t, x, return_dict=False, **noisy)[0]
         images: Any = (self._decode(x.to(network.dtype)) / 2 + 0.5).clamp(0, 1)
         if output_type != "pt":

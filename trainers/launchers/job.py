@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Protocol
 
 FINISHED, FAILED, KILLED, RUNNING = "FINISHED", "FAILED", "KILLED", "RUNNING"
-# What ends a trainer on request, after a checkpoint: its exit status is 128 + one of these, or minus one in its first seconds.
+# Signals that end a trainer, after a checkpoint: its exit status is 128 + one of them, or minus one in its first seconds.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run's name, its command line, the file that is there once the run has begun, and the log that it appends to.
+    """A run's name, its command line, the file that exists once the run has begun, and the log that it appends to.
 
     Without `begun` the command resumes by itself where it can.
     """
@@ -45,7 +45,7 @@ class Launcher(Protocol):
     def run(
         self, jobs: Sequence[Job], wants_stop: Callable[[], bool], echo: Callable[[str], None]
     ) -> Generator[Ended, None, None]:
-        """Yield each job's outcome as it ends; after `wants_stop`, what is known of the rest. `echo` gets lines on progress.
+        """Yield each job's outcome as it ends; after `wants_stop`, those known of the rest. `echo` gets lines on progress.
 
         Raises OSError when no job can be started at all.
         """

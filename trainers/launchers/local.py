@@ -20,10 +20,10 @@ LOOK_EVERY_SECONDS = 0.2
 
 
 def visible_gpus() -> list[str]:
-    """The NVIDIA GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; torch, which knows too, stays out."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if given is not None:
-        return [name.strip() for name in given.split(",") if name.strip()]
+    """The NVIDIA GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; torch is not imported."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name.strip() for name in visible.split(",") if name.strip()]
     if shutil.which("nvidia-smi") is None:
         return []
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
@@ -36,13 +36,13 @@ class _Running:
     child: subprocess.Popen[str]
     slot: int
     since: int  # bytes of the log before this attempt
-    copier: threading.Thread | None  # who copies its output to the log and to the terminal
+    copier: threading.Thread | None  # that copies its output to the log and to the terminal
 
 
 class LocalLauncher:
     """At most `parallel` processes at a time; `inherited` file descriptors stay open in each as long as it lives.
 
-    `on_output(name, line)` is called with every line of output as it comes; the job's log has it too. Each job gets one of
+    `on_output(name, line)` is called with every line of output as it comes, which is in the job's log too. Each job gets one of
     several GPUs, unless jobs of several ranks are to share them all.
     """
 
@@ -59,9 +59,9 @@ class LocalLauncher:
     def run(
         self, jobs: Sequence[Job], wants_stop: Callable[[], bool], echo: Callable[[str], None]
     ) -> Generator[Ended, None, None]:
-        """Yield each job's end as it comes. After `wants_stop` those that run are asked to stop, and no other one starts.
+        """Yield each job's outcome as it ends. After `wants_stop`, running jobs are asked to stop, and no other one starts.
 
-        However this ends, no child is left.
+        No child is left running, however this ends.
         """
         parallel = max(1, min(self.parallel, len(jobs)))
         shared, gpus = environment(parallel), visible_gpus()
@@ -71,25 +71,25 @@ class LocalLauncher:
             while (waiting or running) and not wants_stop():
                 if waiting and free:
                     job, slot = waiting.popleft(), free.popleft()
-                    own = {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if self.one_gpu_each and len(gpus) > 1 else {}
+                    gpu = {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if self.one_gpu_each and len(gpus) > 1 else {}
                     try:
-                        running.append(self._start(job, shared | own, slot))
+                        running.append(self._start(job, shared | gpu, slot))
                         echo(f"{job.name} starts; its output is in {job.log}")
                     except OSError as error:  # no memory for a process, or no disk for a log
                         free.append(slot)
                         yield Ended(job.name, FAILED, str(error))
                     continue
-                for one in [one for one in running if one.child.poll() is not None]:
-                    running.remove(one)
-                    free.append(one.slot)
-                    yield _ended(one)
+                for attempt in [attempt for attempt in running if attempt.child.poll() is not None]:
+                    running.remove(attempt)
+                    free.append(attempt.slot)
+                    yield _ended(attempt)
                 time.sleep(LOOK_EVERY_SECONDS)
-            end_children([one.child for one in running])
+            end_children([attempt.child for attempt in running])
             stopped, running = running, []
-            for one in stopped:
-                yield _ended(one, asked=True)
+            for attempt in stopped:
+                yield _ended(attempt, asked=True)
         finally:
-            end_children([one.child for one in running])
+            end_children([attempt.child for attempt in running])
 
     def _start(self, job: Job, variables: dict[str, str], slot: int) -> _Running:
         job.log.parent.mkdir(parents=True, exist_ok=True)
@@ -121,15 +121,15 @@ def _copy_output(job: Job, child: subprocess.Popen[str], on_output: Callable[[st
             on_output(job.name, line)
 
 
-def _ended(one: _Running, *, asked: bool = False) -> Ended:
-    if one.copier is not None:
-        one.copier.join()
-    code = one.child.returncode
+def _ended(attempt: _Running, *, asked: bool = False) -> Ended:
+    if attempt.copier is not None:
+        attempt.copier.join()
+    job, code = attempt.job, attempt.child.returncode
     if code == 0:
-        return Ended(one.job.name, FINISHED)
+        return Ended(job.name, FINISHED)
     if asked or was_stopped(code):
-        return Ended(one.job.name, KILLED)
+        return Ended(job.name, KILLED)
     if code < 0:
-        said = signal.Signals(-code).name
-        return Ended(one.job.name, FAILED, f"ended by {said}" + (", as when memory runs out" if said == "SIGKILL" else ""))
-    return Ended(one.job.name, FAILED, first_error(one.job.log, one.since) or f"exit status {code}")
+        name = signal.Signals(-code).name
+        return Ended(job.name, FAILED, f"ended by {name}" + (", as when memory runs out" if name == "SIGKILL" else ""))
+    return Ended(job.name, FAILED, first_error(job.log, attempt.since) or f"exit status {code}")

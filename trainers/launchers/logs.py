@@ -1,4 +1,4 @@
-"""What a run's log says went wrong."""
+"""The first error in a run's log."""
 
 from __future__ import annotations
 
@@ -25,5 +25,5 @@ def first_error(log: Path, since: int = 0) -> str:
         file.seek(since)
         lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
     lines = [line for line in lines if line]
-    found = next((line for line in lines if ERROR.match(line)), lines[-1] if lines else "")
-    return without_credentials(found)[:LONGEST]
+    error = next((line for line in lines if ERROR.match(line)), lines[-1] if lines else "")
+    return without_credentials(error)[:LONGEST]

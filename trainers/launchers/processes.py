@@ -13,11 +13,11 @@ GRACE_SECONDS = 300.0  # for a child that was asked to stop: its measurement in 
 
 
 def environment(parallel: int) -> dict[str, str]:
-    """The children's: a run of their own each, and a fair share of the cores."""
+    """The environment of children: each has an MLflow run of its own, and a fair share of the cores."""
     variables = {key: value for key, value in os.environ.items() if key != "MLFLOW_RUN_ID"}
-    # With more threads than cores, those that wait burn what those that work need, and training crawls.
-    given = variables.get("OMP_NUM_THREADS", "")
-    variables["OMP_NUM_THREADS"] = str(max(1, (int(given) if given.isdigit() else cores()) // parallel))
+    # With more threads than cores, waiting threads take the time of working ones, and training crawls.
+    threads = variables.get("OMP_NUM_THREADS", "")
+    variables["OMP_NUM_THREADS"] = str(max(1, (int(threads) if threads.isdigit() else cores()) // parallel))
     variables["PYTHONUNBUFFERED"] = "1"
     return variables
 
@@ -35,5 +35,5 @@ def end_children(children: Collection[subprocess.Popen[str]]) -> None:
                 child.kill()
     finally:
         for child in children:
-            child.kill()  # which an ended one does not notice
+            child.kill()  # no effect on one that has ended
             child.wait()

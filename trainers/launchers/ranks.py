@@ -1,4 +1,4 @@
-"""torchrun, as `trainers.launch` starts it: what a failed rank has said stays the last line, without a traceback of torchrun's.
+"""torchrun, as `trainers.launch` starts it: a failed rank's error stays the last line, without a traceback of torchrun's.
 
 The process ends with the status of the rank that failed first. A rank that was ended by a signal prints no line of its own, so
 this module prints one.
@@ -21,8 +21,8 @@ def main(arguments: Sequence[str]) -> int:
     logging.disable(logging.ERROR)  # in this process alone: lines on ranks that end because another one has
     try:
         run(parse_args(list(arguments)))
-    except SignalException as asked:
-        return 128 + int(asked.sigval)
+    except SignalException as stopped:
+        return 128 + int(stopped.sigval)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode >= 0:

@@ -35,7 +35,7 @@ GONE = "gone"  # the queue does not know it any more
 
 @dataclass(frozen=True)
 class SlurmOptions:
-    """What each job asks for. Raises ValueError for what no cluster takes."""
+    """The resources of each job. Raises ValueError for values that no cluster takes."""
 
     time_minutes: int = 60
     nodes: int = 1
@@ -77,7 +77,7 @@ class SlurmOptions:
         return self.nodes * self.tasks
 
     def parameters(self, name: str, parallel: int) -> dict[str, Any]:
-        """What submitit's executor is to know; a job's name and how many run at a time come with it."""
+        """The parameters of submitit's executor, with a job's name and how many run at a time."""
         texts = {key: getattr(self, key) for key in ("mem", "partition", "account", "qos", "constraint") if getattr(self, key)}
         return {
             "name": name,
@@ -96,10 +96,10 @@ class SlurmOptions:
 
 def minutes(text: str) -> int:
     """Minutes of a time as Slurm writes it: 90, 1:30:00 or 2-12:00:00. Raises ValueError."""
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
-    if not found:
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if not match:
         raise ValueError(f"time is {text!r}; expected minutes, H:MM:SS or D-HH:MM:SS")
-    days, *rest = (None if part is None else int(part) for part in found.groups())
+    days, *rest = (None if part is None else int(part) for part in match.groups())
     first, second, third = rest
     assert first is not None
     if days is not None:
@@ -126,10 +126,10 @@ def queue() -> dict[str, tuple[str, str]] | None:
     """State and reason of each of this user's jobs that the queue still knows, by id; None when it does not answer."""
     # Not sacct, which submitit asks: it needs accounting, and not all clusters have it.
     command = ["squeue", "-h", "-r", "-t", "all", "-u", getpass.getuser(), "-o", "%i|%T|%r"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
+    answer = subprocess.run(command, capture_output=True, text=True)
+    if answer.returncode:
         return None
-    lines = [line.split("|", 2) for line in done.stdout.splitlines() if line.count("|") >= 2]
+    lines = [line.split("|", 2) for line in answer.stdout.splitlines() if line.count("|") >= 2]
     return {number: (state, reason) for number, state, reason in lines}
 
 
@@ -147,7 +147,7 @@ class SlurmLauncher:
         cluster: str = "slurm",
         look_every_seconds: float = LOOK_EVERY_SECONDS,
     ) -> None:
-        """`finished` says of a run, by name, whether its folder holds all of it; `cluster` is submitit's name for one."""
+        """`finished(name)` says whether a run's folder is complete; `cluster` is submitit's name of a cluster."""
         self.folder, self.options, self.finished = folder, options, finished
         self.name, self.parallel, self.cluster = name, parallel, cluster
         self.look_every_seconds = look_every_seconds
@@ -156,7 +156,7 @@ class SlurmLauncher:
     def run(
         self, jobs: Sequence[Job], wants_stop: Callable[[], bool], echo: Callable[[str], None]
     ) -> Generator[Ended, None, None]:
-        """Yield each job's end as it comes; after `wants_stop` the rest is left to the cluster, and told as RUNNING."""
+        """Yield each job's outcome as it ends; after `wants_stop` the rest is left to the cluster, and yielded as RUNNING."""
         since = {job.name: size(job.log) for job in jobs}
         ids = self._known({job.name for job in jobs})
         for name, number in ids.items():
@@ -167,20 +167,20 @@ class SlurmLauncher:
             self._remember(ids)
             for job in new:
                 echo(f"{job.name} is job {ids[job.name]}; its output goes to {job.log}")
-        left = {job.name: job for job in jobs}
-        seen: dict[str, tuple[str, str]] = {}
-        while left and not wants_stop():
-            now = self._look({name: ids[name] for name in left})
-            for name, (state, reason) in now.items():
-                before, seen[name] = seen.get(name), (state, reason)
+        unfinished = {job.name: job for job in jobs}
+        last: dict[str, tuple[str, str]] = {}  # state and reason of each job when it was last looked at
+        while unfinished and not wants_stop():
+            states = self._look({name: ids[name] for name in unfinished})
+            for name, (state, reason) in states.items():
+                before, last[name] = last.get(name), (state, reason)
                 if (state in OVER or state == GONE) and before is not None and (before[0] in OVER or before[0] == GONE):
-                    job = left.pop(name)
+                    job = unfinished.pop(name)
                     yield self._ended(job, before[0] if state == GONE else state, since[name])
-                elif before != seen[name] and state not in OVER and state != GONE:
+                elif before != last[name] and state not in OVER and state != GONE:
                     waits = state == "PENDING" and reason not in ("None", "")
                     echo(f"{name} (job {ids[name]}) is {state.lower()}{f': {reason}' if waits else ''}")
             self._sleep(wants_stop)
-        for name in left:
+        for name in unfinished:
             yield Ended(name, RUNNING, f"job {ids[name]} goes on; scancel {ids[name]} would end it")
 
     def _sleep(self, wants_stop: Callable[[], bool]) -> None:
@@ -194,10 +194,10 @@ class SlurmLauncher:
         if not path.exists():
             return {}
         recorded = {name: number for name, number in json.loads(path.read_text()).items() if name in names}
-        there = queue() if recorded else {}
-        if there is None:
+        queued = queue() if recorded else {}
+        if queued is None:
             raise OSError("squeue does not answer, so it is not known whether jobs of this study are still running")
-        return {name: number for name, number in recorded.items() if number in there and there[number][0] not in OVER}
+        return {name: number for name, number in recorded.items() if number in queued and queued[number][0] not in OVER}
 
     def _remember(self, ids: Mapping[str, str]) -> None:
         path = self.folder / JOBS
@@ -216,13 +216,13 @@ class SlurmLauncher:
             self.folder.resolve(), cluster=self.cluster, slurm_max_num_timeout=self.options.most_timeouts
         )
         executor.update_parameters(**self.options.parameters(self.name, self.parallel))
-        # A measurement that is going on must end before the checkpoint; half of the rest is for the queue's own business.
+        # A measurement in progress must end before the checkpoint; the 15 seconds are for Slurm itself.
         work = [TrainJob(job, max(1.0, self.options.stop_seconds - 15.0)) for job in jobs]
         try:
             submitted = executor.submit_array(work)
         except Exception as error:  # submitit's, which is not a public type, with what sbatch wrote
-            said = [line for line in str(error).splitlines() if "error" in line] or str(error).splitlines() or [repr(error)]
-            raise OSError(f"Slurm does not take the jobs: {said[-1].strip()}") from error
+            lines = [line for line in str(error).splitlines() if "error" in line] or str(error).splitlines() or [repr(error)]
+            raise OSError(f"Slurm does not take the jobs: {lines[-1].strip()}") from error
         self._handles = {job.name: handle for job, handle in zip(jobs, submitted, strict=True)}
         return {name: handle.job_id for name, handle in self._handles.items()}
 
@@ -230,8 +230,8 @@ class SlurmLauncher:
         """State and reason of each job, by name; nothing while the queue does not answer."""
         if self.cluster != "slurm":
             return {name: ("COMPLETED" if self._handles[name].done() else "RUNNING", "") for name in ids}
-        there = queue()
-        return {} if there is None else {name: there.get(number, (GONE, "")) for name, number in ids.items()}
+        queued = queue()
+        return {} if queued is None else {name: queued.get(number, (GONE, "")) for name, number in ids.items()}
 
     def _ended(self, job: Job, state: str, since: int) -> Ended:
         """The outcome of a job that is over: from its folder, else from Slurm and the logs."""
@@ -241,6 +241,7 @@ class SlurmLauncher:
             return Ended(job.name, KILLED, "cancelled")
         # A job's other ranks may have failed first: they are read where the first one's log has nothing.
         logs = [job.log, *sorted(job.log.parent.glob(f"{job.log.stem}.rank*{job.log.suffix}"))]
-        said = next((text for text in (first_error(log, since if log == job.log else 0) for log in logs) if text), "")
-        how = "" if state in ("COMPLETED", "FAILED", GONE) else f"Slurm says {state}"
-        return Ended(job.name, FAILED, "; ".join(filter(None, (how, said))) or f"no output; submitit's is in {self.folder}")
+        error = next((text for text in (first_error(log, since if log == job.log else 0) for log in logs) if text), "")
+        slurm_state = "" if state in ("COMPLETED", "FAILED", GONE) else f"Slurm says {state}"
+        reasons = filter(None, (slurm_state, error))
+        return Ended(job.name, FAILED, "; ".join(reasons) or f"no output; submitit's is in {self.folder}")

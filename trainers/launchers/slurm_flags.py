@@ -1,4 +1,4 @@
-"""Flags of what a Slurm job asks for."""
+"""Flags for the resources of a Slurm job."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ def slurm_options(arguments: Mapping[str, Any], launcher: str) -> SlurmOptions:
 
 
 def _others(text: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     for part in filter(None, (part.strip() for part in text.split(";"))):
         name, equals, value = part.partition("=")
         if not (name and equals):
             raise ValueError(f"slurm_options is {text!r}; expected NAME=VALUE, or NAME= for a switch, separated by semicolons")
-        found[name.strip().lstrip("-")] = value.strip() or True
-    return found
+        options[name.strip().lstrip("-")] = value.strip() or True
+    return options

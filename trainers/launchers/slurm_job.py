@@ -1,4 +1,4 @@
-"""What a Slurm job of a run does, in each of its tasks; loads no more than it needs to start a trainer there."""
+"""The work of each task of a run's Slurm job; it imports no more than starting a trainer needs."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ LINGER_SECONDS = 1800.0
 
 
 class TrainJob:
-    """Runs a job's command as one process a task, with the rendezvous of all tasks, and is made to go on when it is requeued.
+    """Runs a job's command as one process a task, with the rendezvous of all tasks; a requeued job resumes.
 
     Slurm signals all processes of a job before it takes the machine away. The trainers of all ranks agree to stop, save, and
-    end; then `checkpoint`, which submitit calls on the first task, hands the same job back to the queue. There it resumes.
+    end; then `checkpoint`, which submitit calls on the first task, hands the same job back to the queue.
     """
 
     def __init__(self, job: Job, stop_seconds: float) -> None:

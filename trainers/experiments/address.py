@@ -15,7 +15,7 @@ def without_secrets(uri: str) -> str:
 
 
 def study_search(study: str) -> str:
-    """What finds a study's runs in MLflow."""
+    """The search that finds a study's runs in MLflow."""
     return f"tags.study = '{study}'"
 
 

@@ -126,13 +126,17 @@ Cells = Mapping[str, Any]  # one run's row of the table: numbers, and the verdic
 def _table(study: Study, histories: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Cells]:
     table: dict[str, Cells] = {}
     for role, rows in histories.items():
-        said = verdict(rows)
-        found: dict[str, Any] = {"num_images": float(study.configs[role].data.num_images), **summarise(rows), **said.summary()}
-        found["verdict"] = said.state
+        run_verdict = verdict(rows)
+        cells: dict[str, Any] = {
+            "num_images": float(study.configs[role].data.num_images),
+            **summarise(rows),
+            **run_verdict.summary(),
+        }
+        cells["verdict"] = run_verdict.state
         for name, key in (("icr_end", "repr/icr"), ("mem_ratio_end", "mem/ratio_l2")):
             if rows and key in rows[-1]:
-                found[name] = rows[-1][key]
-        table[role] = found
+                cells[name] = rows[-1][key]
+        table[role] = cells
     return table
 
 
@@ -158,7 +162,7 @@ def _histories(study: Study) -> dict[str, list[dict[str, float]]]:
 
 
 def conclude(study: Study) -> tuple[dict[str, Cells], list[Path]]:
-    """Draw and tabulate what the runs left; returns the table and the files in the study's folder."""
+    """Draw and tabulate the results of the runs; returns the table and the files in the study's folder."""
     from trainers.experiments.figure import study_figure
 
     histories = _histories(study)
@@ -184,13 +188,13 @@ def write_page(study: Study) -> Path | None:
         return write_report(
             [gather_folder(folder) for folder in folders], study.folder / "report" / "index.html", title=study.name
         )
-    except Exception as error:  # it says again what is on the disk already
+    except Exception as error:  # the report only repeats what is on the disk already
         logger.warning("the report was not written (%s); mlflow-icr report %s writes it", type(error).__name__, study.folder)
         return None
 
 
 def _share(study: Study, table: Mapping[str, Cells], experiment_id: str) -> str:
-    """Keep a view of MLflow's charts under the verdicts, and return its address; without one where the server takes none."""
+    """Share a view of MLflow's charts, titled by the verdicts; returns its address, or the plain one if no view is taken."""
     import mlflow
     from mlflow import MlflowClient
 
@@ -198,10 +202,10 @@ def _share(study: Study, table: Mapping[str, Cells], experiment_id: str) -> str:
 
     uri = mlflow.get_tracking_uri()
     title = ", ".join(f"{role}: {row['verdict']}" for role, row in table.items())
-    search, now, view = study_search(study.name), time.time_ns() // 1_000_000, None
+    search, now_milliseconds, view = study_search(study.name), time.time_ns() // 1_000_000, None
     ratio = ratio_key(row for rows in _histories(study).values() for row in rows)
     try:
-        view = share(MlflowClient(uri), uri, experiment_id, search, study.name, title, now, ratio)
+        view = share(MlflowClient(uri), uri, experiment_id, search, study.name, title, now_milliseconds, ratio)
     except Exception as error:  # of whatever kind: the runs are what counts, and the plain address shows them too
         logger.warning("the view of the charts is not kept (%s); the address shows all charts", type(error).__name__)
     return chart_address(uri, experiment_id, study.name, view)
@@ -222,7 +226,7 @@ def run_study(study: Study, stop: Stop) -> int:
     status = "FAILED"
     try:
         ended = run_siblings(siblings, study.parallel, lambda: stop.signal is not None)
-        if len(ended) == len(siblings) and all(one.status == FINISHED for one in ended.values()):
+        if len(ended) == len(siblings) and all(outcome.status == FINISHED for outcome in ended.values()):
             status = "FINISHED"
         elif stop.signal:
             status = "KILLED"
@@ -240,7 +244,7 @@ def run_study(study: Study, stop: Stop) -> int:
     except KeyboardInterrupt:
         status = "KILLED"
         raise
-    finally:  # whatever happens: MLflow would call a run FINISHED that its process left open
+    finally:  # MLflow would call a run FINISHED that its process left open
         tracker.close(status)
     _echo(study, status, table, address, mlflow.get_tracking_uri())
     if status == "FINISHED":

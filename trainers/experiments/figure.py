@@ -60,14 +60,14 @@ def study_figure(histories: Mapping[str, Rows], title: str) -> Figure:
     keys = ("repr/icr_debiased", ratio, "mem/ratio_l2", "repr/fisher_residual_energy")
     panels = figure.subplots(len(keys), 1, sharex=True)
     for (name, rows), colour in zip(histories.items(), COLOURS, strict=False):
-        said = verdict(rows)
+        run_verdict = verdict(rows)
         for axes, key in zip(panels, keys, strict=True):
-            _draw(axes, rows, key, colour, f"{name}: {said.state}")
+            _draw(axes, rows, key, colour, f"{name}: {run_verdict.state}")
             axes.set_ylabel(LABELS[key])
-        if said.turned_at is not None and said.low is not None and said.high is not None:
-            _mark(panels, said.turned_at / 1000, "turn", colour, 1, "--")
+        if run_verdict.turned_at is not None and run_verdict.low is not None and run_verdict.high is not None:
+            _mark(panels, run_verdict.turned_at / 1000, "turn", colour, 1, "--")
             for axes in panels:
-                axes.axvspan(max(said.low, 1) / 1000, said.high / 1000, color=colour, alpha=0.08, linewidth=0)
+                axes.axvspan(max(run_verdict.low, 1) / 1000, run_verdict.high / 1000, color=colour, alpha=0.08, linewidth=0)
         onset = summarise(rows).get("mem_onset_images_seen")
         if onset is not None:
             _mark(panels, onset / 1000, "copies begin", colour, 2, ":")

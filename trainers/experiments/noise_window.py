@@ -43,27 +43,27 @@ class Runs:
 
 def runs_in(folder: Path) -> Runs:
     """The runs in a study's folder. Raises ValueError where there are none."""
-    found = sorted(folder.glob(f"*/{CONFIG}"))
-    if not found:
+    paths = sorted(folder.glob(f"*/{CONFIG}"))
+    if not paths:
         raise ValueError(f"study_dir is {str(folder)!r}; expected a folder with those of runs, each with its {CONFIG}")
-    return Runs(folder.name, folder, {path.parent.name: config_from(read_values(path)) for path in found})
+    return Runs(folder.name, folder, {path.parent.name: config_from(read_values(path)) for path in paths})
 
 
 def models(runs: Runs) -> dict[str, tuple[str, Path]]:
-    """Role and checkpoint of the models to compare, by what they are: each run's last, and one at its turn before."""
-    found = {}
+    """Role and checkpoint of the models to compare, by their description: each run's last, and the one at an earlier turn."""
+    entries = {}
     for role in sorted(runs.configs):
-        there, turn = checkpoints(runs.folder / role), verdict(runs.folder / role)
-        last, kept = max(there, default=None), turn.checkpoint_images_seen
-        if turn.turned_at is not None and kept in there and kept != last:
-            found[f"{role}, at its turn ({kept:,})"] = role, there[kept]
+        saved, turn = checkpoints(runs.folder / role), verdict(runs.folder / role)
+        last, kept = max(saved, default=None), turn.checkpoint_images_seen
+        if turn.turned_at is not None and kept in saved and kept != last:
+            entries[f"{role}, at its turn ({kept:,})"] = role, saved[kept]
         if last is not None:
-            found[f"{role}, at the end ({last:,})"] = role, there[last]
-    return found
+            entries[f"{role}, at the end ({last:,})"] = role, saved[last]
+    return entries
 
 
 def labelled_images(config: TrainConfig) -> LabelledImages | None:
-    """What all models' probes learn from and are scored on: the largest run's training images, and held-out ones if any."""
+    """The images that all models' probes learn from and are scored on: the largest run's, and held-out ones if any."""
     data = data_of(config)
     if data.train_labels is None:
         return None
@@ -88,33 +88,33 @@ def sweep_all(runs: Runs) -> tuple[dict[str, NoiseSweep], str]:
 
 def write(runs: Runs, sweeps: Mapping[str, NoiseSweep], layer: str) -> list[Path]:
     """Figure, table and conclusions in the study's folder."""
-    picture, sheet, said = (runs.folder / f"noise_window.{suffix}" for suffix in ("png", "csv", "json"))
+    picture, sheet, conclusions = (runs.folder / f"noise_window.{suffix}" for suffix in ("png", "csv", "json"))
     sweep_figure(sweeps, layer).savefig(picture, dpi=130)
     with sheet.open("w", newline="") as file:
         writer = csv.DictWriter(file, ["model", *(field.name for field in fields(SweepPoint))])
         writer.writeheader()
         writer.writerows({"model": name} | asdict(point) for name, sweep in sweeps.items() for point in sweep.points)
-    said.write_text(json.dumps({name: sweep.as_dict() for name, sweep in sweeps.items()}, indent=2) + "\n")
-    return [picture, sheet, said]
+    conclusions.write_text(json.dumps({name: sweep.as_dict() for name, sweep in sweeps.items()}, indent=2) + "\n")
+    return [picture, sheet, conclusions]
 
 
 def text(sweeps: Mapping[str, NoiseSweep], layer: str) -> str:
     """Lines for each model: what its best layer and the monitored layer show."""
     lines = []
     for name, sweep in sweeps.items():
-        for one in dict.fromkeys([sweep.best_layer, layer]):
-            if one in sweep.layers:
-                accurate = sweep.most_accurate_sigma(one)
+        for block in dict.fromkeys([sweep.best_layer, layer]):
+            if block in sweep.layers:
+                accurate = sweep.most_accurate_sigma(block)
                 lines.append(
-                    f"{name}: {one}{' (best layer)' if one == sweep.best_layer else ''}: lowest ICR at sigma "
-                    f"{sweep.sigma_star(one):g}, {'a window' if sweep.has_window(one) else 'no window'}"
+                    f"{name}: {block}{' (best layer)' if block == sweep.best_layer else ''}: lowest ICR at sigma "
+                    f"{sweep.sigma_star(block):g}, {'a window' if sweep.has_window(block) else 'no window'}"
                     + ("" if accurate is None else f", probe best at sigma {accurate:g}")
                 )
     return "\n".join(lines)
 
 
 def conclude(runs: Runs) -> None:
-    """Sweep the runs' models, show what was found, and log it to an MLflow run of its own."""
+    """Sweep the runs' models, print the results, and log them to an MLflow run of their own."""
     from mlflow_icr.tracking import MLflowSink, Tracker
 
     sweeps, layer = sweep_all(runs)
@@ -139,10 +139,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--study-dir", type=Path, metavar="DIR", help="measure the trained runs in this folder; train nothing")
-    given, others = parser.parse_known_args(dashed(sys.argv[1:] if argv is None else argv))
+    arguments, others = parser.parse_known_args(dashed(sys.argv[1:] if argv is None else argv))
     try:
-        if given.study_dir is not None:
-            conclude(runs_in(given.study_dir))
+        if arguments.study_dir is not None:
+            conclude(runs_in(arguments.study_dir))
             return 0
         study = plan(others)
     except (ValueError, OSError) as error:

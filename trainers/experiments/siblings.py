@@ -22,7 +22,7 @@ class Sibling:
 
     @property
     def job(self) -> Job:
-        """The run as something to launch; its output is in the study's `logs/` too."""
+        """The job that launches the run; its output is in the study's `logs/` too."""
         command = (sys.executable, "-m", "trainers.train", *self.flags)
         return Job(self.name, command, self.folder / CONFIG, self.folder.parent / "logs" / f"{self.name}.log")
 
@@ -38,12 +38,12 @@ def run_siblings(siblings: Sequence[Sibling], parallel: int, wants_stop: Callabl
     def echo(name: str, line: str) -> None:
         print(f"[{name:{width}}] {line}", end="", flush=True)
 
-    alone = all(flag == "--num-processes=1" for one in siblings for flag in one.flags if flag.startswith("--num-processes"))
-    launcher = LocalLauncher(parallel, on_output=echo, one_gpu_each=alone)
+    flags = [flag for sibling in siblings for flag in sibling.flags if flag.startswith("--num-processes")]
+    launcher = LocalLauncher(parallel, on_output=echo, one_gpu_each=all(flag == "--num-processes=1" for flag in flags))
 
     def stops() -> bool:
-        return wants_stop() or any(one.status != FINISHED for one in ended.values())
+        return wants_stop() or any(outcome.status != FINISHED for outcome in ended.values())
 
-    for one in launcher.run([sibling.job for sibling in siblings], stops, lambda text: None):
-        ended[one.name] = one
+    for outcome in launcher.run([sibling.job for sibling in siblings], stops, lambda text: None):
+        ended[outcome.name] = outcome
     return ended

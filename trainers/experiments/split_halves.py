@@ -56,7 +56,7 @@ class Agreement:
 
 
 def agreement(first: Tensor, second: Tensor) -> Agreement:
-    """How far pictures (M, ...) that two networks draw from the same M noises are the same.
+    """The agreement of pictures (M, ...) that two networks draw from the same M noises.
 
     1 - mean |a_i - b_i|^2 / mean |a_i - b_j|^2, j being any other noise: the share of the pictures' variance that the noise
     explains in both alike, the intraclass correlation; no scale and no threshold enters. The interval is by the jackknife over
@@ -75,7 +75,7 @@ def agreement(first: Tensor, second: Tensor) -> Agreement:
     if not others > 0:
         raise ValueError("all pictures are one and the same; an agreement needs some that differ")
     value = float(1 - own.mean() / (others / (count * (count - 1))))
-    # Without noise i neither its row nor its column is there.
+    # Leaving out noise i removes its row and its column.
     rest = others - (squares.sum(0) + squares.sum(1) - 2 * own)
     left_out = 1 - (own.sum() - own) / (count - 1) / (rest / ((count - 1) * (count - 2)))
     error = float(((left_out - left_out.mean()) ** 2).sum() * (count - 1) / count) ** 0.5
@@ -84,7 +84,7 @@ def agreement(first: Tensor, second: Tensor) -> Agreement:
 
 @dataclass(frozen=True)
 class Compared:
-    """The two networks after as many images seen: their agreement, and what each one's own history says by then."""
+    """The two networks after the same images seen: their agreement, and each one's verdict and share of copies by then."""
 
     images_seen: int
     agreement: float
@@ -178,29 +178,31 @@ def compare(halves: Halves) -> list[Compared]:
     from mlflow_icr.extraction.pipelines import load_denoiser
     from mlflow_icr.extraction.samplers import starting_noise
 
-    there = {role: checkpoints(halves.output_dir(role)) for role in ROLES}
+    saved = {role: checkpoints(halves.output_dir(role)) for role in ROLES}
     histories = {role: read_history(halves.output_dir(role)) for role in ROLES}
-    common = sorted(set(there[ROLES[0]]) & set(there[ROLES[1]]))
+    common = sorted(set(saved[ROLES[0]]) & set(saved[ROLES[1]]))
     if not common:
         raise ValueError(f"study_dir is {str(halves.folder)!r}, whose runs have no checkpoint at the same images seen")
-    config, found, noise = halves.configs[ROLES[0]], [], None
+    config, comparisons, noise = halves.configs[ROLES[0]], [], None
     for images_seen in common:
         pictures, states, copies = [], [], []
         for role in ROLES:
-            denoiser, size = load_denoiser(there[role][images_seen], trust_remote_code=True)  # what trainers.train wrote
+            denoiser, size = load_denoiser(saved[role][images_seen], trust_remote_code=True)  # what trainers.train wrote
             if noise is None:
                 noise = starting_noise(range(SAMPLES), (channels_of(denoiser), *height_width(size)), config.run.seed)
             pictures.append(drawn(denoiser, noise, config.monitor.sample_steps))
             rows = [row for row in histories[role] if row["images_seen"] <= images_seen]
             states.append(verdict(rows).state)
             copies.append(rows[-1].get("mem/ratio_l2", math.nan) if rows else math.nan)
-        same = agreement(*pictures)
-        found.append(Compared(images_seen, same.value, same.low, same.high, states[0], states[1], copies[0], copies[1]))
-    return found
+        result = agreement(*pictures)
+        comparisons.append(
+            Compared(images_seen, result.value, result.low, result.high, states[0], states[1], copies[0], copies[1])
+        )
+    return comparisons
 
 
 def channels_of(denoiser: Denoiser) -> int:
-    """Of the images that a saved network draws."""
+    """The channels of the images that a saved network draws."""
     config: Any = denoiser.network.config
     return int(config["in_channels"])
 
@@ -214,15 +216,15 @@ def drawn(denoiser: Denoiser, noise: Tensor, num_steps: int) -> Tensor:
         return sample(denoiser, noise, num_steps=num_steps).clamp(-1, 1)
 
 
-def _draw(axes: Axes, found: Sequence[Compared]) -> None:
-    x = [c.images_seen / 1000 for c in found]
-    axes.plot(x, [c.agreement for c in found], "o-", color="black", label="agreement of the halves")
-    axes.fill_between(x, [c.low for c in found], [c.high for c in found], color="0.85")
+def _draw(axes: Axes, comparisons: Sequence[Compared]) -> None:
+    x = [c.images_seen / 1000 for c in comparisons]
+    axes.plot(x, [c.agreement for c in comparisons], "o-", color="black", label="agreement of the halves")
+    axes.fill_between(x, [c.low for c in comparisons], [c.high for c in comparisons], color="0.85")
     for i, name in enumerate(FOLDERS.values()):
-        copies = [getattr(c, f"copies_{name}") for c in found]
+        copies = [getattr(c, f"copies_{name}") for c in comparisons]
         axes.plot(x, copies, color=COLOURS[i], label=f"share of copies, {ROLES[i]}")
-        states = [getattr(c, f"verdict_{name}") for c in found]
-        for place in range(1, len(found)):
+        states = [getattr(c, f"verdict_{name}") for c in comparisons]
+        for place in range(1, len(comparisons)):
             if states[place] != states[place - 1]:
                 axes.axvline(x[place], color=COLOURS[i], linestyle=":", linewidth=1)
                 axes.text(x[place], 1.02 + 0.05 * i, states[place], color=COLOURS[i], rotation=0, fontsize=8)
@@ -233,7 +235,7 @@ def _draw(axes: Axes, found: Sequence[Compared]) -> None:
     axes.legend(loc="lower left")
 
 
-def write(halves: Halves, found: Sequence[Compared]) -> list[Path]:
+def write(halves: Halves, comparisons: Sequence[Compared]) -> list[Path]:
     """Table and figure in the study's folder."""
     from matplotlib.figure import Figure
 
@@ -241,45 +243,45 @@ def write(halves: Halves, found: Sequence[Compared]) -> list[Path]:
     with sheet.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Compared)], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(asdict(c) for c in found)
+        writer.writerows(asdict(c) for c in comparisons)
     figure = Figure(figsize=(8, 5), layout="constrained")
-    _draw(figure.subplots(), [c for c in found if c.images_seen])
+    _draw(figure.subplots(), [c for c in comparisons if c.images_seen])
     figure.savefig(picture, dpi=130)
     return [sheet, picture]
 
 
-def text(found: Sequence[Compared]) -> str:
-    """What came out, in lines; both networks begin with the same weights, so that step 0 says nothing."""
-    trained = [c for c in found if c.images_seen] or found
-    best, last = max(trained, key=lambda c: c.agreement), found[-1]
+def text(comparisons: Sequence[Compared]) -> str:
+    """The results, in lines; both networks begin with the same weights, so that step 0 says nothing."""
+    trained = [c for c in comparisons if c.images_seen] or comparisons
+    best, last = max(trained, key=lambda c: c.agreement), comparisons[-1]
     interval = f"({best.low:.2f} to {best.high:.2f})"
     lines = [f"agreement is highest at {best.images_seen:,} images seen, {best.agreement:.2f} {interval}"]
     lines.append(f"at the end, {last.images_seen:,}, it is {last.agreement:.2f} ({last.low:.2f} to {last.high:.2f})")
     for i, name in enumerate(FOLDERS.values()):
-        turn = next((c.images_seen for c in found if getattr(c, f"verdict_{name}") in ("turning", "memorizing")), None)
+        turn = next((c.images_seen for c in comparisons if getattr(c, f"verdict_{name}") in ("turning", "memorizing")), None)
         state = getattr(last, f"verdict_{name}")
         lines.append(f"{ROLES[i]}: {state}" + ("" if turn is None else f", first said at {turn:,}"))
     return "\n".join(lines)
 
 
 def conclude(halves: Halves) -> None:
-    """Compare the halves, show what came out, and log it to an MLflow run of its own."""
+    """Compare the halves, print the results, and log them to an MLflow run of their own."""
     from mlflow_icr.tracking import MLflowSink, Tracker
 
-    found = compare(halves)
-    files = write(halves, found)
+    comparisons = compare(halves)
+    files = write(halves, comparisons)
     tracker = Tracker(halves.folder / "agreement", [MLflowSink(run_name=f"{halves.name} agreement")], resume="allow")
     first = halves.configs[ROLES[0]]
     params = {name: first.get(name) for name in ("preset", "num_images", "total_kimg", "seed")}
     tracker.open(params, {"role": "split_halves", "study_name": halves.name})
-    for c in found:
+    for c in comparisons:
         values = {"halves/agreement": c.agreement, "halves/agreement_low": c.low, "halves/agreement_high": c.high}
         copies = {"halves/copies_first": c.copies_first, "halves/copies_second": c.copies_second}
         tracker.metrics(values | {key: value for key, value in copies.items() if math.isfinite(value)}, c.images_seen)
     for path in files:
         tracker.artifact(path)
     tracker.close("FINISHED")
-    print(f"\n{text(found)}\n\ntable        {files[0]}\nfigure       {files[1]}")
+    print(f"\n{text(comparisons)}\n\ntable        {files[0]}\nfigure       {files[1]}")
 
 
 def _flags(halves: Halves, role: str) -> list[str]:
@@ -299,7 +301,7 @@ def train(halves: Halves, stop: Stop) -> int:
     ended = run_siblings(siblings, halves.parallel, lambda: stop.signal is not None)
     if stop.signal is not None:
         return 128 + stop.signal
-    return 0 if len(ended) == len(siblings) and all(one.status == FINISHED for one in ended.values()) else 1
+    return 0 if len(ended) == len(siblings) and all(outcome.status == FINISHED for outcome in ended.values()) else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -74,8 +74,8 @@ def _page(server: str) -> str:
 
     from mlflow_icr.tracking.mlflow.shared_view import newest_view
 
-    found = newest_view(MlflowClient(server))
-    experiment, view = found or ("0", "")
+    newest = newest_view(MlflowClient(server))
+    experiment, view = newest or ("0", "")
     shown = f"viewStateShareKey={view}&" if view else ""
     return f"#/experiments/{experiment}/runs?{shown}workflowType=machine_learning&compareRunsMode=CHART"
 

@@ -42,7 +42,7 @@ class _Running:
 class LocalLauncher:
     """At most `parallel` processes at a time; `inherited` file descriptors stay open in each as long as it lives.
 
-    `on_output(name, line)` is called with every line of output as it comes, which is in the job's log too. Each job gets one of
+    `on_output(name, line)` is called with every line of output as it comes; the job's log has it too. Each job gets one of
     several GPUs, unless jobs of several ranks are to share them all.
     """
 

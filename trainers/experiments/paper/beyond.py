@@ -14,20 +14,20 @@ LATENTS, OUTLIERS, REPEATS = "latents", "outliers", "duplicates"
 
 
 def _side(low: float, high: float, middle: float) -> bool | None:
-    """Whether an interval lies above a value; None where it holds it."""
+    """Whether an interval lies above a value; None where it contains the value."""
     return True if low > middle else False if high < middle else None
 
 
 def _outliers_vote(rows: Rows) -> Vote | None:
-    found = rank_correlation(np.array([row["to_others"] for row in rows]), earliness(rows))
-    if found is None:
+    estimate = rank_correlation(np.array([row["to_others"] for row in rows]), earliness(rows))
+    if estimate is None:
         return None
     turned = sum(row["turned"] is not None for row in rows)
-    note = f"Spearman {found[0]:.2f} [{found[1]:.2f}, {found[2]:.2f}], {turned} of {len(rows)} turned"
+    note = f"Spearman {estimate[0]:.2f} [{estimate[1]:.2f}, {estimate[2]:.2f}], {turned} of {len(rows)} turned"
     copied = rank_correlation(*(np.array([row[key] for row in rows], dtype=float) for key in ("to_others", "copies")))
     if copied is not None:  # known first is not copied most
         note += f"; of the distance and the copies at the end {copied[0]:.2f} [{copied[1]:.2f}, {copied[2]:.2f}]"
-    return _side(*found[1:], 0.0), note
+    return _side(*estimate[1:], 0.0), note
 
 
 def outliers_claim(results: Results) -> Claim:
@@ -40,14 +40,14 @@ def outliers_claim(results: Results) -> Claim:
 
 
 def _repeats_vote(rows: Rows) -> Vote | None:
-    again, early = np.array([row["times"] > 1 for row in rows]), earliness(rows)
-    if not again.any() or again.all():
+    repeated, early = np.array([row["times"] > 1 for row in rows]), earliness(rows)
+    if not repeated.any() or repeated.all():
         return None
-    value, low, high = auc(early[again], early[~again])
+    value, low, high = auc(early[repeated], early[~repeated])
     copies = np.array([row["copies"] for row in rows])
     note = (
         f"P(a repeated image turns before a single one) {value:.2f} [{low:.2f}, {high:.2f}]; "
-        f"{copies[again].sum()} of {copies.sum()} copies are of the {again.sum()} repeated of {len(rows)} images"
+        f"{copies[repeated].sum()} of {copies.sum()} copies are of the {repeated.sum()} repeated of {len(rows)} images"
     )
     return _side(low, high, 0.5), note
 
@@ -63,7 +63,7 @@ def repeats_claim(results: Results) -> Claim:
 
 
 def latents_claim(results: Results) -> Claim:
-    """The turn in latents, with copies of the images as the autoencoder gives them back in the numbers."""
+    """The turn in latents; its numbers also have copies of the training images as the autoencoder decodes them."""
     claim = turn_claim(results, LATENTS, LATENT_FEW, "EDM in latents")
     ends = [r["trajectory"][-1] for r in results.values() if r["role"] == LATENT_FEW and r["trajectory"]]
     decoded = [f"{row['copies_decoded']:.2f}" for row in ends if row.get("copies_decoded") is not None]

@@ -27,7 +27,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Claim:
-    """What is said (`claim`, of a `figure` of the paper or beyond it), what came out, and by which rule and numbers."""
+    """A statement (`claim`) on a `figure` of the paper or beyond it, its outcome, and the rule and numbers behind it."""
 
     figure: int | str
     claim: str
@@ -42,19 +42,19 @@ def _of(results: Results, role: str, key: str = "trajectory") -> list[Any]:
 
 def series(rows: Sequence[Mapping[str, Any]], *keys: str) -> list[np.ndarray]:
     """Columns of the rows after the start that have all keys."""
-    there = [row for row in rows if row["images_seen"] > 0 and all(row.get(key) is not None for key in keys)]
-    return [np.array([row[key] for row in there], dtype=float) for key in ("images_seen", *keys)]
+    complete = [row for row in rows if row["images_seen"] > 0 and all(row.get(key) is not None for key in keys)]
+    return [np.array([row[key] for row in complete], dtype=float) for key in ("images_seen", *keys)]
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's; NaN of fewer than 4, or where one is constant."""
+    """Spearman's correlation; NaN for fewer than 4 values, or if one side is constant."""
     if len(a) < 4 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return float("nan")
     return float(spearmanr(a, b).statistic)
 
 
 def _judged(votes: Sequence[bool | None]) -> str:
-    """All seeds show it, none does, or it is not decided."""
+    """Agrees if all seeds show it, disagrees if none does, else undecided."""
     if not votes:
         return ABSENT
     if all(vote is True for vote in votes):
@@ -69,22 +69,22 @@ Judge = Callable[[Any], Vote | None]  # of a run's rows; None where they are too
 def judged_claim(
     results: Results, figure: int | str, claim: str, rule: str, judges: Mapping[str, Judge], key: str = "trajectory"
 ) -> Claim:
-    """The statement that the runs come to, each by the judge of its role."""
+    """The statement on all runs of the judges' roles, each judged by the judge of its role."""
     votes = [judge(rows) for role, judge in judges.items() for rows in _of(results, role, key)]
-    known = [vote for vote in votes if vote is not None]
-    return Claim(figure, claim, _judged([vote for vote, _ in known]), "; ".join(note for _, note in known), rule)
+    cast = [vote for vote in votes if vote is not None]
+    return Claim(figure, claim, _judged([vote for vote, _ in cast]), "; ".join(note for _, note in cast), rule)
 
 
 def _window_vote(points: Rows) -> Vote | None:
-    known = [p for p in points if p["icr_debiased"] is not None and p["accuracy"] is not None]
-    if len(known) < 3:
+    measured = [p for p in points if p["icr_debiased"] is not None and p["accuracy"] is not None]
+    if len(measured) < 3:
         return None
-    u = all(end["rise_low"] is not None and end["rise_low"] > 0 for end in (known[0], known[-1]))
-    lowest = min(range(len(known)), key=lambda i: known[i]["icr_debiased"])
-    best = max(range(len(known)), key=lambda i: known[i]["accuracy"])
+    u = all(end["rise_low"] is not None and end["rise_low"] > 0 for end in (measured[0], measured[-1]))
+    lowest = min(range(len(measured)), key=lambda i: measured[i]["icr_debiased"])
+    best = max(range(len(measured)), key=lambda i: measured[i]["accuracy"])
     return u and abs(lowest - best) <= 1, (
-        f"ICR lowest at sigma {known[lowest]['sigma']:g}, probe best at {known[best]['sigma']:g} "
-        f"({known[best]['accuracy']:.3f}), {'a U' if u else 'no U'}"
+        f"ICR lowest at sigma {measured[lowest]['sigma']:g}, probe best at {measured[best]['sigma']:g} "
+        f"({measured[best]['accuracy']:.3f}), {'a U' if u else 'no U'}"
     )
 
 
@@ -99,9 +99,9 @@ def _rich_vote(rows: Rows) -> Vote | None:
     _, icr, distance = series(rows, "icr_debiased", "frechet_pixels")
     if len(icr) < 4:
         return None
-    together = correlation(icr, distance)
-    return together > FOLLOWS and bool(icr[-1] < icr[0]), (
-        f"ICR {icr[0]:.3f} to {icr[-1]:.3f}, Frechet {distance[0]:.3g} to {distance[-1]:.3g}, Spearman {together:.2f}"
+    spearman = correlation(icr, distance)
+    return spearman > FOLLOWS and bool(icr[-1] < icr[0]), (
+        f"ICR {icr[0]:.3f} to {icr[-1]:.3f}, Frechet {distance[0]:.3g} to {distance[-1]:.3g}, Spearman {spearman:.2f}"
     )
 
 
@@ -176,9 +176,9 @@ def _noise_energies_vote(points: Rows) -> Vote | None:
     if any("trace_residual" not in p for p in points):
         return None
     sigma, residual, invariant = (np.array([p[key] for p in points]) for key in ("sigma", "trace_residual", "trace_invariant"))
-    along, peak = correlation(sigma, residual), int(invariant.argmax())
-    note = f"residual: Spearman {along:.2f} with sigma; invariant largest at sigma {sigma[peak]:g}"
-    return along > 0.9 and 0 < peak < len(points) - 1, note
+    spearman, peak = correlation(sigma, residual), int(invariant.argmax())
+    note = f"residual: Spearman {spearman:.2f} with sigma; invariant largest at sigma {sigma[peak]:g}"
+    return spearman > 0.9 and 0 < peak < len(points) - 1, note
 
 
 def noise_energies_claim(results: Results) -> Claim:
@@ -189,10 +189,10 @@ def noise_energies_claim(results: Results) -> Claim:
 
 
 def _lost_window_vote(points: Rows) -> Vote | None:
-    known = [p for p in points if p["icr_debiased"] is not None and p["accuracy"] is not None]
-    if len(known) < 4:
+    measured = [p for p in points if p["icr_debiased"] is not None and p["accuracy"] is not None]
+    if len(measured) < 4:
         return None
-    sigma, icr, accuracy = (np.array([p[key] for p in known]) for key in ("sigma", "icr_debiased", "accuracy"))
+    sigma, icr, accuracy = (np.array([p[key] for p in measured]) for key in ("sigma", "icr_debiased", "accuracy"))
     up, down = correlation(sigma, icr), correlation(sigma, accuracy)
     return up > 0.9 and down < -0.9, f"Spearman with sigma: ICR {up:.2f}, accuracy {down:.2f}"
 
@@ -208,9 +208,9 @@ def _alignment_vote(rows: Rows) -> Vote | None:
     _, alignment, distance = series(rows, "alignment", "frechet_pixels")
     if len(alignment) < 4:
         return None
-    against = correlation(alignment, distance)
-    note = f"Alignment {alignment[0]:.3f} to {alignment[-1]:.3f}, Spearman with the Frechet distance {against:.2f}"
-    return against < -FOLLOWS, note
+    spearman = correlation(alignment, distance)
+    note = f"Alignment {alignment[0]:.3f} to {alignment[-1]:.3f}, Spearman with the Frechet distance {spearman:.2f}"
+    return spearman < -FOLLOWS, note
 
 
 def alignment_claim(results: Results) -> Claim:
@@ -226,10 +226,10 @@ def _class_vote(rows: Rows) -> Vote | None:
         return None
     lowest, half = int(icr.argmin()), len(icr) // 2
     early = [bool(abs(v[half] - v[0]) >= SATURATED * abs(v[-1] - v[0])) for v in (silhouettes, separation)]
-    follows = correlation(icr[lowest:], copies[lowest:])
-    correlated = "too few measurements to tell" if np.isnan(follows) else f"Spearman {follows:.2f}"
+    spearman = correlation(icr[lowest:], copies[lowest:])
+    correlated = "too few measurements to tell" if np.isnan(spearman) else f"Spearman {spearman:.2f}"
     note = f"saturated by half: {early[0]}, {early[1]}; ICR with copies after its lowest: {correlated}"
-    return None if all(early) and np.isnan(follows) else all(early) and follows > FOLLOWS, note
+    return None if all(early) and np.isnan(spearman) else all(early) and spearman > FOLLOWS, note
 
 
 def class_claim(results: Results) -> Claim:
@@ -246,10 +246,10 @@ def _subset_vote(rows: Rows) -> Vote | None:
     if not smaller or whole.get("icr_debiased") is None:
         return None
     first = smaller[0]
-    held = sum(r["icr_low"] <= whole["icr_debiased"] <= r["icr_high"] for r in smaller)
+    num_holding = sum(r["icr_low"] <= whole["icr_debiased"] <= r["icr_high"] for r in smaller)
     return bool(first["icr"] < whole["icr_low"]), (
         f"{first['images']} images, width {first['dim']}: plug-in {first['icr']:.3f}, debiased {first['icr_debiased']:.3f}, "
-        f"all {whole['images']}: {whole['icr_debiased']:.3f}; {held} of {len(smaller)} intervals hold it"
+        f"all {whole['images']}: {whole['icr_debiased']:.3f}; {num_holding} of {len(smaller)} intervals hold it"
     )
 
 
@@ -266,11 +266,13 @@ def _trend_vote(rows: Rows, wanted: Callable[[str], bool]) -> Vote | None:
         if row["images_seen"] > 0 and row.get("icr_debiased") is not None and wanted(row["what"]):
             curves.setdefault(row["what"], {})[row["images_seen"]] = row["icr_debiased"]
     names = sorted(curves)
-    found = []
+    correlations = []
     for a, b in combinations(names, 2):
         steps = sorted(set(curves[a]) & set(curves[b]))
-        found.append(correlation(*(np.array([curves[name][s] for s in steps]) for name in (a, b))))
-    return (min(found) > FOLLOWS, f"smallest Spearman of {', '.join(names)}: {min(found):.2f}") if found else None
+        correlations.append(correlation(*(np.array([curves[name][s] for s in steps]) for name in (a, b))))
+    if not correlations:
+        return None
+    return min(correlations) > FOLLOWS, f"smallest Spearman of {', '.join(names)}: {min(correlations):.2f}"
 
 
 def level_claim(results: Results) -> Claim:

@@ -25,14 +25,14 @@ def figure_numbers(text: str) -> list[int]:
     """`all`, or numbers: 2,4. Raises ValueError for others."""
     if text == "all":
         return sorted(FIGURES)
-    found = [int(word) if word.strip().isdigit() else 0 for word in text.split(",")]
-    if not set(found) <= set(FIGURES):
+    numbers = [int(word) if word.strip().isdigit() else 0 for word in text.split(",")]
+    if not set(numbers) <= set(FIGURES):
         raise ValueError(f"figures is {text!r}; expected all, or some of {', '.join(map(str, FIGURES))}, such as 2,4")
-    return sorted(set(found))
+    return sorted(set(numbers))
 
 
 def check(scale: Scale, data: str, root: Path) -> None:
-    """Raise ValueError, before any work, where a training's flags are no configuration."""
+    """Raise ValueError, before any work, where a training's flags make no configuration."""
     for training in scale.trainings():
         training.config(data, root)
 

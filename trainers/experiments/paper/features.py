@@ -1,4 +1,4 @@
-"""What a figure reads of a checkpoint: features on views, and what labels, samples and subsets say of them.
+"""The values of a checkpoint that figures show: features on views, and measures of them by labels and in subsets.
 
 Each function takes tensors and gives plain numbers; tests compute the same from the same features with numpy, scipy and
 scikit-learn.
@@ -24,21 +24,21 @@ NEIGHBOURS = 9  # of an image, as in the paper's figure 6
 
 def read_features(denoiser: Denoiser, images: Tensor, *, layer: str, sigma: float, views: int, level: int = 3) -> Tensor:
     """Features (N, K, D) of a layer on K views of each of N images (N, C, H, W)."""
-    count = len(images)  # a protocol that names no number has a most
+    count = len(images)  # a protocol without a number measures at most 1024
     protocol = Protocol(layer=layer, sigmas=(sigma,), augmentation_level=level, num_images=count, num_views=views)
     return FeatureReader(denoiser, images, protocol, 256, 0).read(denoiser, sigma)
 
 
 def contamination(features: Tensor) -> dict[str, Any]:
     """ICR of features (N, K, D): plug-in, debiased with its interval where views suffice, and each image's influence."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     try:
-        found["icr"] = icr(features).icr
+        values["icr"] = icr(features).icr
         interval = icr_interval(features)
     except ValueError as error:
-        return found | {"absent": str(error)}
+        return values | {"absent": str(error)}
     bounds = {"icr_debiased": interval.value, "icr_low": interval.low, "icr_high": interval.high}
-    return found | bounds | {"influence": interval.influence.double().tolist()}
+    return values | bounds | {"influence": interval.influence.double().tolist()}
 
 
 def energies(features: Tensor) -> dict[str, Any]:
@@ -55,8 +55,8 @@ def class_measures(features: Tensor, labels: Tensor) -> dict[str, float]:
     """Silhouette and class separation of first views, and the share of an image's neighbours by s that have its class."""
     first = normalize(features[:, 0].double(), dim=-1)
     s = invariant_part(features)
-    found = nearest(s, torch.arange(len(s)), NEIGHBOURS)  # (N, NEIGHBOURS)
-    same = (labels[found] == labels[:, None]).double().mean(1)
+    neighbours = nearest(s, torch.arange(len(s)), NEIGHBOURS)  # (N, NEIGHBOURS)
+    same = (labels[neighbours] == labels[:, None]).double().mean(1)
     error = float(same.std() / len(same) ** 0.5)
     return {
         "silhouette": silhouette(first, labels),
@@ -68,17 +68,17 @@ def class_measures(features: Tensor, labels: Tensor) -> dict[str, float]:
 
 def trajectory_values(features: Tensor, labels: Tensor | None) -> dict[str, Any]:
     """Everything of one checkpoint that depends on features alone."""
-    found = contamination(features) | energies(features) | {"alignment": alignment(features)}
-    return found if labels is None else found | class_measures(features, labels)
+    values = contamination(features) | energies(features) | {"alignment": alignment(features)}
+    return values if labels is None else values | class_measures(features, labels)
 
 
 def subset_values(features: Tensor, sizes: Sequence[int], seed: int = 0) -> list[dict[str, Any]]:
     """Plug-in and debiased ICR of nested subsets of the images of features (N, K, D), by size; absent with a reason."""
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(features)))
-    found = []
+    rows = []
     for size in sorted({min(size, len(features)) for size in sizes} | {len(features)}):
         part = features[order[:size]]
         row: dict[str, Any] = {"images": size, "dim": int(features.shape[2])} | contamination(part)
         row.pop("influence", None)
-        found.append(row)
-    return found
+        rows.append(row)
+    return rows

@@ -33,16 +33,16 @@ def _runs(results: Results, *roles: str, key: str = "trajectory") -> list[tuple[
 def _line(axes: Axes, rows: Rows, x: str, y: str, label: str, place: int, bounds: tuple[str, str] | None = None) -> None:
     """A curve with its interval, of the rows that have it."""
     colour, unit = COLOURS[place % len(COLOURS)], 1000 if x == "images_seen" else 1
-    there = [row for row in rows if row.get(y) is not None and row[x] > 0]
-    axes.plot([row[x] / unit for row in there], [row[y] for row in there], marker="o", ms=3, color=colour, label=label)
+    drawn = [row for row in rows if row.get(y) is not None and row[x] > 0]
+    axes.plot([row[x] / unit for row in drawn], [row[y] for row in drawn], marker="o", ms=3, color=colour, label=label)
     if bounds is not None:
-        known = [row for row in there if row.get(bounds[0]) is not None]
-        low, high = ([row[bound] for row in known] for bound in bounds)
-        axes.fill_between([row[x] / unit for row in known], low, high, color=colour, alpha=0.2, lw=0)
+        bounded = [row for row in drawn if row.get(bounds[0]) is not None]
+        low, high = ([row[bound] for row in bounded] for bound in bounds)
+        axes.fill_between([row[x] / unit for row in bounded], low, high, color=colour, alpha=0.2, lw=0)
 
 
 def logarithmic(axis: Axis) -> None:
-    """Marks at 1, 2 and 5, as plain numbers: those of matplotlib write over each other within two decades."""
+    """Put ticks at 1, 2 and 5, as plain numbers: matplotlib's own overlap within two decades."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -102,7 +102,7 @@ def _kinds_figure(results: Results, key: str) -> Figure:
 
 
 def origins_figure(results: Results, role: str) -> Figure:
-    """Of each image its distance to the others and when its own error ratio turned; those that did not lie above the line."""
+    """Each image's distance to the others, and when its own error ratio turned; those that did not turn are above the line."""
     figure, axes = _axes(1)
     for place, (name, rows) in enumerate(_runs(results, role, key="origins")):
         last = max((row["turned"] for row in rows if row["turned"] is not None), default=1.0)

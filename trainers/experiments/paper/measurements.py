@@ -33,7 +33,7 @@ from trainers.experiments.paper.plan import DUPLICATES, EDM_FEW, EDM_MANY, FLOW_
 from trainers.experiments.paper.trainings import config_of, is_done
 
 LEVELS = (1, 2, 3, 4, 5)
-PER_IMAGE = ("influence", "nearest", "copied")  # of step files, and not of the results
+PER_IMAGE = ("influence", "nearest", "copied")  # keys of step files that the results leave out
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def as_bytes(images: Tensor) -> Tensor:
 
 
 def unique_images(images: Tensor) -> tuple[list[int], list[int]]:
-    """Of images (N, C, H, W) the places of the different ones, each its first, and how often each is there."""
+    """The places of the different images among (N, C, H, W), each its first, and how often each is there."""
     hashes = pixel_hashes(images)
     counts = Counter(hashes)
     first = {digest: i for i, digest in reversed(list(enumerate(hashes)))}
@@ -81,10 +81,10 @@ class Measured:
         self.scale, self.training, self.folder = scale, training, folder
         self.config = config_of(folder.run(training))
         self.data: DataSet = data_of(self.config)
-        # Of what was trained: no statement is on the network at its start.
+        # Without the untrained network, on which there is no statement.
         self.checkpoints = {step: path for step, path in sorted(checkpoints(folder.run(training)).items()) if step > 0}
         self.sigma = scale.sigma_flow if self.config.network.family == "flow" else scale.sigma
-        # Of images that are there several times, one: they are what samples are compared with, too.
+        # Repeated images count once, also where samples are compared with them.
         places, self.times = unique_images(self.data.train)
         self.unique, labels = self.data.train[places], self.data.train_labels
         self.images = self.unique[: scale.probe]
@@ -115,15 +115,19 @@ class Measured:
         except ValueError as error:
             return {"absent_samples": str(error)}
         copies = memorization_ratio(flat, as_unit_interval(self.unique).flatten(1))
-        found: dict[str, Any] = {"copies": copies.value, "copies_low": copies.low, "copies_high": copies.high}
-        found |= {"nearest": copies.nearest.tolist(), "copied": (copies.scores < copies.threshold).tolist()}
-        if isinstance(denoiser, LatentDenoiser):  # what it can make at best are the images as the autoencoder gives them
+        values: dict[str, Any] = {"copies": copies.value, "copies_low": copies.low, "copies_high": copies.high}
+        values |= {"nearest": copies.nearest.tolist(), "copied": (copies.scores < copies.threshold).tolist()}
+        if isinstance(denoiser, LatentDenoiser):  # at best it makes the images as the autoencoder decodes them
             decoded = denoiser.decode(denoiser.encode(as_unit_interval(self.unique) * 2 - 1))
-            again = memorization_ratio(flat, ((decoded.clamp(-1, 1) + 1) / 2).flatten(1))
-            found |= {"copies_decoded": again.value, "copies_decoded_low": again.low, "copies_decoded_high": again.high}
+            decoded_copies = memorization_ratio(flat, ((decoded.clamp(-1, 1) + 1) / 2).flatten(1))
+            values |= {
+                "copies_decoded": decoded_copies.value,
+                "copies_decoded_low": decoded_copies.low,
+                "copies_decoded_high": decoded_copies.high,
+            }
         if len(heldout) > 1:
-            found["frechet_pixels"] = frechet_distance(flat, as_unit_interval(heldout).flatten(1))
-        return found
+            values["frechet_pixels"] = frechet_distance(flat, as_unit_interval(heldout).flatten(1))
+        return values
 
     def row(self, step: int) -> dict[str, Any]:
         """Everything of one checkpoint at the monitored layer and noise, and of its samples."""
@@ -183,10 +187,12 @@ class Measured:
 
         def make() -> list[dict[str, Any]]:
             denoiser, scale = self.denoiser(step), self.scale
-            found = sweep_noise(denoiser, self.images, sigmas=scale.sigmas, layers=["decoder"], labelled=self._labelled())
+            noise_sweep = sweep_noise(denoiser, self.images, sigmas=scale.sigmas, layers=["decoder"], labelled=self._labelled())
             rows = []
-            for point in found.points:
-                features = read.read_features(denoiser, self.images, layer="decoder", sigma=point.sigma, views=found.num_views)
+            for point in noise_sweep.points:
+                features = read.read_features(
+                    denoiser, self.images, layer="decoder", sigma=point.sigma, views=noise_sweep.num_views
+                )
                 values: dict[str, Any] = {
                     "sigma": point.sigma,
                     "icr_debiased": point.icr,
@@ -203,7 +209,7 @@ class Measured:
         data, most = self.data, self.scale.labelled
         if data.train_labels is None or data.heldout_labels is None or len(data.heldout) < 2:
             return None
-        # Of a model that was trained on few images too: held-out ones, half to learn from and half to be scored on.
+        # Held-out images, also for a model that was trained on few: half to learn from, and half to be scored on.
         half = len(data.heldout) // 2
         return LabelledImages(
             data.heldout[:half][:most], data.heldout_labels[:half][:most], data.heldout[half:], data.heldout_labels[half:]
@@ -237,8 +243,8 @@ class Measured:
             rows = []
             for step in self.checkpoints:
                 denoiser = self.denoiser(step)
-                for what, chosen in settings.items():
-                    values = read.contamination(self.features(denoiser, **chosen))
+                for what, changes in settings.items():
+                    values = read.contamination(self.features(denoiser, **changes))
                     values.pop("influence", None)
                     rows.append({"images_seen": step, "what": what} | values)
             return rows
@@ -258,11 +264,11 @@ class Measured:
 
     def neighbour_pictures(self, trajectory: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         """Pictures before, at and after the lowest ICR, by what they are; paths below the results' folder."""
-        known = [row for row in trajectory if row["images_seen"] > 0 and "icr_debiased" in row]
-        if not known:
+        measured = [row for row in trajectory if row["images_seen"] > 0 and "icr_debiased" in row]
+        if not measured:
             return {}
-        lowest = min(known, key=lambda row: row["icr_debiased"])
-        steps = {"before": known[0], "at the lowest ICR": lowest, "after": known[-1]}
+        lowest = min(measured, key=lambda row: row["icr_debiased"])
+        steps = {"before": measured[0], "at the lowest ICR": lowest, "after": measured[-1]}
         root = self.folder.root / "results"
         return {what: str(self.neighbours(row["images_seen"]).relative_to(root)) for what, row in steps.items()}
 
@@ -270,8 +276,8 @@ class Measured:
 def measure_all(
     scale: Scale, folder: Folder, wants_stop: Callable[[], bool], echo: Callable[[str], None]
 ) -> dict[str, dict[str, Any]]:
-    """The results of every training that has ended, by its name: trajectory, and what only some have."""
-    found: dict[str, dict[str, Any]] = {}
+    """The results of every training that has ended, by its name: the trajectory, and further ones of some."""
+    results: dict[str, dict[str, Any]] = {}
     for training in scale.trainings():
         if wants_stop() or not is_done(folder.run(training)):  # result files are of all checkpoints of a run
             continue
@@ -295,5 +301,5 @@ def measure_all(
             result["neighbours"] = measured.neighbour_pictures(result["trajectory"])
         if first and training.role == EDM_MANY:
             result["subsets"] = measured.subsets(last)
-        found[training.name] = result
-    return found
+        results[training.name] = result
+    return results

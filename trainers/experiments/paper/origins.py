@@ -1,4 +1,4 @@
-"""Where copies come from: of each training image, when its own error ratio turned, its copies, and how typical it is."""
+"""Where copies come from: when each training image's own error ratio turned, its copies, and how typical it is."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def own_errors(denoiser: Denoiser, images: Tensor, sigma: float, draws: int = DR
     """Mean squared errors (N,) of denoising each of images (N, C, H, W), and of far views of it on the same noises."""
     device, encode = device_of(denoiser), encoder_of(denoiser)
     clean = as_unit_interval(images) * 2 - 1
-    found = torch.zeros(2, len(images), dtype=torch.float64)
+    errors = torch.zeros(2, len(images), dtype=torch.float64)
     with evaluating(denoiser.network):
         for draw in range(draws):
             views = far_views(clean, torch.arange(len(images)) + draw)
@@ -44,8 +44,8 @@ def own_errors(denoiser: Denoiser, images: Tensor, sigma: float, draws: int = DR
                 error = torch.cat(
                     [(denoiser(a + sigma * b, sigma) - a) for a, b in zip(x.split(256), noise.split(256), strict=True)]
                 )
-                found[row] += error.square().flatten(1).mean(1).cpu().double() / draws
-    return found[0], found[1]
+                errors[row] += error.square().flatten(1).mean(1).cpu().double() / draws
+    return errors[0], errors[1]
 
 
 def turning(steps: Sequence[int], ratios: Sequence[float]) -> float | None:
@@ -62,7 +62,7 @@ def turning(steps: Sequence[int], ratios: Sequence[float]) -> float | None:
 
 
 def distances_to_others(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each of images (N, C, H, W) its nearest others (N, 5), and their mean distance in units of that by chance, (N,)."""
+    """The nearest others (N, 5) of each of images (N, C, H, W), and their mean distance (N,) in units of that by chance."""
     flat = as_unit_interval(images).flatten(1)
     near = k_nearest(flat, flat, min(NEAR, len(flat) - 1), exclude_self=True)
     return near.indices, near.distances.mean(1) / chance_distance(flat)
@@ -71,7 +71,7 @@ def distances_to_others(images: Tensor) -> tuple[Tensor, Tensor]:
 def image_rows(
     images: Tensor, times: Sequence[int], errors: Sequence[Mapping[str, Any]], copies: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """A row for each image: `copies` among the last samples, when it was first one, and what its own ratio and place are.
+    """A row for each image: its `copies` among the last samples, when it was first copied, its own ratio, and its distances.
 
     `times` says how often each is in the training set; `errors` and `copies` are rows of measurements, in their order. `curve`
     has images seen and the own ratio at each.
@@ -82,7 +82,7 @@ def image_rows(
     for i in range(len(images)):
         ratios = [row["view_error"][i] / row["image_error"][i] for row in errors]
         counts = [sum(n == i and c for n, c in zip(row["nearest"], row["copied"], strict=True)) for row in copies]
-        seen = [row["images_seen"] for row, count in zip(copies, counts, strict=True) if count]
+        copied_at = [row["images_seen"] for row, count in zip(copies, counts, strict=True) if count]
         rows.append(
             {
                 "image": i,
@@ -91,7 +91,7 @@ def image_rows(
                 "ratio": ratios[-1],
                 "curve": list(zip(steps, ratios, strict=True)),
                 "copies": counts[-1] if counts else 0,
-                "first_copied": seen[0] if seen else None,
+                "first_copied": copied_at[0] if copied_at else None,
                 "to_others": float(far[i]),
                 "nearest": nearest[i].tolist(),
             }

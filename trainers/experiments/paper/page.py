@@ -29,8 +29,8 @@ ORDER = ("before", "at", "after")
 def _summary(claims: Sequence[Claim], scale: Scale, results: Results) -> list[str]:
     counts = Counter(claim.outcome for claim in claims)
     planned = len(scale.trainings())
-    said = ", ".join(f"{word} {counts[word]}" for word in (AGREES, DISAGREES, UNDECIDED) if counts[word])
-    lines = [f"At scale `{scale.name}`, of {len(claims)} claims: {said or 'none is measured yet'}."]
+    outcomes = ", ".join(f"{word} {counts[word]}" for word in (AGREES, DISAGREES, UNDECIDED) if counts[word])
+    lines = [f"At scale `{scale.name}`, of {len(claims)} claims: {outcomes or 'none is measured yet'}."]
     lines.append(f"{len(results)} of {planned} trainings are measured.")
     missing = [training.name for training in scale.trainings() if training.name not in results]
     if missing:
@@ -39,7 +39,7 @@ def _summary(claims: Sequence[Claim], scale: Scale, results: Results) -> list[st
 
 
 def _setting(scale: Scale) -> list[str]:
-    """What was trained, at this scale."""
+    """The trainings of this scale, in words."""
     side = scale.common["resolution"]
     others = "" if scale.flow_few is None else f", {scale.flow_few} for the transformer"
     return [
@@ -101,8 +101,8 @@ def _origins(role: str, results: Results) -> list[str]:
             lines += image_table(role, result["origins"])
             if "groups" in result:
                 sizes: Counter[int] = Counter(result["groups"])
-                found = ", ".join(f"{count} groups of {size}" for size, count in sorted(sizes.items())) or "none"
-                lines += ["", f"`mlflow-icr duplicates` would have told before: {found}."]
+                groups = ", ".join(f"{count} groups of {size}" for size, count in sorted(sizes.items())) or "none"
+                lines += ["", f"`mlflow-icr duplicates` would have told before: {groups}."]
             lines += ["", "Each row such an image, the sample that is nearest to it, and its five nearest in the set:", ""]
             return [*lines, f"![the likeliest copied images](copies-{role}.png)"]
     return []

@@ -1,4 +1,4 @@
-"""What is trained for the paper's figures, at which scale."""
+"""The trainings for the paper's figures, by scale."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trainers.config import TrainConfig, config_from
 
 EDM_FEW, EDM_MANY, FLOW_FEW, FLOW_MANY = "edm-few", "edm-many", "flow-few", "flow-many"
 LATENT_FEW, DUPLICATES = "latent-few", "edm-duplicates"  # beyond the paper
-REPEATED, TIMES = 8, 10  # images that are in the training set again, and how often each is there
+REPEATED, TIMES = 8, 10  # number of images that are in the training set several times, and how often each is there
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Scale:
 
     def trainings(self) -> list[Training]:
         """Every run, those that most figures need first."""
-        found = []
+        runs = []
         flow_few = self.few if self.flow_few is None else self.flow_few
         few = ((EDM_FEW, self.edm, self.few, self.few_kimg), (FLOW_FEW, self.flow, flow_few, self.few_kimg))
         rich = ((EDM_MANY, self.edm, self.many, self.many_kimg), (FLOW_MANY, self.flow, self.many, self.many_kimg))
@@ -101,8 +101,8 @@ class Scale:
         order = [(kind, first) for kind in (few[0], *rich)] + [(few[0], seed) for seed in others]
         order += [(latent, first), (repeated, first)] + [(few[1], seed) for seed in self.seeds]
         for (role, flags, images, kimg), seed in order:
-            found.append(Training(f"{role}-seed{seed}", role, seed, images, {**self.common, **flags, "total_kimg": kimg}))
-        return found
+            runs.append(Training(f"{role}-seed{seed}", role, seed, images, {**self.common, **flags, "total_kimg": kimg}))
+        return runs
 
 
 # Figures are measured again, from checkpoints: the trainings themselves measure little.

@@ -1,4 +1,4 @@
-"""What two trainings beyond the paper need first: an autoencoder of the rich set, and a folder with repeated images."""
+"""Preparations of two trainings beyond the paper: an autoencoder of the rich set, and a folder with repeated images."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ STOPPED = "autoencoder was stopped"
 
 
 def whole_folder(place: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a folder that is there in whole or not at all."""
-    aside = place.with_name(f".{place.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    fill(aside)
-    os.replace(aside, place)
+    """Fill a folder, which is complete or absent."""
+    part = place.with_name(f".{place.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    fill(part)
+    os.replace(part, place)
 
 
 def autoencoder_loss(network: Any, x: Tensor, noise: Tensor, kl_weight: float) -> Tensor:
@@ -57,7 +57,7 @@ def autoencoder_loss(network: Any, x: Tensor, noise: Tensor, kl_weight: float) -
 def train_autoencoder(plan: AutoencoderPlan, images: Tensor, seed: int, wants_stop: Callable[[], bool]) -> Any:
     """A diffusers AutoencoderKL of images (N, C, H, W), whose `scaling_factor` gives latents of deviation 1.
 
-    Raises InterruptedError where it is to stop: it is short, and begins again.
+    Raises InterruptedError when asked to stop: it is short, and begins again.
     """
     from diffusers import AutoencoderKL
 
@@ -106,10 +106,10 @@ def write_repeated(images: Tensor, folder: Path) -> None:
 
 
 def prepare(training: Training, scale: Scale, data: str, root: Path, wants_stop: Callable[[], bool]) -> None:
-    """Make what a training needs, where it is not there yet. Raises InterruptedError where it is to stop."""
+    """Make what a training needs and does not have yet. Raises InterruptedError when asked to stop."""
 
     def images_of(role: str) -> Tensor:
-        # Those of the first seed's run, in its order.
+        # The images of the first seed's run, in its order.
         return data_of(next(t for t in scale.trainings() if t.role == role).config(data, root)).train
 
     if training.role == LATENT_FEW and not autoencoder_folder(root).exists():

@@ -1,4 +1,4 @@
-"""The trainings, run by run: what has ended stays, what was stopped goes on, and what is missing begins."""
+"""The trainings, one after the other: finished ones stay, stopped ones resume, and missing ones begin."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def train_missing(
     echo: Callable[[str], None],
     train: Train = in_a_process,
 ) -> list[str]:
-    """Train what has not ended, one after the other, with what it needs first; returns the names of those that failed.
+    """Train what has not ended, one after the other, each after its preparations; returns the names of those that failed.
 
     `train` takes the flags of `trainers.train` and a file for its output, and returns the exit status.
     """
@@ -67,9 +67,9 @@ def train_missing(
         except InterruptedError:
             break
         resume = ["--resume"] if (folder / CONFIG).exists() else []
-        wanted = runs / f"{training.name}.yaml"
-        wanted.write_text(yaml.safe_dump(training.config(data, root).grouped(), sort_keys=False))
-        flags = [f"--config={wanted}", f"--output-dir={folder}", f"--run-name={training.name}", *resume]
+        config_file = runs / f"{training.name}.yaml"
+        config_file.write_text(yaml.safe_dump(training.config(data, root).grouped(), sort_keys=False))
+        flags = [f"--config={config_file}", f"--output-dir={folder}", f"--run-name={training.name}", *resume]
         log = runs / f"{training.name}.log"
         status = train(flags, log)
         if status and not wants_stop():

@@ -1,4 +1,4 @@
-"""What else was looked at where a statement does not agree: a paragraph on it, with numbers from the same results."""
+"""Further looks at statements that do not agree: a paragraph on each, with numbers from the same results."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def _named(results: Results, roles: Sequence[str], key: str) -> list[tuple[str, 
 
 def curves_of(rows: Rows) -> dict[str, dict[float, float]]:
     """Debiased ICR by images seen, of each setting of rows that have several."""
-    found: dict[str, dict[float, float]] = {}
+    curves: dict[str, dict[float, float]] = {}
     for row in rows:
         if row["images_seen"] > 0 and row.get("icr_debiased") is not None:
-            found.setdefault(row["what"], {})[row["images_seen"]] = row["icr_debiased"]
-    return found
+            curves.setdefault(row["what"], {})[row["images_seen"]] = row["icr_debiased"]
+    return curves
 
 
 def _turn(role: str) -> Callable[[Results], str]:
@@ -42,71 +42,71 @@ def _turn(role: str) -> Callable[[Results], str]:
 
 
 def _window(results: Results) -> str:
-    found = []
+    parts = []
     for name, points in _named(results, (EDM_MANY, FLOW_MANY), "window"):
-        known = [p for p in points if p["icr_debiased"] is not None and p["accuracy"] is not None]
-        if known:
-            best, lowest = max(p["accuracy"] for p in known), min(known, key=lambda p: p["icr_debiased"])
-            along = correlation(*(np.array([p[key] for p in known]) for key in ("icr_debiased", "accuracy")))
-            found.append(
+        measured = [p for p in points if p["icr_debiased"] is not None and p["accuracy"] is not None]
+        if measured:
+            best, lowest = max(p["accuracy"] for p in measured), min(measured, key=lambda p: p["icr_debiased"])
+            spearman = correlation(*(np.array([p[key] for p in measured]) for key in ("icr_debiased", "accuracy")))
+            parts.append(
                 f"{name}: accuracy {lowest['accuracy']:.3f} at the lowest ICR, {best:.3f} at its own best, "
-                f"Spearman of ICR and accuracy over noise {along:.2f}"
+                f"Spearman of ICR and accuracy over noise {spearman:.2f}"
             )
-    return f"Looked at besides: how much accuracy is lost at the lowest ICR. {'; '.join(found)}." if found else ""
+    return f"Looked at besides: how much accuracy is lost at the lowest ICR. {'; '.join(parts)}." if parts else ""
 
 
 def _lost_window(results: Results) -> str:
-    found = []
+    parts = []
     for name, points in _named(results, (EDM_FEW, EDM_MANY), "window"):
-        known = [p for p in points if p["icr_debiased"] is not None and p["accuracy"] is not None]
-        if known:
-            values = ", ".join(f"{p['sigma']:g}: {p['icr_debiased']:.3f} and {p['accuracy']:.2f}" for p in known)
-            found.append(f"{name}, ICR and accuracy by sigma: {values}")
-    return f"Compared besides with the model of many images. {'; '.join(found)}." if found else ""
+        measured = [p for p in points if p["icr_debiased"] is not None and p["accuracy"] is not None]
+        if measured:
+            values = ", ".join(f"{p['sigma']:g}: {p['icr_debiased']:.3f} and {p['accuracy']:.2f}" for p in measured)
+            parts.append(f"{name}, ICR and accuracy by sigma: {values}")
+    return f"Compared besides with the model of many images. {'; '.join(parts)}." if parts else ""
 
 
 def _with(figure_key: str, roles: Sequence[str], against: str, what: str) -> Callable[[Results], str]:
     def words(results: Results) -> str:
-        found = []
+        parts = []
         for name, rows in _named(results, roles, "trajectory"):
             _, a, b = series(rows, figure_key, against)
-            found.append(f"{name} {correlation(a, b):.2f}")
-        return f"Looked at besides: {what}, Spearman's correlation: {', '.join(found)}." if found else ""
+            parts.append(f"{name} {correlation(a, b):.2f}")
+        return f"Looked at besides: {what}, Spearman's correlation: {', '.join(parts)}." if parts else ""
 
     return words
 
 
 def _energies(results: Results) -> str:
-    found = []
+    parts = []
     for name, rows in _named(results, (EDM_FEW, EDM_MANY), "trajectory"):
         _, invariant, residual = series(rows, "trace_invariant", "trace_residual")
         if len(invariant):
-            found.append(
+            parts.append(
                 f"{name} invariant {invariant[0]:.3f} to {invariant[-1]:.3f}, residual {residual[0]:.3f} to {residual[-1]:.3f}"
             )
-    return f"Looked at besides: both traces over the whole training. {'; '.join(found)}." if found else ""
+    return f"Looked at besides: both traces over the whole training. {'; '.join(parts)}." if parts else ""
 
 
 def _pairs(key: str) -> Callable[[Results], str]:
     def words(results: Results) -> str:
-        found = []
+        parts = []
         for _, rows in _named(results, (EDM_FEW,), key):
             curves = curves_of(rows)
             for a, b in combinations(curves, 2):
                 steps = sorted(set(curves[a]) & set(curves[b]))
                 value = correlation(*(np.array([curves[what][step] for step in steps]) for what in (a, b)))
-                found.append(f"{a} and {b} {value:.2f}")
-        return f"Every two, Spearman's correlation: {', '.join(found)}." if found else ""
+                parts.append(f"{a} and {b} {value:.2f}")
+        return f"Every two, Spearman's correlation: {', '.join(parts)}." if parts else ""
 
     return words
 
 
 def _noise_energies(results: Results) -> str:
-    found = []
+    parts = []
     for name, points in _named(results, (EDM_FEW, EDM_MANY, FLOW_MANY), "window"):
         values = ", ".join(f"{p['sigma']:g}: {p['trace_residual']:.3f}" for p in points if "trace_residual" in p)
-        found.append(f"{name}, residual trace by sigma: {values}")
-    return f"Looked at besides: the other models. {'; '.join(found)}." if found else ""
+        parts.append(f"{name}, residual trace by sigma: {values}")
+    return f"Looked at besides: the other models. {'; '.join(parts)}." if parts else ""
 
 
 TRIED: dict[int | str, Callable[[Results], str]] = {

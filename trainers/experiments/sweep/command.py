@@ -31,10 +31,10 @@ def _echo(text: str) -> None:
 
 
 def announce(sweep: Sweep) -> None:
-    """Print how many runs there are, in what they differ, and what is to become of each."""
+    """Print how many runs there are, in what they differ, and the state of each."""
     varied = varied_fields(sweep.runs)
     values = {field: dict.fromkeys(text_of(run.place[field]) for run in sweep.runs) for field in varied}
-    grid = " x ".join(f"{field} {', '.join(found)}" for field, found in values.items())
+    grid = " x ".join(f"{field} {', '.join(texts)}" for field, texts in values.items())
     where = f"{sweep.parallel} at a time, {'on this machine' if sweep.launcher == 'local' else 'by Slurm'}"
     count = len(sweep.runs)
     _echo(f"{count} {'run' if count == 1 else 'runs'}{f': {grid}' if grid else ''}; {where}; in {sweep.folder}")
@@ -77,7 +77,7 @@ def _launcher(sweep: Sweep, lock: int) -> Launcher:
     )
 
 
-def _tell(study: Study, ended: Ended) -> None:
+def _print_outcome(study: Study, ended: Ended) -> None:
     row, run = study.rows[ended.name], ended.name
     done = f"[{len(study.of(FINISHED))}/{len(study.rows)}]"
     if ended.status == FAILED:
@@ -91,7 +91,7 @@ def _tell(study: Study, ended: Ended) -> None:
 
 
 def _deliver(sweep: Sweep, names: Sequence[str]) -> None:
-    """Bring MLflow what runs that have ended could not bring it, as when many wrote to one SQLite file at once."""
+    """Deliver to MLflow what ended runs could not deliver themselves, as when many wrote to one SQLite file at once."""
     for run in sweep.runs:
         if run.name in names and holds_run(sweep.folder_of(run)):
             with contextlib.suppress(ValueError):  # another process writes there, or its log is damaged: it says so itself
@@ -105,23 +105,23 @@ def run_sweep(sweep: Sweep, launcher: Launcher, wants_stop: Callable[[], bool]) 
     write_whole(sweep.folder / STUDY, lambda file: file.write(json.dumps({"study": sweep.name}).encode()))
     study, status = Study(sweep), FAILED
     jobs = [sweep.job(run) for run in sweep.runs if run.name not in sweep.finished]
-    over = []
+    ended_names = []
     try:
         study.publish()
         with contextlib.closing(launcher.run(jobs, wants_stop, _echo)) as ends:
             for ended in ends if jobs else ():
                 study.set(ended)
-                over += [ended.name] if ended.status != RUNNING else []
-                _tell(study, ended)
+                ended_names += [ended.name] if ended.status != RUNNING else []
+                _print_outcome(study, ended)
                 study.publish()
-        _deliver(sweep, [*sweep.finished, *over])
+        _deliver(sweep, [*sweep.finished, *ended_names])
         status = KILLED if wants_stop() else FAILED if study.of(FAILED) else FINISHED
         if status == FINISHED and len(study.of(FINISHED)) < len(study.rows):
             status = KILLED
     except KeyboardInterrupt:
         status = KILLED
         raise
-    finally:  # in any case: a study that is not ended would stay RUNNING
+    finally:  # a study that is not ended would stay RUNNING
         study.close(status)
     _conclude(study, status)
     return status

@@ -35,25 +35,25 @@ class GridPoint:
 
 
 def values_of(field: str, text: str, shown: str = "") -> list[Any]:
-    """The values of a field that a text names, in its order. Raises ValueError for none, for one twice, or for what is none."""
+    """The values of a field that a text names, in its order. Raises ValueError for none, a repeated, or an impossible one."""
     shown = shown or field
     entry = PRESET if field == PRESET.name else OPTIONS[field]
     separator = ";" if entry.is_tuple or field in PATHS else ","
     parts = [part.strip() for part in text.split(separator)]
     may_be_empty = len(parts) == 1 and (entry.hint is str or entry.is_tuple)  # as in stop_on= and companions=
-    found: list[Any] = []
+    values: list[Any] = []
     for part in parts:
         if not part and not may_be_empty:
             raise ValueError(
                 f"{shown} is {text!r}, where a value is empty; expected one value, or several between {separator!r}"
             )
-        found += _range(part, text, shown) if entry.hint is int and ":" in part else [_value(entry, part, shown)]
-        if len(found) > MOST_RUNS:
+        values += _range(part, text, shown) if entry.hint is int and ":" in part else [_value(entry, part, shown)]
+        if len(values) > MOST_RUNS:
             raise ValueError(f"{shown} is {text!r}, which is over {MOST_RUNS} values; expected fewer")
-    twice, _ = Counter(found).most_common(1)[0]
-    if len(set(found)) < len(found):
-        raise ValueError(f"{shown} is {text!r}, which names {text_of(twice)} twice; expected each value once")
-    return found
+    repeated, _ = Counter(values).most_common(1)[0]
+    if len(set(values)) < len(values):
+        raise ValueError(f"{shown} is {text!r}, which names {text_of(repeated)} twice; expected each value once")
+    return values
 
 
 def _range(part: str, text: str, shown: str) -> list[int]:
@@ -76,7 +76,7 @@ def _value(entry: Option, part: str, shown: str) -> Any:
 def expand(preset: str, texts: Mapping[str, str], shown: Mapping[str, str] | None = None) -> list[GridPoint]:
     """All runs of a grid, the last field's values changing fastest. Raises ValueError for impossible values, naming them.
 
-    `shown` has the names by which fields were given, where they are others.
+    `shown` has the names by which fields were given, if those differ.
     """
     shown = shown or {}
     axes = {"preset": values_of("preset", preset)}
@@ -111,7 +111,7 @@ def text_of(value: Any) -> str:
 
 
 def _name(config: TrainConfig, varied: Sequence[str]) -> str:
-    """What a run, its folder and its log are called: its size, its seed, and whatever else differs between runs."""
+    """The name of a run, its folder and its log: its size, its seed, and whatever else differs between runs."""
     return "-".join(_parts(config, varied))
 
 
@@ -129,17 +129,17 @@ def check_data(runs: Sequence[GridPoint]) -> None:
     """Raise ValueError where a set has fewer images than a run takes, and for unknown sets; each is loaded once."""
     from trainers.data import load_source
 
-    wanted: dict[tuple[str, Size, str], DataConfig] = {}
+    largest: dict[tuple[str, Size, str], DataConfig] = {}
     for run in runs:
         c = run.config.data
         key = (c.source, c.size, c.split)
-        if key not in wanted or c.num_images + c.num_heldout > wanted[key].num_images + wanted[key].num_heldout:
-            wanted[key] = c
-    for (data, resolution, split), c in wanted.items():
-        there = len(load_source(data, resolution, split))
-        if c.num_images + c.num_heldout > there:
+        if key not in largest or c.num_images + c.num_heldout > largest[key].num_images + largest[key].num_heldout:
+            largest[key] = c
+    for (data, resolution, split), c in largest.items():
+        available = len(load_source(data, resolution, split))
+        if c.num_images + c.num_heldout > available:
             raise ValueError(
-                f"num_images is {c.num_images} and num_heldout {c.num_heldout}; expected at most {there} together, "
+                f"num_images is {c.num_images} and num_heldout {c.num_heldout}; expected at most {available} together, "
                 f"the size of {data!r}"
             )
 

@@ -1,4 +1,4 @@
-"""What a sweep's command line asks for: the runs, their folder, what earlier commands left of them, and how to launch them."""
+"""A sweep from its command line: the runs, their folder, the states in which earlier commands left them, and the launcher."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from trainers.train import CONFIG, check_project
 
 AUTO = "auto"
 LAUNCHERS = ("local", "slurm")
-STUDY = "study.json"  # what a later command must know of the study: its name
+STUDY = "study.json"  # holds the study's name, for later commands
 LOCK = ".lock"
 
 
@@ -36,7 +36,7 @@ class Sweep:
     folder: Path
     runs: Sequence[GridPoint]
     finished: frozenset[str]  # names of the runs that earlier commands have finished
-    states: Mapping[str, str]  # what is to become of each run, in words
+    states: Mapping[str, str]  # the state of each run before this command, in words
     launcher: str
     parallel: int
     slurm: SlurmOptions
@@ -48,7 +48,7 @@ class Sweep:
         return self.folder / "runs" / run.name
 
     def job(self, run: GridPoint) -> Job:
-        """A run as something to launch."""
+        """The job that launches a run."""
         tags = (f"study={self.name}", "role=run")
         command = (
             sys.executable, "-m", "trainers.train", *config_flags(run.config), f"--output-dir={self.folder_of(run)}",
@@ -122,16 +122,16 @@ def _texts(arguments: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]
     """The values of each field as text, sizes first and seeds last, and what fields were given as."""
     if "seed" in arguments and "seeds" in arguments:
         raise ValueError(f"seed is {arguments['seed']!r} and seeds {arguments['seeds']!r}; expected one of them")
-    given = {field: arguments[field] for field in grid_fields() if field in arguments}
+    texts = {field: arguments[field] for field in grid_fields() if field in arguments}
     shown = {}
     if "seeds" in arguments:
-        given["seed"], shown["seed"] = arguments["seeds"], "seeds"
-    order = sorted(given, key=lambda field: (field != "num_images", field == "seed"))
-    return {field: given[field] for field in order}, shown
+        texts["seed"], shown["seed"] = arguments["seeds"], "seeds"
+    order = sorted(texts, key=lambda field: (field != "num_images", field == "seed"))
+    return {field: texts[field] for field in order}, shown
 
 
 def _same_probe(runs: Sequence[GridPoint]) -> list[GridPoint]:
-    """Subsets of a seed nest: measured on as many images as the smallest has, all its runs are measured on the same ones."""
+    """Runs measured on as many images as the smallest has: subsets of a seed nest, so its runs share the measured images."""
     probe = min(min(run.config.monitor.probe_images, run.config.data.num_images) for run in runs)
     return [replace(run, config=run.config.changed(probe_images=probe)) for run in runs]
 
@@ -157,7 +157,7 @@ def _study_name(folder: Path, configs: Sequence[TrainConfig]) -> str:
 
 
 def _state(run: GridPoint, folder: Path) -> str:
-    """What an earlier command left of a run, in words. Raises ValueError where that was another configuration."""
+    """The state in which an earlier command left a run, in words. Raises ValueError if it had another configuration."""
     if not (folder / CONFIG).exists():
         return "new"
     saved = config_from(read_values(folder / CONFIG)).flat()

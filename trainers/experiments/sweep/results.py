@@ -1,4 +1,4 @@
-"""What the runs of a sweep left: one row each, as a table, and a figure of turns and first copies against training images."""
+"""The results of a sweep: one row a run, as a table, and a figure of turns and first copies against training images."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SHOWN = {
 
 
 def result_row(run: GridPoint, varied: Sequence[str], folder: Path, status: str, why: str = "") -> Row:
-    """A run's row: where it stands in the grid, its status, what was measured (None where it was not), and its first error."""
+    """A run's row: its place in the grid, its status, what was measured (None where it was not), and its first error."""
     row: Row = {"run": run.name, "num_images": run.config.data.num_images, "seed": run.config.run.seed}
     row |= {field: text_of(run.place[field]) for field in varied if field not in row}
     row |= {"status": status.lower()} | dict.fromkeys(MEASURED)
@@ -47,9 +47,14 @@ def result_row(run: GridPoint, varied: Sequence[str], folder: Path, status: str,
     except ValueError as error:  # damaged: of this run there is nothing to show
         rows, why = [], why or str(error)
     if rows:
-        said = verdict(rows)
-        found = {"images_seen": rows[-1]["images_seen"], "verdict": said.state, **summarise(rows), **said.summary()}
-        row |= {key: found.get(key) for key in MEASURED}
+        run_verdict = verdict(rows)
+        measured = {
+            "images_seen": rows[-1]["images_seen"],
+            "verdict": run_verdict.state,
+            **summarise(rows),
+            **run_verdict.summary(),
+        }
+        row |= {key: measured.get(key) for key in MEASURED}
     return row | {"total_images": run.config.total_images, "error": why}
 
 
@@ -95,7 +100,7 @@ def _medians(axes: Axes, rows: Sequence[Row], key: str, colour: str, style: str,
     for row in rows:
         if row[key]:
             by_size.setdefault(row["num_images"], []).append(row[key])
-    points = sorted((size, statistics.median(found)) for size, found in by_size.items())
+    points = sorted((size, statistics.median(values)) for size, values in by_size.items())
     if points:
         axes.plot(*zip(*points, strict=True), color=colour, linestyle=style, linewidth=1.2, label=label)
 

@@ -34,16 +34,16 @@ class Study:
     def _open(self) -> Tracker:
         from mlflow_icr.tracking import MLflowSink, Tracker
 
-        given = os.environ.get("MLFLOW_RUN_ID")
+        run_id = os.environ.get("MLFLOW_RUN_ID")
         tracker = Tracker(self.sweep.folder, [MLflowSink(run_name=self.sweep.name)], resume="allow")
         tracker.open(self.sweep.params, {"role": "study", "study_name": self.sweep.name})
         tracker.flush()  # which also makes the tables of a fresh local store: several runs at once would all try
-        if given is not None and tracker.run_id not in (None, given):  # `mlflow run` makes a new run each time
+        if run_id is not None and tracker.run_id not in (None, run_id):  # `mlflow run` makes a new run each time
             with tempfile.TemporaryDirectory() as folder:
-                other = Tracker(folder, [MLflowSink(run_id=given, joins=True)])
-                other.open({}, {"study_name": self.sweep.name})
-                other.note(f"Continues the study `{self.sweep.name}`, whose results are in run {tracker.run_id}.")
-                other.close(FINISHED)
+                launched = Tracker(folder, [MLflowSink(run_id=run_id, joins=True)])
+                launched.open({}, {"study_name": self.sweep.name})
+                launched.note(f"Continues the study `{self.sweep.name}`, whose results are in run {tracker.run_id}.")
+                launched.close(FINISHED)
         return tracker
 
     def set(self, ended: Ended) -> None:
@@ -80,7 +80,7 @@ class Study:
             print(f"sweep: table and figure are not written: {error}", file=sys.stderr)
 
     def close(self, status: str) -> None:
-        """End the study's MLflow run, with its table: in there it is content, and one after every run would add up."""
+        """End the study's MLflow run, with its table; MLflow would keep one for each time that it is logged."""
         try:
             self.tracker.table("sweep", list(self.rows.values()), len(self.of(FINISHED)))
         finally:

@@ -82,7 +82,7 @@ def test_animations_count_once_and_a_line_says_so(tmp_path: Path) -> None:
     second.save(tmp_path / "b.png")
     found = read(tmp_path)
     assert np.array_equal(found.images[0, 0], np.asarray(first))
-    assert found.notes == [f"{str(tmp_path)!r}: 1 of 2 images are animations, of which the first picture is taken"]
+    assert found.notes == [f"{str(tmp_path)!r}: 1 of 2 images are animations; their first pictures are taken"]
 
 
 def test_a_turned_tiff_stands_upright_as_a_png_does(tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def test_upright_and_over_a_background(tmp_path: Path, rng: np.random.Generator)
     assert (laid[:4] == (255, 0, 0)).all()
     np.testing.assert_allclose(laid[4], colour[4] * 0.2 + np.array([255, 0, 0]) * 0.8, atol=1)
     assert np.array_equal(laid[5:], colour[5:])
-    assert found.notes == [f"{str(tmp_path)!r}: what is transparent in 1 of 2 images shows #ff0000 (--background)"]
+    assert found.notes == [f"{str(tmp_path)!r}: transparent parts of 1 of 2 images show #ff0000 (--background)"]
     with pytest.raises(ValueError, match="background is 'rainbow'; expected a colour"):
         Reading((8, 8), background="rainbow")
 

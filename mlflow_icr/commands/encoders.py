@@ -110,9 +110,9 @@ def _bar(file: RemoteFile) -> Progress:
         return draw
     tenths = [-1]
 
-    def tell(received: int, total: int | None) -> None:
+    def print_tenth(received: int, total: int | None) -> None:
         if total and received * 10 // total > tenths[0]:
             tenths[0] = received * 10 // total
             echo(f"{file.name}: {received / 2**20:.1f} of {total / 2**20:.1f} MiB")
 
-    return tell
+    return print_tenth

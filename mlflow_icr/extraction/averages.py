@@ -1,8 +1,8 @@
 """Power-function averages of weights, and the reconstruction of an average of any width from a few snapshots.
 
 An average of exponent gamma at time t weighs the weights of time s by p(s) = (gamma + 1) s^gamma / t^(gamma + 1). Its relative
-width, the deviation of p over t, is what people choose: `std`. Snapshots of two averages, taken along a training, are enough to
-come close to the average of any width at any time up to the last of them. Time is in images seen.
+width `std`, the standard deviation of p over t, is the parameter that users choose. Snapshots of two averages, taken along a
+training, are enough to approximate the average of any width at any time up to the last of them. Time is in images seen.
 Source: Karras et al. 2024, "Analyzing and improving the training dynamics of diffusion models", section 3 and appendix C.
 """
 
@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 SNAPSHOTS = "power_averages.safetensors"  # in a checkpoint's folder
-WIDEST = 12**-0.5  # of exponent 0, which weighs all times alike
+WIDEST = 12**-0.5  # the width of exponent 0, which weighs all times equally
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -41,13 +41,13 @@ def width_of(exponent: float) -> float:
 
 
 def power_beta(std: float, images_seen: int, batch_size: int) -> float:
-    """The share that the average keeps of itself at a step to images_seen: (1 - batch / images seen)^(gamma + 1)."""
+    """The weight of the old average at a step to images_seen: (1 - batch / images seen)^(gamma + 1)."""
     return float((1 - batch_size / images_seen) ** (exponent_of(std) + 1))
 
 
 @dataclass(frozen=True)
 class Profile:
-    """An average: its relative width, and the images seen that it is of."""
+    """An average: its relative width, and the images seen at its end."""
 
     std: float
     images_seen: float
@@ -70,29 +70,29 @@ def coefficients(snapshots: Sequence[Profile], wanted: Profile) -> tuple[np.ndar
     """
     if not snapshots:
         raise ValueError("there are no snapshots; expected some of at least one average")
-    between = inner_products(snapshots, snapshots)
+    gram = inner_products(snapshots, snapshots)
     right = inner_products(snapshots, [wanted])[:, 0]
-    # Times that are close give profiles that are nearly alike; the least solution keeps their coefficients small.
-    found, *_ = np.linalg.lstsq(between, right, rcond=1e-14)
+    # Close times give nearly equal profiles; the least-norm solution keeps their coefficients small.
+    weights, *_ = np.linalg.lstsq(gram, right, rcond=1e-14)
     norm = inner_products([wanted], [wanted])[0, 0]
-    left = norm + found @ between @ found - 2 * found @ right
-    return found, float(np.sqrt(max(left, 0.0) / norm))
+    squared_error = norm + weights @ gram @ weights - 2 * weights @ right
+    return weights, float(np.sqrt(max(squared_error, 0.0) / norm))
 
 
 def snapshots_of(checkpoints: Path) -> dict[Profile, Path]:
-    """The averages that are in a run's checkpoints, oldest first. Raises ValueError where there are none."""
+    """The averages in a run's checkpoints, oldest first. Raises ValueError where there are none."""
     folder = checkpoints / "checkpoints" if (checkpoints / "checkpoints").is_dir() else checkpoints
-    found: dict[Profile, Path] = {}
+    snapshots: dict[Profile, Path] = {}
     for path in sorted(folder.glob(f"[0-9]*/{SNAPSHOTS}")):
         with safe_open(path, framework="pt") as file:
             for std in sorted({float(key.split("/", 1)[0]) for key in file.keys()}):  # noqa: SIM118 - it is no mapping
                 if int(path.parent.name):  # before the first step there is nothing to average
-                    found[Profile(std, int(path.parent.name))] = path
-    if not found:
+                    snapshots[Profile(std, int(path.parent.name))] = path
+    if not snapshots:
         raise ValueError(
             f"checkpoints is {str(checkpoints)!r}, which holds no {SNAPSHOTS}; expected those of a run with --power-ema-stds"
         )
-    return found
+    return snapshots
 
 
 def reconstructed(snapshots: dict[Profile, Path], wanted: Profile) -> tuple[dict[str, dict[str, Tensor]], float]:

@@ -49,17 +49,19 @@ class ReferenceCache:
         from safetensors.torch import load
 
         try:
-            found = load(path.read_bytes())
-            reference = Reference(found["embeddings"])
-            statistics = GaussianStatistics(len(reference), found["mean"], found["root"])
-            own = found["own_distances"]
+            tensors = load(path.read_bytes())
+            reference = Reference(tensors["embeddings"])
+            statistics = GaussianStatistics(len(reference), tensors["mean"], tensors["root"])
+            own = tensors["own_distances"]
         except (SafetensorError, KeyError, OSError):
             return None
         expected = {"embeddings": (len(images), encoder.dim), "mean": (encoder.dim,), "own_distances": (len(images),)}
-        whole = all(tuple(found[key].shape) == shape and bool(found[key].isfinite().all()) for key, shape in expected.items())
-        if not whole or statistics.root.shape != (min(found["embeddings"].shape), encoder.dim):
+        intact = all(
+            tuple(tensors[key].shape) == shape and bool(tensors[key].isfinite().all()) for key, shape in expected.items()
+        )
+        if not intact or statistics.root.shape != (min(tensors["embeddings"].shape), encoder.dim):
             return None
-        reference.__dict__ |= {"gaussian": statistics, "own_distances": own}  # what it would compute when asked
+        reference.__dict__ |= {"gaussian": statistics, "own_distances": own}  # else computed on first use
         return reference
 
     def keep(self, encoder: Encoder, images: Tensor, reference: Reference) -> None:
@@ -85,9 +87,9 @@ class ReferenceCache:
 
     def reference(self, encoder: Encoder, images: Tensor, encode: Callable[[Tensor], Tensor] | None = None) -> Reference:
         """The reference of a set: read, or made by `encode` (the encoder itself unless given) and kept."""
-        found = self.find(encoder, images)
-        if found is None:
+        reference = self.find(encoder, images)
+        if reference is None:
             with torch.no_grad():
-                found = Reference((encode or encoder)(images))
-            self.keep(encoder, images, found)
-        return found
+                reference = Reference((encode or encoder)(images))
+            self.keep(encoder, images, reference)
+        return reference

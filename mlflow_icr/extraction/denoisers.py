@@ -14,8 +14,8 @@ from torch import Tensor, nn
 class Denoiser(Protocol):
     """Anything with a `network` to tap and a call D(x, sigma) that runs it.
 
-    x is (B, C, H, W) in [-1, 1] plus noise of standard deviation sigma, a float or (B,); the result has x's shape. One that
-    works on latents has a method `encode(images)` too: x then is `encode(images)` plus noise.
+    x is (B, C, H, W) in [-1, 1] plus noise of standard deviation sigma, a float or (B,); the result has x's shape. A denoiser
+    of latents also has a method `encode(images)`: x then is `encode(images)` plus noise.
     """
 
     @property
@@ -27,7 +27,7 @@ class Denoiser(Protocol):
 
 
 Call = Callable[[nn.Module, Tensor, Tensor], Any]
-"""How a network is run on x (B, C, H, W) and times (B,), where it wants more than these two: a prompt, a class."""
+"""Runs a network that needs more than x (B, C, H, W) and times (B,), such as a prompt or a class."""
 
 Encode = Callable[[Tensor], Tensor]
 
@@ -43,12 +43,12 @@ def decoder_of(denoiser: Denoiser) -> Encode | None:
 
 
 def null_class_of(denoiser: Denoiser) -> int | None:
-    """The null class of a network of classes, which stands for no class; None for a network without classes.
+    """The null class of a class-conditional network, which stands for no class; None for a network without classes.
 
     The null class comes after the others. A transformer whose only class is number 0 needs a label but has no classes.
     """
-    found: int | None = getattr(denoiser, "null_class", None)
-    return found or None
+    label: int | None = getattr(denoiser, "null_class", None)
+    return label or None
 
 
 def device_of(denoiser: Denoiser) -> torch.device:
@@ -72,8 +72,8 @@ class EDMDenoiser:
     """EDM's preconditioning around a network F(x, time), such as diffusers' UNet2DModel.
 
     D(x, sigma) = c_skip x + c_out F(c_in x, c_noise); `sigma_data` is the standard deviation of clean images.
-    A network of classes has a `null_class`, which stands for none of them: it is read where no labels are given. `call` runs a
-    network that wants another condition. Raises ValueError for a sigma_data that is not positive.
+    A class-conditional network has a `null_class`, which stands for no class and is used where no labels are given. `call`
+    runs a network with another condition. Raises ValueError for a sigma_data that is not positive.
     Source: Karras et al. 2022, "Elucidating the design space of diffusion-based generative models", table 1.
     """
 
@@ -132,13 +132,13 @@ PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 class SchedulerDenoiser:
     """A network F(x_t, t) trained with a variance-preserving scheduler of diffusers, such as DDPMScheduler or DDIMScheduler.
 
-    Noise sigma on clean images is alpha_bar = 1 / (1 + sigma^2) of the scheduler, and x_t = sqrt(alpha_bar) x. With v = sqrt(
+    Noise sigma on clean images means the scheduler's alpha_bar = 1 / (1 + sigma^2), and x_t = sqrt(alpha_bar) x. With v = sqrt(
     alpha_bar) noise - sqrt(1 - alpha_bar) x_0, the clean image is x - sigma F for `epsilon`, F for `sample`, and alpha_bar x -
-    sqrt(1 - alpha_bar) F for `v_prediction`. t lies between the timesteps whose noise is next, linear in log sigma; with
-    `nearest` it is the nearest whole one, for networks that look timesteps up in a table. Noise beyond the scheduler's has its
-    first or last timestep. Of a network that predicts a variance too, the second half of the channels is left aside. The
-    `null_class` of a network of classes is read where no labels are given; `call` runs a network that wants another condition.
-    Raises ValueError for a scheduler without alphas_cumprod or with another prediction type.
+    sqrt(1 - alpha_bar) F for `v_prediction`. t is interpolated between timesteps, linearly in log sigma; with `nearest` it is
+    rounded, for networks that look timesteps up in a table. Noise beyond the scheduler's range gets its first or last timestep.
+    If a network also predicts a variance, the second half of its channels is ignored. The `null_class` of a class-conditional
+    network is used where no labels are given; `call` runs a network with another condition. Raises ValueError for a scheduler
+    without alphas_cumprod or with another prediction type.
     Source: Ho et al. 2020, equation 4; Salimans & Ho 2022, appendix D (v).
     """
 
@@ -175,11 +175,11 @@ class SchedulerDenoiser:
         """The timesteps (B,) of noise levels (B,): float32, or int64 with `nearest`."""
         # MPS has no float64, which separates neighbouring timesteps of long schedules best.
         kind = torch.float32 if sigma.device.type == "mps" else torch.float64
-        known = self.log_sigmas.to(kind).to(sigma.device)
-        wanted = sigma.to(kind).log().clamp(known[0], known[-1])
-        right = torch.searchsorted(known, wanted).clamp(1, len(known) - 1)
+        log_sigmas = self.log_sigmas.to(kind).to(sigma.device)
+        wanted = sigma.to(kind).log().clamp(log_sigmas[0], log_sigmas[-1])
+        right = torch.searchsorted(log_sigmas, wanted).clamp(1, len(log_sigmas) - 1)
         left = right - 1
-        t = left + (wanted - known[left]) / (known[right] - known[left])
+        t = left + (wanted - log_sigmas[left]) / (log_sigmas[right] - log_sigmas[left])
         return t.round().long() if self.nearest else t.float()
 
     def predict(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:

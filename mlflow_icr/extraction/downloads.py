@@ -20,11 +20,11 @@ from mlflow_icr.extraction.files import file_sha256, fsync_path
 BLOCK = 2**20  # bytes read at a time
 TIMEOUT = 30.0  # seconds without a byte, after which a connection counts as lost
 ATTEMPTS = 5  # attempts in a row without a byte, before the download is given up
-GONE = (401, 403, 404, 410)  # answers that stay the same if they are asked for again
+FINAL_CODES = (401, 403, 404, 410)  # status codes for which another attempt is useless
 NOTHING_LEFT = 416  # the answer to a request for bytes beyond the end
 
 Progress = Callable[[int, int | None], object]
-"""Told how many bytes are there, and how many there will be; None where the server does not say."""
+"""Called with the bytes received so far, and the total or None where the server does not say."""
 
 
 def _quiet(received: int, total: int | None) -> None:
@@ -58,22 +58,22 @@ def download(
             _receive_all(url, file, part, progress, timeout, pause)
             file.flush()
             os.fsync(file.fileno())
-        found = file_sha256(part)
-        if sha256 and found != sha256:
+        digest = file_sha256(part)
+        if sha256 and digest != sha256:
             part.unlink()
             _tag_path(part).unlink(missing_ok=True)
-            raise ValueError(f"{url} gives a file with SHA-256 {found}; expected {sha256}: it was deleted")
+            raise ValueError(f"{url} gives a file with SHA-256 {digest}; expected {sha256}: it was deleted")
         part.replace(path)
         _tag_path(part).unlink(missing_ok=True)
         fsync_path(path.parent)
-        return found
+        return digest
     finally:
         lock.release()
         Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def _tag_path(part: Path) -> Path:
-    """The file that keeps the server's entity tag, by which it knows whether a partial download still fits."""
+    """The file with the server's entity tag, by which the server knows whether a partial download still fits."""
     return part.with_name(f"{part.name}.etag")
 
 
@@ -92,7 +92,7 @@ def _receive_all(
                 if error.headers.get("Content-Range") == f"bytes */{before}":
                     return
                 file.truncate(0)
-            if error.code in GONE:
+            if error.code in FINAL_CODES:
                 raise OSError(f"{url} answers {error.code} {error.reason}") from None
             reason = f"it answers {error.code} {error.reason}"
         except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
@@ -100,7 +100,7 @@ def _receive_all(
         failures = 0 if file.tell() > before else failures + 1
         if failures == ATTEMPTS:
             raise OSError(
-                f"{url} cannot be downloaded: {reason}; {file.tell()} bytes are kept, and the next attempt goes on from there"
+                f"{url} cannot be downloaded: {reason}; {file.tell()} bytes are kept, and the next attempt resumes there"
             )
         pause(float(2**failures))
 
@@ -113,7 +113,7 @@ def _receive(url: str, file: IO[bytes], part: Path, progress: Progress, timeout:
         headers |= {"Range": f"bytes={start}-", "If-Range": tag_path.read_text()}
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout) as answer:
         if answer.status != 206 or not str(answer.headers.get("Content-Range", "")).startswith(f"bytes {start}-"):
-            file.truncate(0)  # the server cannot go on, or has another file by now
+            file.truncate(0)  # the server cannot resume, or its file has changed
             start = 0
         _keep_tag(answer, tag_path)
         length = answer.headers.get("Content-Length")
@@ -135,7 +135,7 @@ def _keep_tag(answer: Any, path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _check_space(part: Path, total: int | None, there: int) -> None:
+def _check_space(part: Path, total: int | None, received: int) -> None:
     free = shutil.disk_usage(part.parent).free
-    if total is not None and total - there > free:
-        raise OSError(errno.ENOSPC, f"{total - there} more bytes are needed, and the disk has {free}", str(part.parent))
+    if total is not None and total - received > free:
+        raise OSError(errno.ENOSPC, f"{total - received} more bytes are needed, and the disk has {free}", str(part.parent))

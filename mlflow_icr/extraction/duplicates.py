@@ -12,12 +12,12 @@ from mlflow_icr.extraction.hashing import update_digest
 
 def pixel_hashes(images: Tensor) -> list[bytes]:
     """The SHA-256 of each image's pixels, of images (N, C, H, W)."""
-    found = []
+    hashes = []
     for image in images:
         digest = hashlib.sha256()
         update_digest(digest, image[None])
-        found.append(digest.digest())
-    return found
+        hashes.append(digest.digest())
+    return hashes
 
 
 def exact_duplicates(hashes: Sequence[bytes]) -> list[list[int]]:
@@ -31,10 +31,10 @@ def exact_duplicates(hashes: Sequence[bytes]) -> list[list[int]]:
 def duplicate_notes(train: Tensor, heldout: Tensor) -> list[str]:
     """A line on duplicates among training images, if any, and one on held-out images that are training images too."""
     hashes = pixel_hashes(train)
-    again = sum(len(indices) - 1 for indices in exact_duplicates(hashes))
+    repeats = sum(len(indices) - 1 for indices in exact_duplicates(hashes))
     notes = []
-    if again:
-        notes.append(f"{again} of {len(train)} training images are exact duplicates of others; see mlflow-icr duplicates")
+    if repeats:
+        notes.append(f"{repeats} of {len(train)} training images are exact duplicates of others; see mlflow-icr duplicates")
     shared = len(set(hashes).intersection(pixel_hashes(heldout)))
     if shared:
         notes.append(f"{shared} training images are held out too, by exact copies; loss/heldout is too low for it")

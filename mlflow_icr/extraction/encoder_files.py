@@ -15,7 +15,7 @@ from mlflow_icr.extraction.encoder_weights import WEIGHTS, Weights
 from mlflow_icr.extraction.files import CACHE_VARIABLE, cache_folder, file_sha256, write_whole
 
 FOLDER = "encoders"  # in the cache; it has a folder for each encoder
-SUMS = "SHA256SUMS"  # written last, in the format that sha256sum reads: with it, the files are all there
+SUMS = "SHA256SUMS"  # written last, in the format of sha256sum: it marks a complete download
 HUB = "https://huggingface.co"
 
 
@@ -52,7 +52,7 @@ ENCODER_FILES: dict[str, tuple[RemoteFile, ...]] = {
 class KeptEncoder:
     """An encoder in the cache: the path that `load_encoder` takes, and the SHA-256 of each file.
 
-    `verified`: the weights have the published one.
+    `verified` is whether the weights have the published one.
     """
 
     name: str
@@ -97,7 +97,7 @@ def fetch_encoder(
     sha256: str = "",
     progress: Callable[[RemoteFile], Progress] = lambda file: lambda received, total: None,
 ) -> KeptEncoder:
-    """Download an encoder into the cache, unless it is there and unchanged. An interrupted download resumes.
+    """Download an encoder into the cache, unless it is already there, unchanged. An interrupted download resumes.
 
     `sha256` is the checksum that the weights must have; the default is the published one, or that of the first download where
     none is published. Raises ValueError for an unknown name, a cache that is off, or another checksum, and OSError for a server
@@ -119,21 +119,21 @@ def fetch_encoder(
         sums[file.name] = download(_mirrored(file.url), path, right, progress=progress(file))
     text = "".join(f"{digest}  {file}\n" for file, digest in sums.items())
     write_whole(folder / SUMS, lambda opened: opened.write(text.encode()))
-    found = _kept_in(folder, name)
-    assert found is not None
-    return found
+    kept = _kept_in(folder, name)
+    assert kept is not None
+    return kept
 
 
 def _wanted(name: str, folder: Path, sha256: str) -> dict[str, str]:
     """The SHA-256 that each file must have; empty where none is known."""
     files = ENCODER_FILES[name]
-    given, known = sha256.lower(), files[-1].sha256
-    if given and known and given != known:
-        raise ValueError(f"sha256 is {given}, but the weights of {name} have {known}; expected that, or none")
+    requested, published = sha256.lower(), files[-1].sha256
+    if requested and published and requested != published:
+        raise ValueError(f"sha256 is {requested}, but the weights of {name} have {published}; expected that, or none")
     earlier = _sums_in(folder)
     wanted = {file.name: file.sha256 or earlier.get(file.name, "") for file in files}
-    if given:
-        wanted[files[-1].name] = given
+    if requested:
+        wanted[files[-1].name] = requested
     return wanted
 
 

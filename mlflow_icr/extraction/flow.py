@@ -11,10 +11,10 @@ from mlflow_icr.extraction.denoisers import Call, run_network
 class FlowDenoiser:
     """A network v(x_t, t) trained by flow matching on the straight path x_t = (1 - t) x + t noise, whose velocity is noise - x.
 
-    t is the share of noise, 0 to 1, and noise sigma on clean images is t = sigma / (1 + sigma) on x_t = x / (1 + sigma); the
-    clean image is x_t - t v. The network is told t times `time_scale`: 1000 is diffusers' convention, 1 that of SiT's own code.
-    A scheduler's `shift` chooses at which t one samples or trains; what t means to the network is the same. The `null_class`
-    of a network of classes is read where no labels are given; `call` runs a network that wants another condition. Raises
+    t is the share of noise, 0 to 1; noise sigma on clean images means t = sigma / (1 + sigma) and x_t = x / (1 + sigma); the
+    clean image is x_t - t v. The network gets t times `time_scale`: 1000 is diffusers' convention, 1 that of SiT's own code.
+    A scheduler's `shift` changes at which t one samples or trains, not what t means to the network. The `null_class` of a
+    class-conditional network is used where no labels are given; `call` runs a network with another condition. Raises
     ValueError for a time_scale that is not positive.
     Source: Lipman et al. 2023; Ma et al. 2024 (SiT), section 2, with the linear interpolant; Esser et al. 2024, section 2.
     """
@@ -58,6 +58,6 @@ class FlowDenoiser:
         for i in range(num_steps):
             t = 1 - i * step
             slope = self.velocity(x, t, labels)
-            after = self.velocity(x - step * slope, max(0.0, t - step), labels)
-            x = x - step * (slope + after) / 2
+            next_slope = self.velocity(x - step * slope, max(0.0, t - step), labels)
+            x = x - step * (slope + next_slope) / 2
         return x

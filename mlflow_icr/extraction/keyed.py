@@ -25,7 +25,7 @@ def keyed_generator(purpose: str, *key: int) -> np.random.Generator:
 def keyed_rows(purpose: str, *key: int, rows: Sequence[int] | np.ndarray, shape: Sequence[int]) -> np.ndarray:
     """Unit noise (len(rows), *shape) float32 of some rows of a batch: row i does not depend on which other rows are drawn.
 
-    All rows share a stream's key, and row i has the 2^128 numbers of it whose counter has i in its third word. Setting a
+    All rows share a stream's key, and row i takes the 2^128 numbers whose counter has i in its third word. Setting a
     generator's counter costs a tenth of making a generator.
     """
     stream = _philox(purpose, *key)

@@ -45,17 +45,17 @@ class Autoencoder:
 
     @property
     def channels(self) -> int:
-        """C, of images."""
+        """C, the channels of images."""
         return int(self.network.config.in_channels)
 
     @property
     def factor(self) -> int:
-        """Pixels of an image's side for one of its latent's."""
+        """Pixels along an image's side for one value along its latent's side."""
         return 2 ** (len(self.network.config.block_out_channels) - 1)
 
     @property
     def latent_channels(self) -> int:
-        """c, of latents."""
+        """c, the channels of latents."""
         return int(self.network.config.latent_channels)
 
     @property
@@ -94,7 +94,7 @@ class Autoencoder:
 
 
 def load_autoencoder(folder: Path | str) -> Autoencoder:
-    """The autoencoder of a folder of diffusers' AutoencoderKL, or in the `vae/` of a pipeline's; float32, safetensors alone.
+    """The autoencoder in a folder of diffusers' AutoencoderKL, or in a pipeline's `vae/`; float32, safetensors only.
 
     Raises ValueError, naming `autoencoder`, when there is none.
     """
@@ -128,7 +128,7 @@ class LatentDenoiser:
         return self.denoiser.network
 
     def __call__(self, x: Tensor, sigma: Tensor | float, labels: Tensor | None = None) -> Tensor:
-        """The denoised latents, of the shape of x, noised latents (B, c, h, w)."""
+        """The denoised latents, (B, c, h, w), of noised latents x of that shape."""
         return self.denoiser(x, sigma) if labels is None else self.denoiser(x, sigma, labels)  # type: ignore[call-arg]
 
     @property
@@ -171,15 +171,15 @@ class LatentCache:
         from safetensors.torch import load
 
         try:
-            found = load(path.read_bytes())["moments"]
+            moments = load(path.read_bytes())["moments"]
         except (SafetensorError, KeyError, OSError):
             return None
         side = [int(s) // autoencoder.factor for s in images.shape[2:]]
         expected = (len(images), 2 * autoencoder.latent_channels, *side)
-        return found if tuple(found.shape) == expected and bool(found.isfinite().all()) else None
+        return moments if tuple(moments.shape) == expected and bool(moments.isfinite().all()) else None
 
     def keep(self, autoencoder: Autoencoder, images: Tensor, moments: Tensor) -> None:
-        """Write a set's moments, whole or not at all; a folder that cannot be written costs a warning."""
+        """Write a set's moments, whole or not at all; warns if the folder cannot be written."""
         path = self.path(autoencoder, images)
         if path is None:
             return

@@ -49,9 +49,9 @@ def load_pipeline(
 ) -> tuple[Denoiser, Size, Any]:
     """The denoiser of a diffusers folder or a name on the hub, its images' side in pixels, and the pipeline where one was made.
 
-    A Path is a folder only; a text that names no folder here, and has one slash, is looked for on the hub by diffusers.
-    Weights are safetensors: nothing is unpickled, and nothing that a pipeline brings along is run unless `trust_remote_code`.
-    Networks of text or classes get the condition that means none, or `prompt` or `class_label`. `dtype` is the network's; an
+    A Path is a folder only; diffusers looks for a text with one slash that names no folder here on the hub. Weights are
+    safetensors: nothing is unpickled, and no code in a pipeline is run unless `trust_remote_code`. Networks of text or classes
+    get the condition that means none, or `prompt` or `class_label`. `dtype` is the network's; an
     autoencoder stays in float32, since some do not work in less. `resolution` None is the network's own, `device` None the CPU.
     Raises ValueError, in one line, for a place, network, scheduler, weights or options that do not fit.
     """
@@ -67,7 +67,7 @@ def load_pipeline(
             denoiser, side = _from_parts(folder, part, class_label)
             side, pipeline = resolution or side, None
         else:
-            pipeline = _whole(folder, DTYPES[dtype], trust_remote_code)
+            pipeline = _full_pipeline(folder, DTYPES[dtype], trust_remote_code)
             side = square = resolution or side_of(pipeline)
             denoiser = adapt_pipeline(pipeline, side=square, prompt=prompt, class_label=class_label)
             pipeline.register_modules(**dict.fromkeys((name for name in pipeline.components if TEXT.match(name)), None))
@@ -132,12 +132,12 @@ def _line(error: Exception) -> str:
 
 def _config(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
+        config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"checkpoint has no {path.name} that can be read ({_line(error)})") from None
-    if not isinstance(found, dict):
+    if not isinstance(config, dict):
         raise ValueError(f"{path} is not a config; expected an object with _class_name")
-    return found
+    return config
 
 
 def _bare_part(folder: Path) -> str | None:
@@ -145,14 +145,14 @@ def _bare_part(folder: Path) -> str | None:
 
     Our own folders of flow matching and of latents come with a pipeline's code, which is not run.
     """
-    known = {"unet": "UNet2DModel", "transformer": "DiTTransformer2DModel"}
+    bare_kinds = {"unet": "UNet2DModel", "transformer": "DiTTransformer2DModel"}
     if (folder / "vqvae").exists():  # its network works on codes, and would be read as one of pixels
         raise ValueError("checkpoint has a vqvae; expected a network of pixels, or one of the latents of an AutoencoderKL")
     path = folder / INDEX
     ours = path.exists() and isinstance(_config(path).get("_class_name"), list)
-    for part, kind in known.items():
-        config = folder / part / "config.json"
-        if config.exists() and _config(config).get("_class_name") == kind:
+    for part, kind in bare_kinds.items():
+        config_path = folder / part / "config.json"
+        if config_path.exists() and _config(config_path).get("_class_name") == kind:
             return part if ours or (part == "unet" and not (folder / "vae").exists()) else None
     return None
 
@@ -178,10 +178,10 @@ def load_scheduler(folder: Path) -> Any:
     import diffusers
 
     config = _config(folder / SCHEDULER)
-    made = getattr(diffusers, str(config.get("_class_name")), None)
-    if made is None or not hasattr(made, "from_config"):
+    scheduler_class = getattr(diffusers, str(config.get("_class_name")), None)
+    if scheduler_class is None or not hasattr(scheduler_class, "from_config"):
         raise ValueError(f"checkpoint has the scheduler {config.get('_class_name')!r}; expected one of diffusers'")
-    return made.from_config(config)
+    return scheduler_class.from_config(config)
 
 
 def _from_parts(folder: Path, part: str, class_label: int | None) -> tuple[Denoiser, Size]:
@@ -206,22 +206,22 @@ def _null_class(folder: Path, network: Any) -> int | None:
         return int(config["num_embeds_ada_norm"])
     if not config.get("num_class_embeds") and not config.get("class_embed_type"):
         return None
-    found = _config(folder / INDEX).get(NULL_CLASS) if (folder / INDEX).exists() else None
-    if not isinstance(found, int):
+    label = _config(folder / INDEX).get(NULL_CLASS) if (folder / INDEX).exists() else None
+    if not isinstance(label, int):
         raise ValueError(
             "the network is a UNet2DModel with classes, which does not say which one means none; "
             f"expected {NULL_CLASS} in its {INDEX}"
         )
-    return found
+    return label
 
 
-def _whole(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+def _full_pipeline(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     """The pipeline of a folder, without the parts that a measurement does not need."""
     from diffusers import DiffusionPipeline
 
     index = _config(folder / INDEX)
     parts = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2}
-    # What was saved as none, such as Stable Diffusion 3's third text encoder, diffusers wants to be told of.
+    # diffusers must also be given the parts that were saved as none, such as Stable Diffusion 3's third text encoder.
     left_out = {name: None for name, (library, _) in parts.items() if library is None or not PARTS.fullmatch(name)}
     for name, (library, kind) in parts.items():
         if name in left_out:
@@ -231,7 +231,7 @@ def _whole(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
         if name in ("unet", "transformer") and kind not in NETWORKS:
             raise ValueError(f"checkpoint has the network {kind}; expected one of {', '.join(NETWORKS)}")
     options: dict[str, Any] = {}
-    if dtype != torch.float32:  # newer versions have another name for it, and take this one
+    if dtype != torch.float32:  # newer versions have another name for it, and accept this one
         options["torch_dtype"] = {"vae": torch.float32, "default": dtype}
     if "requires_safety_checker" in index:  # nothing is generated
         options["requires_safety_checker"] = False

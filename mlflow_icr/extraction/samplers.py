@@ -48,16 +48,16 @@ def heun_sample(
     Source: Karras et al. 2022, algorithm 1; the defaults are its CIFAR-10 settings.
     """
     sigmas = karras_sigmas(num_steps, sigma_min, sigma_max, rho)
-    known = {} if labels is None else {"labels": labels}
+    conditions = {} if labels is None else {"labels": labels}
     x = noise.to(torch.float32) * sigmas[0]
     for sigma, sigma_next in pairwise(sigmas):
-        denoised = denoiser(x, sigma, **known)
+        denoised = denoiser(x, sigma, **conditions)
         if watch is not None:
             watch(sigma, x, denoised)
         slope = (x - denoised) / sigma
         x_next = x + (sigma_next - sigma) * slope
         if sigma_next > 0:
-            slope_next = (x_next - denoiser(x_next, sigma_next, **known)) / sigma_next
+            slope_next = (x_next - denoiser(x_next, sigma_next, **conditions)) / sigma_next
             x_next = x + (sigma_next - sigma) * (slope + slope_next) / 2
         x = x_next
     return x
@@ -66,8 +66,8 @@ def heun_sample(
 def sample(denoiser: Denoiser, noise: Tensor, *, num_steps: int, labels: Tensor | None = None) -> Tensor:
     """Images (B, C, H, W), about in [-1, 1], from unit noise of the shape that the denoiser works on.
 
-    A denoiser's own `sample` is used where it has one, else EDM's sampler; latents are decoded. `labels` (B,) are told to a
-    denoiser of classes; without them its images are of none.
+    A denoiser's own `sample` is used where it has one, else EDM's sampler; latents are decoded. `labels` (B,) go to a
+    class-conditional denoiser, which samples unconditionally without them.
     """
     own, decode = getattr(denoiser, "sample", None), decoder_of(denoiser)
     if own is None:

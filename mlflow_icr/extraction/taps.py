@@ -1,4 +1,4 @@
-"""Taps: read one layer's mean-pooled output and leave the forward pass as soon as it is there."""
+"""Taps: read one layer's mean-pooled output and leave the forward pass as soon as it is computed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mlflow_icr.extraction.denoisers import evaluating
 
 ALIASES = "encoder, middle (or mid), decoder, mid-1, mid+1, ..., first, last"
-# Blocks of images and text together, of diffusers, that return (text, image): the image's tokens are what is read.
+# Blocks of diffusers for images and text together, which return (text, image): the image's tokens are read.
 JOINT_BLOCKS = {"JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock"}
 
 
@@ -52,7 +52,9 @@ class _Stages(NamedTuple):
 
 def _stages(network: nn.Module) -> _Stages | None:
     lists = {name: getattr(network, name, None) for name in ("transformer_blocks", "single_transformer_blocks")}
-    blocks = [f"{name}.{i}" for name, found in lists.items() if isinstance(found, nn.ModuleList) for i in range(len(found))]
+    blocks = [
+        f"{name}.{i}" for name, modules in lists.items() if isinstance(modules, nn.ModuleList) for i in range(len(modules))
+    ]
     if blocks:
         middle = len(blocks) // 2  # block 14 of SiT-XL/2's 28, the paper's choice
         return _Stages(blocks, 0, middle, middle)
@@ -68,10 +70,9 @@ def _stages(network: nn.Module) -> _Stages | None:
 def resolve_layer(network: nn.Module, layer: str) -> str:
     """The module path that `layer` means in a network: a path itself, or an alias.
 
-    Of a U-Net, `middle` (or `mid`) is the bottleneck, `encoder` the block before it and `decoder` the one after it. Of a
+    In a U-Net, `middle` (or `mid`) is the bottleneck, `encoder` the block before it and `decoder` the one after it. In a
     transformer, `encoder` is the first block, and `middle` and `decoder` the middle one. `first` and `last` are the outermost
-    blocks, `mid-1`, `mid+1`, ... the neighbours of the middle. Raises ValueError, with the layers there are, when nothing of
-    that name exists.
+    blocks, `mid-1`, `mid+1`, ... the neighbours of the middle. Raises ValueError for an unknown name, listing the layers.
     """
     network = unwrap(network)
     paths = [name for name, _ in network.named_modules() if name]
@@ -83,14 +84,14 @@ def resolve_layer(network: nn.Module, layer: str) -> str:
         if place is not None and 0 <= place < len(stages.names):
             return stages.names[place]
     shown = stages.names if stages is not None else [p for p in paths if p.count(".") <= 1]
-    known = (f"aliases {ALIASES} (over " if stages is not None else "module paths (such as ") + ", ".join(shown[:40]) + ")"
+    available = (f"aliases {ALIASES} (over " if stages is not None else "module paths (such as ") + ", ".join(shown[:40]) + ")"
     close = difflib.get_close_matches(layer, paths, n=3)
     hint = f"; did you mean {' or '.join(close)}?" if close else ""
-    raise ValueError(f"layer is {layer!r}, which {type(network).__name__} does not have{hint}; it has {known}")
+    raise ValueError(f"layer is {layer!r}, which {type(network).__name__} does not have{hint}; it has {available}")
 
 
 def image_stream(module: nn.Module, output: Any) -> Any:
-    """What a layer says of the image: of a joint block's (text, image) the second, of anything else all."""
+    """The image stream of a joint block's output (text, image); any other output as it is."""
     if type(module).__name__ in JOINT_BLOCKS and isinstance(output, tuple) and len(output) == 2:
         return output[1]
     return output
@@ -99,7 +100,7 @@ def image_stream(module: nn.Module, output: Any) -> Any:
 def pool(output: Any) -> Tensor:
     """Features (B, D) from a layer's output: the mean over space of (B, C, H, W), over tokens of (B, T, D), or (B, D).
 
-    Of a tuple or list (a U-Net's down block) the first entry is taken. Raises ValueError for anything else.
+    A tuple or list (a U-Net's down block) is pooled by its first entry. Raises ValueError for anything else.
     """
     if isinstance(output, (tuple, list)) and output:
         output = output[0]
@@ -117,7 +118,7 @@ def pool(output: Any) -> Tensor:
 
 
 def middle_layers(network: nn.Module) -> list[str]:
-    """The network's blocks in the order of the data: of a U-Net down, middle and up, of a transformer all; else empty."""
+    """The network's blocks in the order of the data: a U-Net's down, middle and up, or all of a transformer's; else empty."""
     stages = _stages(unwrap(network))
     return [] if stages is None else stages.names
 
@@ -125,7 +126,7 @@ def middle_layers(network: nn.Module) -> list[str]:
 class Tap:
     """A context in which a network is in evaluation mode and each call stops at one layer, or at the last of several.
 
-    On leaving, every module's training flag and the random number generators are as they were found. Raises ValueError
+    On leaving, every module's training flag and the random number generators are as before. Raises ValueError
     when a layer does not exist, RuntimeError when a call does not reach it.
     """
 
@@ -136,12 +137,12 @@ class Tap:
 
     def __enter__(self) -> Tap:
         devices = {p.device for p in self.network.parameters() if p.device.type == "cuda"}
-        self._found = ExitStack()
-        self._found.enter_context(torch.random.fork_rng(devices=[d.index for d in devices if d.index is not None]))
-        self._found.enter_context(evaluating(self.network))
+        self._stack = ExitStack()
+        self._stack.enter_context(torch.random.fork_rng(devices=[d.index for d in devices if d.index is not None]))
+        self._stack.enter_context(evaluating(self.network))
         for layer in dict.fromkeys(self.layers):
             handle = self.network.get_submodule(layer).register_forward_hook(partial(self._reach, layer))
-            self._found.callback(handle.remove)
+            self._stack.callback(handle.remove)
         return self
 
     def _reach(self, layer: str, module: nn.Module, inputs: Any, output: Any) -> None:
@@ -150,7 +151,7 @@ class Tap:
             raise _Reached
 
     def each(self, forward: Callable[[], Any]) -> list[Tensor]:
-        """Pooled features (B, D) float32 of every layer during `forward()`, which is left as soon as they are there."""
+        """Pooled features (B, D) float32 of every layer during `forward()`, which ends as soon as they are computed."""
         self._outputs = {}
         try:
             with torch.no_grad():
@@ -169,4 +170,4 @@ class Tap:
         return self.each(forward)[0]
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._found.close()
+        self._stack.close()

@@ -47,18 +47,18 @@ NUM_PARAMETERS = 10  # uniform draws per view; fixed, so that levels share their
 
 
 class _Draws:
-    """What is drawn for B views: parameters uniform in [0, 1), (B, 10) float64, and after them unit noise."""
+    """The draws for B views: parameters uniform in [0, 1), (B, 10) float64, and after them unit noise."""
 
     def __init__(self, indices: Sequence[int], views: Sequence[int], seed: int) -> None:
         self._streams = [keyed_generator("view", seed, i, k) for i, k in zip(indices, views, strict=True)]
         self.uniform = torch.from_numpy(np.stack([stream.random(NUM_PARAMETERS) for stream in self._streams]))
 
     def noise(self, shape: tuple[int, ...]) -> Tensor:
-        """Unit noise (B, *shape) float32, to be asked for once."""
+        """Unit noise (B, *shape) float32, to be drawn once."""
         return torch.from_numpy(np.stack([s.standard_normal(shape, dtype=np.float32) for s in self._streams]))
 
 
-CHECKED = 2**22  # values that are looked at at a time
+CHECKED = 2**22  # values that are checked at a time
 
 
 def check_images(images: Tensor) -> None:
@@ -154,8 +154,7 @@ def make_views(
 
     `images` are the B images themselves, (B, C, H, W), uint8 or floats in [0, 1]; `indices` are their B fixed numbers in
     the data set, which key the draws. Draws are made on the CPU; augmentation runs on `device`, where floating point may
-    round differently. `level` is one of AUGMENTATION_LEVELS. With `encode`, from images in [-1, 1] to latents, views are
-    augmented as images and noised as latents: (B, K, c, h, w). Raises ValueError for values outside their range.
+    round differently. `level` is one of AUGMENTATION_LEVELS. Raises ValueError for values outside their range.
     Source: Li et al. 2026, section "Protocol".
     """
     if level not in AUGMENTATION_LEVELS:

@@ -12,8 +12,8 @@ from mlflow_icr.generation.embeddings import check_embeddings
 def inception_score(probs: Tensor) -> float:
     """exp of the mean Kullback-Leibler divergence of each image's class probabilities (N, C) from their mean, 1 to C.
 
-    Over all images at once: splits, as some peers make them, only lower it. It is called Inception Score only when the
-    classes are the Inception network's. Raises ValueError for rows that are not probabilities.
+    It is taken over all images at once; splits, which some programs make, only lower it. It is called Inception Score only
+    when the classes are the Inception network's. Raises ValueError for rows that are not probabilities.
     Source: Salimans et al. 2016.
     """
     p = check_embeddings("probs", probs, at_least=1).double()

@@ -10,8 +10,8 @@ from torch import Tensor
 from mlflow_icr.generation.embeddings import check_embeddings
 from mlflow_icr.generation.neighbours import k_nearest
 
-# As a share of the distance of two rows by chance. In pixels, JPEG at quality 75 moves a photograph by 0.03 to 0.08 of it, and
-# different digits are a third of it apart at least.
+# A share of the distance of two rows by chance. In pixels, JPEG at quality 75 moves a photograph by 0.03 to 0.08 of it, and
+# different digits are at least a third of it apart.
 THRESHOLD = 0.15
 SCALE_PAIRS = 4096  # enough pairs for their median distance to about 2 %
 FIRST_NEIGHBOURS = 8
@@ -44,8 +44,10 @@ def chance_distance(x: Tensor, seed: int = 0) -> float:
     generator = torch.Generator().manual_seed(seed)
     i = torch.randint(len(x), (SCALE_PAIRS,), generator=generator)
     j = (i + torch.randint(1, len(x), (SCALE_PAIRS,), generator=generator)) % len(x)
-    found = [(x[a].double() - x[b].double()).square().sum(1).sqrt() for a, b in zip(i.split(256), j.split(256), strict=True)]
-    return float(torch.cat(found).median())
+    distances = [
+        (x[a].double() - x[b].double()).square().sum(1).sqrt() for a, b in zip(i.split(256), j.split(256), strict=True)
+    ]
+    return float(torch.cat(distances).median())
 
 
 def near_duplicates(x: Tensor, threshold: float = THRESHOLD, seed: int = 0) -> NearDuplicates:
@@ -60,14 +62,14 @@ def near_duplicates(x: Tensor, threshold: float = THRESHOLD, seed: int = 0) -> N
     if scale == 0:
         raise ValueError("two images by chance are the same; expected a set that is not mostly copies of one")
     radius = threshold * scale
-    rows, count, found = torch.arange(len(x)), min(FIRST_NEIGHBOURS, len(x)), list[tuple[Tensor, Tensor, Tensor]]()
+    rows, count, blocks = torch.arange(len(x)), min(FIRST_NEIGHBOURS, len(x)), list[tuple[Tensor, Tensor, Tensor]]()
     while len(rows):
         near = k_nearest(x[rows], x, count)
         done = (near.distances[:, -1] > radius) | (count == len(x))
         inside = (near.distances <= radius) & done[:, None]
-        found.append((rows[inside.nonzero()[:, 0]], near.indices[inside], near.distances[inside]))
+        blocks.append((rows[inside.nonzero()[:, 0]], near.indices[inside], near.distances[inside]))
         rows, count = rows[~done], min(4 * count, len(x))  # these rows may have further neighbours within the radius
-    i, j, distances = (torch.cat(parts) for parts in zip(*found, strict=True))
+    i, j, distances = (torch.cat(parts) for parts in zip(*blocks, strict=True))
     ahead = i < j  # each pair was found from both ends, and a row is its own neighbour
     i, j, distances = i[ahead], j[ahead], distances[ahead]
     order = torch.argsort(i * len(x) + j)

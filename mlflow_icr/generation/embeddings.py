@@ -9,9 +9,9 @@ from torch import Tensor
 def check_embeddings(name: str, x: Tensor, *, at_least: int, like: Tensor | None = None) -> Tensor:
     """`x` as finite embeddings (N, D), N >= at_least, of the same D and on the same device as `like`.
 
-    Half precision becomes float32; float32 stays, since neighbours are searched in it and measured in float64, and so do pixels
-    in 8 bits, of which a search makes floats block by block: all at once they take four times the memory. Raises ValueError
-    naming the argument, what it is and what is allowed.
+    Half precision becomes float32; float32 stays, since neighbours are searched in it and measured in float64. Pixels in 8 bits
+    stay too: a search converts them block by block, for as floats they take four times the memory. Raises ValueError naming the
+    argument, its value and what is allowed.
     """
     if x.ndim != 2 or x.shape[1] < 1:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; expected (N, D)")
@@ -23,7 +23,7 @@ def check_embeddings(name: str, x: Tensor, *, at_least: int, like: Tensor | None
     if x.dtype == torch.uint8:
         return x
     x = x if x.dtype in (torch.float32, torch.float64) else x.float() if x.is_floating_point() else x.double()
-    # A finite sum has finite terms, and is cheaper; one that is not may only have overflowed.
+    # A finite sum has finite terms, and is cheaper to check; an infinite one may only have overflowed.
     if not bool(torch.isfinite(x.sum())) and not bool(torch.isfinite(x).all()):
         raise ValueError(f"{name} holds NaN or Inf; expected finite values")
     return x

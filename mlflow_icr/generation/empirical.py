@@ -1,4 +1,4 @@
-"""The optimal denoiser of a training set, in closed form: a network that only knows its images would give the same.
+"""The optimal denoiser of a training set, in closed form: a network that has only memorized its images gives the same.
 
 For images y_i and noise of standard deviation sigma the smallest expected squared error has
 
@@ -19,8 +19,8 @@ ROWS = 2**22  # float64 numbers of the training set that are held at a time, 32 
 def optimal_denoiser(x: Tensor, sigma: float, train: Tensor, *, leave_out: Tensor | None = None) -> Tensor:
     """D*(x, sigma) of noised images x (B, D) for the training set `train` (N, D), (B, D) float64, in bounded memory.
 
-    `train` is in the units of x, or uint8, which stands for -1 to 1. `leave_out` (B,) are rows of `train` that x came from and
-    that D* is not to know. Raises ValueError for other shapes, a sigma that is not positive, and where nothing is left to know.
+    `train` is in the units of x, or uint8, which stands for -1 to 1. `leave_out` (B,) are the rows of `train` that x came from,
+    which D* then excludes. Raises ValueError for other shapes, a sigma that is not positive, and where no rows remain.
     """
     if x.ndim != 2 or train.ndim != 2 or x.shape[1] != train.shape[1]:
         raise ValueError(f"x has shape {tuple(x.shape)}, train {tuple(train.shape)}; expected (B, D) and (N, D)")

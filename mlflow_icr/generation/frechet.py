@@ -11,7 +11,7 @@ from mlflow_icr.generation.embeddings import check_embeddings
 
 POINTS = 15  # subset sizes of the extrapolation, as in Chong & Forsyth 2020
 PRECISION = 1e-7  # relative, of the trace of the root
-SMALLEST_SHARE = 0.1  # of the images in the smallest subset: their 5 000 of 50 000
+SMALLEST_SHARE = 0.1  # of the images, in the smallest subset: 5 000 of 50 000 in their paper
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,9 +57,9 @@ def _centred(name: str, x: Tensor, like: Tensor | None = None) -> GaussianStatis
 def _root_trace(x: GaussianStatistics, y: GaussianStatistics) -> Tensor:
     """tr (C_x C_y)^(1/2) for C_x = a' a and C_y = b' b.
 
-    C_x C_y has the eigenvalues of b C_x b', and with C_y = L L' of L' C_x L: one symmetric eigensolve. Where these are too
-    small to have a root without losing digits, as with fewer rows than dimensions, the trace is the nuclear norm of a b', which
-    needs no inverse, square or regular matrix and takes longer.
+    C_x C_y has the eigenvalues of b C_x b' and, with C_y = L L', of L' C_x L: one symmetric eigensolve. Where these are so
+    small that their roots lose digits, as with fewer rows than dimensions, the trace is the nuclear norm of a b', which needs
+    no inverse, square or regular matrix and takes longer.
     """
     a, b = x.root, y.root
     if min(x.count, y.count) > a.shape[1]:
@@ -70,8 +70,8 @@ def _root_trace(x: GaussianStatistics, y: GaussianStatistics) -> Tensor:
             squares = torch.linalg.eigvalsh(factor.T @ _gram(a) @ factor) if int(info) == 0 else None
         if squares is not None:
             roots = squares.clamp(min=0).sqrt()
-            # A solver's eigenvalues are off by a rounding of the largest one: their roots by half of it over themselves, and
-            # by its own root where there is nothing else.
+            # Eigenvalues are off by a rounding of the largest one, and their roots by that over twice the root, but at most
+            # by its own root.
             off = torch.finfo(squares.dtype).eps * squares[-1]
             error = torch.minimum(off.sqrt(), off / (2 * roots)).sum()
             if float(error) < PRECISION * float(roots.sum()):
@@ -96,8 +96,8 @@ def frechet_distance_infinity(x: Tensor, y: Tensor, seed: int = 0) -> float:
     """The Frechet distance of x (N, D) to y (M, D) for infinitely many x: the value at N and below, extrapolated in 1 / N.
 
     The bias of a sampled distance falls with 1 / N, so a line through the distances of 15 random subsets, from a tenth of x
-    to all of it, says what it tends to; it can be negative where that is 0. Raises ValueError for fewer than 20 rows of x,
-    and as `frechet_distance`. Source: Chong & Forsyth 2020, "Effectively unbiased FID and Inception Score".
+    to all of it, gives its limit; the estimate can be negative where the limit is 0. Raises ValueError for fewer than 20 rows
+    of x, and as `frechet_distance`. Source: Chong & Forsyth 2020, "Effectively unbiased FID and Inception Score".
     """
     x = check_embeddings("x", x, at_least=20)
     y = check_embeddings("y", y, at_least=2, like=x)

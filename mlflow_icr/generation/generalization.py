@@ -12,12 +12,12 @@ from mlflow_icr.generation.embeddings import check_embeddings
 from mlflow_icr.generation.frechet import frechet_distance
 from mlflow_icr.generation.neighbours import k_nearest
 
-# Of Jiralerspong et al. 2023 and the authors' program: Adam's rate and steps, the early stop, the shrunk distance of the extra
-# component at the training mean, and bounds for log sigma^2 that identical embeddings would leave.
+# From Jiralerspong et al. 2023 and the authors' program: Adam's rate and steps, the early stop, the shrunk distance of the
+# extra component at the training mean, and bounds for log sigma^2 that identical embeddings would exceed.
 RATE, STEPS, PATIENCE, STILL = 0.5, 50, 5, 5e-4
 ORIGIN_SHARE = 0.1
 # Pairs of training and generated embeddings whose distances are held at a time, 256 MiB in float64. The fit holds them all,
-# with a few times as much for its gradient: of more training embeddings it takes a part.
+# with a few times as much for its gradient: it takes only a part of larger training sets.
 PAIRS = 2**25
 LOG_VARIANCE_BOUND = 40.0
 
@@ -38,8 +38,8 @@ def _log_likelihood(squared: Tensor, log_variance: Tensor, dim: int) -> Tensor:
 def _fit(centres: Tensor, x: Tensor) -> Tensor:
     """Log variances (M,) of equally weighted Gaussians at `centres` (M, D) that make x (N, D) most likely.
 
-    A further component at the mean of x keeps outliers from deciding; it is used in fitting only. Of more x than 2^25 / M, as
-    many are taken by chance, always the same.
+    A further component at the mean of x limits the effect of outliers; it is used in fitting only. Where N > 2^25 / M, a random
+    subset of that many rows is used, always the same.
     """
     dim = x.shape[1]
     most = max(2, PAIRS // len(centres))
@@ -75,7 +75,7 @@ def _nll(x: Tensor, centres: Tensor, log_variance: Tensor) -> float:
 
 
 def _standardised(train: Tensor, test: Tensor, fake: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Checked, in float64, and scaled by mean and deviation of the test set; a constant dimension stays as it is."""
+    """The sets, checked, in float64, standardised by mean and deviation of the test set; constant dimensions are not scaled."""
     train = check_embeddings("train", train, at_least=4).double()
     test = check_embeddings("test", test, at_least=2, like=train).double()
     fake = check_embeddings("fake", fake, at_least=1, like=train).double()
@@ -89,15 +89,15 @@ def fld(train: Tensor, test: Tensor, fake: Tensor, seed: int = 0) -> float:
 
     Gaussians around `fake` (M, D), fitted to `train` (N, D), give `test` (L, D) a log-likelihood per dimension; that of
     Gaussians around half of `train`, fitted to the other half, is the baseline. Copies get narrow Gaussians, under which
-    held-out images are unlikely: it rises with copying as with bad samples. Raises ValueError for N < 4, L < 2, other D.
+    held-out images are unlikely: it rises with copying and with bad samples. Raises ValueError for N < 4, L < 2, other D.
     Source: Jiralerspong et al. 2023, "Feature likelihood divergence".
     """
     train, test, fake = _standardised(train, test, fake)
-    found = _nll(test, fake, _fit(fake, train))
+    nll = _nll(test, fake, _fit(fake, train))
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).to(train.device)
     size = min(len(fake), len(train) // 2)
     centres, rest = train[order[:size]], train[order[size:]]
-    return 100 * (found - _nll(test, centres, _fit(centres, rest)))
+    return 100 * (nll - _nll(test, centres, _fit(centres, rest)))
 
 
 def fld_gap(train: Tensor, test: Tensor, fake: Tensor) -> float:
@@ -111,11 +111,11 @@ def fld_gap(train: Tensor, test: Tensor, fake: Tensor) -> float:
 
 
 def mifid(train: Tensor, fake: Tensor) -> float:
-    """Frechet distance, divided by how near generated (M, D) are to training embeddings (N, D) where that is under 0.1.
+    """Frechet distance, divided by the mean distance of generated (M, D) to training embeddings (N, D) where that is under 0.1.
 
     The divisor is the mean over generated embeddings of the smallest 1 - |cosine| to a training one: the nearer samples are
-    to training images, the larger MiFID, up to inf. As in the paper the mean is over generated images; torchmetrics has it
-    over what it is given as real, and gives 0 where the Frechet distance is (exact copies of all images are inf here). It is
+    to training images, the larger MiFID, up to inf. As in the paper the mean is over generated images; torchmetrics takes it
+    over the set given as real, and gives 0 where the Frechet distance is 0 (exact copies of all images are inf here). It is
     called MiFID only with the FID Inception network's embeddings. Raises ValueError for fewer than 2 rows or an embedding
     that is all 0. Source: Bai et al. 2021, "On training sample memorization".
     """
@@ -124,9 +124,9 @@ def mifid(train: Tensor, fake: Tensor) -> float:
     for name, x in (("train", train), ("fake", fake)):
         if not bool((x.abs().amax(1) > 0).all()):
             raise ValueError(f"{name} holds an embedding that is all 0; a cosine needs a direction")
-    known = normalize(train, dim=1)
+    directions = normalize(train, dim=1)
     # 1 - |cos| is half the squared distance to the nearer of a training embedding and its opposite.
-    nearest = k_nearest(normalize(fake, dim=1), torch.cat([known, -known]), 1).distances[:, 0]
+    nearest = k_nearest(normalize(fake, dim=1), torch.cat([directions, -directions]), 1).distances[:, 0]
     distance = float((nearest.square() / 2).mean())
     divisor = distance if distance < MIFID_THRESHOLD else 1.0
     value = frechet_distance(fake, train)
@@ -136,11 +136,11 @@ def mifid(train: Tensor, fake: Tensor) -> float:
 def ct_score(train: Tensor, test: Tensor, fake: Tensor, seed: int = 0) -> float:
     """C_T: are generated embeddings nearer to training ones than test embeddings are? Far below 0 they are copies.
 
-    On the first 64 principal components of `train` (N, D), k-means makes 3 cells of it; in each, the Mann-Whitney U of
-    distances to the nearest training embedding of its own cell, of `fake` (M, D) against `test` (L, D), is scored as a
-    normal deviate, and the scores are averaged by the cells' shares of `test`. Cells with too few generated embeddings (under
-    20), or none of another set, are left out. Raises ValueError when no cell is left. Source: Meehan et al. 2020, "A
-    non-parametric test to detect data-copying".
+    On the first 64 principal components of `train` (N, D), k-means makes 3 cells. In each, Mann and Whitney's U compares the
+    distances of `fake` (M, D) and `test` (L, D) to the nearest training embedding of the cell, and is expressed as a normal
+    deviate; these scores are averaged by the cells' shares of `test`. Cells with too few generated embeddings (under 20), or
+    none of another set, are left out. Raises ValueError when no cell remains. Source: Meehan et al. 2020, "A non-parametric
+    test to detect data-copying".
     """
     from scipy.stats import mannwhitneyu
     from sklearn.cluster import KMeans

@@ -2,9 +2,9 @@
 
 An inverted file proposes candidates: training rows lie in cells around k-means centres, and a query searches the `probes`
 nearest cells. Candidates are measured and sorted as in `k_nearest`, by differences in float64, then by index, so distances are
-exact and a copy is at distance 0. Neighbours in other cells are missed. The result's `recall` says how often, measured on some
-of the queries against exact search. This search is used only where it is asked for. Source: Johnson, Douze & Jegou 2019,
-"Billion-scale similarity search with GPUs"; Jegou, Douze & Schmid 2011 for the index.
+exact and a copy is at distance 0. Neighbours in other cells are missed; the result's `recall` is the share that is not,
+measured on some of the queries against exact search. This search is used only on request. Source: Johnson, Douze & Jegou
+2019, "Billion-scale similarity search with GPUs"; Jegou, Douze & Schmid 2011 for the index.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _faiss() -> Any:
 
 
 def _index(y: Tensor, centre: Tensor | None, budget: int) -> Any:
-    """An inverted file of the rows of y: as float32 where they fit into half of the budget, else as a byte a value."""
+    """An inverted file of the rows of y: as float32 where they fit into half of the budget, else with a byte for each value."""
     faiss = _faiss()
     m, d = y.shape
     widths = {"float32": 4 * d + 8, "bytes": d + 8}  # a row's values, and its number
@@ -48,7 +48,7 @@ def _index(y: Tensor, centre: Tensor | None, budget: int) -> Any:
         raise ValueError(
             f"budget_bytes is {budget}; an index of {m} rows of {d} values needs at least {2 * m * widths['bytes']}"
         )
-    # Around 4 sqrt(M) cells balance finding a cell with looking into it; k-means has a quarter of the budget for its rows.
+    # About 4 sqrt(M) cells balance the search for cells and the search in them; k-means has a quarter of the budget for rows.
     cells = max(1, min(int(4 * m**0.5), m // ROWS_A_CELL, budget // 4 // (4 * d) // ROWS_A_CELL))
     flat = faiss.IndexFlatL2(d)
     if kind == "float32":
@@ -64,7 +64,7 @@ def _index(y: Tensor, centre: Tensor | None, budget: int) -> Any:
 
 
 def _without(own: Tensor, distances: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-    """Both (B, k + 1) without the row's own index, (B, k); without the last if duplicates have displaced the row itself."""
+    """Both (B, k + 1) without the row itself, (B, k), or without the last one where duplicates have displaced the row."""
     drop = places == own[:, None]
     drop[:, -1] |= ~drop.any(1)
     return distances[~drop].view(len(own), -1), places[~drop].view(len(own), -1)
@@ -72,8 +72,8 @@ def _without(own: Tensor, distances: Tensor, places: Tensor) -> tuple[Tensor, Te
 
 def _exact(x: Tensor, y: Tensor, rows: Tensor, k: int, exclude_self: bool, budget: int) -> tuple[Tensor, Tensor]:
     """Distances and indices (B, k) of some rows of x, by exact search."""
-    found = k_nearest(x[rows], y, k + exclude_self, budget_bytes=budget)
-    return _without(rows, found.distances, found.indices) if exclude_self else (found.distances, found.indices)
+    nearest = k_nearest(x[rows], y, k + exclude_self, budget_bytes=budget)
+    return _without(rows, nearest.distances, nearest.indices) if exclude_self else (nearest.distances, nearest.indices)
 
 
 def index_nearest(
@@ -91,8 +91,8 @@ def index_nearest(
 
     `recall` is the share of the k that are no farther than the k-th nearest by exact search, over `recall_queries` random rows
     of x. More `probes` find more and take longer; as many as there are cells find all. With `exclude_self` x and y are the same
-    set. A search for `search=` of a detector: `functools.partial(index_nearest, probes=64)` sets the rest. Raises ValueError
-    without faiss, when y has fewer rows to offer than k, and when `budget_bytes` is too small for the index.
+    set. Detectors take it as `search=`; `functools.partial(index_nearest, probes=64)` sets the other arguments. Raises
+    ValueError without faiss, when y has fewer rows to offer than k, and when `budget_bytes` is too small for the index.
     """
     x = check_embeddings("x", x, at_least=1)
     y = check_embeddings("y", y, at_least=1, like=x)
@@ -114,11 +114,11 @@ def index_nearest(
         if exclude_self:
             near &= places != rows[:, None]
         squared, places = nearest_first(measured(part, y, places, near, budget_bytes), places, k)
-        found = squared.sqrt()
-        short = torch.isinf(found[:, -1])
+        part_distances = squared.sqrt()
+        short = torch.isinf(part_distances[:, -1])
         if bool(short.any()):
-            found[short], places[short] = _exact(x, y, rows[short], k, exclude_self, budget_bytes)
-        distances.append(found)
+            part_distances[short], places[short] = _exact(x, y, rows[short], k, exclude_self, budget_bytes)
+        distances.append(part_distances)
         indices.append(places)
     result = torch.cat(distances)
     generator = torch.Generator().manual_seed(seed)

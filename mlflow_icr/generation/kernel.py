@@ -30,7 +30,7 @@ def kernel_distance(
     The kernel is (x.y / D + 1)^3; subsets are drawn without replacement, the same for the same seed, and the deviation has
     divisor num_subsets. Unlike a Frechet distance it has no bias at any sample size, and may be negative. It is called KID
     only when the embeddings are the FID Inception network's. Raises ValueError when a subset is larger than a set.
-    Source: Binkowski et al. 2018, "Demystifying MMD GANs"; degree 3, gamma 1 / D and coefficient 1 as there (some peers let
+    Source: Binkowski et al. 2018, "Demystifying MMD GANs"; degree 3, gamma 1 / D and coefficient 1 as there (some programs let
     the degree vary).
     """
     if num_subsets < 1 or subset_size < 2:

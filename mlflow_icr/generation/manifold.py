@@ -19,7 +19,7 @@ def _radii(name: str, x: Tensor, k: int) -> Tensor:
 def balls_around(x: Tensor, centres: Tensor, radii: Tensor, budget_bytes: int = BUDGET_BYTES) -> Tensor:
     """The number of closed balls, with centres (M, D) and radii (M,), that hold each row of x (N, D); (N,) integers.
 
-    Distances by products in float64 decide all pairs but those within rounding of a radius, which differences decide.
+    Products in float64 decide all pairs, except those within rounding of a radius, which differences decide.
     """
     origin = centres.double().mean(0)
     c, squared_radii = centres.double() - origin, radii.double().square()
@@ -45,8 +45,8 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
 
     Precision is the share of generated embeddings within the distance of some real one to its k-th nearest real neighbour,
     recall the share of real ones within such a ball of generated ones. Balls are closed, an embedding is not its own
-    neighbour, and k is 3 as in the paper and in torch-fidelity (prdc and dgm-eval use 5, and prdc's balls are open: duplicates
-    are in none of radius 0, not even as copies). Raises ValueError for k outside 1 to N - 1 and M - 1.
+    neighbour, and k is 3 as in the paper and in torch-fidelity (prdc and dgm-eval use 5; prdc's balls are open, so that a ball
+    of radius 0 around duplicates holds nothing, not even copies). Raises ValueError for k outside 1 to N - 1 and M - 1.
     Source: Kynkaanniemi et al. 2019, "Improved precision and recall metric".
     """
     real = check_embeddings("real", real, at_least=2)

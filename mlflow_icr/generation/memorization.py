@@ -1,7 +1,7 @@
 """Does a generated image copy a training image? Nearest-neighbour detectors on embeddings.
 
-Each returns its `value`, the exact 95 % interval of such a share, and for each generated image a score and the index of its
-nearest training image. A detector that finds nothing among N images has an interval from 0 to about 3.7 / N.
+Each returns a share as its `value`, the exact 95 % interval of that share, and for each generated image a score and the index
+of its nearest training image. A detector that finds nothing among N images has an interval from 0 to about 3.7 / N.
 Neighbours are searched exactly, unless `search` says otherwise (`index_nearest`, for millions of training images): then the
 result's `recall` is below 1, and a copy whose original the search missed is not found.
 """
@@ -44,7 +44,7 @@ class MemorizationRatio(Detection):
 
 @dataclass(frozen=True, eq=False)
 class CopySimilarity(Detection):
-    """Scores are cosines with the nearest training image; copies are above. `train_scores` (M,): each training image's own.
+    """Scores are cosines with the nearest training image; copies are above. `train_scores` (M,) are those of training images.
 
     `train_value` is the share of training images that are as similar to another: what the data's duplicates explain.
     """
@@ -96,15 +96,15 @@ def memorization_ratio(
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold is {threshold}; expected a number in (0, 1]")
     fake, train = _pair(fake, train, 2)
-    found = search(fake, train, 2)
-    scores = _ratio(found.distances[:, 0], found.distances[:, 1])
-    return MemorizationRatio(*_share(scores < threshold), scores, found.indices[:, 0], threshold, found.recall)
+    neighbours = search(fake, train, 2)
+    scores = _ratio(neighbours.distances[:, 0], neighbours.distances[:, 1])
+    return MemorizationRatio(*_share(scores < threshold), scores, neighbours.indices[:, 0], threshold, neighbours.recall)
 
 
 def copy_similarity(fake: Tensor, train: Tensor, threshold: float = 0.6, *, search: Search = k_nearest) -> CopySimilarity:
     """The share of generated embeddings (N, D) whose largest cosine with a training embedding (M, D) exceeds the threshold.
 
-    In the embedding of a copy-detection network (SSCD) 0.6 means a copy; in others the threshold is another. Raises
+    In the embedding of a copy-detection network (SSCD) 0.6 means a copy; others need another threshold. Raises
     ValueError for N < 1, M < 2, a zero embedding, or a threshold outside (-1, 1). Source: Pizzi et al. 2022; Li et al. 2026.
     """
     if not -1 < threshold < 1:
@@ -114,12 +114,12 @@ def copy_similarity(fake: Tensor, train: Tensor, threshold: float = 0.6, *, sear
         if not bool((x.abs().amax(1) > 0).all()):
             raise ValueError(f"{name} holds an embedding that is all 0; a cosine needs a direction")
     fake, train = normalize(fake.double(), dim=1), normalize(train.double(), dim=1)
-    # Of unit vectors the nearest is the most similar: cosine = 1 - distance^2 / 2.
-    found, own = search(fake, train, 1), search(train, train, 1, exclude_self=True)
-    scores, train_scores = (1 - near.distances[:, 0].square() / 2 for near in (found, own))
-    recall = min(found.recall, own.recall)
+    # The nearest of unit vectors is the most similar: cosine = 1 - distance^2 / 2.
+    neighbours, own = search(fake, train, 1), search(train, train, 1, exclude_self=True)
+    scores, train_scores = (1 - near.distances[:, 0].square() / 2 for near in (neighbours, own))
+    recall = min(neighbours.recall, own.recall)
     value = float((train_scores > threshold).double().mean())
-    return CopySimilarity(*_share(scores > threshold), scores, found.indices[:, 0], threshold, recall, train_scores, value)
+    return CopySimilarity(*_share(scores > threshold), scores, neighbours.indices[:, 0], threshold, recall, train_scores, value)
 
 
 def carlini_ratio(
@@ -136,9 +136,9 @@ def carlini_ratio(
     fake, train = _pair(fake, train, 2)
     if not 2 <= k <= len(train):
         raise ValueError(f"k is {k}; expected 2 to {len(train)}, the number of training embeddings")
-    found = search(fake, train, k)
-    scores = _ratio(found.distances[:, 0], 0.5 * found.distances.mean(1))
-    return CarliniRatio(*_share(scores < threshold), scores, found.indices[:, 0], threshold, found.recall)
+    neighbours = search(fake, train, k)
+    scores = _ratio(neighbours.distances[:, 0], 0.5 * neighbours.distances.mean(1))
+    return CarliniRatio(*_share(scores < threshold), scores, neighbours.indices[:, 0], threshold, neighbours.recall)
 
 
 def authenticity(
@@ -152,11 +152,11 @@ def authenticity(
     Source: Alaa et al. 2022, "How faithful is your synthetic data?".
     """
     fake, train = _pair(fake, train, 2)
-    found, recall = search(fake, train, 1), 1.0
+    neighbours, recall = search(fake, train, 1), 1.0
     if own_distances is None:
-        own_found = search(train, train, 1, exclude_self=True)
-        own_distances, recall = own_found.distances[:, 0], own_found.recall
-    own, nearest = own_distances, found.indices[:, 0]
-    scores = _ratio(found.distances[:, 0], own[nearest])
-    authentic = own[nearest] < found.distances[:, 0]
-    return Authenticity(*_share(authentic), scores, nearest, 1.0, min(found.recall, recall))
+        own_neighbours = search(train, train, 1, exclude_self=True)
+        own_distances, recall = own_neighbours.distances[:, 0], own_neighbours.recall
+    own, nearest = own_distances, neighbours.indices[:, 0]
+    scores = _ratio(neighbours.distances[:, 0], own[nearest])
+    authentic = own[nearest] < neighbours.distances[:, 0]
+    return Authenticity(*_share(authentic), scores, nearest, 1.0, min(neighbours.recall, recall))

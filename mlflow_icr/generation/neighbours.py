@@ -1,10 +1,10 @@
 """Exact nearest neighbours in bounded memory: float32 products find candidates, float64 differences decide.
 
 A squared distance from a matrix product, |x|^2 - 2 x.y + |y|^2, costs little and is off by a rounding error that the norms
-bound. So the product only proposes: of the k + SPARE smallest, those that might be among the k nearest are measured again as
-differences in float64, where an exact copy is at distance 0, and sorted by distance, then index. A row of which something that
-was not proposed might be as near (as when more than SPARE duplicates share a distance) is measured in full. The result is that
-of brute force in float64, ties included.
+bound. So the product only proposes the k + SPARE smallest. Those that might be among the k nearest are measured again as
+differences in float64, where an exact copy is at distance 0, and sorted by distance, then index. A query is measured in full
+where a row that was not proposed might be as near (as when more than SPARE duplicates share a distance). The result is that of
+brute force in float64, ties included.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import torch
 from torch import Tensor
 
 SPARE = 24
-CENTRE_ROWS = 256  # that say where the rows are; of images of 256x256 these take 200 MB
+CENTRE_ROWS = 256  # rows whose mean is the centre; of images of 256x256 these take 200 MB
 # A centre nearer to the origin than this many times the rows' own spread is not worth a copy of them all.
 FAR = 2.0
 BUDGET_BYTES = 2**30  # what a search may take beside its inputs
-CACHED_BYTES = 2**22  # of differences at a time: what a processor's cache holds is several times faster
+CACHED_BYTES = 2**22  # of differences at a time: within a processor's cache this is several times faster
 
 
 @dataclass(frozen=True, eq=False)
 class Neighbours:
     """Euclidean distances (N, k) float64, ascending, and indices (N, k) of the nearest rows; ties go to the lower index.
 
-    `recall` is the share of the true neighbours that are among them: 1 of exact search.
+    `recall` is the share of the true neighbours that are among them: 1 for exact search.
     """
 
     distances: Tensor
@@ -45,18 +45,18 @@ class Search(Protocol):
 def _exact(x: Tensor, y: Tensor, k: int, skip: Tensor | None, budget: int) -> tuple[Tensor, Tensor]:
     """Squared distances (N, k) and indices (N, k) by brute force in float64; `skip` (N,) is a row of y to leave out."""
     columns = max(1, budget // 4 // (8 * y.shape[1]))
-    found = []
+    nearest = []
     for i, row in enumerate(x.double()):
         squared = torch.cat([(part.double() - row).square().sum(1) for part in y.split(columns)])
         if skip is not None:
             squared[skip[i]] = torch.inf
         order = squared.sort(stable=True)
-        found.append((order.values[:k], order.indices[:k]))
-    return torch.stack([values for values, _ in found]), torch.stack([indices for _, indices in found])
+        nearest.append((order.values[:k], order.indices[:k]))
+    return torch.stack([values for values, _ in nearest]), torch.stack([indices for _, indices in nearest])
 
 
 def central_row(y: Tensor) -> Tensor | None:
-    """A point amid the rows (D,), where norms around the origin would drown their differences; else None."""
+    """The centre of the rows (D,) if norms around the origin would drown their differences in rounding; else None."""
     sample = y[:: max(1, -(-y.shape[0] // CENTRE_ROWS))]
     sample = sample if sample.is_floating_point() else sample.float()
     centre = sample.mean(0)
@@ -87,7 +87,7 @@ def _propose(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The `count` rows of y with the smallest approximate squared distances to each row of x, (B, count) each, ascending.
 
-    Also how far each of these distances may be off, (B, 1).
+    Also returns a bound on the error of these distances, (B, 1).
     """
     a = around(x, centre)
     norms = _squared_norms(a)[:, None]
@@ -139,9 +139,9 @@ def k_nearest(x: Tensor, y: Tensor, k: int, *, exclude_self: bool = False, budge
     for start in range(0, x.shape[0], rows):
         part = x[start : start + rows]
         skip = torch.arange(start, start + len(part), device=x.device) if exclude_self else None
-        with torch.autocast(x.device.type, enabled=False):  # of a training around it, whose products are in half precision
+        with torch.autocast(x.device.type, enabled=False):  # a training around it may use half precision
             approximate, places, margin = _propose(part, y, centre, count, skip, columns)
-        # Whatever is nearer than the k-th is at most two errors above it.
+        # The true k nearest are at most two error bounds above the k-th approximate distance.
         near = approximate.double() <= approximate[:, k - 1 : k].double() + 2 * margin
         squared = measured(part, y, places, near, budget_bytes)
         squared, places = nearest_first(squared, places, k)

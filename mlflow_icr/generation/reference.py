@@ -1,4 +1,4 @@
-"""What is computed once of a set of real embeddings, and used at every measurement."""
+"""A set of real embeddings with values that are computed once, and used at every measurement."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from mlflow_icr.generation.neighbours import Search, k_nearest
 
 @dataclass(eq=False)
 class Reference:
-    """Real embeddings (N, D), their Gaussian statistics, and each one's distance to its own nearest other, (N,) float64.
+    """Real embeddings (N, D), their Gaussian statistics, and each one's distance to the nearest other, (N,) float64.
 
-    The last two are computed when they are asked for first, and need two rows (ValueError). `search` finds neighbours: exactly
+    The last two are computed on first use, and need two rows (ValueError). `search` finds neighbours: exactly
     unless another is given (`index_nearest`, for millions of rows).
     """
 

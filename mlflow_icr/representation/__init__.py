@@ -1,4 +1,4 @@
-"""What the features say: view moments, the invariant spectrum, its interval, and companions (pure tensor maths)."""
+"""Measures of features: view moments, the invariant spectrum, its interval, and companions (pure tensor maths)."""
 
 from mlflow_icr.representation.companions import (
     alignment,

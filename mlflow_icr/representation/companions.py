@@ -1,4 +1,4 @@
-"""Other measures of a representation, to be read beside ICR: label-free ones, by tensor maths alone.
+"""Other measures of a representation, to be read beside ICR, by tensor maths alone.
 
 Each takes features (N, K, D), N images in K views, of any float dtype, computes in float64 and returns a float.
 """
@@ -98,7 +98,7 @@ def feature_deviation(features: Tensor) -> float:
     """Mean over images of the deviation of features over the D dimensions, l2-normalised: 0 is balanced, 1 / sqrt(D) spiky.
 
     Source: Zhang et al. 2025, "Generalization of diffusion models arises with a balanced representation space", arXiv
-    2512.20963, whose deviation is that of features as they are; without their length it has no unit.
+    2512.20963, which does not normalise features; normalised, the deviation has no unit.
     """
     return float(normalize(check_views(features), dim=-1).std(-1, correction=0).mean())
 

@@ -1,16 +1,16 @@
-"""How sure an ICR is: a confidence interval from one number for each image, without resampling.
+"""The confidence interval of an ICR, from one number for each image, without resampling.
 
-An image is left out of the residual covariance before its own means and residuals are judged by it. With A the inverse of
-Sigma_xi without image n, and t[n], r[n, k] centred, three terms of each image say everything, each in O(K D^2):
+Each image is left out of the residual covariance by which its own mean and residuals are measured. With A the inverse of
+Sigma_xi without image n, and t[n], r[n, k] centred, three terms of each image suffice, each in O(K D^2):
 
     between[n] = t[n]' A t[n] / D                             estimates  m tr(Sigma_xi^-1 Sigma_t) / D
-    within[n]  = sum_k r[n,k]' A r[n,k] / ((K-1) D)           estimates  m, by how much a sampled inverse is too large
-    spread[n]  = sum_k r[n,k]' A Sigma_t A r[n,k] / ((K-1) D) how the residuals of n move the inverse
+    within[n]  = sum_k r[n,k]' A r[n,k] / ((K-1) D)           estimates  m, the factor by which a sampled inverse is too large
+    spread[n]  = sum_k r[n,k]' A Sigma_t A r[n,k] / ((K-1) D) is the effect of n's residuals on the inverse
 
 m is (nu)/(nu - D - 1) for Gaussian features, which is what `InvariantSpectrum.icr_debiased` divides by, and larger where
 residuals have heavy tails. Here it is measured, so mean(between) / mean(within) - 1 / K is a mean eigenvalue without the
-plug-in's bias for any features whose residuals are scale mixtures of Gaussians (multivariate t among them). Leaving out
-is exact and cheap: n takes K rows out of the scatter, a K x K update of its inverse (Sherman, Morrison & Woodbury).
+plug-in's bias for any features whose residuals are scale mixtures of Gaussians (multivariate t among them). Leaving an image
+out is exact and cheap: it removes K rows from the scatter, a K x K update of the inverse (Sherman, Morrison & Woodbury).
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ CHUNK = 2**24  # float64 numbers held at a time, 128 MiB
 
 @dataclass(frozen=True, eq=False)
 class ICRInterval:
-    """A debiased ICR with its confidence interval and what each image has to do with it.
+    """A debiased ICR with its confidence interval and the influence of each image.
 
-    `value` is the closed-form debiased ICR, exact for Gaussian features; `centre` the leave-one-image-out estimate, on which
-    the interval from `low` to `high` is built (and which it is widened from to hold `value`); `standard_error` that of
-    `centre`; `influence` (N,) float64: how much each image raises the ICR, of mean 0, its deviation over sqrt(N) being the
-    standard error. All are ICR units. Source: `docs/built/formulas.md`.
+    `value` is the closed-form debiased ICR, exact for Gaussian features; `centre` is the leave-one-image-out estimate, around
+    which the interval from `low` to `high` is built, then widened to hold `value`; `standard_error` is that of `centre`;
+    `influence` (N,) float64 is how much each image raises the ICR: its mean is 0, its deviation over sqrt(N) the standard
+    error. All are in units of ICR. Source: `docs/built/formulas.md`.
     """
 
     value: float
@@ -49,8 +49,8 @@ class ICRInterval:
 def leave_one_out_terms(moments: ViewMoments, features: Tensor) -> Tensor:
     """between, within and spread of some images, (B, 3) float64, for features (B, K, D) that `moments` were updated with.
 
-    Any part of the images will do, so that ranks and batches can share the work. An image without which the residual
-    covariance is singular (a channel that fires in it alone) has NaN. Raises ValueError when it is singular with all of them.
+    Any part of the images will do, so that ranks and batches can share the work. Where the residual covariance is singular
+    without an image (a channel fires in it alone), its terms are NaN. Raises ValueError when it is singular with all images.
     """
     spectrum = moments.spectrum()
     n, k, d = moments.num_images, moments.num_views, moments.dim
@@ -66,16 +66,16 @@ def leave_one_out_terms(moments: ViewMoments, features: Tensor) -> Tensor:
         t, r = moments.centred(h)  # (B, D), (B, K, D)
         ra = r @ inverse  # (B, K, D)
         gram = ra @ r.mT  # (B, K, K)
-        left = eye - gram * (grow / nu)  # I - leverage, (B, K, K)
-        alone = torch.linalg.eigvalsh((left + left.mT) / 2)[:, 0] < SMALLEST_PIVOT**0.5
-        left[alone] = eye
-        keep = torch.linalg.inv(left)
+        complement = eye - gram * (grow / nu)  # I - leverage, (B, K, K)
+        singular = torch.linalg.eigvalsh((complement + complement.mT) / 2)[:, 0] < SMALLEST_PIVOT**0.5
+        complement[singular] = eye
+        keep = torch.linalg.inv(complement)
         cross = ra @ t[:, :, None]  # (B, K, 1)
         between = ((t @ inverse) * t).sum(1) + (cross.mT @ keep @ cross)[:, 0, 0] * (grow / nu)
         within = (gram @ keep).diagonal(dim1=1, dim2=2).sum(1) / (k - 1)
         spread = (keep @ (ra @ sigma_t @ ra.mT) @ keep).diagonal(dim1=1, dim2=2).sum(1) / (k - 1)
         terms = torch.stack([between, within, spread], 1) * (grow * nu_without / nu / d)
-        terms[alone] = torch.nan
+        terms[singular] = torch.nan
         parts.append(terms)
     return torch.cat(parts) if parts else torch.empty(0, 3, dtype=torch.float64, device=inverse.device)
 
@@ -91,19 +91,19 @@ def interval_from_terms(spectrum: InvariantSpectrum, terms: Tensor, level: float
     value = spectrum.icr_debiased
     if value is None:
         raise ValueError(spectrum.unavailable["icr_debiased"])
-    alone = (~terms.isfinite().all(1)).nonzero()[:, 0].tolist()
-    if alone:
+    indispensable = (~terms.isfinite().all(1)).nonzero()[:, 0].tolist()
+    if indispensable:
         raise ValueError(
-            f"Sigma_xi is singular without image {alone[0]}, which alone moves one of its dimensions"
-            + (f" (and so do {len(alone) - 1} more)" if len(alone) > 1 else "")
+            f"Sigma_xi is singular without image {indispensable[0]}, which alone moves one of its dimensions"
+            + (f" (and so do {len(indispensable) - 1} more)" if len(indispensable) > 1 else "")
         )
     n, k = spectrum.num_images, spectrum.num_views
     between, within, spread = terms.unbind(1)
     inflation = within.mean()
     total = between.mean() / inflation  # tr(Sigma_xi^-1 Sigma_t) / D
-    # The derivative of `total` at each image, with both parts of mean `total`: what an image adds between images, less what
-    # its residuals take away through the inverse. A sampled Sigma_t has more spread eigenvalues than the true one: with W
-    # whitened Sigma_t, E tr(W_hat^2) = tr(W^2) + tr(W)^2 / (N - 1), by which the second part would vary too much.
+    # The derivative of `total` at each image is a difference of two parts with mean `total`: the image's term between images,
+    # and the effect of its residuals on the inverse. A sampled Sigma_t has more spread eigenvalues than the true one: with W
+    # whitened Sigma_t, E tr(W_hat^2) = tr(W^2) + tr(W)^2 / (N - 1), so that the second part would vary too much.
     whitened = spectrum.whitened_means
     noise = float(whitened.diagonal().sum().square() / whitened.square().sum()) / (n - 1)
     slope = (between / inflation - total) - (spread * (total / spread.mean()) - total) * max(0.0, 1 - noise) ** 0.5
@@ -146,7 +146,7 @@ def icr_interval(features: Tensor, level: float = 0.95) -> ICRInterval:
 def paired_difference(influence_a: Tensor, influence_b: Tensor, difference: float, level: float = 0.95) -> tuple[float, float]:
     """The confidence interval of `difference`, ICR b less ICR a of the same N images and views, from both influences (N,).
 
-    What the two have in common (a hard image is hard at both steps) cancels. Raises ValueError for different lengths.
+    Effects that both have in common (a hard image is hard at both steps) cancel. Raises ValueError for different lengths.
     """
     if influence_a.shape != influence_b.shape or influence_a.ndim != 1:
         raise ValueError(

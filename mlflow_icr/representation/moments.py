@@ -1,8 +1,8 @@
 """Mergeable second moments of features that come as several views of each image.
 
-Every image n < N is seen in the same K views, h[n, k] in R^D. Two scatter matrices say all that the Invariant
-Contamination Ratio needs, and both merge exactly over batches and ranks (Chan, Golub & LeVeque 1983, "Algorithms for
-computing the sample variance"):
+Every image n < N is seen in the same K views, h[n, k] in R^D. The Invariant Contamination Ratio needs only two scatter
+matrices, and both merge exactly over batches and ranks (Chan, Golub & LeVeque 1983, "Algorithms for computing the sample
+variance"):
 
 - between images: t[n] = mean_k h[n, k],                 S_t  = sum_n  (t[n] - mean t)(t[n] - mean t)'
 - within images:  e[n, k] = h[n, k] - t[n],              S_xi = sum_nk (e[n, k] - mean_n e[:, k])(...)'
@@ -21,7 +21,7 @@ CHUNK = 2**22  # float64 numbers made at a time, 32 MiB
 
 
 def as_double(x: Tensor) -> Tensor:
-    """A tensor as float64, without its gradient, where it is; on the CPU where its device (MPS) has no float64."""
+    """A tensor as float64, without its gradient, on its own device, or on the CPU where that (MPS) has no float64."""
     return (x.detach().cpu() if x.device.type == "mps" else x.detach()).double()
 
 

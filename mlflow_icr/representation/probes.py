@@ -1,4 +1,4 @@
-"""What labels say of a representation, by scikit-learn: silhouette, linear probe and nearest neighbours."""
+"""Measures of a representation with labels, by scikit-learn: silhouette, linear probe and nearest neighbours."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def silhouette(features: Tensor, labels: Tensor) -> float:
 
 
 def linear_probe_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, *, c: float = 1.0) -> float:
-    """Share of test features (M, D) that logistic regression on the training features (N, D) labels rightly.
+    """Share of test features (M, D) that logistic regression on the training features (N, D) classifies correctly.
 
     Features are standardised by the training set; `c` is the inverse strength of scikit-learn's l2 penalty.
     """
@@ -40,9 +40,9 @@ def linear_probe_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, tes
 
 
 def knn_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, *, k: int = 20) -> float:
-    """Share of test features (M, D) whose k nearest training features (N, D), by cosine, agree on the right label.
+    """Share of test features (M, D) that their k nearest training features (N, D), by cosine, classify correctly.
 
-    The usual majority vote of `KNeighborsClassifier`; k is at most N.
+    The majority decides, as in `KNeighborsClassifier`; k is at most N.
     """
     from sklearn.neighbors import KNeighborsClassifier
 

@@ -2,7 +2,7 @@
 
 Sigma_s v_i = lambda_i Sigma_xi v_i is solved through one Cholesky factor, Sigma_xi + ridge I = L L':
 M = L^-1 Sigma_s L^-T is symmetric, has the lambda_i as its eigenvalues, and v_i = L^-T u_i. Its trace alone gives ICR, so
-that eigenvalues, and eigenvectors, are only computed when they are asked for.
+eigenvalues and eigenvectors are only computed on first use.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 # A pivot of the residual *correlation* matrix is the share of a channel's residual variance that the channels before it
-# do not explain. Below this the inverse is made of rounding: D = 10^3 float64 operations leave about 1e-13 of noise.
+# do not explain. Below this the inverse is rounding noise: D = 10^3 float64 operations leave about 1e-13 of it.
 SMALLEST_PIVOT = 1e-12
 
 
 @dataclass(frozen=True, eq=False)
 class InvariantSpectrum:
-    """Invariant and residual covariance of some features, and what follows from the two.
+    """Invariant and residual covariance of some features, and the values that follow from the two.
 
-    `sigma_invariant` and `sigma_residual` are (D, D) float64; `num_images` is N, `num_views` is K; `shrinkage` says by which
-    share sigma_residual was drawn toward the identity before.
+    `sigma_invariant` and `sigma_residual` are (D, D) float64; `num_images` is N, `num_views` is K; `shrinkage` is the share by
+    which sigma_residual was shrunk toward the identity before.
     Raises ValueError for a negative ridge and for a singular residual covariance (after adding the ridge).
     Source: Li et al. 2026, equations 3 to 5; the debiased value is ours (`docs/built/formulas.md`).
     """
@@ -42,7 +42,7 @@ class InvariantSpectrum:
         object.__setattr__(self, "_cholesky", self._factor())
 
     def _factor(self) -> Tensor:
-        """The Cholesky factor L of Sigma_xi + ridge I, (D, D), refused where it would be made of rounding."""
+        """The Cholesky factor L of Sigma_xi + ridge I, (D, D), refused where it would be rounding noise."""
         n, k, d = self.num_images, self.num_views, self.dim
         remedy = "use more images or views, another layer, or ridge > 0"
         if self.ridge == 0 and self.shrinkage == 0 and self.degrees_of_freedom < d:
@@ -166,9 +166,9 @@ class InvariantSpectrum:
         return self._energy(self.sigma_invariant)
 
     def fisher_residual_growth(self, reference: InvariantSpectrum) -> float:
-        """tr(Sigma_xi(reference)^-1 Sigma_xi) / D: 1 where two samples have one residual covariance, above it after growth.
+        """tr(Sigma_xi(reference)^-1 Sigma_xi) / D: 1 where two samples share a residual covariance, above 1 after growth.
 
-        The samples are to be of different images: a sampled inverse is too large by nu / (nu - D - 1), which is taken out
+        The samples must be of different images: a sampled inverse is too large by nu / (nu - D - 1), which is divided out
         (without ridge and shrinkage, where nu > D + 1). Raises ValueError when the two spectra differ in dimension.
         """
         if reference.dim != self.dim:

@@ -1,4 +1,4 @@
-"""How much better a network knows its training images than others: denoising errors compared, with exact intervals."""
+"""Denoising errors of training images against those of their views or of other images, with confidence intervals."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def _of_logarithm(ratio: float, error: float, degrees: int, level: float) -> Est
 def view_error_ratio(image_errors: Tensor, view_errors: Tensor, level: float = 0.95) -> Estimate:
     """The ratio of mean errors, from the errors (N,) of N images and of their views, at one noise level.
 
-    A network that has learned what images look like denoises a slightly moved training image about as well as the image; one
-    that has learned its images by heart does not: the ratio grows without bound, as the gap between training and held-out
-    loss does, but without images held out. The interval is that of the logarithm, by the images' influences on it, with
-    Student's t. Raises ValueError for other shapes, N < 2, or errors that are not positive and finite.
+    A network that generalizes denoises a slightly moved training image about as well as the image; one that has memorized its
+    images does not: the ratio grows without bound, as the gap between training and held-out loss does, but needs no held-out
+    images. The interval is that of the logarithm, from the images' influences on it, with Student's t. Raises ValueError for
+    other shapes, N < 2, or errors that are not positive and finite.
     """
     a, b = _checked(image_errors, view_errors)
     error = (b / b.mean() - a / a.mean()).std() / len(a) ** 0.5  # of log ratio
@@ -57,7 +57,8 @@ def view_error_ratio(image_errors: Tensor, view_errors: Tensor, level: float = 0
 def heldout_error_ratio(train_errors: Tensor, heldout_errors: Tensor, level: float = 0.95) -> Estimate:
     """The ratio of mean errors, of held-out images (M,) over training images (N,), with the interval of its logarithm.
 
-    1 is a network that knows both alike. Raises ValueError for fewer than 2 of either, or errors not positive and finite.
+    1 means that both are denoised equally well. Raises ValueError for fewer than 2 of either, or errors not positive and
+    finite.
     """
     if train_errors.ndim != 1 or heldout_errors.ndim != 1 or min(len(train_errors), len(heldout_errors)) < 2:
         raise ValueError(
@@ -69,11 +70,11 @@ def heldout_error_ratio(train_errors: Tensor, heldout_errors: Tensor, level: flo
 
 
 def view_auc(image_errors: Tensor, view_errors: Tensor, level: float = 0.95) -> Estimate:
-    """P(error of a view > error of its image), from errors (N,) each on a noise of its own; 0.5 is indifference, 1 all known.
+    """P(error of a view > error of its image), from errors (N,) with independent noise; 0.5 is chance, 1 is memorized.
 
     As in tests of membership, single errors are compared: on the same noise a difference too small to matter would decide.
     Held-out images in place of views are compared with as many training images.
-    The interval is exact (Clopper & Pearson 1934); equal errors count half, and as either for the interval.
+    The interval is exact (Clopper & Pearson 1934); equal errors count half in the value, and on either side in the interval.
     Raises ValueError as `view_error_ratio` does.
     """
     from scipy.stats import binomtest
@@ -86,16 +87,16 @@ def view_auc(image_errors: Tensor, view_errors: Tensor, level: float = 0.95) -> 
 
 
 def view_excess(image_errors: Tensor, view_errors: Tensor, squared_ways: Tensor, level: float = 0.95) -> Estimate:
-    """The share of the way back from view to image that is added to the error, from (N,) errors and squared ways each.
+    """Excess error of views over images, as a share of the squared distance between the two; errors and distances are (N,).
 
-    A network that follows a view as it follows its image has 0. One that gives the image whichever of the two it sees errs by
-    the whole way more: 1. Squared ways are mean squares over the same pixels as the errors. Raises ValueError for other
-    shapes, N < 2, errors not finite, or ways that are all 0.
+    A network that denoises a view as well as its image has 0. One that gives the image for both has the whole squared distance
+    as excess error: 1. `squared_ways` are these distances, mean squares over the same pixels as the errors. Raises ValueError
+    for other shapes, N < 2, errors not finite, or distances that are all 0.
     """
     a, b = _checked(image_errors, view_errors)
     if squared_ways.shape != a.shape:
         raise ValueError(f"squared_ways have shape {tuple(squared_ways.shape)}; expected ({len(a)},), as the errors")
-    way = _finite(squared_ways)
-    value = float((b - a).mean() / way.mean())
-    reach = float(((b - a) - value * way).std() / way.mean()) / len(a) ** 0.5 * student_t(level, len(a) - 1)
+    squared = _finite(squared_ways)
+    value = float((b - a).mean() / squared.mean())
+    reach = float(((b - a) - value * squared).std() / squared.mean()) / len(a) ** 0.5 * student_t(level, len(a) - 1)
     return Estimate(value, value - reach, value + reach)

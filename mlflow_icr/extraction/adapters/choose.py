@@ -33,29 +33,29 @@ def adapt(
 ) -> Denoiser:
     """A network of diffusers as a denoiser, by the prediction type in its scheduler's config.
 
-    Epsilon, sample or v_prediction of a variance-preserving scheduler (one with `alphas_cumprod`), flow matching, or EDM's
-    preconditioning. A network of classes has a `null_class`, `call` runs one that wants another condition; with an
-    `autoencoder` the network's images are latents. Raises ValueError for a scheduler of another kind.
+    It takes epsilon, sample or v_prediction of a variance-preserving scheduler (one with `alphas_cumprod`), flow matching, and
+    EDM's preconditioning. `null_class` is that of a class-conditional network; `call` runs a network with another condition;
+    with an `autoencoder` the network's images are latents. Raises ValueError for a scheduler of another kind.
     """
     config, name = scheduler.config, type(scheduler).__name__
     prediction = config.get("prediction_type", "epsilon")
-    found: Denoiser
+    denoiser: Denoiser
     if name.startswith("FlowMatch") or prediction == "flow_prediction":
-        found = FlowDenoiser(network, time_scale=float(config["num_train_timesteps"]), null_class=null_class, call=call)
+        denoiser = FlowDenoiser(network, time_scale=float(config["num_train_timesteps"]), null_class=null_class, call=call)
     elif name.startswith("EDM"):
         if prediction != "epsilon":
             raise ValueError(f"the scheduler {name} has prediction_type {prediction!r}; expected epsilon")
-        found = EDMDenoiser(network, float(config["sigma_data"]), null_class=null_class, call=call)
+        denoiser = EDMDenoiser(network, float(config["sigma_data"]), null_class=null_class, call=call)
     elif config.get("timestep_type", "discrete") != "discrete":
         raise ValueError(f"the scheduler {name} has timestep_type {config['timestep_type']!r}; expected discrete")
     elif not hasattr(scheduler, "alphas_cumprod"):
         raise ValueError(f"the scheduler is a {name}; expected DDPMScheduler or one of its kind, of flow matching, or EDM's")
     else:
         learned = getattr(getattr(network, "config", None), "time_embedding_type", None) == "learned"  # a table of timesteps
-        found = SchedulerDenoiser(network, scheduler, nearest=learned, null_class=null_class, call=call)
+        denoiser = SchedulerDenoiser(network, scheduler, nearest=learned, null_class=null_class, call=call)
     if autoencoder is None:
-        return found
-    return LatentDenoiser(found, autoencoder if isinstance(autoencoder, Autoencoder) else Autoencoder(autoencoder))
+        return denoiser
+    return LatentDenoiser(denoiser, autoencoder if isinstance(autoencoder, Autoencoder) else Autoencoder(autoencoder))
 
 
 def adapt_pipeline(pipeline: Any, *, side: int | None = None, prompt: str = "", class_label: int | None = None) -> Denoiser:
@@ -87,7 +87,7 @@ def adapt_pipeline(pipeline: Any, *, side: int | None = None, prompt: str = "", 
 
 
 def label_of(label: int | None, null: int) -> int:
-    """A class to read a network with: the one that is given, or the null class, which is the last. Raises ValueError."""
+    """The class to read a network with: `label`, or the null class, which is the last. Raises ValueError for another one."""
     if label is not None and not 0 <= label <= null:
         raise ValueError(f"class_label is {label}; expected 0 to {null}, which means none")
     return null if label is None else label
@@ -103,7 +103,7 @@ def network_of(pipeline: Any) -> Any:
 
 
 def _pixels_a_side(pipeline: Any) -> int:
-    """Pixels a side of one number that the network sees: 1, or the autoencoder's downsampling."""
+    """Pixels along a side for one value of the network's input: 1, or the autoencoder's downsampling."""
     autoencoder = getattr(pipeline, "vae", None)
     return 1 if autoencoder is None else int(2 ** (len(autoencoder.config.block_out_channels) - 1))
 

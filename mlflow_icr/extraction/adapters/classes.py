@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 
 def null_class_of(network: nn.Module) -> int:
-    """The label that a DiTTransformer2DModel was trained with where a label was dropped: the one after its classes."""
+    """The label that stands for dropped labels in training a DiTTransformer2DModel: the one after its classes."""
     config: Any = network.config
     return int(config.num_embeds_ada_norm)
 
 
 class ClassCondition:
-    """Runs a network that wants class labels with one label for all images."""
+    """Runs a class-conditional network with one label for all images."""
 
     def __init__(self, label: int) -> None:
         self.label = label

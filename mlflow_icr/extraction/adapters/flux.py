@@ -17,7 +17,7 @@ GUIDANCE = 1.0
 class FluxCondition:
     """Runs the transformer with one prompt for all images: its embeddings (1, T, D) and its pooled embedding (1, P).
 
-    Latents are packed: a token is a square of 2 x 2 of them. A guidance-distilled network is told `guidance`.
+    Latents are packed: a token is a square of 2 x 2 of them. A guidance-distilled network also gets `guidance`.
     """
 
     def __init__(self, embeddings: Tensor, pooled: Tensor, guidance: float = GUIDANCE) -> None:
@@ -31,7 +31,7 @@ class FluxCondition:
         rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         places = torch.stack([torch.zeros_like(rows), rows, columns], -1).view(-1, 3).to(x)
         guidance = torch.full((len(x),), self.guidance).to(x) if config.guidance_embeds else None
-        found = network(
+        output = network(
             hidden_states=packed,
             timestep=(time / 1000).to(x.dtype),  # which the network multiplies by 1000
             guidance=guidance,
@@ -40,7 +40,7 @@ class FluxCondition:
             txt_ids=torch.zeros(self.embeddings.shape[1], 3).to(x),
             img_ids=places,
         )
-        return pixel_shuffle(found.sample.mT.unflatten(2, (height, width)), 2)
+        return pixel_shuffle(output.sample.mT.unflatten(2, (height, width)), 2)
 
 
 @torch.no_grad()

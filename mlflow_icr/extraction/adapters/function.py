@@ -15,10 +15,10 @@ class FunctionDenoiser:
     """
 
     def __init__(self, function: Callable[[Tensor, Tensor | float], Tensor], network: nn.Module | None = None) -> None:
-        found = function if network is None else network
-        if not isinstance(found, nn.Module):
-            raise ValueError(f"network is a {type(found).__name__}; expected the torch module that the function runs")
-        self._function, self._network = function, found
+        module = function if network is None else network
+        if not isinstance(module, nn.Module):
+            raise ValueError(f"network is a {type(module).__name__}; expected the torch module that the function runs")
+        self._function, self._network = function, module
 
     @property
     def network(self) -> nn.Module:

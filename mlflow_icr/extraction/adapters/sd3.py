@@ -28,7 +28,7 @@ class SD3Condition:
 
 @torch.no_grad()
 def null_sd3(pipeline: Any, prompt: str = "") -> SD3Condition:
-    """The condition of a Stable Diffusion 3 pipeline where there is no prompt, or for a prompt."""
-    found = pipeline.encode_prompt(prompt, None, None, device=pipeline.device, do_classifier_free_guidance=True)
+    """The condition of a Stable Diffusion 3 pipeline for a prompt, or the unconditional one without a prompt."""
+    encodings = pipeline.encode_prompt(prompt, None, None, device=pipeline.device, do_classifier_free_guidance=True)
     which = 0 if prompt else 1
-    return SD3Condition(found[which], found[which + 2])
+    return SD3Condition(encodings[which], encodings[which + 2])

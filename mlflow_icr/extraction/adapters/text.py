@@ -16,7 +16,7 @@ def spread(condition: Tensor, x: Tensor) -> Tensor:
 class TextCondition:
     """Runs a network with one prompt for all images: its embeddings (1, T, D).
 
-    Stable Diffusion XL wants the prompt's pooled embedding (1, P) too, and `time_ids` (1, 6): original size, crop and target
+    Stable Diffusion XL also needs the prompt's pooled embedding (1, P), and `time_ids` (1, 6): original size, crop and target
     size in pixels.
     """
 
@@ -54,17 +54,19 @@ def check_text_unet(network: nn.Module) -> None:
 
 @torch.no_grad()
 def null_text(pipeline: Any, side: int, prompt: str = "") -> TextCondition:
-    """The condition of a Stable Diffusion pipeline where there is no prompt, or for a prompt, for images of `side` pixels.
+    """The condition of a Stable Diffusion pipeline for a prompt, or the unconditional one, for images of `side` pixels.
 
-    It is what the pipeline itself takes as unconditional: the empty prompt, or zeros for an XL that was trained so.
+    The unconditional one is the pipeline's own: the empty prompt, or zeros for an XL that was trained so.
     """
     check_text_unet(pipeline.unet)
     xl = pipeline.unet.config.addition_embed_type == "text_time"
-    found = pipeline.encode_prompt(prompt, device=pipeline.device, num_images_per_prompt=1, do_classifier_free_guidance=True)
+    encodings = pipeline.encode_prompt(
+        prompt, device=pipeline.device, num_images_per_prompt=1, do_classifier_free_guidance=True
+    )
     which = 0 if prompt else 1
     if not xl:
-        return TextCondition(found[which])
-    embeddings, pooled = found[which], found[which + 2]
+        return TextCondition(encodings[which])
+    embeddings, pooled = encodings[which], encodings[which + 2]
     time_ids = torch.tensor([[side, side, 0, 0, side, side]], dtype=torch.float32)
     unet = pipeline.unet
     width = unet.config.addition_time_embed_dim * time_ids.shape[1] + pooled.shape[1]

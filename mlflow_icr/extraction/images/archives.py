@@ -9,8 +9,8 @@ from pathlib import Path, PurePosixPath
 FLAG_ENCRYPTED = 0x1
 # The largest file: an uncompressed image of 16 bits and three channels of 13 000 x 13 000 pixels.
 MOST_FILE_BYTES = 2**30
-# DEFLATE packs zeros 1032 to 1. Files of images are packed already: the archive saves a few percent, of uncompressed ones
-# (bitmaps, TIFF, DICOM) a factor of at most 100, unless they are blank.
+# DEFLATE packs zeros 1032 to 1. Image files are mostly compressed already, so an archive saves a few percent; uncompressed ones
+# (bitmaps, TIFF, DICOM) shrink by a factor of at most 100, unless they are blank.
 MOST_RATIO, UNSUSPICIOUS_BYTES = 200, 16 * 2**20
 
 
@@ -59,7 +59,7 @@ class ZipArchive:
         return list(self._sizes)
 
     def read(self, name: str) -> bytes:
-        """A file's bytes, whose checksum is right. Raises ValueError where it is not, or there are more bytes than declared."""
+        """A file's bytes. Raises ValueError for a wrong checksum, or for more bytes than declared."""
         try:
             with self._archive.open(name) as file:
                 content = file.read(self._sizes[name])

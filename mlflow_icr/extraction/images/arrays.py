@@ -14,15 +14,15 @@ from mlflow_icr.extraction.images.archives import check_member
 from mlflow_icr.extraction.images.picture import Picture
 from mlflow_icr.extraction.images.sources import FileSource, Header
 
-MOST_CHANNELS = 4  # of an image, where an array's shape does not say what its axes are
+MOST_CHANNELS = 4  # an axis of at most this size counts as channels, since a shape does not name its axes
 LABELS = ("labels", "label", "y", "targets", "target")
 PREFERRED = ("images", "image", "x", "data", "arr_0")
 
 
 def axes_of(shape: tuple[int, ...], alone: bool) -> tuple[str, str]:
-    """What the axes of an array are, of N images, height H, width W and C channels; and a remark where that was a guess.
+    """The axes of an array, N images, height H, width W and C channels, and a remark where they are a guess.
 
-    Raises ValueError for a shape that can be no images.
+    Raises ValueError for a shape that cannot be images.
     """
     match shape:
         case (_, _):
@@ -57,11 +57,11 @@ class _Choice:
 
     images: str
     labels: str | None
-    aside: tuple[str, ...]
+    others: tuple[str, ...]
 
 
 def _chosen(archive: zipfile.ZipFile) -> _Choice:
-    """What is read of a .npz file. Raises ValueError where nothing in it can be images."""
+    """The arrays to read from a .npz file. Raises ValueError where none can be images."""
     for info in archive.infolist():
         check_member(info)
     shapes, objects = dict[str, tuple[int, ...]](), ""
@@ -69,7 +69,7 @@ def _chosen(archive: zipfile.ZipFile) -> _Choice:
         with archive.open(name) as file:
             try:
                 shapes[name.removesuffix(".npy")] = _read_header(file)[0]
-            except ValueError as error:  # of Python objects, beside the images
+            except ValueError as error:  # an array of Python objects, beside the images
                 objects = f" ({name.removesuffix('.npy')}: {error})"
     images = [name for name, shape in shapes.items() if len(shape) >= 3]
     images = images or [name for name, shape in shapes.items() if len(shape) == 2]
@@ -111,7 +111,7 @@ def header(source: FileSource) -> Header:
             with np.load(file, allow_pickle=False) as arrays:
                 labels = arrays[choice.labels].reshape(-1)
             labels = labels.tolist() if labels.dtype.kind in "uiU" else None
-    taken = f"from {choice.images!r}, and not from {', '.join(choice.aside)}: " if choice.aside else ""
+    taken = f"from {choice.images!r}, and not from {', '.join(choice.others)}: " if choice.others else ""
     return _header_of(shape, dtype, source.alone, labels, taken)
 
 

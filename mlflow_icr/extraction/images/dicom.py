@@ -13,7 +13,7 @@ from mlflow_icr.extraction.images.sources import FileSource, Header
 
 GROUPS = (b"\x02\0", b"\x08\0")  # of the first element of a file
 NEEDED = ("PhotometricInterpretation", "BitsAllocated", "BitsStored")
-FULL_BITS = 16  # stored in all bits of their container, values say nothing of what they may be
+FULL_BITS = 16  # where all bits of the container are used, they do not tell the range of values
 
 
 def _read(source: FileSource, **options: Any) -> Any:
@@ -34,16 +34,16 @@ def _read(source: FileSource, **options: Any) -> Any:
 
 
 def _rescaling(ds: Any, frame: int) -> tuple[float, float]:
-    """Slope and intercept of a frame: the image's own, or of an enhanced one that of all frames or of each."""
-    places = [ds]
+    """Slope and intercept of a frame: the image's, or in an enhanced image those of all frames or of this one."""
+    datasets = [ds]
     for groups, number in (("SharedFunctionalGroupsSequence", 0), ("PerFrameFunctionalGroupsSequence", frame)):
         sequence = ds.get(groups) or []
         if number < len(sequence):
-            places.extend(sequence[number].get("PixelValueTransformationSequence") or [])
+            datasets.extend(sequence[number].get("PixelValueTransformationSequence") or [])
     slope, intercept = 1.0, 0.0
-    for place in places:
-        if place.get("RescaleSlope") not in (None, ""):  # it may be there, and empty
-            slope, intercept = float(place.RescaleSlope), float(place.get("RescaleIntercept") or 0)
+    for dataset in datasets:
+        if dataset.get("RescaleSlope") not in (None, ""):  # it may be present, and empty
+            slope, intercept = float(dataset.RescaleSlope), float(dataset.get("RescaleIntercept") or 0)
     return slope, intercept
 
 
@@ -58,7 +58,7 @@ def _is_colour(ds: Any) -> bool:
 
 
 def _stated(ds: Any, frame: int) -> Span | None:
-    """The span of a frame's values by its stored bits; None where those are all of a container's 16."""
+    """The span of a frame's values by its stored bits; None where they fill their container of 16."""
     if _is_colour(ds) or int(ds.BitsStored) >= FULL_BITS:
         return None
     slope, intercept = _rescaling(ds, frame)
@@ -75,7 +75,7 @@ def _count(ds: Any) -> int:
 
 
 def header(source: FileSource) -> Header:
-    """How many images a file holds (none: a report, a directory), what values they may have, and whose they are."""
+    """The number of images in a file (0 for a report or a directory), the range of their values, and the patient."""
     ds = _read(source, stop_before_pixels=True)
     if "Rows" not in ds or "Columns" not in ds:
         return Header(0)
@@ -114,7 +114,7 @@ def pictures(source: FileSource, frames: Sequence[int], background: str) -> Iter
         if "PALETTE" in str(ds.PhotometricInterpretation):
             values = apply_color_lut(values, ds)
         if _is_colour(ds):
-            if values.dtype == np.uint16 and not (values & 255).any():  # palettes' bytes are the upper ones at times
+            if values.dtype == np.uint16 and not (values & 255).any():  # some palettes keep bytes in the upper half
                 values = (values >> 8).astype(np.uint8)
             yield Picture(values)
             continue

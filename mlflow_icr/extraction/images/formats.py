@@ -20,13 +20,13 @@ RASTER_SUFFIXES = {*RASTER.suffixes, *TIFF.suffixes}  # formats that are usually
 
 
 def format_of(name: str) -> Format | None:
-    """The format of a file by its name; None of one that holds no images, as far as the name says."""
+    """The format of a file by its name; None where the name is not that of a file of images."""
     lower = PurePosixPath(name).name.lower()
     return next((kind for kind in FORMATS if lower.endswith(kind.suffixes)), None)
 
 
 def may_be_dicom(name: str) -> bool:
-    """Whether a file's name says so little that it may be a DICOM file: no suffix, or the last number of an identifier."""
+    """Whether a file may be DICOM by its name: it has no suffix, or the last number of an identifier as its suffix."""
     path = PurePosixPath(name)
     return path.name.upper() != "DICOMDIR" and path.suffix[1:].isdigit() == bool(path.suffix)
 

@@ -28,7 +28,7 @@ from mlflow_icr.extraction.images.splits import beside_images, one_split
 
 MOST_NAMED = 10  # files that cannot be read, in one line
 GROUP_BY = ("folder", "file", "patient")
-# Images that are not read, which a line names where they lie among others that are.
+# Suffixes of files that are not read; a note names them where they lie among images that are.
 UNREAD = (
     ".heic", ".heif", ".avif", ".jxl", ".jp2", ".ppm", ".pgm", ".pnm", ".tga", ".psd", ".exr", ".hdr", ".svg", ".dng",
     ".cr2", ".cr3", ".nef", ".arw", ".raw", ".mha", ".mhd", ".nrrd", ".mgz", ".h5", ".hdf5", ".mat", ".fits", ".czi",
@@ -84,9 +84,9 @@ class LoneFile(Folder):
 
 
 class Listing:
-    """The images in files: their `items`, the file and the number in it of each, and their `names`.
+    """The images in files: `items` gives for each image its file and its number in it, and `names` its name.
 
-    Images of a file with several have names with `#` and the number, from 0. `notes` are remarks on ambiguous files.
+    If a file holds several images, their names end in `#` and the number, from 0. `notes` are remarks on ambiguous files.
     """
 
     def __init__(
@@ -106,11 +106,11 @@ class Listing:
         return len(self.items)
 
     def scanned(self) -> bool:
-        """Whether each file's header has said which values its images have."""
+        """Whether each file's header states the range of its images' values."""
         return all(kind.header is not None for kind in self.formats)
 
     def rows_of_files(self) -> bool:
-        """Whether they are rows of tables or arrays: then images of one file do not belong together."""
+        """Whether all images are rows of tables or arrays: then images of one file do not belong together."""
         return all(kind in (ARRAYS, TABLES) for kind in self.formats)
 
     def labels(self) -> Tensor | None:
@@ -133,27 +133,27 @@ class Listing:
         files = [self.files[i].name for i, _ in self.items]
         match by:
             case "folder":
-                found = [str(PurePosixPath(name).parent) for name in files]
+                groups = [str(PurePosixPath(name).parent) for name in files]
             case "file":
-                found = files
+                groups = files
             case "patient":
-                found = [self.headers[i].subject for i, _ in self.items]
+                groups = [self.headers[i].subject for i, _ in self.items]
             case _:
-                found = [_matched(by, name) for name in files]
-        missing = sorted({name for name, group in zip(files, found, strict=True) if not group})
+                groups = [_matched(by, name) for name in files]
+        missing = sorted({name for name, group in zip(files, groups, strict=True) if not group})
         if missing:
             what = "no PatientID in" if by == "patient" else "no match in"
             raise ValueError(f"group_by is {by!r}: {what} {len(missing)} of {len(set(files))} files: {named(missing)}")
-        return found
+        return groups
 
 
 class ImageFiles(Listing):
     """The images of a folder, of a zip, or of one file, in the order of the files' names, and of the images in a file.
 
-    Names are relative, with slashes. Of several kinds of files (images, DICOM, volumes, arrays, tables) those there are most of
-    are taken; where their folders (of tables, also their names) are called train, validation or test, those of `split`. With
-    `listed` the files are these paths, in this order. Raises ValueError for a place without images, for an
-    archive that is damaged, and naming files whose headers cannot be read.
+    Names are relative, with slashes. The commonest kind of files (images, DICOM, volumes, arrays, tables) is taken; where their
+    folders (or the names of tables) are called train, validation or test, only those of `split` are. With `listed` the files
+    are these paths, in this order. Raises ValueError for a place without images, for an archive that is damaged, and for
+    headers that cannot be read, naming the files.
     """
 
     def __init__(self, path: Path | str, listed: Sequence[str] | None = None, split: str = "train") -> None:
@@ -184,24 +184,24 @@ class ImageFiles(Listing):
 def _chosen_files(
     path: Path, reader: FileReader, listed: Sequence[str] | None, notes: list[str]
 ) -> tuple[list[FileSource], list[Format]]:
-    """The files of the kind there are most of."""
-    found: list[tuple[str, Format]] = []
+    """The files of the commonest kind."""
+    candidates: list[tuple[str, Format]] = []
     others: Counter[str] = Counter()
     alone = isinstance(reader, LoneFile)
-    there = [name for name in reader.names() if not is_hidden(name)] if listed is None else []
-    masks = beside_images(there)
+    names = [name for name in reader.names() if not is_hidden(name)] if listed is None else []
+    masks = beside_images(names)
     if masks:
         notes.append(f"{str(path)!r}: {len(masks)} files in folders of masks or annotations, beside images, are left aside")
-        there = [name for name in there if name not in masks]
-    for name in listed or sorted(there, key=lambda name: PurePosixPath(name).parts):
+        names = [name for name in names if name not in masks]
+    for name in listed or sorted(names, key=lambda name: PurePosixPath(name).parts):
         kind = format_of(name)
         if kind is None and may_be_dicom(name) and is_dicom(_begin_of(name, reader)):
             kind = DICOM
         if kind is not None:
-            found.append((name, kind))
+            candidates.append((name, kind))
         else:
             others[PurePosixPath(name).suffix.lower()] += 1
-    counts = Counter(kind.name for _, kind in found)
+    counts = Counter(kind.name for _, kind in candidates)
     if not counts:
         usual = ", ".join(f"{count} {suffix or 'without a suffix'}" for suffix, count in others.most_common(3))
         among = f" among its files: {usual}" if usual else ""
@@ -211,12 +211,12 @@ def _chosen_files(
     aside += [f"{count} {suffix} files" for suffix, count in others.items() if suffix in UNREAD]
     if aside:
         notes.append(f"{str(path)!r}: its {counts[chosen]} {chosen} are taken, and {', '.join(aside)} left aside")
-    taken = [(name, kind) for name, kind in found if kind.name == chosen]
+    taken = [(name, kind) for name, kind in candidates if kind.name == chosen]
     return [FileSource(name, reader, alone) for name, _ in taken], [kind for _, kind in taken]
 
 
 def _begin_of(name: str, reader: FileReader) -> bytes:
-    """The first bytes of a file; none of a link that leads nowhere."""
+    """The first bytes of a file; none for a link that leads nowhere."""
     path = reader.path_of(name)
     return b"" if path is not None and not path.exists() else FileSource(name, reader).begins(132)
 
@@ -270,8 +270,8 @@ def _listed_labels(reader: FileReader) -> dict[str, int] | None:
 
 def reason_of(error: Exception) -> str:
     """Why a file cannot be read, in a line."""
-    text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def unreadable_message(path: Path, unreadable: Sequence[str], total: int) -> str:
@@ -280,10 +280,10 @@ def unreadable_message(path: Path, unreadable: Sequence[str], total: int) -> str
 
 
 def named(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are; what a line cannot hold of them is escaped."""
+    """The first few names, and the number of the others; names with unprintable characters are escaped."""
     names = [name if name.isprintable() else ascii(name)[1:-1] for name in names]
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return f"{'; '.join(names[:MOST_NAMED])}{more}"
+    rest = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return f"{'; '.join(names[:MOST_NAMED])}{rest}"
 
 
 def is_archive(path: Path | str) -> bool:
@@ -298,7 +298,7 @@ def holds_images(path: Path | str) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file is none of the images: what systems add (`.DS_Store`, `__MACOSX/`, `@eaDir/`, `._image.png`)."""
+    """Whether a file was added by a system (`.DS_Store`, `__MACOSX/`, `@eaDir/`, `._image.png`), and is no image."""
     return any(part.startswith(".") or part in ("__MACOSX", "@eaDir") for part in PurePosixPath(name).parts)
 
 

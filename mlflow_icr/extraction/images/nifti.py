@@ -33,7 +33,7 @@ def _shape(image: Any) -> tuple[int, int, int, int]:
 
 
 def _orientation(image: Any) -> list[tuple[int, bool]]:
-    """For each of right, front and up: the axis that goes along it, and whether it goes the other way."""
+    """For each of right, front and up: the axis along it, and whether that axis runs in the opposite direction."""
     from nibabel.orientations import io_orientation
 
     orientation = io_orientation(image.affine)  # (3, 2): each axis's direction among the three, and its sign
@@ -44,7 +44,7 @@ def _orientation(image: Any) -> list[tuple[int, bool]]:
 
 
 def header(source: FileSource) -> Header:
-    """How many slices a volume has. Bytes without scaling are plain; of other values the file says nothing."""
+    """The number of slices in a volume. Bytes without scaling are plain; a file does not state the range of other values."""
     with source.on_disk() as path:
         image = _load(path)
         shape = _shape(image)

@@ -9,7 +9,7 @@ from PIL import Image
 
 Span = tuple[float, float]  # the values that become black and white
 Size = int | tuple[int, int]  # a side in pixels, or (height, width)
-# Blank images are packed many hundred times; one of 64 MiB is no harm, and no image of a size that could be is packed so.
+# Blank images are packed several hundred to one: up to 64 MiB that is harmless, and larger images are never packed so.
 UNSUSPICIOUS_BYTES, MOST_RATIO = 64 * 2**20, 200
 
 
@@ -78,9 +78,9 @@ def crop_box(width: int, height: int, size: tuple[int, int]) -> tuple[float, flo
 
 
 def fit(image: Image.Image, size: Size) -> Image.Image:
-    """The largest centred part of an image at a size, a side or (height, width): areas are averaged by whole factors.
+    """The largest centred part of an image at a size, a side or (height, width).
 
-    Otherwise Lanczos' filter is taken.
+    An image is shrunk by whole factors with area averages, else resized with Lanczos' filter.
     """
     height, width = height_width(size)
     box = crop_box(image.width, image.height, (height, width))

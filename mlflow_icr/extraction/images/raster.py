@@ -17,7 +17,7 @@ from mlflow_icr.extraction.images.sources import FileSource
 GREY_MODES = {"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "F"}
 DEEP_MODES = {"I", "I;16", "I;16B", "I;16L", "F"}
 TRANSPARENT_MODES = {"LA", "La", "PA", "RGBA", "RGBa"}
-ANIMATED = {"GIF", "PNG", "WEBP"}  # of a photograph in several sizes (MPO) the first one is the whole image
+ANIMATED = {"GIF", "PNG", "WEBP"}  # not MPO, a photograph in several sizes whose first one is the whole image
 BYTES_A_CHANNEL = {"I": 4, "F": 4, "I;16": 2, "I;16B": 2, "I;16L": 2}
 
 
@@ -53,7 +53,7 @@ def open_image(file: IO[bytes]) -> Image.Image:
 
 
 def over_background(image: Image.Image, background: str) -> tuple[Image.Image, bool]:
-    """An image of 8 bits in mode L or RGB, and whether some of it was transparent: that shows the background."""
+    """An image of 8 bits in mode L or RGB, laid over the background, and whether some of it was transparent."""
     grey = image.mode in GREY_MODES
     if image.mode in TRANSPARENT_MODES or "transparency" in image.info:
         layer = image.convert("RGBA")
@@ -76,7 +76,7 @@ def alpha_over(values: np.ndarray, background: str) -> tuple[np.ndarray, bool]:
 
 
 def from_pillow(image: Image.Image, background: str) -> Picture:
-    """The picture of an opened image, upright. Of deeper modes Pillow knows grey alone."""
+    """The picture of an opened image, upright. Pillow's deeper modes are all grey."""
     upright = ImageOps.exif_transpose(image)
     if upright.mode in DEEP_MODES:
         return Picture(np.asarray(upright)[..., None])
@@ -106,15 +106,15 @@ def _deep_png(content: bytes, background: str) -> Picture:
     return Picture(values)
 
 
-def _with_stated(found: tuple[np.ndarray, bool]) -> tuple[np.ndarray, None, bool]:
-    return found[0], None, found[1]
+def _with_stated(flattened: tuple[np.ndarray, bool]) -> tuple[np.ndarray, None, bool]:
+    return flattened[0], None, flattened[1]
 
 
 def pictures(source: FileSource, frames: Sequence[int], background: str) -> Iterator[Picture]:
-    """The image of a file; of an animation the first. Raises what damaged files make Pillow raise."""
+    """The image of a file, or the first of an animation. Raises what damaged files make Pillow raise."""
     with source.open() as file, open_image(file) as image:
         animated = image.format in ANIMATED and getattr(image, "is_animated", False)
-        found = _deep_png(file.read(), background) if is_deep_png(image) else from_pillow(image, background)
-        found = replace(found, animated=animated)
+        picture = _deep_png(file.read(), background) if is_deep_png(image) else from_pillow(image, background)
+        picture = replace(picture, animated=animated)
     for _ in frames:
-        yield found
+        yield picture

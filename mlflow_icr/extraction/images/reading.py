@@ -48,8 +48,8 @@ def check_value_range(value_range: Sequence[float]) -> Span | None:
 class Reading:
     """How files become images: size (height, width), the values of black and white, and the colour behind transparent parts.
 
-    Without `value_range` values are read as `mlflow_icr.extraction.images.values` says. Raises ValueError for no size, range or
-    colour.
+    Without `value_range` values are read as `mlflow_icr.extraction.images.values` says. Raises ValueError for an invalid size,
+    range or colour.
     """
 
     size: tuple[int, int]
@@ -73,11 +73,11 @@ class Read:
     images: Tensor
     unreadable: list[str]
     notes: list[str]
-    sizes: dict[tuple[int, int], int]  # how many files' images have a (height, width)
-    items: list[int]  # which of the listing's images they are
+    sizes: dict[tuple[int, int], int]  # number of images by (height, width)
+    items: list[int]  # their numbers in the listing's items
 
 
-Found = Callable[[int, Picture], None]  # called with an image's place among those asked for, and the image
+Visit = Callable[[int, Picture], None]  # called with an image's place among those asked for, and the image
 
 
 class _Walk:
@@ -117,7 +117,7 @@ class _Fill:
 
 
 def _by_file(files: Listing, items: Sequence[int]) -> list[tuple[int, list[tuple[int, int]]]]:
-    """For each file that is needed: the numbers in it, rising, and the places of these images among those asked for."""
+    """For each needed file: the numbers of its images, rising, and their places among `items`."""
     wanted: dict[int, list[tuple[int, int]]] = {}
     for place, item in enumerate(items):
         number, frame = files.items[item]
@@ -128,35 +128,35 @@ def _by_file(files: Listing, items: Sequence[int]) -> list[tuple[int, list[tuple
 def _read_file(
     files: Listing, number: int, frames: list[tuple[int, int]], background: str
 ) -> Iterator[tuple[int, Picture | Exception]]:
-    """The images of a file, or why one cannot be read, with their places."""
+    """The images of a file with their places, or the error of one that cannot be read."""
     source, kind, done = files.files[number], files.formats[number], 0
     while done < len(frames):
         pictures = kind.pictures(source, [frame for frame, _ in frames[done:]], background)
         while done < len(frames):
-            found: Picture | Exception
+            result: Picture | Exception
             try:
-                found = next(pictures)
+                result = next(pictures)
             except StopIteration:
-                found = ValueError("fewer images than the file says")
+                result = ValueError("fewer images than the file says")
             except Exception as error:  # a damaged file makes its library raise anything
-                found = error
-            yield frames[done][1], found
+                result = error
+            yield frames[done][1], result
             done += 1
-            if isinstance(found, Exception):
+            if isinstance(result, Exception):
                 break  # a generator that has raised cannot continue
 
 
-def _walk(files: Listing, items: Sequence[int], background: str, found: Found, walk: _Walk) -> None:
-    """Call `found` with every image, several files at a time; stops early if `walk.stopped` is set."""
+def _walk(files: Listing, items: Sequence[int], background: str, visit: Visit, walk: _Walk) -> None:
+    """Call `visit` with every image, several files at a time; stops early if `walk.stopped` is set."""
 
-    def one(job: tuple[int, list[tuple[int, int]]]) -> None:
+    def read_job(job: tuple[int, list[tuple[int, int]]]) -> None:
         if walk.stopped:
             return
         for place, picture in _read_file(files, job[0], job[1], background):
             try:
                 if isinstance(picture, Exception):
                     raise picture
-                found(place, picture)
+                visit(place, picture)
             except Exception as error:
                 walk.unreadable[place] = f"{files.names[items[place]]} ({reason_of(error)})"
             if walk.stopped:
@@ -166,24 +166,24 @@ def _walk(files: Listing, items: Sequence[int], background: str, found: Found, w
     jobs = _by_file(files, items)
     if workers == 1 or len(jobs) == 1:
         for job in jobs:
-            one(job)
+            read_job(job)
         return
     with ThreadPoolExecutor(workers) as pool:
-        for _ in pool.map(one, jobs):
+        for _ in pool.map(read_job, jobs):
             pass
 
 
 def shapes(files: Listing, items: Iterable[int]) -> Iterator[tuple[int, int, int]]:
-    """(height, width, channels) of those of some images that can be read. Raises ValueError where none of them can."""
+    """(height, width, channels) of each readable image among `items`. Raises ValueError where none can be read."""
     reasons, any_readable = [], False
     for item in items:
         number, frame = files.items[item]
-        found = next(_read_file(files, number, [(frame, item)], "white"))[1]
-        if isinstance(found, Picture):
+        result = next(_read_file(files, number, [(frame, item)], "white"))[1]
+        if isinstance(result, Picture):
             any_readable = True
-            yield found.values.shape
+            yield result.values.shape
         else:
-            reasons.append(f"{files.names[item]} ({reason_of(found)})")
+            reasons.append(f"{files.names[item]} ({reason_of(result)})")
     if not any_readable:
         raise ValueError(f"{str(files.path)!r} holds no images that can be read: {named(reasons)}")
 
@@ -223,10 +223,10 @@ def _span(files: Listing, reading: Reading, notes: list[str]) -> Span:
 
 
 def read_items(files: Listing, items: Sequence[int], reading: Reading, store: Store | None = None) -> Read:
-    """Some of the images, by their numbers in `files.items`, in this order; those that cannot be read are left out and named.
+    """The images with these numbers in `files.items`, in this order; those that cannot be read are left out and named.
 
-    One channel where all are grey, else RGB, or as many as all have. Raises ValueError for images that do not go together, and
-    OSError where a disk has no room for them.
+    They have one channel if all are grey, else RGB, or the number that all have. Raises ValueError for images whose
+    channels do not go together, and OSError where a disk has no room for them.
     """
     notes = list(files.notes)
     store = Store() if store is None else store
@@ -253,13 +253,13 @@ def _remarks(files: Listing, reading: Reading, counts: Counter[str], total: int)
     path, lines = repr(str(files.path)), []
     if counts["over"]:
         lines.append(
-            f"{path}: what is transparent in {counts['over']} of {total} images shows {reading.background} (--background)"
+            f"{path}: transparent parts of {counts['over']} of {total} images show {reading.background} (--background)"
         )
     if counts["outside"] and counts["values"]:
         share = 100 * counts["outside"] / counts["values"]
         lines.append(f"{path}: {share:.3g} % of the values are outside the range, and are cut off to black and white")
     if counts["animated"]:
-        lines.append(f"{path}: {counts['animated']} of {total} images are animations, of which the first picture is taken")
+        lines.append(f"{path}: {counts['animated']} of {total} images are animations; their first pictures are taken")
     if counts["enlarged"]:
         height, width = reading.size
         lines.append(f"{path}: {counts['enlarged']} of {total} images are smaller than {height}x{width}, and are enlarged")
@@ -283,8 +283,8 @@ def load_folder(
 ) -> Tensor:
     """All images of a folder, an archive or a file, in the order of their names, (N, C, H, W), as `Read.images`.
 
-    `resolution` is a side or (height, width). How values were understood is logged. Raises ValueError when there are none, or
-    naming the files that cannot be read.
+    `resolution` is a side or (height, width). A warning says how values were understood. Raises ValueError when there are no
+    images, or naming the files that cannot be read.
     """
     files = ImageFiles(folder)
     read = read_whole(files, range(len(files)), Reading(height_width(resolution), value_range, background))

@@ -37,7 +37,7 @@ def stack_images(images: Iterable[Image.Image], resolution: Size) -> Tensor:
 
 
 def with_channels(images: Tensor, channels: int | None) -> Tensor:
-    """Images (N, C, H, W) as a network of so many channels takes them: grey ones are repeated; None takes them as they are.
+    """Images (N, C, H, W) with a network's number of channels: grey ones are repeated; None leaves them as they are.
 
     Raises ValueError for any other number of channels.
     """
@@ -89,7 +89,7 @@ def _read(files: ImageFiles, resolution: Size | None) -> ImageSet:
 
 def content_hash(images: Tensor) -> str:
     """SHA-256 of the images' dtype, shape and pixels: the same exactly for the same images (N, C, H, W) in the same order."""
-    kind = "" if images.dtype == torch.uint8 else str(images.dtype)  # images mostly are, and hashes of earlier runs stay
+    kind = "" if images.dtype == torch.uint8 else str(images.dtype)  # uint8 adds nothing: hashes of earlier runs stay valid
     digest = hashlib.sha256(f"{kind}{tuple(images.shape)}".encode())
     update_digest(digest, images)
     return digest.hexdigest()
@@ -121,7 +121,7 @@ def folder_facts(folder: Path | str) -> FolderFacts:
     modes: Counter[str] = Counter()
     for name, path in files:
         content = path.read_bytes()
-        # Of fixed length each, so that no name can pass for another file's content.
+        # Both digests have a fixed length, so that no name can pass for content.
         digest.update(hashlib.sha256(name.encode()).digest() + hashlib.sha256(content).digest())
         num_bytes += len(content)
         try:

@@ -1,4 +1,4 @@
-"""Parts of a set by the names of its folders: train, validation and test (of tables, also files), and masks beside images."""
+"""Parts of a set by the names of its folders (or tables): train, validation and test, and masks beside images."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def split_of(name: str, by_stem: bool) -> str:
 def one_split(names: Sequence[str], split: str, by_stem: bool) -> tuple[list[int], str]:
     """The places of the files of one split, and a remark on the others; all places where files are not in several splits.
 
-    Raises ValueError for a split that there is not.
+    Raises ValueError for an unknown split.
     """
     splits = [split_of(name, by_stem) for name in names]
     counts = Counter(splits)
@@ -47,5 +47,5 @@ def one_split(names: Sequence[str], split: str, by_stem: bool) -> tuple[list[int
     if wanted not in counts:
         raise ValueError(f"data_split is {split!r}; expected one of {', '.join(sorted(counts))}, the splits of the data")
     others = ", ".join(f"{count} of {name}" for name, count in counts.items() if name != wanted)
-    places = [place for place, found in enumerate(splits) if found == wanted]
+    places = [place for place, file_split in enumerate(splits) if file_split == wanted]
     return places, f"its {counts[wanted]} files of the split {wanted} are taken, and {others} left aside"

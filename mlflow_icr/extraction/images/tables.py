@@ -1,4 +1,4 @@
-"""Tables: Parquet by pyarrow, a row group at a time, Arrow, mapped; rows of `datasets`.
+"""Tables: Parquet by pyarrow, read a row group at a time, and Arrow, mapped, as `datasets` saves it.
 
 Images in them are encoded files, or nested lists.
 """
@@ -67,7 +67,7 @@ def cell_picture(value: Any, background: str) -> Picture:
 
 @dataclass(frozen=True)
 class _Table:
-    """A table's schema, the rows of each of its parts, and what gives a column of a part."""
+    """A table's schema, the number of rows in each part, and a function that returns a column of a part."""
 
     schema: Any
     counts: Sequence[int]
@@ -104,7 +104,7 @@ def _holds_images(kind: Any) -> bool:
 
 
 def _image_column(schema: Any) -> str:
-    """The column with images: that which `datasets` says, else one called so, else the first that may hold some.
+    """The column with images: the one that `datasets` declares, else one named in IMAGES, else the first that may hold some.
 
     Raises ValueError where there is none.
     """
@@ -113,9 +113,9 @@ def _image_column(schema: Any) -> str:
         if isinstance(features.get(column), dict) and features[column].get("_type") == "Image":
             return str(column)
     columns = [str(column.name) for column in schema if _holds_images(column.type)]
-    called = [column for column in columns if column.lower() in IMAGES]
+    usual = [column for column in columns if column.lower() in IMAGES]
     if columns:
-        return (called or columns)[0]
+        return (usual or columns)[0]
     raise ValueError(f"its columns ({', '.join(schema.names)}) hold no images")
 
 
@@ -131,7 +131,7 @@ def _labels(table: _Table) -> list[Any] | None:
 
 
 def header(source: FileSource) -> Header:
-    """How many rows a file has, and their classes where a column of whole numbers is called so."""
+    """The number of rows in a file, and their classes from the first column of LABELS with whole numbers or texts."""
     with _open(source) as table:
         _image_column(table.schema)
         return Header(sum(table.counts), labels=_labels(table))

@@ -15,7 +15,7 @@ from mlflow_icr.extraction.images.sources import FileSource, Header
 
 MIN_IS_WHITE = 0
 ALPHA = (1, 2)  # extra samples: premultiplied alpha or not
-REDUCED = 1  # a page that is another one, smaller
+REDUCED = 1  # a page that is a smaller copy of another
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class _Frame:
 
 
 def _frames(tiff: Any) -> list[_Frame]:
-    """The images of a file, in its order: what is not height, width or channels counts them."""
-    found = []
+    """The images of a file, in its order: axes other than height, width and channels count them."""
+    images = []
     for series in tiff.series:
         if series.keyframe.subfiletype & REDUCED:
             continue
@@ -39,8 +39,8 @@ def _frames(tiff: Any) -> list[_Frame]:
         pages = list(series.pages)
         whole = len(pages) == counted
         for i in range(counted // planes):
-            found.append(_Frame(series, i, tuple(pages[i * planes : (i + 1) * planes]) if whole else ()))
-    return found
+            images.append(_Frame(series, i, tuple(pages[i * planes : (i + 1) * planes]) if whole else ()))
+    return images
 
 
 def _stated(page: Any) -> Span | None:
@@ -81,7 +81,7 @@ def _values(frame: _Frame) -> np.ndarray:
                 axes = axes[:axis] + axes[axis + 1 :]
             planes.append(np.moveaxis(plane, axes.index("S"), -1) if "S" in axes else plane[..., None])
         return np.concatenate(planes, axis=-1)
-    # All images follow after the one page there is.
+    # Only the first image has a page; the others follow it in the file.
     series = frame.series
     values, axes = series.asarray(), series.axes
     kept = [axes.index(axis) for axis in "YX"] + [i for i, axis in enumerate(axes) if axis in ("S", "C")][:1]
@@ -91,7 +91,7 @@ def _values(frame: _Frame) -> np.ndarray:
 
 
 def _upright(values: np.ndarray, page: Any) -> np.ndarray:
-    """Values (H, W, C) as they are looked at, by the tag Orientation, which tifffile leaves aside."""
+    """Values (H, W, C) turned upright by the tag Orientation, which tifffile ignores."""
     tag = page.tags.get("Orientation")
     match 1 if tag is None else int(tag.value):
         case 2:
@@ -127,9 +127,9 @@ def pictures(source: FileSource, frames: Sequence[int], background: str) -> Iter
     import tifffile
 
     with source.open() as file, tifffile.TiffFile(file) as tiff:
-        there = _frames(tiff)
+        images = _frames(tiff)
         for number in frames:
-            frame = there[number]
+            frame = images[number]
             page = frame.series.keyframe
             refuse_bomb(page.size * page.dtype.itemsize, tiff.filehandle.size)
             if page.dtype is not None and page.dtype.kind == "c":
@@ -137,17 +137,17 @@ def pictures(source: FileSource, frames: Sequence[int], background: str) -> Iter
             bits = int(np.max(page.bitspersample))
             deep = bits > 8 or page.samplesperpixel > 4 or not frame.pages
             reason = ""
-            # Grey and RGB of bytes; of fewer bits, palettes, CMYK and what JPEG makes are Pillow's.
+            # tifffile reads grey and RGB of bytes; Pillow reads fewer bits, palettes, CMYK and JPEG's colour spaces.
             if deep or (bits == 8 and page.photometric in (1, 2)):
                 try:
                     yield _by_tifffile(frame, background)
                     continue
                 except ValueError as error:  # a codec that is not installed
                     reason = str(error)
-            if frame.pages and (bits <= 8 or page.samplesperpixel == 1):  # of more channels it keeps 8 bits
-                with source.open() as again, open_image(again) as image:
+            if frame.pages and (bits <= 8 or page.samplesperpixel == 1):  # Pillow keeps 8 bits of several channels
+                with source.open() as reopened, open_image(reopened) as image:
                     image.seek(frame.pages[0].index)
-                    found = from_pillow(image, background)
-                yield Picture(found.values, _stated(page), found.over)
+                    picture = from_pillow(image, background)
+                yield Picture(picture.values, _stated(page), picture.over)
             else:
                 raise ValueError(f"{reason}: pip install 'mlflow-icr[codecs]'" if "imagecodecs" in reason else reason)

@@ -16,7 +16,7 @@ import numpy as np
 from mlflow_icr.extraction.images.picture import Picture, Span, fit_array
 
 BYTE: Span = (0.0, 255.0)
-NARROW = 8  # values in less than one of so many parts of their bits: signed ones stored with an offset, or inverted ones
+NARROW = 8  # values that fill less than 1/8 of their bits' range are signed with an offset, or inverted
 MOST_STEPS = 65535  # of uint16
 
 
@@ -55,7 +55,7 @@ def agreed_span(stated: frozenset[Span | None]) -> Span | None:
 
 
 def measured_span(extent: Extent) -> Span:
-    """Black and white of a set, by what its files state and its values. Raises ValueError where all values are the same."""
+    """The values of black and white of a set, from the stated ranges and its values. Raises ValueError for equal values."""
     agreed = agreed_span(extent.stated)
     if agreed is not None and agreed[0] <= extent.low and extent.high <= agreed[1]:
         return agreed
@@ -119,7 +119,7 @@ class Target:
 
 
 def placed(picture: Picture, target: Target) -> tuple[np.ndarray, int]:
-    """An image (C, H, W) as the target has them, and how many of its values lay outside the span and are cut off."""
+    """An image (C, H, W) in the target's form, and how many of its values lay outside the span and were cut off."""
     values, outside = picture.values, 0
     if target.dtype != np.uint8 or not picture.plain:
         low, high = target.span if target.span is not None and (target.scaled or not picture.plain) else BYTE

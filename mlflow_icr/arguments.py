@@ -37,10 +37,10 @@ class OneLineParser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(flags, namespace)
         if unknown:
             parser = self._chosen(flags)
-            known = sorted(option[2:] for option in parser._option_string_actions if option.startswith("--"))
+            known_flags = sorted(option[2:] for option in parser._option_string_actions if option.startswith("--"))
             if unknown[0].startswith("--"):
                 try:
-                    refuse_unknown("flag", unknown[0].split("=", 1)[0].lstrip("-"), known)
+                    refuse_unknown("flag", unknown[0].split("=", 1)[0].lstrip("-"), known_flags)
                 except ValueError as error:
                     parser.error(str(error))
             parser.error(f"unexpected {' '.join(unknown)}")

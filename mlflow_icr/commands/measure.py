@@ -159,10 +159,10 @@ def measure(arguments: argparse.Namespace) -> int:
     if arguments.checkpoint is not None and not (arguments.pipeline is None and arguments.checkpoints is None):
         other = "--pipeline" if arguments.checkpoints is None else "--checkpoints"
         raise ValueError(f"checkpoint and {other} are both given; expected one of them")
-    return _one(arguments, place) if arguments.checkpoints is None else _checkpoints(arguments)
+    return _one_model(arguments, place) if arguments.checkpoints is None else _checkpoints(arguments)
 
 
-def _one(arguments: argparse.Namespace, place: str | Path) -> int:
+def _one_model(arguments: argparse.Namespace, place: str | Path) -> int:
     if arguments.output_dir is not None:
         raise ValueError(f"output_dir is {str(arguments.output_dir)!r}; expected none without --generated or --checkpoints")
     if arguments.projection is not None and arguments.images_seen < 1:  # it is fitted to a trained network

@@ -31,16 +31,16 @@ def parse_weights(texts: Sequence[str]) -> dict[str, Path]:
     return paths
 
 
-def encoders(given: Mapping[str, Path]) -> Iterator[Check]:
+def encoders(paths: Mapping[str, Path]) -> Iterator[Check]:
     """Each known encoder: its weights with their checksum, or where to get them."""
     yield Check("encoder pixels", OK, "needs no weights")
     for name in encoders_with_weights():
         if name == "efficientnet_lite0":
-            yield _packaged(name, given.get(name))
+            yield _packaged(name, paths.get(name))
         elif name in ("dinov2", "clip"):
-            yield _folder(name, given.get(name))
+            yield _folder(name, paths.get(name))
         else:
-            yield _file(name, given.get(name))
+            yield _file(name, paths.get(name))
 
 
 def _file(name: str, path: Path | None) -> Check:
@@ -50,8 +50,8 @@ def _file(name: str, path: Path | None) -> Check:
 
     sources = [table[name] for table in (WEIGHTS, FIDELITY) if name in table]
     fetched = kept_encoder(name)
-    kept = [Path.home() / HUB / entry.source.rpartition("/")[2] for entry in sources]
-    path = path or (None if fetched is None else fetched.path) or next((place for place in kept if place.is_file()), None)
+    hub_paths = [Path.home() / HUB / entry.source.rpartition("/")[2] for entry in sources]
+    path = path or (None if fetched is None else fetched.path) or next((place for place in hub_paths if place.is_file()), None)
     if path is None:
         where = " or ".join(entry.described for entry in sources)
         mend = f"to use it: mlflow-icr encoders fetch {name}; or get {where}, and pass {GIVE} PATH"

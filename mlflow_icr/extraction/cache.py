@@ -52,7 +52,7 @@ class ReferenceCache:
             tensors = load(path.read_bytes())
             reference = Reference(tensors["embeddings"])
             statistics = GaussianStatistics(len(reference), tensors["mean"], tensors["root"])
-            own = tensors["own_distances"]
+            own_distances = tensors["own_distances"]
         except (SafetensorError, KeyError, OSError):
             return None
         expected = {"embeddings": (len(images), encoder.dim), "mean": (encoder.dim,), "own_distances": (len(images),)}
@@ -61,7 +61,7 @@ class ReferenceCache:
         )
         if not intact or statistics.root.shape != (min(tensors["embeddings"].shape), encoder.dim):
             return None
-        reference.__dict__ |= {"gaussian": statistics, "own_distances": own}  # else computed on first use
+        reference.__dict__ |= {"gaussian": statistics, "own_distances": own_distances}  # else computed on first use
         return reference
 
     def keep(self, encoder: Encoder, images: Tensor, reference: Reference) -> None:

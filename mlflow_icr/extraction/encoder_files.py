@@ -109,10 +109,10 @@ def fetch_encoder(
     if folder is None:
         raise ValueError(f"{CACHE_VARIABLE} is 'off', so that nothing is kept; expected a folder to keep the encoder in")
     files = ENCODER_FILES[name]
-    wanted = _wanted(name, folder, sha256)
+    expected = _expected_sums(name, folder, sha256)
     sums = {}
     for file in files:
-        path, right = folder / file.name, wanted[file.name]
+        path, right = folder / file.name, expected[file.name]
         if path.is_file() and right and file_sha256(path) == right:
             sums[file.name] = right
             continue
@@ -124,17 +124,17 @@ def fetch_encoder(
     return kept
 
 
-def _wanted(name: str, folder: Path, sha256: str) -> dict[str, str]:
+def _expected_sums(name: str, folder: Path, sha256: str) -> dict[str, str]:
     """The SHA-256 that each file must have; empty where none is known."""
     files = ENCODER_FILES[name]
     requested, published = sha256.lower(), files[-1].sha256
     if requested and published and requested != published:
         raise ValueError(f"sha256 is {requested}, but the weights of {name} have {published}; expected that, or none")
     earlier = _sums_in(folder)
-    wanted = {file.name: file.sha256 or earlier.get(file.name, "") for file in files}
+    expected = {file.name: file.sha256 or earlier.get(file.name, "") for file in files}
     if requested:
-        wanted[files[-1].name] = requested
-    return wanted
+        expected[files[-1].name] = requested
+    return expected
 
 
 def _mirrored(url: str) -> str:

@@ -69,9 +69,9 @@ def sample(denoiser: Denoiser, noise: Tensor, *, num_steps: int, labels: Tensor 
     A denoiser's own `sample` is used where it has one, else EDM's sampler; latents are decoded. `labels` (B,) go to a
     class-conditional denoiser, which samples unconditionally without them.
     """
-    own, decode = getattr(denoiser, "sample", None), decoder_of(denoiser)
-    if own is None:
+    own_sampler, decode = getattr(denoiser, "sample", None), decoder_of(denoiser)
+    if own_sampler is None:
         x = heun_sample(denoiser, noise, num_steps=num_steps, labels=labels)
     else:
-        x = own(noise, num_steps=num_steps, labels=labels)
+        x = own_sampler(noise, num_steps=num_steps, labels=labels)
     return x if decode is None else decode(x)

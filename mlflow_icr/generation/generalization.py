@@ -157,13 +157,15 @@ def ct_score(train: Tensor, test: Tensor, fake: Tensor, seed: int = 0) -> float:
     labels = [cells.predict(x) for x in sets]
     total, weight = 0.0, 0.0
     for cell in range(CT_CELLS):
-        own, held, made = (torch.from_numpy(x[cell_of == cell]) for x, cell_of in zip(sets, labels, strict=True))
-        if not len(own) or not len(held) or len(made) < CT_SMALLEST_SHARE:
+        train_cell, test_cell, fake_cell = (
+            torch.from_numpy(x[cell_of == cell]) for x, cell_of in zip(sets, labels, strict=True)
+        )
+        if not len(train_cell) or not len(test_cell) or len(fake_cell) < CT_SMALLEST_SHARE:
             continue
-        to_held, to_made = (k_nearest(x, own, 1).distances[:, 0].numpy() for x in (held, made))
-        n, m = len(held), len(made)
+        test_distances, fake_distances = (k_nearest(x, train_cell, 1).distances[:, 0].numpy() for x in (test_cell, fake_cell))
+        n, m = len(test_cell), len(fake_cell)
         # U counts pairs with the generated one farther away; the half is the correction for continuity.
-        u = float(mannwhitneyu(to_made, to_held, alternative="less").statistic)
+        u = float(mannwhitneyu(fake_distances, test_distances, alternative="less").statistic)
         score = (u - (n * m / 2 - 0.5)) / math.sqrt(n * m * (n + m + 1) / 12)
         total, weight = total + score * n / len(test), weight + n / len(test)
     if not weight:

@@ -63,11 +63,11 @@ def _index(y: Tensor, centre: Tensor | None, budget: int) -> Any:
     return index
 
 
-def _without(own: Tensor, distances: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+def _without(rows: Tensor, distances: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
     """Both (B, k + 1) without the row itself, (B, k), or without the last one where duplicates have displaced the row."""
-    drop = places == own[:, None]
+    drop = places == rows[:, None]
     drop[:, -1] |= ~drop.any(1)
-    return distances[~drop].view(len(own), -1), places[~drop].view(len(own), -1)
+    return distances[~drop].view(len(rows), -1), places[~drop].view(len(rows), -1)
 
 
 def _exact(x: Tensor, y: Tensor, rows: Tensor, k: int, exclude_self: bool, budget: int) -> tuple[Tensor, Tensor]:

@@ -28,9 +28,9 @@ def balls_around(x: Tensor, centres: Tensor, radii: Tensor, budget_bytes: int = 
     counts = []
     for block in x.split(rows):
         b = block.double() - origin
-        own = b.square().sum(1, keepdim=True)
-        gap = own + sizes - 2 * b @ c.T - squared_radii  # (B, M), at most 0 inside
-        margin = 4 * (c.shape[1] + 4) * torch.finfo(torch.float64).eps * (own + sizes + squared_radii)
+        squared_norms = b.square().sum(1, keepdim=True)
+        gap = squared_norms + sizes - 2 * b @ c.T - squared_radii  # (B, M), at most 0 inside
+        margin = 4 * (c.shape[1] + 4) * torch.finfo(torch.float64).eps * (squared_norms + sizes + squared_radii)
         inside = gap < -margin
         row, column = (gap.abs() <= margin).nonzero(as_tuple=True)
         for part in torch.arange(len(row), device=row.device).split(max(1, budget_bytes // 4 // (16 * c.shape[1]))):

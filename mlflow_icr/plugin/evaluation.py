@@ -87,15 +87,20 @@ class EvaluationConfig:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> EvaluationConfig:
         """The configuration from `evaluator_config`. Raises ValueError, also for unknown keys."""
-        own = {entry.name for entry in fields(cls)} - {"protocol"}
-        shared = {entry.name for entry in fields(Protocol)}
+        own_keys = {entry.name for entry in fields(cls)} - {"protocol"}
+        protocol_keys = {entry.name for entry in fields(Protocol)}
         for key in config:
-            _require(key in own | shared | {SIGMA}, "evaluator_config's key", key, f"one of {', '.join(sorted(own | shared))}")
+            _require(
+                key in own_keys | protocol_keys | {SIGMA},
+                "evaluator_config's key",
+                key,
+                f"one of {', '.join(sorted(own_keys | protocol_keys))}",
+            )
         if SIGMA in config:
             _require("sigmas" not in config, SIGMA, config[SIGMA], "nothing where sigmas is given")
             config = {"sigmas" if key == SIGMA else key: value for key, value in config.items()}
-        protocol = Protocol(**{key: value for key, value in config.items() if key in shared})
-        return cls(**{key: value for key, value in config.items() if key in own}, protocol=protocol)
+        protocol = Protocol(**{key: value for key, value in config.items() if key in protocol_keys})
+        return cls(**{key: value for key, value in config.items() if key in own_keys}, protocol=protocol)
 
     def torch_device(self) -> torch.device:
         """Where to measure. Raises ValueError for a device that is not there."""

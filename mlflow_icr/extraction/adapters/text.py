@@ -45,9 +45,9 @@ def check_text_unet(network: nn.Module) -> None:
     """Raise ValueError for a UNet2DConditionModel with conditions that are neither a prompt nor Stable Diffusion XL's."""
     c: Any = network.config
     kinds = {"addition_embed_type": (None, "text_time"), "class_embed_type": (None,), "encoder_hid_dim_type": (None,)}
-    for field, known in kinds.items():
-        if getattr(c, field, None) not in known:
-            raise ValueError(f"the network's {field} is {getattr(c, field)!r}; expected {' or '.join(map(repr, known))}")
+    for field, allowed in kinds.items():
+        if getattr(c, field, None) not in allowed:
+            raise ValueError(f"the network's {field} is {getattr(c, field)!r}; expected {' or '.join(map(repr, allowed))}")
     if getattr(c, "num_class_embeds", None):
         raise ValueError(f"the network's num_class_embeds is {c.num_class_embeds}; expected a network without classes")
 

@@ -118,11 +118,11 @@ class _Fill:
 
 def _by_file(files: Listing, items: Sequence[int]) -> list[tuple[int, list[tuple[int, int]]]]:
     """For each needed file: the numbers of its images, rising, and their places among `items`."""
-    wanted: dict[int, list[tuple[int, int]]] = {}
+    by_file: dict[int, list[tuple[int, int]]] = {}
     for place, item in enumerate(items):
         number, frame = files.items[item]
-        wanted.setdefault(number, []).append((frame, place))
-    return [(number, sorted(wanted[number])) for number in sorted(wanted)]
+        by_file.setdefault(number, []).append((frame, place))
+    return [(number, sorted(by_file[number])) for number in sorted(by_file)]
 
 
 def _read_file(

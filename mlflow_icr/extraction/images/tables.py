@@ -140,9 +140,9 @@ def header(source: FileSource) -> Header:
 def pictures(source: FileSource, frames: Sequence[int], background: str) -> Iterator[Picture]:
     """The images of these rows, in rising order; a row group is in memory at a time."""
     with _open(source) as table:
-        column, first, wanted = _image_column(table.schema), 0, list(frames)
+        column, first, numbers = _image_column(table.schema), 0, list(frames)
         for part, count in enumerate(table.counts):
-            numbers_here = [number for number in wanted if first <= number < first + count]
+            numbers_here = [number for number in numbers if first <= number < first + count]
             if numbers_here:
                 cells = table.column(part, column)
                 for number in numbers_here:

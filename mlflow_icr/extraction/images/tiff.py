@@ -84,9 +84,9 @@ def _values(frame: _Frame) -> np.ndarray:
     # Only the first image has a page; the others follow it in the file.
     series = frame.series
     values, axes = series.asarray(), series.axes
-    kept = [axes.index(axis) for axis in "YX"] + [i for i, axis in enumerate(axes) if axis in ("S", "C")][:1]
-    values = np.moveaxis(values, kept, range(-len(kept), 0))
-    values = values.reshape(-1, *values.shape[-len(kept) :])[frame.place]
+    kept_axes = [axes.index(axis) for axis in "YX"] + [i for i, axis in enumerate(axes) if axis in ("S", "C")][:1]
+    values = np.moveaxis(values, kept_axes, range(-len(kept_axes), 0))
+    values = values.reshape(-1, *values.shape[-len(kept_axes) :])[frame.place]
     return values if values.ndim == 3 else values[..., None]
 
 

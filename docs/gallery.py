@@ -1,4 +1,4 @@
-"""The gallery in docs/reading.md, from kept histories of real trainings: `python docs/gallery.py` draws and writes it anew."""
+"""The gallery in docs/reading.md, from kept histories of real trainings: `python docs/gallery.py` draws and writes it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Rows = Sequence[Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Case:
-    """A history and what it shows; `until` cuts it, to be seen as it was then. `text` may name what `facts` has."""
+    """A history and what it shows; `until` cuts the history there. `text` may name the keys of `facts`."""
 
     name: str
     title: str
@@ -36,50 +36,50 @@ CASES = (
         "learning",
         "Learning",
         "histories/demo-control.jsonl",
-        "The demo's control, 1,600 digits, to {end} images seen. ICR falls from {icr_first} to {icr_end}. The {ratio_name} "
-        "ends at {ratio_end}: it grows a little, as digits have an upright place. No sample is a copy. The verdict is "
-        "*{state}* from {first} on.",
+        "This is the demo's control on 1,600 digits, to {end} images seen. ICR falls from {icr_first} to {icr_end}. The "
+        "{ratio_name} ends at {ratio_end}: it grows a little, because digits have an upright place. No sample is a copy. The "
+        "verdict is *{state}* from {first} on.",
     ),
     Case(
         "turning",
         "Turning",
         "histories/mnist12-n64.jsonl",
-        "64 images of MNIST. The {ratio_name} bends upward. For one measurement the verdict is *undecided*, then "
-        "*turning*, from {turning} images seen on, and dates the turn at {turned}. No sample is a copy yet: the training "
-        "ended there. This is the moment to stop, or to add data.",
+        "The training set is 64 images of MNIST. The {ratio_name} bends upward. The verdict is *undecided* for one "
+        "measurement, then *turning* from {turning} images seen on. It dates the turn at {turned}. No sample is a copy yet: "
+        "the training ended there. This is the moment to stop, or to add data.",
     ),
     Case(
         "copying",
         "Copying",
         "histories/demo-limited.jsonl",
-        "The demo's limited run, 128 digits. The verdict is *turning* from {turning} images seen on. It is *memorizing* from "
-        "{memorizing} on: there, two detectors find copies. The share of copies in the last panel stays above 5% from {onset} "
-        "on, and ends at {copies_end}. The warning came at {lead} of that. ICR has turned, and rises.",
+        "This is the demo's limited run on 128 digits. The verdict is *turning* from {turning} images seen on. It is "
+        "*memorizing* from {memorizing} on, where two detectors find copies. The share of copies in the last panel ends at "
+        "{copies_end}. It stays above 5% from {onset} on; the warning came at {lead} of that. ICR has turned, and rises.",
     ),
     Case(
         "undecided",
         "Undecided",
         "validation/runs/digits-limited-n256-seed1002/history.jsonl",
-        "256 digits, as it stood at {end} images seen. The {ratio_name} is {ratio_end} and grows, but not surely faster than "
-        "learning explains. The verdict says so, and makes no claim: measure more often. In the whole history it is "
-        "*turning* from {later} on.",
+        "This is a training on 256 digits, as it stood at {end} images seen. The {ratio_name} is {ratio_end} and grows, but "
+        "not surely faster than learning explains. The verdict says so, and makes no claim: measure more often. In the whole "
+        "history the verdict is *turning* from {later} on.",
         until=48_192,
     ),
     Case(
         "wrong",
         "Wrong: it stays at turning",
         "validation/runs/digits-limited-n64-seed1000/history.jsonl",
-        "64 digits. The verdict warned at {turning} images seen. Copies begin at {onset}, and at the end {copies_end} of the "
-        "samples are copies. The verdict still says *{state}*: one detector was measured, and *memorizing* takes two. So "
-        "*memorizing* never came. Measure with two detectors or more.",
+        "The training set is 64 digits. The verdict warned at {turning} images seen. Copies begin at {onset}, and at the end "
+        "{copies_end} of the samples are copies. The verdict still says *{state}*, because *memorizing* takes two detectors, "
+        "and only one was measured. Measure with two detectors or more.",
     ),
     Case(
         "disputed",
         "Disputed: memorizing, and few copies",
         "validation/runs/digits-limited-n512-seed1014/history.jsonl",
-        "512 digits. The verdict is *memorizing* from {memorizing} images seen on. Two detectors agree: samples are too near "
-        "to training images. The third one, distances in the last panel, finds {copies_end} copies even at the end. Who wants "
-        "exact copies alone calls this a false alarm.",
+        "The training set is 512 digits. The verdict is *memorizing* from {memorizing} images seen on. Two detectors agree: "
+        "samples are too near to training images. The third one, distances in the last panel, finds {copies_end} copies even "
+        "at the end. If only exact copies count, this is a false alarm.",
     ),
 )  # fmt: skip
 
@@ -100,22 +100,22 @@ def states_of(rows: Rows) -> list[str]:
 
 
 def facts(case: Case) -> dict[str, str]:
-    """What a case's text may name, from its history."""
+    """The values that a case's text may name, computed from its history."""
     rows, whole = shown_of(case), history_of(case)
-    states, said, ends = states_of(rows), verdict(rows), summarise(rows)
+    states, newest, ends = states_of(rows), verdict(rows), summarise(rows)
     at = [int(row["images_seen"]) for row in rows]
-    found = {"end": at[-1], "turned": said.turned_at, "onset": ends.get("mem_onset_images_seen")}
-    found |= {state: at[states.index(state)] if state in states else None for state in (TURNING, MEMORIZING)}
-    found["first"] = next(step for step, state in zip(at, states, strict=True) if state != UNDECIDED)
+    steps = {"end": at[-1], "turned": newest.turned_at, "onset": ends.get("mem_onset_images_seen")}
+    steps |= {state: at[states.index(state)] if state in states else None for state in (TURNING, MEMORIZING)}
+    steps["first"] = next(step for step, state in zip(at, states, strict=True) if state != UNDECIDED)
     later = states_of(whole)
-    found["later"] = int(whole[later.index(TURNING)]["images_seen"]) if TURNING in later else None
-    texts = {key: "never" if value is None else f"{value:,.0f}" for key, value in found.items()}
+    steps["later"] = int(whole[later.index(TURNING)]["images_seen"]) if TURNING in later else None
+    texts = {key: "never" if value is None else f"{value:,.0f}" for key, value in steps.items()}
     icr = [row["repr/icr_debiased"] for row in rows if "repr/icr_debiased" in row]
     ratio = ratio_key(rows)
-    texts |= {"icr_first": f"{icr[0]:.2f}", "icr_end": f"{icr[-1]:.2f}", "state": said.state, "ratio_name": NAMES[ratio]}
+    texts |= {"icr_first": f"{icr[0]:.2f}", "icr_end": f"{icr[-1]:.2f}", "state": newest.state, "ratio_name": NAMES[ratio]}
     texts |= {"ratio_end": f"{rows[-1][ratio]:.2f}", "copies_end": f"{rows[-1]['mem/ratio_l2']:.1%}"}
-    if found["onset"] and found[TURNING]:
-        texts["lead"] = f"{found[TURNING] / found['onset']:.0%}"
+    if steps["onset"] and steps[TURNING]:
+        texts["lead"] = f"{steps[TURNING] / steps['onset']:.0%}"
     return texts
 
 
@@ -159,9 +159,9 @@ def draw(case: Case, path: Path) -> None:
     panels[0].yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if value in (2, 3, 5, 20, 50) else "")
     panels[2].set_ylim(-0.03, 1.03)
     panels[1].set_xlabel("images seen, thousands", fontsize=8)
-    there = [state for state in COLOURS if state in states]
-    patches = [matplotlib.patches.Patch(color=COLOURS[state], label=state) for state in there]
-    figure.legend(handles=patches, loc="outside upper center", ncols=len(there), fontsize=8, frameon=False)
+    shown = [state for state in COLOURS if state in states]
+    patches = [matplotlib.patches.Patch(color=COLOURS[state], label=state) for state in shown]
+    figure.legend(handles=patches, loc="outside upper center", ncols=len(shown), fontsize=8, frameon=False)
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": case.name}):
         figure.savefig(path, metadata={"Date": None, "Creator": None})
 

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Read a finished run
 #
-# A run leaves a folder. This tutorial asks the folder three questions. Has the model begun to copy? Which images are the
+# This tutorial reads the folder of a finished run, and answers three questions. Has the model begun to copy? Which images are the
 # likeliest copies? Which checkpoint is the one to keep? It takes one to two minutes on one CPU core.
 #
 # ## A run
@@ -29,7 +29,7 @@ printed = run(
 # %% [markdown]
 # ## The verdict
 #
-# `mlflow-icr verdict outputs/finished` prints it. In Python it is an object.
+# `mlflow-icr verdict outputs/finished` prints the verdict. In Python it is an object.
 
 # %%
 from mlflow_icr import verdict
@@ -47,8 +47,8 @@ assert found.turned_at < 24_000
 # %% [markdown]
 # ## The likeliest copies
 #
-# Samples are looked at with every measurement here. The run keeps a picture each time: samples, and below each its nearest
-# training image. The likeliest copies come first.
+# This run judges samples at every measurement. It keeps a picture each time: samples, and below each its nearest training image. The
+# likeliest copies come first.
 
 # %%
 from pathlib import Path

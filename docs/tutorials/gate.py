@@ -1,9 +1,8 @@
 # %% [markdown]
 # # Gate a pipeline of diffusers
 #
-# A pipeline was trained with plain diffusers code. Before it is published, you want to know whether it copies its
-# training images. This tutorial measures its checkpoints and its samples, and refuses a pipeline that copies. It takes one
-# to two minutes on one CPU core.
+# This tutorial checks a pipeline of plain diffusers code before it is published. It measures the pipeline's checkpoints and samples, and
+# refuses a pipeline that copies its training images. It takes one to two minutes on one CPU core.
 #
 # ## A training in plain diffusers
 #
@@ -52,7 +51,7 @@ for step in range(1601):
 # %% [markdown]
 # ## Measure the checkpoints
 #
-# One command measures all of them on the same views of the same images. A step had 16 images.
+# One command measures all checkpoints on the same views of the same images. Each step had 16 images.
 
 # %%
 import subprocess
@@ -73,7 +72,7 @@ print(run("measure --checkpoints model --data photos --images-per-step 16"))
 #
 # ## Look at samples
 #
-# The verdict on checkpoints has seen no samples. Draw some from the last pipeline, and compare them with the training images.
+# The verdict on checkpoints uses no samples. Draw samples from the last pipeline, and compare them with the training images.
 
 # %%
 import json
@@ -92,7 +91,7 @@ print(f"copies: {share:.0%}, interval {low:.0%} to {high:.0%}")
 # %% [markdown]
 # ## The gate
 #
-# A pipeline is published if its checkpoints have not turned, and if at most 5 % of its samples can be copies. This one is not.
+# A pipeline is published if its checkpoints have not turned, and if at most 5 % of its samples can be copies. This one fails.
 
 # %%
 from mlflow_icr import verdict
@@ -104,5 +103,5 @@ assert not may_be_published
 assert low > 0.05
 
 # %% [markdown]
-# In a continuous integration job, end with `sys.exit(not may_be_published)`. [How to read the curves](../reading.md) says what
-# else the folder `model/icr` can tell.
+# In a continuous integration job, end with `sys.exit(not may_be_published)`. [How to read the curves](../reading.md) explains the other
+# values in the folder `model/icr`.

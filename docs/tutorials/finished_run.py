@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Read a finished run
 #
-# This tutorial reads the folder of a finished run, and answers three questions. Has the model begun to copy? Which images are the
-# likeliest copies? Which checkpoint is the one to keep? It takes one to two minutes on one CPU core.
+# This tutorial reads the folder of a finished run, and answers three questions. Has the model begun to copy? Which images
+# are the likeliest copies? Which checkpoint is the one to keep? It takes one to two minutes on one CPU core.
 #
 # ## A run
 #
@@ -47,8 +47,8 @@ assert found.turned_at < 24_000
 # %% [markdown]
 # ## The likeliest copies
 #
-# This run judges samples at every measurement. It keeps a picture each time: samples, and below each its nearest training image. The
-# likeliest copies come first.
+# This run judges samples at every measurement. It keeps a picture each time: samples, and below each its nearest training
+# image. The likeliest copies come first.
 
 # %%
 from pathlib import Path

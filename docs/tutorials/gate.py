@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Gate a pipeline of diffusers
 #
-# This tutorial checks a pipeline of plain diffusers code before it is published. It measures the pipeline's checkpoints and samples, and
-# refuses a pipeline that copies its training images. It takes one to two minutes on one CPU core.
+# This tutorial checks a pipeline of plain diffusers code before it is published. It measures the pipeline's checkpoints and
+# samples, and refuses a pipeline that copies its training images. It takes one to two minutes on one CPU core.
 #
 # ## A training in plain diffusers
 #
@@ -103,5 +103,5 @@ assert not may_be_published
 assert low > 0.05
 
 # %% [markdown]
-# In a continuous integration job, end with `sys.exit(not may_be_published)`. [How to read the curves](../reading.md) explains the other
-# values in the folder `model/icr`.
+# In a continuous integration job, end with `sys.exit(not may_be_published)`. [How to read the curves](../reading.md)
+# explains the other values in the folder `model/icr`.

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Watch your own loop
 #
-# This tutorial adds a watch to a training loop of your own, and reads the verdict and the curves. It takes one to two minutes on one
-# CPU core.
+# This tutorial adds a watch to a training loop of your own, and reads the verdict and the curves. It takes one to two
+# minutes on one CPU core.
 #
 # ## A loop without a watch
 #
@@ -96,8 +96,8 @@ right.plot(seen, [row["repr/icr"] for row in rows], marker="o")
 right.set(xscale="symlog", xlabel="images seen", title="ICR")
 
 # %% [markdown]
-# A ratio of 1 means that the network denoises a shifted view as well as the training image itself. Here the ratio is near 1 at first,
-# and far above 1 at the end.
+# A ratio of 1 means that the network denoises a shifted view as well as the training image itself. Here the ratio is near 1
+# at first, and far above 1 at the end.
 
 # %%
 ratios = [row["repr/far_error_ratio"] for row in rows]

@@ -47,7 +47,7 @@ LABELLED: dict[str, Callable[[Tensor, Tensor], float]] = {
     "linear_probe_accuracy": lambda x, y: cross_validated(_first_view(x), y, probes.linear_probe_accuracy),
     "knn_accuracy": lambda x, y: cross_validated(_first_view(x), y, probes.knn_accuracy),
 }
-NETWORK = ("stable_rank", "sima")  # of weights and of whole passes, not of features
+NETWORK = ("stable_rank", "sima")  # computed from weights or from whole forward passes, not from features
 NAMES = (*LABEL_FREE, *NETWORK, *LABELLED)
 
 
@@ -57,12 +57,12 @@ def check_companions(names: Sequence[str], labelled: bool) -> None:
         if name not in NAMES:
             raise ValueError(f"companions is {name!r}; expected some of {', '.join(NAMES)}")
         if name in LABELLED and not labelled:
-            known = ", ".join((*LABEL_FREE, *NETWORK))
-            raise ValueError(f"companions is {name!r}, which needs labels; without them expected {known}")
+            label_free = ", ".join((*LABEL_FREE, *NETWORK))
+            raise ValueError(f"companions is {name!r}, which needs labels; without them expected {label_free}")
 
 
 def companion_values(names: Sequence[str], features: Tensor, labels: Tensor | None) -> tuple[dict[str, float], dict[str, str]]:
-    """The named companions of features (N, K, D) of labelled or unlabelled images, and reasons for those that fail."""
+    """The named companions of features (N, K, D), with or without labels (N,), and reasons for those that fail."""
     values, absent = {}, {}
     for name in (name for name in names if name not in NETWORK):
         try:
@@ -71,7 +71,7 @@ def companion_values(names: Sequence[str], features: Tensor, labels: Tensor | No
             else:
                 assert labels is not None
                 values[name] = LABELLED[name](features, labels)
-        except ValueError as error:  # one class in the probe, most of all
+        except ValueError as error:  # most often, one class in the probe
             absent[name] = str(error)
     return values, absent
 
@@ -81,7 +81,7 @@ def network_companions(
 ) -> tuple[dict[str, float], dict[str, str]]:
     """The named companions that are not computed from features, and reasons for those that fail.
 
-    `stable_rank` is of the bottleneck's weights, `sima` of denoising at noise sigma.
+    `stable_rank` measures the bottleneck's weights, `sima` denoising at noise sigma.
     """
     values, absent = {}, {}
     if "stable_rank" in names:
@@ -89,7 +89,7 @@ def network_companions(
         try:
             bottleneck = network.get_submodule(resolve_layer(network, "middle"))
             values["stable_rank"] = companions.stable_rank([p for p in bottleneck.parameters() if p.ndim >= 2])
-        except ValueError as error:  # a network whose middle is not known
+        except ValueError as error:  # a network without a known middle
             absent["stable_rank"] = str(error)
     if "sima" in names:
         values["sima"] = errors.sima(denoiser, sigma)

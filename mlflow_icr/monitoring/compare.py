@@ -21,25 +21,25 @@ class Comparison:
 
 
 def difference_of(a: tuple[float, torch.Tensor], b: tuple[float, torch.Tensor], level: float) -> Comparison:
-    """b against a, each a debiased ICR and its influences (N,)."""
+    """The debiased ICR of b less that of a; each is a debiased ICR and its influences (N,)."""
     difference = b[0] - a[0]
     return Comparison(difference, *paired_difference(a[1], b[1], difference, level))
 
 
 def compare(step_a: int, step_b: int, *, folder: Path | str, section: str = "repr", level: float = 0.95) -> Comparison:
-    """By how much the debiased ICR differs between two measurements of the run in an output folder, steps in images seen.
+    """The debiased ICR at step b less that at step a, two measurements of the run in an output folder; steps are images seen.
 
-    The images and views of both are the same, so what an image contributes to both cancels: the interval is narrower than
+    Images and views of both are the same, so an image's contributions to both cancel, and the interval is narrower than
     those of the two values suggest. Raises ValueError for a step that the history does not have or that has no interval.
     """
     values = dict(series(read_history(folder), f"{section}/icr_debiased"))
-    found = []
+    measurements = []
     for name, step in (("step_a", step_a), ("step_b", step_b)):
         if step not in values:
-            known = ", ".join(map(str, values)) or "none"
-            raise ValueError(f"{name} is {step}; expected a measurement with {section}/icr_debiased: {known}")
+            available = ", ".join(map(str, values)) or "none"
+            raise ValueError(f"{name} is {step}; expected a measurement with {section}/icr_debiased: {available}")
         arrays = read_arrays(folder, step)
         if f"{section}/influence" not in arrays:
             raise ValueError(f"{name} is {step}, a measurement without {section}/influence; expected one with an interval")
-        found.append((values[step], torch.from_numpy(arrays[f"{section}/influence"])))
-    return difference_of(found[0], found[1], level)
+        measurements.append((values[step], torch.from_numpy(arrays[f"{section}/influence"])))
+    return difference_of(measurements[0], measurements[1], level)

@@ -21,24 +21,25 @@ from mlflow_icr.monitoring.protocol import Protocol
 from mlflow_icr.monitoring.ranks import gather_rows, world
 from mlflow_icr.representation import Estimate, view_error_ratio
 
-# Whole forward passes are dearer than those that end at the layer. So many errors at a measurement make the ratio's standard
-# error a few per cent, where a turn multiplies it.
+# Whole forward passes cost more than those that end at the layer. This many errors give the ratio a standard error of a few
+# per cent; a turn multiplies the ratio.
 ERROR_IMAGES = 256
 LEVEL_IMAGES = 64  # errors at each of the noise levels around the monitored one, which no verdict reads
 LEVELS = (0.5, 2.0, 4.0)  # noise levels around the monitored one, as factors: copies may begin at another level
 JUDGED_SIDE = 32
-ROUNDING = 1e-12  # of squared errors of values in [-1, 1]: an image that has an exact copy is denoised to it
+ROUNDING = 1e-12  # squared error of values in [-1, 1]: smaller where each image is denoised to its exact copy
 ALLOWED_BIAS = 0.05
-CACHE_BYTES = 32 * 2**20  # views that are kept; latents always are, for encoding is dear
+CACHE_BYTES = 32 * 2**20  # of views; latents are always kept, because encoding is expensive
 
 
 @dataclass(frozen=True, eq=False)
 class Errors:
-    """Mean squared errors at one noise level, (N,) float64 on the CPU each, of all ranks.
+    """Mean squared errors at one noise level, each (N,) float64 on the CPU, from all ranks.
 
-    `image` of each image; `near` and `far` of its views (None where training makes such views itself), on the same noise, and
-    their mean squared ways from it; `heldout` (M,) of held-out images, None where there are none. `single` has one error each
-    of image, near and far view, and `other` one of each image on another noise, to be compared as single draws.
+    `image` has the errors of images, `near` and `far` those of their views on the same noise (None where training makes such
+    views itself), `near_way` and `far_way` the views' mean squared distances from the images, `heldout` (M,) the errors of
+    held-out images (None without any). `single` has one error each of image, near and far view, and `other` one of each image
+    on another noise; they are compared as single draws.
     """
 
     image: Tensor
@@ -59,21 +60,21 @@ def _share(count: int) -> list[int]:
 class ErrorReader:
     """Mean squared errors of denoising `images` (N, C, H, W), their views, and held-out images; `protocol` is resolved.
 
-    The first 256 images are used; of fewer, several noises each, so that about 256 errors are averaged. An image and its views
-    get the same noise. For a denoiser of latents, which errors are of then, images and views are encoded once and kept.
+    The first 256 images are used; fewer images get several noises each, so that about 256 errors are averaged. An image and its
+    views get the same noise. A denoiser of latents has errors of latents: images and views are encoded once and kept.
     """
 
     def __init__(self, images: Tensor, protocol: Protocol, batch_size: int, heldout: Tensor | None = None) -> None:
-        self.known, self.images = images, images[:ERROR_IMAGES]
+        self.all_images, self.images = images, images[:ERROR_IMAGES]
         self.protocol, self.batches = protocol, FittingBatches(batch_size)
         self.heldout = None if heldout is None or len(heldout) < 2 else heldout[:ERROR_IMAGES]
         self._kept: dict[tuple[str, int, int, int], Tensor] = {}  # by set, first image, number of images and draws of a batch
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What is denoised of each image: itself, two near views and a far one, as far as training does not make them.
+        """The inputs denoised for each image: itself, two near views, a far one, and itself again on another noise.
 
-        And itself again, on another noise.
+        Views that training makes itself are left out.
         """
         trained = self.protocol.training_augmentations
         near = () if "shift" in trained else ("near", "near")
@@ -81,23 +82,23 @@ class ErrorReader:
 
     @cached_property
     def far_bias(self) -> Estimate | None:
-        """The ratio of far views by a denoiser that does not know an image: the optimal one of all others.
+        """The ratio of far views for a denoiser that does not know the image: the optimal one of all other images.
 
-        None without views, and where each image has an exact copy among the others. It is computed of images of at most 32
-        pixels a side, averaged from larger ones.
+        None without far views, and where each image has an exact copy among the others. Larger images are averaged down to at
+        most 32 pixels a side.
         """
         if "far" not in self.columns:
             return None
-        factor = max(1, -(-max(self.known.shape[-2:]) // JUDGED_SIDE))
-        known = torch.cat([avg_pool2d(as_unit_interval(part), factor) for part in self.known.split(64)]) * 2 - 1
-        own = known[: len(self.images)]
+        factor = max(1, -(-max(self.all_images.shape[-2:]) // JUDGED_SIDE))
+        small = torch.cat([avg_pool2d(as_unit_interval(part), factor) for part in self.all_images.split(64)]) * 2 - 1
+        own = small[: len(self.images)]
         ways = torch.arange(len(own))
         sigma, places = self.protocol.sigmas[0], ways.tolist()
         noise = sigma * self._noise("far-bias", places, own.shape[1:], torch.device("cpu"))
 
         def errors(clean: Tensor) -> Tensor:
-            found = optimal_denoiser((clean + noise).flatten(1), sigma, known.flatten(1), leave_out=ways)
-            return (found - clean.flatten(1).double()).square().mean(1)
+            denoised = optimal_denoiser((clean + noise).flatten(1), sigma, small.flatten(1), leave_out=ways)
+            return (denoised - clean.flatten(1).double()).square().mean(1)
 
         of_images = errors(own)
         if float(of_images.mean()) < ROUNDING:
@@ -106,7 +107,7 @@ class ErrorReader:
 
     @cached_property
     def chosen(self) -> str:
-        """Which views show best what a network knows by heart: far ones where they are no harder by themselves, else near ones.
+        """The views that best show memorized images: far ones where they are no harder by themselves, else near ones.
 
         Far views of photographs are no harder; those of images that are aligned, such as digits, are several times harder.
         """
@@ -121,7 +122,7 @@ class ErrorReader:
         flat = clean.flatten(0, 1)
         parts = [flat[:, None]]
         streams = [keyed_generator("error-view", self.protocol.seed, i) for i in indices]
-        # Ways go round from draw to draw, from a random one of each image on.
+        # Directions rotate from draw to draw, starting at a random one for each image.
         start = torch.from_numpy(np.stack([s.integers(2 * len(DIRECTIONS), size=1) for s in streams]))
         ways = (start + torch.arange(draws)).flatten()
         if "near" in self.columns:
@@ -132,7 +133,7 @@ class ErrorReader:
         return torch.cat(parts, 1).unflatten(0, clean.shape[:2])
 
     def _clean(self, name: str, indices: list[int], draws: int, denoiser: Denoiser) -> Tensor:
-        """What is denoised, without noise, on the denoiser's device: (B, J, columns, C, H, W)."""
+        """The inputs to denoise, without noise, on the denoiser's device: (B, J, columns, C, H, W)."""
         key = (name, indices[0], len(indices), draws)
         if key in self._kept:
             return self._kept[key]
@@ -159,20 +160,20 @@ class ErrorReader:
 
     @torch.no_grad()
     def _errors(
-        self, name: str, denoiser: Denoiser, sigma: float, wanted: int, labels: Tensor | None = None
+        self, name: str, denoiser: Denoiser, sigma: float, num_errors: int, labels: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Errors (N, columns) of a set's first images, squared ways of views from images, and one error each, of all ranks.
+        """Errors (N, columns) of a set's first images, squared distances of views from images, and one error each.
 
-        So many errors of images are averaged as are `wanted`, of fewer images by several noises each.
+        All ranks are gathered. About `num_errors` errors of images are averaged; fewer images get several noises each.
         """
         images = self.images if name == "error" else self.heldout
         assert images is not None
-        count = min(len(images), wanted)
+        count = min(len(images), num_errors)
         device, local_indices = device_of(denoiser), _share(count)
-        draws = -(-wanted // count) if name == "error" else 1
+        draws = -(-num_errors // count) if name == "error" else 1
 
         def rows_of(rows: slice) -> Tensor:
-            """Errors, ways and single errors (B, 3, columns) of some of this rank's images."""
+            """Errors, ways and single errors (B, 3, columns) of these rows of this rank's images."""
             batch_indices = local_indices[rows]
             x = self._clean(name, batch_indices, draws, denoiser)
             noise = self._noise(name, batch_indices, (draws, 2, *x.shape[3:]), device)
@@ -182,8 +183,8 @@ class ErrorReader:
             class_labels = None if labels is None else labels[batch_indices].to(device).repeat_interleave(draws * x.shape[2])
 
             def denoise(part: slice) -> Tensor:
-                known = {} if class_labels is None else {"labels": class_labels[part]}
-                return denoiser(noisy[part], sigma, **known)
+                condition = {} if class_labels is None else {"labels": class_labels[part]}
+                return denoiser(noisy[part], sigma, **condition)
 
             # One image may have more views than a batch holds.
             denoised = torch.cat(list(self.batches.over(len(noisy), denoise))).view_as(x)
@@ -197,30 +198,30 @@ class ErrorReader:
         return errors, ways, single
 
     def read(self, denoiser: Denoiser, sigma: float, *, monitored: bool = True, labels: Tensor | None = None) -> Errors:
-        """The errors at noise sigma; of 64 where it is not the `monitored` level.
+        """The errors at noise sigma, of 64 images where it is not the `monitored` level.
 
-        With `labels` (N,) a network of classes is told each image's own; nothing is held out then.
+        With `labels` (N,) a class-conditional network gets each image's own; held-out images are not denoised then.
         """
-        wanted = ERROR_IMAGES if monitored else min(ERROR_IMAGES, LEVEL_IMAGES)
+        num_errors = ERROR_IMAGES if monitored else min(ERROR_IMAGES, LEVEL_IMAGES)
         with evaluating(denoiser.network):
-            errors, ways, single = self._errors("error", denoiser, sigma, wanted, labels)
+            errors, ways, single = self._errors("error", denoiser, sigma, num_errors, labels)
             heldout = None
             if self.heldout is not None and labels is None:
-                heldout = self._errors("heldout", denoiser, sigma, wanted)[0][:, 0]
+                heldout = self._errors("heldout", denoiser, sigma, num_errors)[0][:, 0]
 
-        def of(what: str, table: Tensor) -> Tensor | None:
-            places = [place for place, column in enumerate(self.columns) if column == what]
+        def mean_of(kind: str, table: Tensor) -> Tensor | None:
+            places = [place for place, column in enumerate(self.columns) if column == kind]
             return table[:, places].mean(1) if places else None
 
-        first = {column: single[:, self.columns.index(column)] for column in self.columns}
+        single_errors = {column: single[:, self.columns.index(column)] for column in self.columns}
         return Errors(
             errors[:, 0],
-            of("near", errors),
-            of("far", errors),
-            of("near", ways),
-            of("far", ways),
-            first,
-            first["other"],
+            mean_of("near", errors),
+            mean_of("far", errors),
+            mean_of("near", ways),
+            mean_of("far", ways),
+            single_errors,
+            single_errors["other"],
             heldout,
         )
 

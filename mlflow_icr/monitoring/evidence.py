@@ -21,8 +21,8 @@ from enum import Enum
 
 import numpy as np
 
-# Of what there is the first. In histories from before there were far views, the second one was of crops, on about the scale of
-# far views. Near views, which move by 1/128 of the side, move the ratio by a few per cent only: `ExcessEvidence` reads them.
+# The first one present is read. In histories from before far views existed, the second one was measured on crops, on about the
+# scale of far views. Near views move by 1/128 of the side and the ratio by a few per cent only: `ExcessEvidence` reads them.
 RATIOS = ("repr/far_error_ratio", "repr/view_error_ratio")
 NEAR, EXCESS = "repr/near_error_ratio", "repr/view_excess"
 NAMES = dict(zip((*RATIOS, EXCESS), ("far error ratio", "view error ratio", "view excess"), strict=True))
@@ -31,11 +31,11 @@ Row = Mapping[str, float]
 
 
 def ratio_key(rows: Iterable[Row]) -> str:
-    """What the verdict reads of the errors: the far ratio, the excess where there are near views alone, or the older ratio."""
-    there = {key for row in rows for key in (*RATIOS, NEAR, EXCESS) if key in row}
-    if RATIOS[0] not in there and {NEAR, EXCESS} <= there:
+    """The key that the verdict reads: the far ratio, the excess where there are near views alone, or the older ratio."""
+    keys = {key for row in rows for key in (*RATIOS, NEAR, EXCESS) if key in row}
+    if RATIOS[0] not in keys and {NEAR, EXCESS} <= keys:
         return EXCESS
-    return next((key for key in RATIOS if key in there), RATIOS[0])
+    return next((key for key in RATIOS if key in keys), RATIOS[0])
 
 
 class Strength(Enum):
@@ -55,22 +55,22 @@ class Thresholds:
     # A ratio that grows faster than this power of images seen is turning: while a network learns what images share, the power
     # stays below 0.36 in every run kept that copies nothing, and passes 0.6 in those that do.
     elasticity: float = 0.5
-    # Growth counts from here on, relative to the baseline: below it the ratio is within what views of other pixels differ by.
+    # Growth counts above this multiple of the baseline: lower ratios are within the differences that the views' pixels make.
     growth_level: float = 1.5
-    # So far over its baseline the ratio convicts at any rate, and at fewer measurements than a rate needs.
+    # A ratio this far over its baseline convicts at any rate, and with fewer measurements than a rate needs.
     level: float = 5.0
     # At an unbiased ratio of this size the network knew its images before the first measurement.
     absolute_level: float = 6.0
     # A turn clears where the ratio is surely below this, relative to its baseline, for `fewest_points` measurements.
     clear_level: float = 1.5
-    # Of near views: the share of their way back to the image that is taken. It creeps to 0.2 where images are upright and
+    # The share of the way back to the image that denoised near views take. It creeps to 0.2 where images are upright and
     # nothing is copied, and is 0.3 to 0.6 where copies begin.
     excess: float = 0.25
     window: float = 2.0  # clock now over clock at the start of the rate's window: one doubling smooths a schedule's noise
     fewest_points: int = 3  # a slope of two points has no residual, and one measurement may be an accident
-    # ICR creeps up in models that copy nothing, by 0.044 within 240 kimg: twice that.
+    # ICR creeps up in models that copy nothing, by 0.044 within 240 kimg: this is about twice that.
     rise: float = 0.1
-    # Detectors of copies. 5 % of samples: what near-duplicates in a set and a few hundred samples make.
+    # Detectors of copies. Near-duplicates in a set and the noise of a few hundred samples account for up to 5 % of samples.
     copies: float = 0.05
     ct: float = -3.0  # a z-score (Meehan et al. 2020): samples nearer to training images than held-out ones are, certainly
     authentic: float = 25.0  # per cent of samples; of images that were not trained on about half are
@@ -98,14 +98,14 @@ class Clock:
         """Advance to a row. Returns whether the clock restarts there."""
         batch = row.get("train/batch_size", self._last.get("train/batch_size"))
         moved = row.get("train/origin_images_seen", 0) != self._last.get("train/origin_images_seen", 0)
-        # The trainers move the origin for another batch size, too; that alone is no other network and no other data.
+        # The trainers also move the origin when the batch size changes; network and data are the same then.
         begins = self.origin is None or (moved and batch == self._last.get("train/batch_size"))
         if begins:
             self.value, self.origin, self._first_batch = 0.0, int(row["images_seen"]), batch
         else:
             self.value += self._passed(self._last, row, batch)
-        known = {key: row[key] for key in ("images_seen", *TRAIN_KEYS) if key in row}
-        self._last = known if batch is None else known | {"train/batch_size": batch}
+        last = {key: row[key] for key in ("images_seen", *TRAIN_KEYS) if key in row}
+        self._last = last if batch is None else last | {"train/batch_size": batch}
         return begins
 
     @property
@@ -162,7 +162,7 @@ class SlopeWindow:
         points.append((images_seen, math.log(clock), log_ratio, half_width))
         self._sums += self._terms(points[-1])
         now, span = points[-1][1], 0.99 * math.log(t.window)  # steps that round up to whole batches span a little less
-        # The first point stays that is a whole window old, and as many as a slope needs.
+        # The newest point that is a whole window old is kept as the first, and at least as many as a slope needs.
         while len(points) > t.fewest_points and now - points[1][1] >= span:
             self._sums -= self._terms(points.popleft())
         if len(points) < t.fewest_points or now - points[0][1] < span:
@@ -215,9 +215,9 @@ class RatioEvidence:
         else:
             text += f", growing with the power {slope.value:.2f} ({slope.low:.2f} to {slope.high:.2f}) of images seen"
         strength = Strength.TOO_FEW if slope is None else Strength.CLEAN
-        for value, found in ((ratio, Strength.DOUBTFUL), (low, Strength.CERTAIN)):
+        for value, grade in ((ratio, Strength.DOUBTFUL), (low, Strength.CERTAIN)):
             if value > t.absolute_level or value > t.level * self.baseline:
-                strength = found
+                strength = grade
         if slope is not None and slope.value > t.elasticity and ratio > t.growth_level * self.baseline:
             since = min(since, slope.since)
             if slope.low > t.elasticity and low > t.growth_level * self.baseline:
@@ -238,7 +238,7 @@ def without_ratios(row: Row) -> Row:
 
 
 class ExcessEvidence:
-    """What near views say where there are no far ones: which share of their way back to the image a network takes."""
+    """The evidence of near views, where there are no far ones: the share of the way back to the image that a network takes."""
 
     def __init__(self, t: Thresholds) -> None:
         self._t = t
@@ -247,7 +247,7 @@ class ExcessEvidence:
         self._since: int | None = None  # images seen, of the measurement before the share was passed
 
     def add(self, row: Row) -> Finding:
-        """What the excess says with one more row."""
+        """The finding of the excess with one more row."""
         t, at = self._t, int(row["images_seen"])
         value = row.get(EXCESS, math.nan)
         low, high = (row.get(f"{EXCESS}_{end}", value) for end in ("low", "high"))
@@ -304,7 +304,7 @@ class RiseEvidence:
         """Whether the invariant energy grew as much as the residual energy: then views share what was learned."""
         assert self.best is not None
         residual, invariant = (_growth(self.best, row, f"repr/trace_{part}") for part in ("residual", "invariant"))
-        # A comparison with nan is false: energies that the history does not have do not object.
+        # A comparison with nan is false: missing energies do not count against a rise.
         return residual <= max(1.0, invariant)
 
     def _is_certain(self, row: Row) -> bool:

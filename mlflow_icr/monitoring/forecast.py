@@ -17,14 +17,14 @@ from pathlib import Path
 from mlflow_icr.monitoring.evidence import RatioEvidence
 
 TABLE = Path(__file__).with_name("forecast.json")
-# At a baseline above this the network knew its images before the clock began, which then says nothing about when copies come.
+# Above this baseline the network knew its images before the clock began, so the clock does not tell when copies come.
 HIGHEST_BASELINE = 1.5
 NO_EVIDENCE = "the error ratio has not passed {level:g} times its lowest"
 
 
 @dataclass(frozen=True)
 class Level:
-    """A multiple of the baseline, and clock at the onset of copies over clock at its passing: centre and interval."""
+    """A multiple of the baseline, and the clock at the onset of copies over the clock at its passing: centre and interval."""
 
     level: float
     factor: float
@@ -40,7 +40,7 @@ class Forecast:
     images_seen: float | None = None
     low: float | None = None
     high: float | None = None
-    share: float = 0.8  # of onsets that such intervals hold
+    share: float = 0.8  # of onsets that lie in such intervals
     because: str = ""
     absent: str = "nothing was measured"
 
@@ -54,11 +54,11 @@ class Forecast:
 
     def values(self) -> dict[str, float]:
         """The forecast as metrics; none where it is absent."""
-        found = {"": self.images_seen, "_low": self.low, "_high": self.high}
-        return {f"forecast/images_seen{end}": value for end, value in found.items() if value is not None}
+        by_suffix = {"": self.images_seen, "_low": self.low, "_high": self.high}
+        return {f"forecast/images_seen{end}": value for end, value in by_suffix.items() if value is not None}
 
     def reasons(self) -> dict[str, str]:
-        """Why it is absent, by key; none where it is there."""
+        """The reason for its absence, by key; empty where there is a forecast."""
         return {} if self.images_seen is not None else {"forecast/images_seen": self.absent}
 
 
@@ -85,7 +85,7 @@ class Forecaster:
     def _clear(self) -> None:
         self._passed: tuple[Level, float] | None = None  # the highest level passed, and the clock there
         self._before = (0.0, 0.0)  # clock and log relative ratio of the last row
-        self._now: tuple[float, int, float] = (0.0, 0, 1.0)  # clock, images seen, images for one of the clock's
+        self._now: tuple[float, int, float] = (0.0, 0, 1.0)  # clock, images seen, images seen for each unit of the clock
         self._first: float | None = None
 
     def add(self, ratio: RatioEvidence, images_seen: int, begins: bool) -> None:
@@ -150,6 +150,6 @@ def scaled_onset(onset_images: float, *, num_images: tuple[float, float], batch_
 
 
 def table_text(share: float, levels: Sequence[Level], runs: Sequence[Mapping[str, object]]) -> str:
-    """A calibration table as the package keeps it, with the runs that it is from, a line each."""
+    """The text of a calibration table as the package keeps it, with one line for each run that it comes from."""
     rows, lines = (",\n".join(f"  {json.dumps(row)}" for row in part) for part in ([vars(level) for level in levels], runs))
     return f'{{"share": {share},\n "levels": [\n{rows}\n ],\n "runs": [\n{lines}\n ]}}\n'

@@ -38,11 +38,10 @@ class GenerationMonitor:
 
     `train` (N, C, H, W) and `heldout` (M, C, H, W) are uint8 or floats in [0, 1]. Sample i starts from the same noise at every
     step (keyed by seed and i), so that pictures can be compared. Samples are judged as uint8: copies by their pixels, and
-    everything by the embeddings of `encoder`, which are pixels too unless one is given. Under torch.distributed the ranks
-    share sampling and encoding and get the same report; `batch_size` samples are made at a time, or as many as fit the memory.
-    With `labels` (N,), sample i is of class labels[i modulo N], else of none. `search` finds neighbours, exactly unless
-    another is given. Embeddings of real images are read from `cache` where they are there. Reports have `pictures` unless they
-    are not wanted.
+    everything by the embeddings of `encoder`, by default pixels too. Under torch.distributed the ranks share sampling and
+    encoding and get the same report; `batch_size` samples are made at a time, or as many as fit the memory. With `labels` (N,),
+    sample i is of class labels[i modulo N], else of none. `search` finds neighbours, by default exactly. Embeddings of real
+    images are read from `cache` if it has them. `pictures` False leaves pictures out of reports.
     Raises ValueError for sets that do not fit.
     """
 
@@ -73,7 +72,7 @@ class GenerationMonitor:
         self.noise_shape = self._noise_shape(train[:1])
         self.images = train
         self.encoder = encoder or load_encoder("pixels", shape=self.shape)
-        # As samples are judged: in 8 bits, where the images are (a ratio of distances has no unit), for there may be many.
+        # In 8 bits if the images are, since there may be many; samples are judged in the same unit.
         self.pixels = (train if train.dtype == torch.uint8 else as_unit_interval(train)).flatten(1)
         self.heldout_images = None if heldout is None or len(heldout) < 2 else heldout
         self._references: tuple[Reference, Reference | None] | None = None
@@ -85,7 +84,7 @@ class GenerationMonitor:
         self.batches = FittingBatches(host_batch(denoiser, x, batch_size))
 
     def _noise_shape(self, image: Tensor) -> tuple[int, ...]:
-        """Of what samples begin as: of images, or of their latents."""
+        """The shape of the noise that samples start from: that of images, or of their latents."""
         encode = encoder_of(self.denoiser)
         if encode is None:
             return self.shape
@@ -102,7 +101,7 @@ class GenerationMonitor:
         return sample(self.denoiser, noise, num_steps=self.num_steps, labels=labels)
 
     def _draw_watched(self, indices: list[int], device: torch.device) -> tuple[Tensor, Path]:
-        """The same, with their path."""
+        """The samples with these indices, and their path."""
         noise, labels = self._starts(indices, device)
         return sampled_path(self.denoiser, noise, self.num_steps, labels)
 
@@ -115,7 +114,7 @@ class GenerationMonitor:
         device = device_of(self.denoiser)
         rank, ranks = world()
         local_indices = list(range(rank, self.num_samples, ranks))
-        seen = len(range(rank, watched, ranks))
+        local_watched = len(range(rank, watched, ranks))
         images = torch.empty(len(local_indices), *self.shape, dtype=torch.uint8, device=device)
         finite, done = torch.ones(len(local_indices), 1, dtype=torch.uint8, device=device), 0
         paths: list[Path] = []
@@ -127,10 +126,11 @@ class GenerationMonitor:
             done += len(x)
 
         with evaluating(self.denoiser.network):
-            for x, path in self.batches.over(seen, lambda rows: self._draw_watched(local_indices[:seen][rows], device)):
+            first, others = local_indices[:local_watched], local_indices[local_watched:]
+            for x, path in self.batches.over(len(first), lambda rows: self._draw_watched(first[rows], device)):
                 keep(x)
                 paths.append(path)
-            for x in self.batches.over(len(local_indices) - seen, lambda rows: self._draw(local_indices[seen:][rows], device)):
+            for x in self.batches.over(len(others), lambda rows: self._draw(others[rows], device)):
                 keep(x)
         broken = int((gather_rows(finite, self.num_samples) == 0).sum())
         if broken:
@@ -145,15 +145,15 @@ class GenerationMonitor:
         return gather_rows(local_embeddings, len(images)).cpu()
 
     def _reference(self, images: Tensor) -> Reference:
-        """The reference of real images: read where every rank finds it, else made by all of them and kept by the first."""
-        found = self.cache.find(self.encoder, images)
+        """The reference of real images: read from the cache if every rank finds it, else made by all and kept by the first."""
+        cached = self.cache.find(self.encoder, images)
         rank, ranks = world()
-        if sum_over_ranks(int(found is not None), device_of(self.denoiser)) == ranks and found is not None:
-            return found
-        made = Reference(self._encode(images), self.search)
+        if sum_over_ranks(int(cached is not None), device_of(self.denoiser)) == ranks and cached is not None:
+            return cached
+        reference = Reference(self._encode(images), self.search)
         if rank == 0:
-            self.cache.keep(self.encoder, images, made)
-        return made
+            self.cache.keep(self.encoder, images, reference)
+        return reference
 
     def _real(self) -> tuple[Reference, Reference | None]:
         """References of training and held-out images, made once."""
@@ -162,29 +162,29 @@ class GenerationMonitor:
             self._references = self._reference(self.images), heldout
         return self._references
 
-    def _read_paths(self, found: Judgement, scores: Tensor, path: Path | None) -> None:
+    def _read_paths(self, judgement: Judgement, scores: Tensor, path: Path | None) -> None:
         """Enter how far the network is from the optimal denoiser along its paths, and quantiles of the end points' ratios."""
         finite = scores[scores.isfinite()]
         for share in RATIO_QUANTILES:
             if len(finite):
-                found.values[f"mem/ratio_l2_q{100 * share:02.0f}"] = float(finite.quantile(share))
+                judgement.values[f"mem/ratio_l2_q{100 * share:02.0f}"] = float(finite.quantile(share))
         try:
             sigmas, distances = self.paths.read(self.denoiser, self.labels, path=path)
         except ValueError as error:
-            found.absent["mem/path_distance"] = str(error)
+            judgement.absent["mem/path_distance"] = str(error)
             return
         for sigma, row in zip(sigmas, distances, strict=True):
-            found.values[f"mem/path_distance_sigma{sigma:.2g}"] = float(row.median())
+            judgement.values[f"mem/path_distance_sigma{sigma:.2g}"] = float(row.median())
         pooled = [sigma <= POOLED_SIGMA for sigma in sigmas]
         if not any(pooled):
-            found.absent["mem/path_distance"] = (
+            judgement.absent["mem/path_distance"] = (
                 f"no step of the sampler ends at sigma {POOLED_SIGMA:g} or less; expected more steps"
             )
             return
-        each = distances[pooled].mean(0)  # of a trajectory, (T,)
-        found.values["mem/path_distance"] = float(each.median())
-        found.values["mem/path_distance_q10"] = float(each.quantile(0.1))
-        found.distributions["mem/path_distances"] = each.numpy()
+        per_trajectory = distances[pooled].mean(0)  # (T,)
+        judgement.values["mem/path_distance"] = float(per_trajectory.median())
+        judgement.values["mem/path_distance_q10"] = float(per_trajectory.quantile(0.1))
+        judgement.distributions["mem/path_distances"] = per_trajectory.numpy()
 
     @property
     def _shares_trajectories(self) -> bool:
@@ -192,13 +192,13 @@ class GenerationMonitor:
         by_edm, enough = getattr(self.denoiser, "sample", None) is None, self.num_samples >= TRAJECTORIES >= world()[1]
         return by_edm and enough and self.paths.why_not(self.denoiser) is None
 
-    def _figures(self, images: Tensor, copies: Detection, found: Judgement) -> dict[str, np.ndarray]:
+    def _figures(self, images: Tensor, copies: Detection, judgement: Judgement) -> dict[str, np.ndarray]:
         """The first samples, the likeliest copies beside their images, and how far samples are from training images."""
         figures = {
             "samples": image_grid(images[: GRID_COLUMNS * GRID_ROWS], GRID_COLUMNS),
             "nearest": copy_wall(images, self.images, copies),
         }
-        distances = [found.distributions.get(f"mem/distance_{self.encoder.name}{end}") for end in ("", "_train")]
+        distances = [judgement.distributions.get(f"mem/distance_{self.encoder.name}{end}") for end in ("", "_train")]
         if distances[0] is not None and distances[1] is not None:
             figures["distances"] = distance_histogram(distances[0], distances[1], self.encoder.name)
         return figures
@@ -209,17 +209,24 @@ class GenerationMonitor:
         keys = ("mem/ratio_l2", f"gen/fd_{self.encoder.name}")
         try:
             images, path = self._samples(TRAJECTORIES if self._shares_trajectories else 0)
-        except ValueError as error:  # training has diverged, and goes on if it wants to
+        except ValueError as error:  # training has diverged, but may continue
             return Report(step, {}, absent=dict.fromkeys(keys, str(error)))
         train, heldout = self._real()
-        found = judge(self._encode(images), train, heldout, self.encoder.name, search=self.search)
+        judgement = judge(self._encode(images), train, heldout, self.encoder.name, search=self.search)
         judged = images if self.pixels.dtype == torch.uint8 else as_unit_interval(images)
         copies = memorization_ratio(judged.flatten(1), self.pixels, search=self.search)
-        found.detection("mem/ratio_l2", copies)
-        self._read_paths(found, copies.scores, path)
+        judgement.detection("mem/ratio_l2", copies)
+        self._read_paths(judgement, copies.scores, path)
         if self.encoder.name == "pixels":  # it would be the same number again
             for end in ("", "_low", "_high"):
-                found.values.pop(f"mem/ratio_pixels{end}")
-        figures = self._figures(images, copies, found) if self.pictures else {}
-        found.values["perf/generate_seconds"] = time.perf_counter() - started
-        return Report(step, found.values, figures, found.absent, warnings=found.warnings, distributions=found.distributions)
+                judgement.values.pop(f"mem/ratio_pixels{end}")
+        figures = self._figures(images, copies, judgement) if self.pictures else {}
+        judgement.values["perf/generate_seconds"] = time.perf_counter() - started
+        return Report(
+            step,
+            judgement.values,
+            figures,
+            judgement.absent,
+            warnings=judgement.warnings,
+            distributions=judgement.distributions,
+        )

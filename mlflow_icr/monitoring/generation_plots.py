@@ -32,9 +32,9 @@ def distance_histogram(generated: np.ndarray, train: np.ndarray, encoder: str) -
 
 
 def _points(rows: Sequence[Mapping[str, float]], quality: str, copies: str) -> np.ndarray:
-    """(images seen, copies, quality) of the rows that have both, (R, 3); without step 0, where nothing was trained."""
-    found = [(r["images_seen"], r[copies], r[quality]) for r in rows if {copies, quality} <= r.keys() and r["images_seen"] > 0]
-    return np.array(sorted(found), dtype=float).reshape(-1, 3)
+    """(images seen, copies, quality) of the rows that have both, (R, 3); without step 0, before training."""
+    points = [(r["images_seen"], r[copies], r[quality]) for r in rows if {copies, quality} <= r.keys() and r["images_seen"] > 0]
+    return np.array(sorted(points), dtype=float).reshape(-1, 3)
 
 
 def trade_off(rows: Sequence[Mapping[str, float]], encoder: str) -> np.ndarray | None:
@@ -58,9 +58,9 @@ def trade_off(rows: Sequence[Mapping[str, float]], encoder: str) -> np.ndarray |
         return None
     figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
     for axes, (name, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        seen, share, quality = points.T
+        images_seen, share, quality = points.T
         axes.plot(share, quality, color="0.7", linewidth=1, zorder=1)
-        kimg = seen / 1000
+        kimg = images_seen / 1000
         drawn = axes.scatter(share, quality, c=kimg, cmap="viridis_r", norm=LogNorm(kimg.min(), kimg.max()), zorder=2)
         axes.set_xlabel("share of samples that are copies (lower is better)")
         axes.set_ylabel(name)

@@ -14,7 +14,7 @@ SMALLEST_TILE = 48  # pixels; 8x8 digits are enlarged by whole factors until the
 def image_tiles(images: Tensor) -> np.ndarray:
     """Images (N, C, H, W) uint8 as (N, H', W', 3) uint8, enlarged by a whole factor until they can be seen.
 
-    One channel is shown grey, three as RGB; of any other number the first. Raises ValueError for no images.
+    One channel is shown grey, three as RGB; any other number by its first channel. Raises ValueError for no images.
     """
     if images.ndim != 4 or len(images) == 0:
         raise ValueError(f"images have shape {tuple(images.shape)}; expected (N, C, H, W) with N >= 1")

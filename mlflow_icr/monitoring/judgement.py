@@ -38,7 +38,7 @@ WALL_PAIRS = 16
 
 @dataclass
 class Judgement:
-    """Values by key, reasons for what is absent, warnings about what is there, and many numbers (M,) for histograms."""
+    """Values by key, reasons for absent ones, warnings about values, and numbers (M,) for histograms."""
 
     values: dict[str, float] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
@@ -52,9 +52,9 @@ class Judgement:
         self.distributions = {key: numbers for key, numbers in self.distributions.items() if np.isfinite(numbers).all()}
         return self
 
-    def detection(self, key: str, found: Detection, scale: float = 1.0) -> None:
+    def detection(self, key: str, result: Detection, scale: float = 1.0) -> None:
         """Enter a detector's value with its interval."""
-        self.values |= {key: scale * found.value, f"{key}_low": scale * found.low, f"{key}_high": scale * found.high}
+        self.values |= {key: scale * result.value, f"{key}_low": scale * result.low, f"{key}_high": scale * result.high}
 
 
 def judge(fake: Tensor, train: Reference, heldout: Reference | None, encoder: str, *, search: Search = k_nearest) -> Judgement:
@@ -64,62 +64,64 @@ def judge(fake: Tensor, train: Reference, heldout: Reference | None, encoder: st
     (far above 0: the samples are nearer to the images that were trained on). `search` finds neighbours: exactly unless another
     is given. Every rank computes the same.
     """
-    found = Judgement({"gen/num_samples": float(len(fake))})
+    judgement = Judgement({"gen/num_samples": float(len(fake))})
     copies = memorization_ratio(fake, train.embeddings, search=search)
-    found.detection(f"mem/ratio_{encoder}", copies)
+    judgement.detection(f"mem/ratio_{encoder}", copies)
     nearest = torch.linalg.vector_norm(fake.double() - train.embeddings[copies.nearest].double(), dim=1)
     for end, distances in (("", nearest), ("_train", train.own_distances)):
-        found.distributions[f"mem/distance_{encoder}{end}"] = distances.cpu().numpy()
-    found.detection("mem/authpct", authenticity(train.embeddings, fake, own_distances=train.own_distances, search=search), 100)
+        judgement.distributions[f"mem/distance_{encoder}{end}"] = distances.cpu().numpy()
+    judgement.detection(
+        "mem/authpct", authenticity(train.embeddings, fake, own_distances=train.own_distances, search=search), 100
+    )
     if len(train) >= CARLINI_NEIGHBOURS:
-        found.detection("mem/carlini", carlini_ratio(fake, train.embeddings, CARLINI_NEIGHBOURS, search=search))
+        judgement.detection("mem/carlini", carlini_ratio(fake, train.embeddings, CARLINI_NEIGHBOURS, search=search))
     else:
-        found.absent["mem/carlini"] = f"needs {CARLINI_NEIGHBOURS} training images; there are {len(train)}"
+        judgement.absent["mem/carlini"] = f"needs {CARLINI_NEIGHBOURS} training images; there are {len(train)}"
     if encoder in COPY_ENCODERS:
         similar = copy_similarity(fake, train.embeddings, search=search)
-        found.detection(f"mem/copies_{encoder}", similar)
-        found.values[f"mem/copies_{encoder}_train"] = similar.train_value
+        judgement.detection(f"mem/copies_{encoder}", similar)
+        judgement.values[f"mem/copies_{encoder}_train"] = similar.train_value
     try:
-        found.values["gen/vendi"] = vendi_score(fake)
+        judgement.values["gen/vendi"] = vendi_score(fake)
     except ValueError as error:  # an all-black image has no direction
-        found.absent["gen/vendi"] = str(error)
-    _against(fake, train, "train", encoder, found)
+        judgement.absent["gen/vendi"] = str(error)
+    _against(fake, train, "train", encoder, judgement)
     if heldout is None:
         why = "there are no held-out images to compare with"
         keys = [f"gen/{key}_{encoder}" for key in ("kid", "fd", "fd_gap")] + [f"gen/{key}" for key in WITH_HELDOUT]
-        found.absent |= dict.fromkeys([*keys, "mem/ct"], why)
-        return found.finite()
-    _against(fake, heldout, "", encoder, found)
+        judgement.absent |= dict.fromkeys([*keys, "mem/ct"], why)
+        return judgement.finite()
+    _against(fake, heldout, "", encoder, judgement)
     gap, near, far = (f"gen/fd{middle}_{encoder}" for middle in ("_gap", "", "_train"))
-    if {near, far} <= found.values.keys():
-        found.values[gap] = found.values[near] - found.values[far]
+    if {near, far} <= judgement.values.keys():
+        judgement.values[gap] = judgement.values[near] - judgement.values[far]
     else:
-        found.absent[gap] = found.absent[near]
-    _with_heldout(fake, train.embeddings, heldout.embeddings, found)
-    return found.finite()
+        judgement.absent[gap] = judgement.absent[near]
+    _with_heldout(fake, train.embeddings, heldout.embeddings, judgement)
+    return judgement.finite()
 
 
-def _against(fake: Tensor, real: Reference, which: str, encoder: str, found: Judgement) -> None:
+def _against(fake: Tensor, real: Reference, which: str, encoder: str, judgement: Judgement) -> None:
     """Kernel and Frechet distance to one set of real images."""
     middle = f"_{which}" if which else ""
     smallest = min(len(fake), len(real))
     keys = (f"gen/kid{middle}_{encoder}", f"gen/fd{middle}_{encoder}")
     if smallest < 2:
-        found.absent |= dict.fromkeys(keys, f"needs at least 2 images on both sides; {smallest} on one")
+        judgement.absent |= dict.fromkeys(keys, f"needs at least 2 images on both sides; {smallest} on one")
         return
     mean, std = kernel_distance(fake, real.embeddings, subset_size=min(KERNEL_SUBSET, smallest))
-    found.values[keys[0]] = mean
-    found.values[f"{keys[0]}_std"] = std
+    judgement.values[keys[0]] = mean
+    judgement.values[f"{keys[0]}_std"] = std
     key = keys[1]
-    found.values[key] = frechet_distance(fake, real.gaussian)
+    judgement.values[key] = frechet_distance(fake, real.gaussian)
     if smallest <= fake.shape[1]:
-        found.warnings[key] = (
+        judgement.warnings[key] = (
             f"of {len(fake)} and {len(real)} images in {fake.shape[1]} dimensions: too few for a covariance, so that the value "
             "is too large; read the kernel distance (kid)"
         )
 
 
-def _with_heldout(fake: Tensor, train: Tensor, heldout: Tensor, found: Judgement) -> None:
+def _with_heldout(fake: Tensor, train: Tensor, heldout: Tensor, judgement: Judgement) -> None:
     """The values besides distances that need held-out images."""
     if min(len(fake), len(heldout)) > DENSITY_NEIGHBOURS:
         pairs = (
@@ -127,18 +129,18 @@ def _with_heldout(fake: Tensor, train: Tensor, heldout: Tensor, found: Judgement
             (("density", "coverage"), density_coverage(heldout, fake, DENSITY_NEIGHBOURS)),
         )
         for names, values in pairs:
-            found.values |= {f"gen/{name}": value for name, value in zip(names, values, strict=True)}
+            judgement.values |= {f"gen/{name}": value for name, value in zip(names, values, strict=True)}
     else:
         why = f"needs more than {DENSITY_NEIGHBOURS} generated and held-out images"
-        found.absent |= {f"gen/{name}": why for name in ("precision", "recall", "density", "coverage")}
+        judgement.absent |= {f"gen/{name}": why for name in ("precision", "recall", "density", "coverage")}
     try:
-        found.values["gen/fld"] = fld(train, heldout, fake)
+        judgement.values["gen/fld"] = fld(train, heldout, fake)
     except ValueError as error:
-        found.absent["gen/fld"] = str(error)
+        judgement.absent["gen/fld"] = str(error)
     try:
-        found.values["mem/ct"] = ct_score(train, heldout, fake, 0)
+        judgement.values["mem/ct"] = ct_score(train, heldout, fake, 0)
     except ValueError as error:
-        found.absent["mem/ct"] = str(error)
+        judgement.absent["mem/ct"] = str(error)
 
 
 def copy_wall(fake: Tensor, train: Tensor, detection: Detection) -> np.ndarray:

@@ -14,7 +14,7 @@ from mlflow_icr.extraction.keyed import keyed_generator
 from mlflow_icr.extraction.views import as_unit_interval
 from mlflow_icr.monitoring.report import Report
 
-# images (B, C, H, W) in [-1, 1] or latents, noise levels (B,) of the trainer's own kind, unit noise: the mean loss
+# The mean loss of images (B, C, H, W) in [-1, 1] or latents, at noise levels (B,) of the trainer's own kind, with unit noise.
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 KEYS = ("loss/train_eval", "loss/heldout", "loss/gap")
 
@@ -22,10 +22,10 @@ KEYS = ("loss/train_eval", "loss/heldout", "loss/gap")
 class LossMonitor:
     """Evaluates a loss without training on it: `loss/train_eval`, `loss/heldout`, and their difference `loss/gap`.
 
-    `loss(images, sigma, noise)` is the trainer's own, of `denoiser`; `draw(generator, count)` gives `count` noise levels. For
-    a denoiser of latents, images are encoded. `train` and `heldout` are (N, C, H, W), uint8 or floats in [0, 1]; up to
-    `num_images` of each are used, in `draws` noises each. Noise level and noise i are the same for both sets and at every step.
-    Every rank computes the whole, `batch_size` images at a time, or as many as fit the memory.
+    `loss(images, sigma, noise)` is the trainer's own loss of `denoiser`; `draw(generator, count)` gives `count` noise levels.
+    For a denoiser of latents, images are encoded. `train` and `heldout` are (N, C, H, W), uint8 or floats in [0, 1]; up to
+    `num_images` of each are used, with `draws` noises each. Noise level and noise i are the same for both sets and at every
+    step. Every rank computes the whole, `batch_size` images at a time, or as many as fit the memory.
     """
 
     def __init__(

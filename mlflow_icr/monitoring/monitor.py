@@ -19,21 +19,21 @@ from mlflow_icr.monitoring.protocol import Protocol
 from mlflow_icr.monitoring.ranks import gather_rows
 from mlflow_icr.monitoring.reader import FeatureReader
 from mlflow_icr.monitoring.report import Report
-from mlflow_icr.monitoring.section import ALL, Found, Section
+from mlflow_icr.monitoring.section import ALL, Section, SectionResult
 
 
 class ICRMonitor:
     """Measures the Invariant Contamination Ratio, its interval and its energies of a denoiser on its own training images.
 
     `denoiser` is measured (give it the EMA weights, which one samples from). `raw`, if given, is measured too, under
-    `repr_raw/`. A network of classes is read with its null class and, if there are `labels`, also with each image's own class,
-    under `repr_class/`. `images` are (N, C, H, W), uint8 or floats in [0, 1]; the protocol's first num_images are used.
+    `repr_raw/`. A class-conditional network is read with its null class and, if there are `labels`, also with each image's own
+    class, under `repr_class/`. `images` are (N, C, H, W), uint8 or floats in [0, 1]; the protocol's first num_images are used.
     `companions` names further measures to log; some need `labels`, (N,) integers. With `pictures` every report shows nearest
     images by invariant and residual part, and the images with the largest shares of the residual energy. Views are made once
-    and kept while they take no more than `cache_bytes`; `batch_size` views at a time, or as many as fit the memory. `heldout`
-    images, (M, C, H, W), are denoised beside the training images where they are given. Of a network that was `trained_before`,
-    growth and rise are relative to step 0, else to the first measurement after it. Where the network's classes are others than
-    those of `labels`, `knows_labels` is False, and it is read with its null class alone. Under torch.distributed every rank
+    and kept while they take no more than `cache_bytes`; `batch_size` views are read at a time, or as many as fit the memory.
+    `heldout` images, (M, C, H, W), are denoised beside the training images if they are given. Growth and rise are relative to
+    step 0 for a network that was `trained_before`, else to the first measurement after it. `knows_labels` is False where the
+    network's classes are not those of `labels`; then it is read with its null class alone. Under torch.distributed every rank
     calls `measure`, takes its share of the images, and gets the same report. Raises ValueError for images, companions or a
     protocol that do not fit.
     """
@@ -91,17 +91,17 @@ class ICRMonitor:
         for (prefix, sigma), section in self.sections.items():
             try:
                 features = self.reader.read(self._networks[prefix], sigma, self._labels_for(prefix))
-            except ValueError as error:  # not finite: training has diverged, and goes on if it wants to
+            except ValueError as error:  # not finite: training has diverged, but may continue
                 absent.update({f"{section.name}/{key}": str(error) for key in (*ALL, *section.companions)})
                 continue
-            found = section.read(features, step)
-            self._read_denoising(section.name, prefix, sigma, found)
-            values.update(found.values)
-            absent.update(found.absent)
-            arrays.update(found.arrays)
-            distributions.update(found.distributions)
+            result = section.read(features, step)
+            self._read_denoising(section.name, prefix, sigma, result)
+            values.update(result.values)
+            absent.update(result.absent)
+            arrays.update(result.arrays)
+            distributions.update(result.distributions)
             if self.pictures and section.name == "repr":
-                figures.update(self._pictures(features, found.arrays))
+                figures.update(self._pictures(features, result.arrays))
         if "repr/influence" in arrays:
             self._measured[step] = values["repr/icr_debiased"], torch.from_numpy(arrays["repr/influence"])
         values["perf/measure_seconds"] = time.perf_counter() - started
@@ -111,26 +111,26 @@ class ICRMonitor:
         """The classes (N,) that the network of a section is conditioned on; None for none."""
         return self.labels if prefix == "repr_class" else None
 
-    def _read_denoising(self, name: str, prefix: str, sigma: float, found: Found) -> None:
-        """Enter what a network denoises, at sigma and, of the network that is read first, at levels around it."""
+    def _read_denoising(self, name: str, prefix: str, sigma: float, result: SectionResult) -> None:
+        """Enter a network's denoising errors at sigma and, for the first network, at levels around it."""
         denoiser, trained = self._networks[prefix], self.protocol.training_augmentations
         for level in (1.0, *(LEVELS if name == "repr" else ())):
             errors = self.errors.read(denoiser, level * sigma, monitored=level == 1, labels=self._labels_for(prefix))
-            read_errors(name, errors, level, self.errors.chosen, trained, found)
+            read_errors(name, errors, level, self.errors.chosen, trained, result)
         if name == "repr" and self.errors.far_bias is not None:
-            found.values["repr/far_bias"] = self.errors.far_bias.value
+            result.values["repr/far_bias"] = self.errors.far_bias.value
         elif name == "repr" and "far" in self.errors.columns:
-            found.absent["repr/far_bias"] = "each image has an exact copy: expected images that differ"
+            result.absent["repr/far_bias"] = "each image has an exact copy: expected images that differ"
         values, absent = network_companions(self.companions, denoiser, sigma, self.errors)
-        found.values |= {f"{name}/{key}": value for key, value in values.items()}
-        found.absent |= {f"{name}/{key}": reason for key, reason in absent.items()}
+        result.values |= {f"{name}/{key}": value for key, value in values.items()}
+        result.absent |= {f"{name}/{key}": reason for key, reason in absent.items()}
 
     def _pictures(self, features: Tensor, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         self.features = gather_rows(features, len(self.reader.images))
-        found = neighbour_pictures(self.features, self.reader.images, self.protocol)
+        figures = neighbour_pictures(self.features, self.reader.images, self.protocol)
         if "repr/residual_share" in arrays:
-            found["largest_residuals"] = residual_wall(arrays, self.reader.images)
-        return found
+            figures["largest_residuals"] = residual_wall(arrays, self.reader.images)
+        return figures
 
     def compare(self, step_a: int, step_b: int, level: float = 0.95) -> Comparison:
         """The debiased ICR at step b less that at step a, two steps that this monitor measured, with its interval.
@@ -139,8 +139,8 @@ class ICRMonitor:
         """
         for name, step in (("step_a", step_a), ("step_b", step_b)):
             if step not in self._measured:
-                known = ", ".join(map(str, self._measured)) or "none"
-                raise ValueError(f"{name} is {step}; expected a step that was measured with an interval: {known}")
+                available = ", ".join(map(str, self._measured)) or "none"
+                raise ValueError(f"{name} is {step}; expected a step that was measured with an interval: {available}")
         return difference_of(self._measured[step_a], self._measured[step_b], level)
 
     def state_dict(self) -> dict[str, Tensor]:

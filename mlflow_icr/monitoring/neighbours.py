@@ -52,23 +52,23 @@ def neighbour_pictures(features: Tensor, images: Tensor, protocol: Protocol) -> 
     features = features.cpu()
     anchors = anchor_images(len(features))
     vectors = {"neighbours_s": invariant_part(features), "neighbours_xi": residual_part(features)}
-    found = {}
+    grids = {}
     for key, z in vectors.items():
         rows = torch.cat([anchors[:, None], nearest(z, anchors, NEIGHBOURS)], 1)  # (A, 1 + count)
         places = rows.flatten().tolist()
         if key == "neighbours_s":
-            shown = as_unit_interval(images[places]) * 255
+            pixels = as_unit_interval(images[places]) * 255
         else:
             views = make_views(
                 images[places], places, num_views=1, sigma=0, seed=protocol.seed, level=protocol.augmentation_level
             )
-            shown = (views[:, 0].clamp(-1, 1) + 1) * 127.5
-        found[key] = image_grid(shown.round().to(torch.uint8), rows.shape[1])
-    return found
+            pixels = (views[:, 0].clamp(-1, 1) + 1) * 127.5
+        grids[key] = image_grid(pixels.round().to(torch.uint8), rows.shape[1])
+    return grids
 
 
 def residual_wall(arrays: Mapping[str, np.ndarray], images: Tensor) -> np.ndarray:
     """The images (N, C, H, W) with the largest shares of the residual energy, the largest first, (H, W, 3) uint8."""
     order = np.argsort(-arrays["repr/residual_share"], kind="stable")[:WALL]
-    shown = (as_unit_interval(images[torch.from_numpy(order.copy())]) * 255).round().to(torch.uint8)
-    return image_grid(shown, 16)
+    pixels = (as_unit_interval(images[torch.from_numpy(order.copy())]) * 255).round().to(torch.uint8)
+    return image_grid(pixels, 16)

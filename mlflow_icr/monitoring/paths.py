@@ -1,4 +1,4 @@
-"""A look along the sampler's path: how far a network is from the training set's optimal denoiser where sampling goes."""
+"""How far a network is from the training set's optimal denoiser, along the sampler's path."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from mlflow_icr.monitoring.ranks import gather_rows
 TRAJECTORIES = 64
 LEVELS = 8
 POOLED_SIGMA = 2.0  # levels from here down are pooled: above, every denoiser is near the mean of all images
-MOST_VALUES = 2**28  # of the training set: beyond, 64 trajectories would take minutes on a processor
-# Above, D* is the mean of the training set, and below, it is one image whatever the network does: nothing differs.
+MOST_VALUES = 2**28  # of the training set: with more, 64 trajectories would take minutes on a processor
+# Above these levels D* is the mean of the training set, and below them one image, whatever the network does.
 SMALLEST_SIGMA, LARGEST_SIGMA = 0.1, 10.0
 
 
 @dataclass(frozen=True, eq=False)
 class Path:
-    """What a network was asked and said along its trajectories: noise levels, and x and D(x) (T, B, C, H, W) at each."""
+    """A network's inputs and outputs along its trajectories: noise levels, and x and D(x) (T, B, C, H, W) at each."""
 
     sigmas: tuple[float, ...]
     x: Tensor
@@ -34,27 +34,27 @@ class Path:
 
 
 def sampled_path(denoiser: Denoiser, noise: Tensor, num_steps: int, labels: Tensor | None = None) -> tuple[Tensor, Path]:
-    """Samples and the path to them of EDM's sampler from unit noise (B, C, H, W), at up to 8 noise levels from 10 to 0.1.
+    """Samples of EDM's sampler from unit noise (B, C, H, W), and the path to them at up to 8 noise levels from 10 to 0.1.
 
-    Of networks that predict noise or velocity too: their probability flow is the same, in other variables. Where no noise
-    level of the sampler lies between, the path has none.
+    Networks that predict noise or velocity are sampled so too: their probability flow is the same, in other variables. The path
+    is empty if no noise level of the sampler lies between.
     """
-    seen: list[tuple[float, Tensor, Tensor]] = []
+    states: list[tuple[float, Tensor, Tensor]] = []
 
     def watch(sigma: float, x: Tensor, denoised: Tensor) -> None:
         if SMALLEST_SIGMA <= sigma <= LARGEST_SIGMA:
-            seen.append((sigma, x.cpu(), denoised.cpu()))
+            states.append((sigma, x.cpu(), denoised.cpu()))
 
     images = heun_sample(denoiser, noise, num_steps=num_steps, labels=labels, watch=watch)
-    places = np.unique(np.linspace(0, len(seen) - 1, min(LEVELS, len(seen))).round().astype(int))
-    kept = [seen[place] for place in places]
+    places = np.unique(np.linspace(0, len(states) - 1, min(LEVELS, len(states))).round().astype(int))
+    selected = [states[place] for place in places]
     none = torch.empty(0, *noise.shape)
-    x, denoised = (torch.stack([row[place] for row in kept]) if kept else none for place in (1, 2))
-    return images, Path(tuple(sigma for sigma, _, _ in kept), x, denoised)
+    x, denoised = (torch.stack([row[place] for row in selected]) if selected else none for place in (1, 2))
+    return images, Path(tuple(sigma for sigma, _, _ in selected), x, denoised)
 
 
 def joined_path(parts: Sequence[Path], total: int, device: torch.device) -> Path:
-    """One path of `total` trajectories from parts of them, of which each of torch.distributed's ranks has its share.
+    """One path of `total` trajectories, joined from the parts of them that this rank and the other ranks have.
 
     `device` is where ranks exchange tensors.
     """
@@ -64,11 +64,11 @@ def joined_path(parts: Sequence[Path], total: int, device: torch.device) -> Path
 
 
 class PathReader:
-    """Distances of D from D* along trajectories, relative to those of fresh images from what D* makes of them with noise.
+    """Distances of D from D* along trajectories, relative to those of fresh images from D* of these images with noise.
 
     `train` (N, C, H, W) is the whole training set, uint8 or floats in [0, 1]. Fresh images are `heldout` ones (M, C, H, W), or
-    training images that D* is not to know, which comes to the same. 0 is a network that knows nothing but its images; one that
-    draws images of its own is about as far from D* as fresh images are. For denoisers of images.
+    training images, each left out of D*, which is equivalent. 0 is a network that knows nothing but its images; one that draws
+    images of its own is about as far from D* as fresh images are. Only denoisers of images have these distances.
     """
 
     def __init__(self, train: Tensor, heldout: Tensor | None, seed: int, num_steps: int) -> None:
@@ -79,7 +79,7 @@ class PathReader:
         self._far: dict[float, float] = {}  # by noise level, of fresh images
 
     def _of_fresh(self, sigma: float) -> float:
-        """The root mean square distance of fresh images from D* of them with noise."""
+        """The root mean square distance of fresh images from D* of these images with noise."""
         if sigma not in self._far:
             clean = (as_unit_interval(self.fresh) * 2 - 1).flatten(1)
             streams = [keyed_generator("path-fresh", self.seed, i) for i in range(len(clean))]
@@ -103,7 +103,7 @@ class PathReader:
     ) -> tuple[tuple[float, ...], Tensor]:
         """Noise levels, and relative distances (levels, trajectories). Raises ValueError where there is no such distance.
 
-        `path` is that of the first 64 samples, where they have been drawn; otherwise they are.
+        `path` is that of the first 64 samples, which are drawn unless it is given.
         """
         if why := self.why_not(denoiser):
             raise ValueError(why)
@@ -114,15 +114,15 @@ class PathReader:
             distances_from_optimal(denoised.flatten(1), x.flatten(1), sigma, self.train) / self._of_fresh(sigma)
             for sigma, x, denoised in zip(path.sigmas, path.x, path.denoised, strict=True)
         ]
-        found = torch.stack(rows)
-        if not bool(found.isfinite().all()):
+        distances = torch.stack(rows)
+        if not bool(distances.isfinite().all()):
             raise ValueError("distances from the optimal denoiser are not finite")
-        return path.sigmas, found
+        return path.sigmas, distances
 
     def _trajectories(self, denoiser: Denoiser, labels: Tensor | None) -> Path:
         """The paths of the first 64 samples."""
         shape = tuple(self.fresh.shape[1:])
         noise = starting_noise(range(TRAJECTORIES), shape, self.seed).to(device_of(denoiser))
-        chosen = None if labels is None else labels[torch.arange(TRAJECTORIES) % len(labels)].to(noise.device)
+        sample_labels = None if labels is None else labels[torch.arange(TRAJECTORIES) % len(labels)].to(noise.device)
         with evaluating(denoiser.network):
-            return sampled_path(denoiser, noise, self.num_steps, chosen)[1]
+            return sampled_path(denoiser, noise, self.num_steps, sample_labels)[1]

@@ -48,11 +48,11 @@ class PostHoc:
 
 
 def _read(name: str, path: Path, resolution: int | None, echo: Callable[[str], None]) -> Tensor:
-    found: ImageSet = read_images(path, resolution)
-    echo(f"{name}: {len(found.images)} images of {path}")
-    if found.unreadable:
-        echo(f"{name}: {len(found.unreadable)} cannot be read, and are left out: {named(found.unreadable)}")
-    return found.images
+    image_set: ImageSet = read_images(path, resolution)
+    echo(f"{name}: {len(image_set.images)} images of {path}")
+    if image_set.unreadable:
+        echo(f"{name}: {len(image_set.unreadable)} cannot be read, and are left out: {named(image_set.unreadable)}")
+    return image_set.images
 
 
 def measure_generated(
@@ -80,9 +80,9 @@ def measure_generated(
     coder = load_encoder(encoder, weights=weights, shape=shape)
     cache = ReferenceCache(cache_folder())
     real = {name: cache.reference(coder, images) for name, images in sets.items() if name != "generated"}
-    found = judge(coder(sets["generated"]), real["train"], real.get("heldout"), coder.name)
+    judgement = judge(coder(sets["generated"]), real["train"], real.get("heldout"), coder.name)
     pixels = {name: as_unit_interval(sets[name]).flatten(1) for name in ("generated", "train")}
     copies = memorization_ratio(pixels["generated"], pixels["train"])
-    found.detection("mem/ratio_l2", copies)
+    judgement.detection("mem/ratio_l2", copies)
     wall = copy_wall(sets["generated"], sets["train"], copies)
-    return PostHoc(found.values, found.absent, found.warnings, copies, wall)
+    return PostHoc(judgement.values, judgement.absent, judgement.warnings, copies, wall)

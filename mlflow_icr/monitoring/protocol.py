@@ -16,9 +16,9 @@ SHRINKAGES = ("none", "ledoit-wolf", "oas")
 # Views are added until nu = (N-1)(K-1) reaches this many times D: there the plug-in's inverse covariance is a third too
 # large, nu / (nu - D - 1) (`docs/built/formulas.md`); with fewer that factor, and the scatter with it, grows fast.
 DEGREES_PER_DIMENSION = 4
-# The default takes at most so many images: an interval narrows only with the square root of their number.
+# The default takes at most this many images: an interval narrows only with the square root of their number.
 MOST_AUTOMATIC_IMAGES = 1024
-# The default takes at most so many views: a measurement costs one forward pass a view.
+# The default takes at most this many views: a measurement costs one forward pass a view.
 MOST_AUTOMATIC_VIEWS = 64
 
 
@@ -39,7 +39,7 @@ class Protocol:
     `repr_sigma<value>/`. `num_images` None means all images given, up to 1024; `num_views` None means as many as the layer's
     width needs. `normalisation` is that of the features in traces and energies. Where there are too few views, `projection`
     reads that many principal directions of the features (fitted once), or `shrinkage` (ledoit-wolf, oas) conditions Sigma_xi.
-    `training_augmentations` names what training does to its images (flip, shift); error views do not do the same. `dtype` is
+    `training_augmentations` names what training does to its images (flip, shift); error views leave these out. `dtype` is
     the type of the network's weights and `condition` what it is conditioned on; a monitor fills in both. Raises ValueError
     naming field, value and what is allowed.
     """
@@ -104,7 +104,7 @@ class Protocol:
     def resolve(self, *, images: int, dim: int) -> Protocol:
         """This protocol with its numbers of images and views fixed, for `images` images and a layer of width `dim`.
 
-        Raises ValueError when fewer images are there than the protocol names.
+        Raises ValueError when there are fewer images than the protocol names.
         """
         n = min(images, MOST_AUTOMATIC_IMAGES) if self.num_images is None else self.num_images
         _require(2 <= n <= images, "num_images", n, f"2 to {images}, the number of images given")
@@ -122,5 +122,5 @@ class Protocol:
     @property
     def digest(self) -> str:
         """Twelve hexadecimal digits that are the same exactly for equal protocols, and for equal strengths of augmentation."""
-        known = asdict(self) | {"augmentation": AUGMENTATION_CONSTANTS, "error_views": ERROR_VIEWS}
-        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12]
+        content = asdict(self) | {"augmentation": AUGMENTATION_CONSTANTS, "error_views": ERROR_VIEWS}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]

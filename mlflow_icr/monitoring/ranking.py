@@ -42,7 +42,7 @@ def rank_classes(arrays: Mapping[str, np.ndarray], section: str = "repr") -> lis
     if LABEL not in arrays:
         return []
     rows = rank_images(arrays, section)
-    found = []
+    classes = []
     for label in sorted({row["label"] for row in rows}):
         of_label = [row for row in rows if row["label"] == label]
         entry = {
@@ -52,12 +52,12 @@ def rank_classes(arrays: Mapping[str, np.ndarray], section: str = "repr") -> lis
         }
         if "influence" in of_label[0]:
             entry["influence"] = float(np.mean([row["influence"] for row in of_label]))
-        found.append(entry)
-    return sorted(found, key=lambda entry: -entry["relative_share"])
+        classes.append(entry)
+    return sorted(classes, key=lambda entry: -entry["relative_share"])
 
 
 def ranked_step(folder: Path | str, step: int | None = None) -> int:
-    """The measurement of an output folder to rank by: the one asked for, or the newest. Raises ValueError for none."""
+    """The measurement of an output folder to rank by: the given one, or the newest. Raises ValueError for none."""
     steps = [int(row["images_seen"]) for row in read_history(folder)]
     if not steps or (step is not None and step not in steps):
         raise ValueError(f"step is {step}; expected one of {', '.join(map(str, steps)) or 'none: nothing was measured'}")

@@ -29,7 +29,7 @@ def view_batches(
 ) -> Iterator[Tensor]:
     """Views (B, K, C, H, W) of the images at these indices, in batches.
 
-    With `encode` they are views of latents, as `make_views` has them.
+    With `encode` they are views of latents, as in `make_views`.
     """
 
     def views(rows: slice) -> Tensor:
@@ -54,14 +54,14 @@ def dtype_of(denoiser: Denoiser) -> str:
 
 
 def condition_of(denoiser: Denoiser) -> str:
-    """What a network is conditioned on besides noise: `null class` for a network of classes, else empty."""
+    """What a network is conditioned on besides noise: `null class` for a class-conditional network, else empty."""
     return "" if null_class_of(denoiser) is None else "null class"
 
 
 class FeatureReader:
     """Reads (N, K, D) features of a fixed set of views; views are made once and kept while they fit into `cache_bytes`.
 
-    Of a denoiser of latents, views are encoded once, and latents are what is kept. `images` (N, C, H, W) are those that
+    For a denoiser of latents, views are encoded once, and the latents are kept. `images` (N, C, H, W) are those that
     `protocol` resolves to. Image i belongs to rank i modulo the number of ranks.
     """
 
@@ -112,8 +112,8 @@ class FeatureReader:
     def read(self, denoiser: Denoiser, sigma: float, labels: Tensor | None = None) -> Tensor:
         """Features of this rank's images, (N of this rank, K, D), in the network's dtype, on its device.
 
-        With `labels` (N,), those of all images, a network of classes is told each image's own. Raises ValueError, on
-        all ranks, when some features of some rank are not finite.
+        With `labels` (N,), those of all images, a class-conditional network gets each image's own. Raises ValueError,
+        on all ranks, when features of any rank are not finite.
         """
         parts: list[Tensor] = []
         device, (rank, ranks) = device_of(denoiser), world()
@@ -129,11 +129,11 @@ class FeatureReader:
                 done += len(views)
 
                 def pooled(rows: slice, flat: Tensor = flat, classes: Tensor | None = classes) -> Tensor:
-                    known = {} if classes is None else {"labels": classes[rows]}
-                    return tap(partial(denoiser, flat[rows], sigma, **known))
+                    condition = {} if classes is None else {"labels": classes[rows]}
+                    return tap(partial(denoiser, flat[rows], sigma, **condition))
 
-                read = list(self.batches.over(len(flat), pooled))
-                parts.append(torch.cat(read).view(len(views), self.num_views, -1))
+                pieces = list(self.batches.over(len(flat), pooled))
+                parts.append(torch.cat(pieces).view(len(views), self.num_views, -1))
         features = torch.cat(parts) if parts else torch.empty(0, self.num_views, self.dim, device=device)
         # All ranks check together: if one raised alone, the others would wait for its moments for ever.
         broken = sum_over_ranks(int((~features.isfinite().flatten(1).all(1)).sum()), device)

@@ -17,7 +17,7 @@ class Report:
     """Values, pictures and absences of one measurement at `step` images seen.
 
     `values` are finite floats by key, `figures` uint8 pictures (H, W, 3) by key, `absent` reasons by the key that could not be
-    computed, `arrays` one number for each probe image (N,) by key, `warnings` a remark on a value by its key, `distributions`
+    computed, `arrays` one number for each probe image (N,) by key, `warnings` remarks on values by their keys, `distributions`
     many numbers (M,) by key, shown as histograms. Raises ValueError for a negative step, a value that is not finite, or a key
     that is both present and absent.
     """
@@ -32,7 +32,7 @@ class Report:
     distributions: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "step", int(self.step))  # of numpy or torch, which JSON does not have
+        object.__setattr__(self, "step", int(self.step))  # may be numpy's or torch's, which JSON does not have
         object.__setattr__(self, "values", {key: float(value) for key, value in self.values.items()})
         if self.step < 0:
             raise ValueError(f"step is {self.step}; expected images seen, >= 0")
@@ -50,10 +50,12 @@ class Report:
     def without(self, keys: Collection[str]) -> Report:
         """The same without the values, pictures and distributions of some keys."""
 
-        def others(found: Mapping[str, T]) -> dict[str, T]:
-            return {key: value for key, value in found.items() if key not in keys}
+        def remaining(entries: Mapping[str, T]) -> dict[str, T]:
+            return {key: value for key, value in entries.items() if key not in keys}
 
-        return replace(self, values=others(self.values), figures=others(self.figures), distributions=others(self.distributions))
+        return replace(
+            self, values=remaining(self.values), figures=remaining(self.figures), distributions=remaining(self.distributions)
+        )
 
     def joined(self, other: Report) -> Report:
         """Both reports of one step as one. Raises ValueError when the steps differ."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count, pairwise
 
-# The verdict reads slopes over doublings of images seen, of three measurements at least: this gives it four.
+# The verdict reads slopes over doublings of images seen, which need three measurements: this gives them four.
 PER_DOUBLING = 3
 SUSPICION = "suspicion"  # when to look at samples: where the verdict is not that the model generalizes
 FIRST_IMAGES = 2000  # earlier, a network has learned too little to measure
@@ -39,7 +39,7 @@ def every_nth(points: Sequence[int], n: int) -> tuple[int, ...]:
 
 
 def looks_every(text: str | int) -> int | None:
-    """How many measurements there are for one look at samples; None: samples are looked at on suspicion.
+    """The number of measurements for one look at samples; None: samples are looked at on suspicion.
 
     Raises ValueError unless it is a whole number >= 1, or "suspicion".
     """
@@ -51,9 +51,9 @@ def looks_every(text: str | int) -> int | None:
 
 
 def measuring_steps(schedule: int | Iterable[int] | None = None) -> Iterator[int]:
-    """Images seen at which to measure, in order, from 0: every so many, those that are given, or a geometric progression.
+    """Images seen at which to measure, ascending: multiples of a number, given numbers, or a geometric progression.
 
-    None is for trainings whose end is not known: 0, 2000, and then three for each doubling, without end. Raises ValueError
+    None is for trainings whose end is not known: 0, 2000, and then three in each doubling, without end. Raises ValueError
     for numbers that are not positive, or do not increase.
     """
     if schedule is None:

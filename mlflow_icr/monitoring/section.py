@@ -33,8 +33,8 @@ ALL = (*RATIOS, *INTERVAL, *ENERGIES, GROWTH)
 
 
 @dataclass
-class Found:
-    """The result of a section, by key: values, reasons for absences, one number for each image, and data of histograms."""
+class SectionResult:
+    """The result of a section, by key: values, reasons for absences, one number for each image, and data for histograms."""
 
     values: dict[str, float] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
@@ -71,23 +71,23 @@ class Section:
         self._reference: Tensor | None = None  # Sigma_xi of its images with even and with odd places, (2, D, D)
         self._lowest: tuple[float, Tensor] | None = None  # the lowest debiased ICR and its influences (N,)
 
-    def read(self, features: Tensor, step: int) -> Found:
+    def read(self, features: Tensor, step: int) -> SectionResult:
         """All values from this rank's features (N of this rank, K, D) at `step`; the same on all ranks."""
-        found = Found()
-        whole = features
+        result = SectionResult()
+        unprojected = features
         if self.protocol.projection is not None:
             if step < self.origin:
                 why = "the projection is fitted at the first measurement after training has begun"
-                found.absent.update(self._keyed(dict.fromkeys((*RATIOS, *INTERVAL, *ENERGIES, GROWTH), why)))
-                self._read_companions(whole, found)
-                return found
+                result.absent.update(self._keyed(dict.fromkeys((*RATIOS, *INTERVAL, *ENERGIES, GROWTH), why)))
+                self._read_companions(unprojected, result)
+                return result
             basis = self._projection(features)
             features = torch.cat([as_double(part).to(basis) @ basis for part in features.split(ROWS)])
         scaled = normalize(features, dim=-1) if self.protocol.normalisation == "l2" else features
-        self._read_ratios(features, step, found)
-        self._read_energies(scaled, step, found)
-        self._read_companions(whole, found)
-        return found
+        self._read_ratios(features, step, result)
+        self._read_energies(scaled, step, result)
+        self._read_companions(unprojected, result)
+        return result
 
     def _keyed(self, values: dict[str, str]) -> dict[str, str]:
         return {f"{self.name}/{key}": value for key, value in values.items()}
@@ -112,28 +112,28 @@ class Section:
         residuals = self._gather(moments.centred(features)[1])
         return shrunk(moments, residuals, self.protocol.shrinkage)
 
-    def _read_ratios(self, features: Tensor, step: int, found: Found) -> None:
+    def _read_ratios(self, features: Tensor, step: int, result: SectionResult) -> None:
         moments = self._moments(features)
         try:
             spectrum = self._spectrum(moments, features)
         except ValueError as error:
-            found.absent.update(self._keyed(dict.fromkeys((*RATIOS, *INTERVAL), str(error))))
+            result.absent.update(self._keyed(dict.fromkeys((*RATIOS, *INTERVAL), str(error))))
             return
-        found.values[f"{self.name}/icr"] = spectrum.icr
-        found.values[f"{self.name}/indefinite_fraction"] = spectrum.indefinite_fraction
-        found.distributions[f"{self.name}/eigenvalues"] = spectrum.eigenvalues.cpu().numpy()
+        result.values[f"{self.name}/icr"] = spectrum.icr
+        result.values[f"{self.name}/indefinite_fraction"] = spectrum.indefinite_fraction
+        result.distributions[f"{self.name}/eigenvalues"] = spectrum.eigenvalues.cpu().numpy()
         if spectrum.icr_debiased is None:
-            found.absent.update(self._keyed(dict.fromkeys(("icr_debiased", *INTERVAL), spectrum.unavailable["icr_debiased"])))
+            result.absent.update(self._keyed(dict.fromkeys(("icr_debiased", *INTERVAL), spectrum.unavailable["icr_debiased"])))
             return
-        found.values[f"{self.name}/icr_debiased"] = spectrum.icr_debiased
+        result.values[f"{self.name}/icr_debiased"] = spectrum.icr_debiased
         try:
             terms = self._gather(leave_one_out_terms(moments, features))
         except ValueError as error:
-            found.absent.update(self._keyed(dict.fromkeys(INTERVAL, str(error))))
+            result.absent.update(self._keyed(dict.fromkeys(INTERVAL, str(error))))
             return
         interval = interval_from_terms(spectrum, terms)
         values = {"icr_low": interval.low, "icr_high": interval.high}
-        found.arrays[f"{self.name}/influence"] = interval.influence.float().cpu().numpy()
+        result.arrays[f"{self.name}/influence"] = interval.influence.float().cpu().numpy()
         if step >= self.origin:
             influence = interval.influence.cpu()
             if self._lowest is None or spectrum.icr_debiased < self._lowest[0]:
@@ -141,24 +141,24 @@ class Section:
             rise = spectrum.icr_debiased - self._lowest[0]
             low, high = paired_difference(self._lowest[1], influence, rise)
             values |= {"icr_rise": rise, "icr_rise_low": low, "icr_rise_high": high}
-        found.values.update({f"{self.name}/{key}": value for key, value in values.items()})
+        result.values.update({f"{self.name}/{key}": value for key, value in values.items()})
 
-    def _read_energies(self, scaled: Tensor, step: int, found: Found) -> None:
+    def _read_energies(self, scaled: Tensor, step: int, result: SectionResult) -> None:
         moments = self._moments(scaled)
         squares = [moments.centred(part)[1].square().sum((1, 2)) for part in scaled.split(ROWS)]
         residuals = self._gather(torch.cat(squares))
         if float(residuals.sum()) > 0:
-            found.arrays[f"{self.name}/residual_share"] = (residuals / residuals.sum()).float().cpu().numpy()
+            result.arrays[f"{self.name}/residual_share"] = (residuals / residuals.sum()).float().cpu().numpy()
         try:
             energies = self._spectrum(moments, scaled)
         except ValueError as error:
-            found.absent.update(self._keyed(dict.fromkeys((*ENERGIES, GROWTH), str(error))))
+            result.absent.update(self._keyed(dict.fromkeys((*ENERGIES, GROWTH), str(error))))
             return
-        found.values.update({f"{self.name}/{key}": getattr(energies, key) for key in ENERGIES})
+        result.values.update({f"{self.name}/{key}": getattr(energies, key) for key in ENERGIES})
         if step >= self.origin:
-            self._read_growth(scaled, found)
+            self._read_growth(scaled, result)
 
-    def _read_growth(self, scaled: Tensor, found: Found) -> None:
+    def _read_growth(self, scaled: Tensor, result: SectionResult) -> None:
         """Growth since the first measurement, each half of the images by the other half's inverse.
 
         An image's own inverse is not independent of its residuals; that of the other half is. So growth is 1 on average while
@@ -171,24 +171,23 @@ class Section:
             spectra = [self._spectrum(moments, scaled[half]) for moments, half in zip(halves, (~odd, odd), strict=True)]
             now = torch.stack([spectrum.sigma_residual for spectrum in spectra]).cpu()
             self._reference = now if self._reference is None else self._reference
-            found.values[f"{self.name}/{GROWTH}"] = growth_across(self._reference, now, self.protocol.ridge)
+            result.values[f"{self.name}/{GROWTH}"] = growth_across(self._reference, now, self.protocol.ridge)
         except ValueError as error:
-            found.absent.update(self._keyed({GROWTH: f"of half of the images, {error}"}))
+            result.absent.update(self._keyed({GROWTH: f"of half of the images, {error}"}))
 
-    def _read_companions(self, features: Tensor, found: Found) -> None:
+    def _read_companions(self, features: Tensor, result: SectionResult) -> None:
         if not self.companions:
             return
         values, absent = companion_values(self.companions, self._gather(features), self.labels)
-        found.values.update({f"{self.name}/{key}": value for key, value in values.items()})
-        found.absent.update(self._keyed(absent))
+        result.values.update({f"{self.name}/{key}": value for key, value in values.items()})
+        result.absent.update(self._keyed(absent))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The reference of later measurements, by name."""
         state = {}
         if self._basis is not None:
-            state["basis"] = (
-                self._basis.cpu().contiguous()
-            )  # columns of an eigenbasis, which safetensors does not take as they are
+            # Columns of an eigenbasis are not contiguous, and safetensors refuses such tensors.
+            state["basis"] = self._basis.cpu().contiguous()
         if self._reference is not None:
             state["reference"] = self._reference
         if self._lowest is not None:

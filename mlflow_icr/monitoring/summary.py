@@ -8,7 +8,7 @@ from mlflow_icr.monitoring.series import series
 
 # A ratio this small is within the noise of a few hundred samples, and within what near-duplicates in a data set cause.
 ONSET_RATIO = 0.05
-# What a run comes to, of `summarise` and of its verdict.
+# The keys of a run's summary, from `summarise` and from its verdict.
 SUMMARY_KEYS = frozenset(
     (
         *("icr_min", "icr_min_images_seen", "mem_onset_images_seen", "lead_images"),
@@ -38,6 +38,6 @@ def summarise(history: Iterable[Mapping[str, float]]) -> dict[str, float]:
         onset = at
     if onset is not None:
         result["mem_onset_images_seen"] = onset
-        if icr and onset > result["icr_min_images_seen"]:  # an ICR that falls on gives no lead
+        if icr and onset > result["icr_min_images_seen"]:  # an ICR that still falls gives no lead
             result["lead_images"] = onset - result["icr_min_images_seen"]
     return result

@@ -56,12 +56,12 @@ class NoiseSweep:
 
     @property
     def layers(self) -> list[str]:
-        """In the order of the data."""
+        """The layers, in the order of the data."""
         return list(dict.fromkeys(p.layer for p in self.points))
 
     @property
     def sigmas(self) -> list[float]:
-        """Ascending."""
+        """The noise levels, ascending."""
         return sorted({p.sigma for p in self.points})
 
     def of(self, layer: str) -> list[SweepPoint]:
@@ -73,22 +73,22 @@ class NoiseSweep:
 
     def sigma_star(self, layer: str) -> float | None:
         """The sigma with the lowest ICR of a layer; None where none was measured."""
-        found = self._measured(layer)
-        return min(found, key=lambda p: p.icr or 0.0).sigma if found else None
+        measured = self._measured(layer)
+        return min(measured, key=lambda p: p.icr or 0.0).sigma if measured else None
 
     def most_accurate_sigma(self, layer: str) -> float | None:
         """The sigma with the highest probe accuracy of a layer; None without labels."""
-        found = [p for p in self.of(layer) if p.accuracy is not None]
-        return max(found, key=lambda p: p.accuracy or 0.0).sigma if found else None
+        probed = [p for p in self.of(layer) if p.accuracy is not None]
+        return max(probed, key=lambda p: p.accuracy or 0.0).sigma if probed else None
 
     def has_window(self, layer: str) -> bool:
         """Whether ICR over sigma is certainly U-shaped: at both ends its interval is above the lowest ICR."""
-        found = self._measured(layer)
-        return len(found) >= 3 and all(end.rise_low is not None and end.rise_low > 0 for end in (found[0], found[-1]))
+        measured = self._measured(layer)
+        return len(measured) >= 3 and all(end.rise_low is not None and end.rise_low > 0 for end in (measured[0], measured[-1]))
 
     def as_dict(self) -> dict[str, Any]:
         """All fields as plain values, for JSON."""
-        found = {
+        by_layer = {
             layer: {
                 "sigma_star": self.sigma_star(layer),
                 "most_accurate_sigma": self.most_accurate_sigma(layer),
@@ -98,7 +98,7 @@ class NoiseSweep:
         }
         return {
             "best_layer": self.best_layer,
-            "layers": found,
+            "layers": by_layer,
             "num_images": self.num_images,
             "num_views": self.num_views,
             "points": [asdict(point) for point in self.points],
@@ -107,8 +107,8 @@ class NoiseSweep:
     @property
     def best_layer(self) -> str | None:
         """The layer whose ICR gets lowest, at its own best sigma; None where nothing was measured."""
-        found = [p for p in self.points if p.icr is not None]
-        return min(found, key=lambda p: p.icr or 0.0).layer if found else None
+        measured = [p for p in self.points if p.icr is not None]
+        return min(measured, key=lambda p: p.icr or 0.0).layer if measured else None
 
 
 def _views_needed(dims: Sequence[int], num_images: int, protocol: Protocol) -> int:
@@ -147,9 +147,9 @@ class _Sweeper:
 
     def views(self, sigma: float) -> list[Tensor]:
         """Features (N, K, D) of each layer on views."""
-        everyone = range(len(self.images))
+        indices = range(len(self.images))
         p, size = self.protocol, FittingBatches(self.batch_size)
-        batches = view_batches(self.images, everyone, self.num_views, sigma, p, size, self.device, self.encode)
+        batches = view_batches(self.images, indices, self.num_views, sigma, p, size, self.device, self.encode)
         features = self._read((views.flatten(0, 1) for views in batches), sigma)
         return [f.view(len(self.images), self.num_views, -1) for f in features]
 
@@ -169,11 +169,11 @@ class _Sweeper:
 
 
 def _with_rises(points: Sequence[SweepPoint], intervals: Mapping[tuple[float, str], ICRInterval]) -> list[SweepPoint]:
-    """The points, those with an interval compared with the lowest of their layer."""
+    """The points; those with an interval are compared with the lowest ICR of their layer."""
     lowest: dict[str, ICRInterval] = {}
-    for (_, layer), found in intervals.items():
-        if layer not in lowest or found.value < lowest[layer].value:
-            lowest[layer] = found
+    for (_, layer), candidate in intervals.items():
+        if layer not in lowest or candidate.value < lowest[layer].value:
+            lowest[layer] = candidate
     compared = []
     for point in points:
         interval, base = intervals.get((point.sigma, point.layer)), lowest.get(point.layer)
@@ -195,7 +195,7 @@ def _accuracies(sweeper: _Sweeper, sigma: float, labelled: LabelledImages) -> li
 
 @dataclass(frozen=True, eq=False)
 class LabelledImages:
-    """What a linear probe learns from, images (N, C, H, W) and labels (N,), and what it is scored on; else cross-validation is.
+    """Images (N, C, H, W) and labels (N,) for a linear probe, and a test set; without one the probe is cross-validated.
 
     Raises ValueError for sets that do not fit.
     """
@@ -228,8 +228,8 @@ def sweep_noise(
     """ICR, with intervals, of each layer at each sigma, from one forward pass of each noised batch for all layers.
 
     `images` are (N, C, H, W), uint8 or floats in [0, 1]; layers default to all blocks of the network. `labelled` ones add the
-    accuracy of a linear probe on features of noised, unaugmented images, which need not be those of ICR: of a model that was
-    trained on few, more labelled ones say more. Of `protocol`, views, augmentation and seed are used. Raises ValueError for
+    accuracy of a linear probe on features of noised, unaugmented images, which need not be those of ICR: for a model that was
+    trained on few, more labelled ones say more. Only views, augmentation and seed of `protocol` are used. Raises ValueError for
     sigmas, layers or images that do not fit. Source: Li et al. 2026, figures 2, 9 and 14.
     """
     if not sigmas or not all(0 < s < math.inf for s in sigmas):
@@ -244,8 +244,8 @@ def sweep_noise(
         accuracies = [None] * len(layers) if labelled is None else _accuracies(sweeper, sigma, labelled)
         for name, features, accuracy in zip(sweeper.names, sweeper.views(sigma), accuracies, strict=True):
             try:
-                found = intervals[sigma, name] = icr_interval(features)
-                points.append(SweepPoint(sigma, name, features.shape[2], found.value, found.low, found.high, accuracy))
+                interval = intervals[sigma, name] = icr_interval(features)
+                points.append(SweepPoint(sigma, name, features.shape[2], interval.value, interval.low, interval.high, accuracy))
             except ValueError as error:
                 points.append(SweepPoint(sigma, name, features.shape[2], None, None, None, accuracy, str(error)))
     return NoiseSweep(tuple(_with_rises(points, intervals)), len(images), sweeper.num_views)

@@ -73,14 +73,14 @@ class Verdict:
 
     def summary(self) -> dict[str, float]:
         """The numbers that a run table can be sorted by."""
-        found = {
+        numbers = {
             "turned_at_images_seen": self.turned_at,
             "turned_at_images_seen_low": self.low,
             "turned_at_images_seen_high": self.high,
             "cleared_at_images_seen": self.cleared_at,
             "checkpoint_images_seen": self.checkpoint_images_seen,
         }
-        return {key: float(value) for key, value in found.items() if value is not None} | self.forecast.values()
+        return {key: float(value) for key, value in numbers.items() if value is not None} | self.forecast.values()
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class VerdictTracker:
         self._suspicion: tuple[int, int] | None = None  # the start of the present evidence of a turn, and its lower bound
         self._below = 0  # measurements in a row that are surely below the level at which a turn clears
         self._errors, self._copies = Finding(Strength.NOTHING, "nothing was measured"), Finding(Strength.NOTHING, "")
-        self._said = ""  # ICR's finding in words, besides that of the ratio
+        self._rise_text = ""  # ICR's finding in words, besides that of the ratio
         self._first: int | None = None
         self.newest: int | None = None  # images seen of the last row
         self.verdict = Verdict(UNDECIDED)
@@ -148,7 +148,7 @@ class VerdictTracker:
             self._samples, self._copies = SampleEvidence(self._t), Finding(Strength.NOTHING, "")
         self._forecaster.add(self._ratio, at, begins)
         # ICR alone convicts only where there is no ratio, and never acquits.
-        self._errors, self._said = (ratio, rise.text) if self._has_ratio else (rise, "")
+        self._errors, self._rise_text = (ratio, rise.text) if self._has_ratio else (rise, "")
         if self._errors.strength in (Strength.DOUBTFUL, Strength.CERTAIN):
             if self._suspicion is None:
                 since = at if self._errors.since is None else self._errors.since
@@ -183,8 +183,8 @@ class VerdictTracker:
         since = last.since if state == last.state and last.since is not None else at
         turn = self._turn
         evidence = [finding.text for finding in (self._errors, self._copies) if finding.text]
-        if self._said:
-            evidence.insert(1, self._said)
+        if self._rise_text:
+            evidence.insert(1, self._rise_text)
         self.verdict = Verdict(
             state,
             since,
@@ -206,12 +206,12 @@ class VerdictTracker:
 
         A turn is recognised afterwards: it is dated at the start of its evidence or, with copies alone, at the look before.
         """
-        found = {self.verdict.checkpoint_images_seen, *self._samples.looks[-1:]}
+        steps = {self.verdict.checkpoint_images_seen, *self._samples.looks[-1:]}
         if self._suspicion is not None:
-            found.add(self._suspicion[0])
+            steps.add(self._suspicion[0])
         if not self._has_ratio and self._rise.best is not None:
-            found.add(int(self._rise.best["images_seen"]))
-        return {at for at in found if at is not None}
+            steps.add(int(self._rise.best["images_seen"]))
+        return {at for at in steps if at is not None}
 
 
 def folded(history: Path | str | Iterable[Mapping[str, float]], thresholds: Thresholds | None = None) -> VerdictTracker:

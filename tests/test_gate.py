@@ -42,20 +42,20 @@ TURNED = history(0.2, 1.2)
         (CLEAN, ["--max-copies=0.01"], 1, "fails: copies were not measured (no samples were drawn)"),
         (
             [*CLEAN[:-1], CLEAN[-1] | copies(0, 512)], ["--max-copies=0.01", "--forbid=memorizing"], 0,
-            "passes: mem/ratio_l2 is 0 % of samples, in an interval up to 0.718 %, where 1 % may be; the verdict is gen",
+            "passes: mem/ratio_l2 is 0 % of samples, with an interval up to 0.718 %, and at most 1 % is allowed; the verdict is gen",
         ),
         (
             [*CLEAN[:-1], CLEAN[-1] | copies(0, 100)], ["--max-copies=0.01"], 1,
-            "fails: mem/ratio_l2 is 0 % of samples, in an interval up to 3.62 %, where 1 % may be: "
-            "368 samples without a copy would do",
+            "fails: mem/ratio_l2 is 0 % of samples, with an interval up to 3.62 %, and at most 1 % is allowed: "
+            "368 samples without a copy would be enough",
         ),
         (
             [*CLEAN[:-1], CLEAN[-1] | copies(0, 512) | copies(40, 512, "mem/copies_sscd")], ["--max-copies=0.01"], 1,
-            "fails: mem/copies_sscd is 7.81 % of samples, in an interval up to 10.5 %, where 1 % may be\n",
+            "fails: mem/copies_sscd is 7.81 % of samples, with an interval up to 10.5 %, and at most 1 % is allowed\n",
         ),
         (
             [*CLEAN[:-2], CLEAN[-2] | copies(0, 512), CLEAN[-1]], ["--max-copies=0.01"], 1,
-            "fails: copies (mem/ratio_l2) were measured at 71,054 images seen last, and the run has gone on to 88,818",
+            "fails: copies (mem/ratio_l2) were last measured at 71,054 images seen, and the run has reached 88,818",
         ),
     ],
 )  # fmt: skip

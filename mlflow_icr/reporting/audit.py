@@ -34,7 +34,7 @@ def _default(function: Callable[..., Any]) -> float:
 
 def detectors() -> tuple[Detector, ...]:
     """The detectors that measurements use, with the thresholds that they use."""
-    ratio, cosine, carlini = (_default(one) for one in (memorization_ratio, copy_similarity, carlini_ratio))
+    ratio, cosine, carlini = (_default(function) for function in (memorization_ratio, copy_similarity, carlini_ratio))
     return (
         Detector(
             r"mem/ratio_(?P<encoder>.+)",
@@ -75,7 +75,7 @@ def encoder_text(run: RunMaterial, name: str) -> str:
     recorded = run.params.get("encoder_sha256", "") if name == run.encoder else ""
     if recorded:
         return f"{name}, SHA-256 {recorded}"
-    official = [table[name].sha256 for table in (WEIGHTS, FIDELITY) if name in table and table[name].sha256]
+    official = [listed[name].sha256 for listed in (WEIGHTS, FIDELITY) if name in listed and listed[name].sha256]
     if official:
         return f"{name}, SHA-256 {' or '.join(official)}, checked when it is loaded"
     return f"{name}, its checksum was not recorded" if name else "not recorded"
@@ -101,9 +101,9 @@ def _row(run: RunMaterial, key: str, detector: Detector, match: re.Match[str]) -
 
 
 def _samples(run: RunMaterial, step: int) -> Child:
-    counted = dict(run.of("gen/num_samples")).get(step)
-    if counted is not None:
-        return number(counted, key="gen/num_samples", step=step)
+    count = dict(run.of("gen/num_samples")).get(step)
+    if count is not None:
+        return number(count, key="gen/num_samples", step=step)
     return run.params.get("num_samples", "not recorded")
 
 
@@ -120,11 +120,11 @@ def _tested(run: RunMaterial) -> list[list[Child]]:
 def _untested(run: RunMaterial) -> list[Markup]:
     """Values that are absent, with the reasons that were recorded."""
     noted, keys = run.noted("absent"), set(run.keys)
-    found = []
+    entries = []
     for key, why in sorted(noted.items()):
         if key.startswith(("mem/", "gen/")):
             when = "at some measurements" if key in keys else "never measured"
-            found.append(element("li", element("code", key), f": {when}: {why}"))
+            entries.append(element("li", element("code", key), f": {when}: {why}"))
     for detector in detectors():
         if not any(re.fullmatch(detector.pattern, key) for key in [*keys, *noted]):
             if "copies" in detector.pattern:
@@ -133,30 +133,30 @@ def _untested(run: RunMaterial) -> list[Markup]:
             else:
                 why = "there is no value in the history, and no reason was recorded"
             name = detector.pattern.replace("(?P<encoder>.+)", "*")
-            found.append(element("li", element("code", name), f": {why}"))
-    return found
+            entries.append(element("li", element("code", name), f": {why}"))
+    return entries
 
 
 def _reach(run: RunMaterial) -> Child:
     """The largest share of copies that the newest samples could have missed."""
-    counted, ratio = run.last("gen/num_samples"), run.last("mem/ratio_l2")
-    if counted is None or ratio is None or counted[1] <= 0:
+    count, ratio = run.last("gen/num_samples"), run.last("mem/ratio_l2")
+    if count is None or ratio is None or count[1] <= 0:
         return None
     bounds = run.bounds("mem/ratio_l2", ratio[0])
     if ratio[1] > 0 or bounds is None:
         return None
     most = joined(number(100 * bounds[1], digits=2), " %")
-    return element("p", f"No copy among {counted[1]:.0f} samples allows a share of up to ", most, " (95 %, exact).")
+    return element("p", f"No copy among {count[1]:.0f} samples allows a share of up to ", most, " (95 %, exact).")
 
 
 LIMITS = (
     "ICR and the verdict say what a network's features and errors do. They are no proof that a model copies, and none that it "
     "does not: only samples compared with training images show copies, and only for the samples that were drawn.",
-    "Detectors compare with the images that this run was trained on, as they were given to it. Near-duplicates among those "
-    "images, copies of a part of an image, and copies of images that are in no list of training images are not what they look "
-    "for.",
-    "How often the verdict is right, and how often intervals hold the truth, was measured on small images and one kind of "
-    "network: the file docs/validation.md of mlflow-icr's sources has the rates, with their own intervals.",
+    "Detectors compare with the images that this run was trained on, as they were given to it. They do not look for "
+    "near-duplicates among those images, copies of a part of an image, or copies of images that are in no list of training "
+    "images.",
+    "The rates at which the verdict is right, and intervals hold the truth, were measured on small images and one kind of "
+    "network: the file docs/validation.md of mlflow-icr's sources has them, with their own intervals.",
 )
 
 
@@ -178,12 +178,12 @@ def audit(run: RunMaterial, most_bytes: int, links: Child = None) -> Markup:
         parts.append(_reach(run))
     else:
         parts.append(element("p", element("strong", "Nothing was tested for copying in this run."), class_="warning"))
-    found = gate(run, MAX_COPIES, FORBIDDEN)
-    asked = f"mlflow-icr gate --max-copies {MAX_COPIES:g} --forbid {' --forbid '.join(FORBIDDEN)}"
-    parts.append(element("p", element("strong", found.text), " (", element("code", asked), ")"))
+    outcome = gate(run, MAX_COPIES, FORBIDDEN)
+    command = f"mlflow-icr gate --max-copies {MAX_COPIES:g} --forbid {' --forbid '.join(FORBIDDEN)}"
+    parts.append(element("p", element("strong", outcome.text), " (", element("code", command), ")"))
     warned = {key: text for key, text in run.noted("warning").items() if key.startswith(("mem/", "gen/"))}
     if warned:
-        parts.append(element("h4", "To know about these values"))
+        parts.append(element("h4", "Remarks on these values"))
         parts.append(element("ul", [element("li", element("code", key), f" is {text}") for key, text in warned.items()]))
     parts.append(element("h4", "Not tested"))
     parts.append(element("ul", _untested(run)))

@@ -19,7 +19,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Curve:
-    """A named line: (x, y) points and the (x, low, high) of its interval; `key` is that of the history, `dashed` for less."""
+    """A named line: (x, y) points and the (x, low, high) of its interval; `key` is the history's, `dashed` a secondary one."""
 
     name: str
     points: Sequence[Point]
@@ -31,7 +31,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Mark:
-    """A vertical line at `at` with a word, and the range that it may stand in; `dotted` for the second kind."""
+    """A vertical line at `at` with a word, and the range that it may stand in; `dotted` for a second kind of mark."""
 
     at: float
     text: str
@@ -55,15 +55,15 @@ class Frame:
 
 
 def thinned(points: Sequence[Point]) -> list[Point]:
-    """At most some MOST_POINTS of a curve: the first, the last, and of each part between them its lowest and highest."""
+    """At most about MOST_POINTS of a curve: the first, the last, and the lowest and highest of each part between them."""
     if len(points) <= MOST_POINTS:
         return list(points)
     size = -(-len(points) // (MOST_POINTS // 2))
-    kept = {0, len(points) - 1}
+    indices = {0, len(points) - 1}
     for start in range(0, len(points), size):
         part = range(start, min(start + size, len(points)))
-        kept |= {min(part, key=lambda i: points[i][1]), max(part, key=lambda i: points[i][1])}
-    return [points[i] for i in sorted(kept)]
+        indices |= {min(part, key=lambda i: points[i][1]), max(part, key=lambda i: points[i][1])}
+    return [points[i] for i in sorted(indices)]
 
 
 def tick_text(value: float) -> str:
@@ -78,8 +78,8 @@ def _drawable(curve: Curve, frame: Frame) -> Curve:
         return (x > 0 or not frame.log_x) and (not frame.log_y or min(ys) > 0)
 
     points = thinned([p for p in curve.points if fits(*p)])
-    there = {x for x, _ in points}
-    band = [b for b in curve.band if fits(*b) and b[0] in there]
+    positions = {x for x, _ in points}
+    band = [b for b in curve.band if fits(*b) and b[0] in positions]
     return Curve(curve.name, points, band, curve.colour, curve.key, curve.dashed)
 
 
@@ -166,7 +166,7 @@ def legend(curves: Sequence[Curve]) -> Markup:
 def chart(frame: Frame, curves: Sequence[Curve], marks: Sequence[Mark] = (), *, named: bool = True) -> Markup:
     """A figure of curves with their intervals and, where they are `named`, a legend and the names of those without a point.
 
-    On a logarithmic axis values that are not positive have no place, and so has the start, 0 images seen.
+    A logarithmic axis leaves out values that are not positive, such as the start, 0 images seen.
     """
     drawn = [_drawable(curve, frame) for curve in curves]
     shown = [curve for curve in drawn if curve.points]

@@ -42,13 +42,14 @@ def value_cell(run: RunMaterial, key: str, point: tuple[int, float] | None, *, a
 
 def turn_cell(run: RunMaterial) -> Markup:
     """When a run turned, with bounds; a dash if it did not."""
-    said = run.verdict
-    if said.turned_at is None or said.low is None or said.high is None:
+    verdict = run.verdict
+    if verdict.turned_at is None or verdict.low is None or verdict.high is None:
         return joined("\N{EN DASH}")
-    shown = number(said.turned_at, key="turned_at_images_seen")
-    low, high = (number(at, key=f"turned_at_images_seen_{end}") for at, end in ((said.low, "low"), (said.high, "high")))
+    turned_at = number(verdict.turned_at, key="turned_at_images_seen")
+    ends = ((verdict.low, "low"), (verdict.high, "high"))
+    low, high = (number(at, key=f"turned_at_images_seen_{end}") for at, end in ends)
     bounds = joined(low, " to ", high)
-    return joined(shown, " ", element("span", "(", bounds, ")", class_="interval"))
+    return joined(turned_at, " ", element("span", "(", bounds, ")", class_="interval"))
 
 
 def onset_cell(run: RunMaterial) -> Markup:
@@ -88,14 +89,14 @@ def protocol_warning(runs: Sequence[RunMaterial]) -> Markup | None:
     if len(groups) == 1 and "" not in groups:
         return None
     parts: list[Child] = []
-    known = {digest: group for digest, group in groups.items() if digest}
-    if len(known) > 1:
+    recorded = {digest: group for digest, group in groups.items() if digest}
+    if len(recorded) > 1:
         text = (
             "These runs were not measured in the same way: their protocols differ, and their values of ICR are not comparable."
         )
         parts.append(element("p", element("strong", text)))
-        parts.append(element("ul", [element("li", _names(group), ": ", element("code", d)) for d, group in known.items()]))
-        fields = _differing_fields([group[0] for group in known.values()])
+        parts.append(element("ul", [element("li", _names(group), ": ", element("code", d)) for d, group in recorded.items()]))
+        fields = _differing_fields([group[0] for group in recorded.values()])
         if fields:
             parts.append(element("p", "They differ in ", ", ".join(fields), "."))
     if "" in groups:
@@ -111,12 +112,12 @@ def _names(runs: Sequence[RunMaterial]) -> str:
 
 def _differing_fields(runs: Sequence[RunMaterial]) -> list[str]:
     fields = sorted({name for run in runs for name in run.protocol} - {"digest"})
-    found = []
+    differences = []
     for name in fields:
         values = [run.protocol.get(name, "not recorded") for run in runs]
         if len(set(values)) > 1:
-            found.append(f"{name} ({' / '.join(values)})")
-    return found
+            differences.append(f"{name} ({' / '.join(values)})")
+    return differences
 
 
 def parameter_table(runs: Sequence[RunMaterial]) -> Markup:

@@ -63,20 +63,20 @@ def pairs_in(wall: np.ndarray, thumbnails: np.ndarray) -> list[tuple[int, np.nda
     height, width = thumbnails.shape[1:3]
     places = {thumbnails[i].tobytes(): i for i in reversed(range(len(thumbnails)))}
     tall = 2 * height + BETWEEN + CAPTION
-    found = []
+    pairs = []
     for top in range(0, wall.shape[0] - tall + 1, tall + BETWEEN):
         for left in range(0, wall.shape[1] - width + 1, width + BETWEEN):
             pair = wall[top : top + tall, left : left + width]
             place = places.get(pair[height + BETWEEN : -CAPTION].tobytes())
             if place is not None and (pair[-CAPTION:] < 255).any():  # the last row may end with white
-                found.append((place, pair))
-    return found
+                pairs.append((place, pair))
+    return pairs
 
 
 def _all_pairs(run: RunMaterial, thumbnails: np.ndarray) -> dict[int, list[Pair]]:
     """The pairs of each image, the newest first, in the order of the newest picture."""
     walls = run.pictures.get("nearest", {})
-    found: dict[int, list[Pair]] = {}
+    pairs: dict[int, list[Pair]] = {}
     for step in reversed(spread(list(walls), WALLS)):
         try:
             content = walls[step]()
@@ -84,11 +84,11 @@ def _all_pairs(run: RunMaterial, thumbnails: np.ndarray) -> dict[int, list[Pair]
                 continue
             with Image.open(io.BytesIO(content)) as opened:
                 pixels = np.asarray(opened.convert("RGB"))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # the section on samples says so
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # the section on samples shows why
             continue
         for image, tiles in pairs_in(pixels, thumbnails):
-            found.setdefault(image, []).append(Pair(step, tiles))
-    return found
+            pairs.setdefault(image, []).append(Pair(step, tiles))
+    return pairs
 
 
 def _own_ratios(run: RunMaterial) -> tuple[list[int], np.ndarray]:
@@ -115,10 +115,11 @@ def copied_images(run: RunMaterial) -> list[CopiedImage]:
         thumbnails = run.thumbnails() if run.thumbnails is not None else None
     except UNREADABLE:
         thumbnails = None
-    kept = thumbnails if thumbnails is not None and thumbnails.ndim == 4 else None
-    pairs = {} if kept is None else _all_pairs(run, kept)
+    if thumbnails is not None and thumbnails.ndim != 4:
+        thumbnails = None
+    pairs = {} if thumbnails is None else _all_pairs(run, thumbnails)
     newest = max(run.pictures.get("nearest", {}), default=-1)
-    chosen = [image for image, found in pairs.items() if found[0].images_seen == newest]
+    chosen = [image for image, own in pairs.items() if own[0].images_seen == newest]
     steps, ratios = _own_ratios(run)
     order = np.argsort(-ratios[-1], kind="stable").tolist() if len(ratios) else []
     chosen += [image for image in order if image not in chosen]
@@ -128,7 +129,7 @@ def copied_images(run: RunMaterial) -> list[CopiedImage]:
         CopiedImage(
             image,
             pairs.get(image, [])[:SHOWN],
-            kept[image] if kept is not None and image < len(kept) else None,
+            thumbnails[image] if thumbnails is not None and image < len(thumbnails) else None,
             int(labels[image]) if labels is not None and image < len(labels) else None,
             steps if image in order else (),
             ratios[:, image] if image in order else np.empty(0),

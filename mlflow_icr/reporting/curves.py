@@ -27,37 +27,37 @@ def curve_of(run: RunMaterial, key: str, name: str, colour: int = 0, *, dashed: 
     """A key of a run as a curve, with its interval where it has one."""
     points = run.of(key)
     bounds = [(step, run.bounds(key, step)) for step, _ in points]
-    band = [(float(step), *found) for step, found in bounds if found is not None]
+    band = [(float(step), *interval) for step, interval in bounds if interval is not None]
     return Curve(name, [(float(step), value) for step, value in points], band, colour, key, dashed)
 
 
 def marks_of(run: RunMaterial, colour: int = 0, word: str = "") -> list[Mark]:
     """The turn of a run with its bounds, and the onset of copies."""
-    said, found = run.verdict, []
-    if said.turned_at is not None:
-        found.append(Mark(said.turned_at, f"turn{word}", said.low, said.high, colour))
+    verdict, marks = run.verdict, []
+    if verdict.turned_at is not None:
+        marks.append(Mark(verdict.turned_at, f"turn{word}", verdict.low, verdict.high, colour))
     onset = run.summary.get("mem_onset_images_seen")
     if onset is not None:
-        found.append(Mark(onset, f"copies begin{word}", colour=colour, dotted=True))
-    return found
+        marks.append(Mark(onset, f"copies begin{word}", colour=colour, dotted=True))
+    return marks
 
 
 def _group(run: RunMaterial, frame: Frame, keys: Sequence[tuple[str, str]], marks: Sequence[Mark]) -> Markup | None:
     """A chart of the keys that the run has, or nothing."""
-    there = [(key, name) for key, name in keys if run.of(key)]
-    curves = [curve_of(run, key, name, i, dashed=i >= 4) for i, (key, name) in enumerate(there)]
+    present = [(key, name) for key, name in keys if run.of(key)]
+    curves = [curve_of(run, key, name, i, dashed=i >= 4) for i, (key, name) in enumerate(present)]
     return chart(frame, curves, marks) if curves else None
 
 
 def _matching(run: RunMaterial, pattern: str, name: Callable[[re.Match[str]], str]) -> list[tuple[str, str]]:
-    found = [(key, re.fullmatch(pattern, key)) for key in run.keys]
-    return [(key, name(match)) for key, match in found if match]
+    matches = [(key, re.fullmatch(pattern, key)) for key in run.keys]
+    return [(key, name(match)) for key, match in matches if match]
 
 
 def _other_sections(run: RunMaterial) -> list[tuple[str, str]]:
-    """ICR of the raw weights and at other noise levels, by what their sections are called."""
-    found = _matching(run, r"(repr[^/]+)/icr_debiased", lambda match: match[1].removeprefix("repr_").replace("_", " "))
-    return [("repr/icr_debiased", "as above"), *found] if found else []
+    """ICR of the raw weights and at other noise levels: keys and names; empty if there is only `repr/`."""
+    others = _matching(run, r"(repr[^/]+)/icr_debiased", lambda match: match[1].removeprefix("repr_").replace("_", " "))
+    return [("repr/icr_debiased", "as above"), *others] if others else []
 
 
 def run_charts(run: RunMaterial) -> Markup:

@@ -20,14 +20,14 @@ LEVEL = 0.95  # of the intervals that measurements have
 
 @dataclass(frozen=True)
 class Gate:
-    """Whether a run passes, and the reasons: of a run that fails, those for which it does."""
+    """Whether a run passes, and the reasons; for a run that fails, only those against it."""
 
     passed: bool
     reasons: tuple[str, ...]
 
     @property
     def text(self) -> str:
-        """All of it in a line."""
+        """The outcome and its reasons in one line."""
         return f"{'passes' if self.passed else 'fails'}: {'; '.join(self.reasons)}"
 
 
@@ -63,26 +63,27 @@ def _verdict_text(run: RunMaterial) -> str:
 
 def _copies(run: RunMaterial, most: float) -> tuple[bool, str]:
     """Whether copies are surely few enough, and why or why not."""
-    found = [key for key in run.keys if SHARES.fullmatch(key) and {f"{key}_low", f"{key}_high"} <= set(run.keys)]
-    if not found:
-        noted = [text for key, text in sorted(run.noted("absent").items()) if SHARES.fullmatch(key)]
-        why = noted[0] if noted else "no samples were drawn"
+    keys = [key for key in run.keys if SHARES.fullmatch(key) and {f"{key}_low", f"{key}_high"} <= set(run.keys)]
+    if not keys:
+        reasons = [text for key, text in sorted(run.noted("absent").items()) if SHARES.fullmatch(key)]
+        why = reasons[0] if reasons else "no samples were drawn"
         return False, f"copies were not measured ({why})"
     newest = int(run.rows[-1]["images_seen"])
     shares: list[tuple[float, float, str]] = []
-    for key in found:
+    for key in keys:
         step, value = run.of(key)[-1]
         bounds = run.bounds(key, step)
         if step != newest or bounds is None:
-            return False, f"copies ({key}) were measured at {step:,} images seen last, and the run has gone on to {newest:,}"
+            return False, f"copies ({key}) were last measured at {step:,} images seen, and the run has reached {newest:,}"
         shares.append((bounds[1], value, key))
     high, value, key = max(shares)
-    text = f"{key} is {100 * value:.3g} % of samples, in an interval up to {100 * high:.3g} %, where {100 * most:.3g} % may be"
+    shown, bound, allowed = (f"{100 * share:.3g} %" for share in (value, high, most))
+    text = f"{key} is {shown} of samples, with an interval up to {bound}, and at most {allowed} is allowed"
     if high <= most or value > 0:
         return high <= most, text
-    return False, f"{text}: {_samples_needed(most):,} samples without a copy would do"
+    return False, f"{text}: {_samples_needed(most):,} samples without a copy would be enough"
 
 
 def _samples_needed(most: float) -> int:
-    """Of so many samples without a copy the exact interval ends at `most`: (1 - most)^n = (1 - LEVEL) / 2."""
+    """The number of samples without a copy whose exact interval ends at `most`: (1 - most)^n = (1 - LEVEL) / 2."""
     return math.ceil(math.log((1 - LEVEL) / 2) / math.log1p(-most))

@@ -23,7 +23,7 @@ from mlflow_icr.tracking.operations import End, Params, Tags
 
 MOST_RUNS = 50  # of a folder or an experiment, where each costs a request for every metric
 EIGENVALUES = "repr/eigenvalues"
-STUDY, STUDY_NAME = "study", "study_name"  # tags: which study a run is one of, and which a run is the study's own of
+STUDY, STUDY_NAME = "study", "study_name"  # tags: of a study's members, and of its own run
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,14 @@ class Gathered:
     notes: tuple[str, ...] = ()
 
 
-def _texts(found: object) -> dict[str, str]:
-    return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
+def _texts(content: object) -> dict[str, str]:
+    return {str(key): str(value) for key, value in content.items()} if isinstance(content, dict) else {}
 
 
-def _flat_texts(found: object) -> dict[str, str]:
+def _flat_texts(content: object) -> dict[str, str]:
     """Entries of groups by flat name, with those outside of groups."""
     texts: dict[str, str] = {}
-    for key, value in found.items() if isinstance(found, dict) else ():
+    for key, value in content.items() if isinstance(content, dict) else ():
         texts |= _texts(value) if isinstance(value, dict) else {str(key): str(value)}
     return texts
 
@@ -84,7 +84,7 @@ def gather_folder(folder: Path | str, name: str = "") -> RunMaterial:
     """An output folder's run. Raises FileNotFoundError where it has no history, ValueError for a damaged one."""
     folder = Path(folder)
     rows, left_out = finite_rows(read_history(folder))
-    found, params, tags, status = _described(folder)
+    recorded_name, params, tags, status = _described(folder)
     pictures: dict[str, dict[int, Callable[[], bytes]]] = {}
     for path in sorted((folder / "images").rglob("*.png")):
         if path.stem.isdigit():
@@ -97,7 +97,7 @@ def gather_folder(folder: Path | str, name: str = "") -> RunMaterial:
     probe = {step: partial(read_arrays, folder, step) for step in numbered}
     thumbnails = folder / "embeddings" / "s.npz"
     return RunMaterial(
-        name or found, str(folder), rows, params, tags, pictures, figures, eigenvalues, status, left_out, probe,
+        name or recorded_name, str(folder), rows, params, tags, pictures, figures, eigenvalues, status, left_out, probe,
         partial(_folder_thumbnails, thumbnails) if thumbnails.is_file() else None,
     )  # fmt: skip
 
@@ -110,10 +110,10 @@ def run_of_folder(folder: Path) -> str | None:
 def _state(folder: Path) -> dict[str, Any]:
     """The folder's record of its run in MLflow; empty if it is damaged or missing."""
     try:
-        found = json.loads((folder / "mlflow.json").read_text())
+        state = json.loads((folder / "mlflow.json").read_text())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return state if isinstance(state, dict) else {}
 
 
 def _download(client: Any, run_id: str, path: str) -> bytes:
@@ -122,9 +122,9 @@ def _download(client: Any, run_id: str, path: str) -> bytes:
 
 
 def _points(client: Any, run_id: str, key: str) -> Iterator[Any]:
-    count, more = 0, True
-    while more:
-        page, more = store.metric_page(client, run_id, key, count)
+    count, more_follow = 0, True
+    while more_follow:
+        page, more_follow = store.metric_page(client, run_id, key, count)
         count += len(page)
         yield from page
 
@@ -158,10 +158,10 @@ def gather_run(client: Any, run: Any) -> RunMaterial:
 def _picture_paths(client: Any, run_id: str) -> list[str]:
     """Pictures among the artifacts, as they are named; none where the artifact store does not answer: numbers come first."""
     try:
-        found = [file.path for folder in ("images", "figures") for file in store.files(client, run_id, folder)]
+        paths = [file.path for folder in ("images", "figures") for file in store.files(client, run_id, folder)]
     except store.StoreError:
         return []
-    return [path for path in found if path.lower().endswith(".png")]
+    return [path for path in paths if path.lower().endswith(".png")]
 
 
 def _of_folder(folder: Path) -> Gathered:
@@ -185,29 +185,29 @@ def _in_order(runs: Sequence[Any]) -> list[Any]:
     for run in newest:
         parent = run.data.tags.get(store.PARENT_TAG, "")
         children.setdefault(parent if parent in ids and parent != run.info.run_id else "", []).append(run)
-    found: list[Any] = []
+    ordered: list[Any] = []
 
     def add(run: Any) -> None:
-        found.append(run)
+        ordered.append(run)
         for child in children.get(run.info.run_id, []):
             add(child)
 
     for run in children.get("", []):
         add(run)
-    return found
+    return ordered
 
 
 def _of_run(client: Any, run: Any) -> Gathered:
-    """A run with those nested in it, or the runs of the study that it is the study's own run of."""
+    """A run with those nested in it; for a study's own run, the runs of the study."""
     name = run.info.run_name or run.info.run_id
     members = list(store.family(client, run.info.run_id))
     study = run.data.tags.get(STUDY_NAME)
     if study:
-        there = {member.info.run_id for member in members}
+        member_ids = {member.info.run_id for member in members}
         others = store.runs(client, run.info.experiment_id)
-        members += [one for one in others if one.data.tags.get(STUDY) == study and one.info.run_id not in there]
+        members += [other for other in others if other.data.tags.get(STUDY) == study and other.info.run_id not in member_ids]
         # The study's own run has no curves; it is what the page is about.
-        members = [one for one in members if one.info.run_id != run.info.run_id] or members
+        members = [member for member in members if member.info.run_id != run.info.run_id] or members
     return _many(client, name, members, run.info.run_id)
 
 
@@ -220,8 +220,8 @@ def _of_experiment(client: Any, experiment: str, name: str) -> Gathered:
     owners = studies or [run for run in members if run.info.run_id in parents] or members
     run_id = owners[0].info.run_id if len(owners) == 1 else None
     why = f"experiment {name!r} has no single study or parent run that a page of all its runs belongs to; name a run instead"
-    found = _many(client, name, members, run_id)
-    return Gathered(found.title, found.runs, run_id, why, found.notes)
+    gathered = _many(client, name, members, run_id)
+    return Gathered(gathered.title, gathered.runs, run_id, why, gathered.notes)
 
 
 def _many(client: Any, title: str, members: Sequence[Any], run_id: str | None) -> Gathered:
@@ -235,7 +235,7 @@ def _left_out(count: int, which: str) -> tuple[str, ...]:
     """A remark if there are more runs than a page takes."""
     if count <= MOST_RUNS:
         return ()
-    return (f"Of {count} runs the {which} {MOST_RUNS} are on this page; name some of the others for a page of theirs.",)
+    return (f"This page has the {which} {MOST_RUNS} of {count} runs; name others for a page of theirs.",)
 
 
 def gather(target: str) -> Gathered:
@@ -272,7 +272,7 @@ def gather(target: str) -> Gathered:
 
 
 def gather_all(targets: Sequence[str]) -> Gathered:
-    """Several targets as one page, as they are named. Raises ValueError as `gather` does."""
+    """Several targets as one page, in the order given. Raises ValueError as `gather` does."""
     parts = [gather(target) for target in targets]
     if len(parts) == 1:
         return parts[0]

@@ -21,7 +21,7 @@ from mlflow_icr.monitoring.verdict import Verdict, verdict
 MEASURED = re.compile(r"(repr[^/]*|gen|mem|loss|perf)/")
 # A step without one of these is not a measurement, even if a training logs its loss there.
 TELLING = re.compile(r"(repr[^/]*|gen|mem)/")
-# As the trainers call what a protocol names otherwise.
+# The trainers' parameters, where their names differ from the protocol's.
 PROTOCOL_NAMES = {"num_images": "probe_images", "num_views": "probe_views"}
 PROTOCOL_FIELDS = (
     "layer", "sigmas", "augmentation_level", "num_images", "num_views", "seed", "ridge", "normalisation", "projection",
@@ -116,34 +116,34 @@ class RunMaterial:
     @property
     def protocol(self) -> Mapping[str, str]:
         """The recorded fields of the protocol; `digest` if it was recorded."""
-        given = dict(self.params)
+        recorded = dict(self.params)
         if "logged.protocol" in self.tags:  # of a training that logs to a tracker of its own
-            given |= _json_texts(self.tags["logged.protocol"])
-        found = {}
-        plain = "protocol.layer" not in given
-        for name in PROTOCOL_FIELDS if "layer" in given or not plain else ():
+            recorded |= _json_texts(self.tags["logged.protocol"])
+        protocol = {}
+        plain = "protocol.layer" not in recorded
+        for name in PROTOCOL_FIELDS if "layer" in recorded or not plain else ():
             key = PROTOCOL_NAMES.get(name, name) if plain else f"protocol.{name}"
-            if key in given and (plain, name) != (True, "seed"):  # a trainer's seed is that of its training
-                found[name] = given[key]
-        digest = given.get("protocol_digest") or self.tags.get("icr.protocol_digest", "")
-        return found | ({"digest": digest} if digest else {})
+            if key in recorded and (plain, name) != (True, "seed"):  # a trainer's seed is that of its training
+                protocol[name] = recorded[key]
+        digest = recorded.get("protocol_digest") or self.tags.get("icr.protocol_digest", "")
+        return protocol | ({"digest": digest} if digest else {})
 
     @property
     def encoder(self) -> str:
         """The name of the encoder that samples were judged in, by the keys of the history; empty where none were."""
         for key in self.keys:
-            found = re.fullmatch(r"gen/(?:kid|fd)(?:_train|_gap)?_(?P<name>.+?)(?:_std)?", key)
-            if found:
-                return found["name"]
+            match = re.fullmatch(r"gen/(?:kid|fd)(?:_train|_gap)?_(?P<name>.+?)(?:_std)?", key)
+            if match:
+                return match["name"]
         return ""
 
 
 def _json_texts(text: str) -> dict[str, str]:
     try:
-        found = json.loads(text)
+        content = json.loads(text)
     except ValueError:
         return {}
-    return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
+    return {str(key): str(value) for key, value in content.items()} if isinstance(content, dict) else {}
 
 
 def _is_number(value: object) -> bool:

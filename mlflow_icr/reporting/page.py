@@ -15,9 +15,9 @@ from mlflow_icr.reporting.sections import PICTURES_OF_A_RUN, method_section, run
 from mlflow_icr.reporting.style import STYLE
 from mlflow_icr.version import __version__
 
-# Of all pictures together; base64 adds a third, charts and tables some hundred kilobytes a run: under 10 MB in all.
+# All pictures together; base64 adds a third, charts and tables some hundred kilobytes a run: under 10 MB in all.
 PICTURE_BYTES = 6 * 2**20
-MOST_DETAILED = 12  # runs with a section of their own; of more, a page would be too long to read and to load
+MOST_DETAILED = 12  # runs with a section of their own; with more, a page would be too long to read and to load
 SCRIPT = (Path(__file__).parent / "page.js").read_text()
 # Nothing may be loaded, and only the page's own script may run, even if a name or picture from a store contains code.
 POLICY = (
@@ -34,9 +34,9 @@ def page(title: str, runs: Sequence[RunMaterial], notes: Sequence[str] = ()) -> 
     links = [f"run-{place}" if place <= len(detailed) else "" for place in range(1, len(measured) + 1)]
     most_bytes = PICTURE_BYTES // (PICTURES_OF_A_RUN * max(1, len(detailed)))
     alone = len(measured) == 1
-    said = [*notes, *_said_of(others)]
+    remarks = [*notes, *_unmeasured(others)]
     if len(measured) > len(detailed):
-        said.append(f"The first {len(detailed)} of {len(measured)} runs have sections of their own; name others for theirs.")
+        remarks.append(f"The first {len(detailed)} of {len(measured)} runs have sections of their own; name others for theirs.")
     sections = [
         run_section(run, link, most_bytes, opened=place < 2, alone=alone)
         for place, (run, link) in enumerate(zip(detailed, links, strict=False))
@@ -48,7 +48,7 @@ def page(title: str, runs: Sequence[RunMaterial], notes: Sequence[str] = ()) -> 
             element("h1", title),
             element("p", "Does the model still learn, or does it copy its training images? ", _counted(runs), class_="quiet"),
         ),
-        [element("p", note, class_="quiet") for note in said],
+        [element("p", note, class_="quiet") for note in remarks],
     ]
     if len(measured) > 1:
         parts.append(element("section", element("h2", "Runs side by side"), comparison(measured, links), id="comparison"))
@@ -67,12 +67,13 @@ def _counted(runs: Sequence[RunMaterial]) -> str:
     return f"{len(runs[0].rows)} measurements."
 
 
-def _said_of(runs: Sequence[RunMaterial]) -> list[str]:
+def _unmeasured(runs: Sequence[RunMaterial]) -> list[str]:
+    """A remark that names runs without an ICR, if there are any."""
     if not runs:
         return []
     names = ", ".join(f"{run.name} ({run.place})" for run in runs[:20])
-    more = f" and {len(runs) - 20} more" if len(runs) > 20 else ""
-    return [f"Without a measurement of ICR, and so not compared: {names}{more}."]
+    rest = f" and {len(runs) - 20} more" if len(runs) > 20 else ""
+    return [f"Without a measurement of ICR, and so not compared: {names}{rest}."]
 
 
 def _footer() -> Markup:

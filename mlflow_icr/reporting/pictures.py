@@ -11,7 +11,7 @@ from mlflow_icr.reporting.markup import Markup, element
 
 LARGEST_FILE = 64 * 2**20  # bytes of an image file that is opened at all
 WIDEST = 1600  # pixels; more is not seen on a page
-# What a picture that is too large is tried as, best first: a share of its width, and JPEG's quality.
+# Sizes tried for a picture that is too large, best first: a share of its width, and JPEG's quality.
 SMALLER = ((1.0, 85), (0.75, 80), (0.5, 75), (0.35, 70), (0.25, 60))
 # The formats that every browser shows; another is written as one of them.
 SHOWN_AS_THEY_ARE = {"PNG": "image/png", "JPEG": "image/jpeg"}
@@ -65,18 +65,18 @@ def picture(read: Callable[[], bytes], caption: str, alternative: str, most_byte
     """A figure of one picture with its caption; for a picture that cannot be read, a text says why."""
     text = element("figcaption", caption)
     try:
-        found = embedded(read(), most_bytes)
+        inline = embedded(read(), most_bytes)
     except (OSError, ValueError) as error:
         # An OSError's text may hold a path or an address.
         why = error if isinstance(error, ValueError) else type(error).__name__
         return element("figure", element("p", f"This picture is missing: {why}.", class_="quiet"), text, class_="picture")
-    size = {"width": found.width, "height": found.height}
-    image = element("img", src=found.uri, alt=alternative, title=alternative, **size)
+    size = {"width": inline.width, "height": inline.height}
+    image = element("img", src=inline.uri, alt=alternative, title=alternative, **size)
     return element("figure", image, text, class_="picture")
 
 
 def spread(steps: Sequence[int], count: int) -> list[int]:
-    """At most `count` of some steps, evenly over their order and with the last; the start, 0, only where it is alone."""
+    """At most `count` of the steps, evenly spread and with the last; step 0 only where it is alone."""
     later = [step for step in sorted(steps) if step > 0] or sorted(steps)
     if len(later) <= count:
         return later

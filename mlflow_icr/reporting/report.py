@@ -30,8 +30,8 @@ def write_report(
     """
     if not runs:
         raise ValueError("runs is empty; expected at least one run to report on")
-    gathered = [run if isinstance(run, RunMaterial) else gather_folder(run) for run in runs]
-    content = page(title or ", ".join(run.name for run in gathered[:4]), gathered, notes)
+    materials = [run if isinstance(run, RunMaterial) else gather_folder(run) for run in runs]
+    content = page(title or ", ".join(run.name for run in materials[:4]), materials, notes)
     path = Path(path)
     # Names from elsewhere may hold halves of characters, which no file can.
     write_whole(path, lambda file: file.write(content.encode("utf-8", "replace")))
@@ -81,16 +81,16 @@ def report_command(targets: Sequence[str], output: Path, *, log: bool = False, e
     """
     if output.is_dir():
         raise ValueError(f"output is {str(output)!r}, which is a folder; expected the name of a file, such as report.html")
-    found = gather_all(targets)
-    if log and found.run_id is None:
-        raise ValueError(f"log is set, but {found.unlogged}")
-    write_report(found.runs, output, title=found.title, notes=found.notes)
-    for note in found.notes:
+    gathered = gather_all(targets)
+    if log and gathered.run_id is None:
+        raise ValueError(f"log is set, but {gathered.unlogged}")
+    write_report(gathered.runs, output, title=gathered.title, notes=gathered.notes)
+    for note in gathered.notes:
         echo(note)
-    without = [run.name for run in found.runs if not run.measured]
+    without = [run.name for run in gathered.runs if not run.measured]
     if without:
         echo(f"without a measurement of ICR: {', '.join(without)}")
     print(output)
-    if log and found.run_id is not None:
-        echo(f"logged as {log_report(store.connect(), found.run_id, output)} of run {found.run_id}")
+    if log and gathered.run_id is not None:
+        echo(f"logged as {log_report(store.connect(), gathered.run_id, output)} of run {gathered.run_id}")
     return 0

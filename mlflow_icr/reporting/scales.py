@@ -27,7 +27,7 @@ class Scale:
 
     @property
     def ticks(self) -> list[float]:
-        """Round values inside."""
+        """Round values between the ends."""
         return _log_ticks(self.low, self.high) if self.log else _linear_ticks(self.low, self.high)
 
 
@@ -42,13 +42,13 @@ def _linear_ticks(low: float, high: float) -> list[float]:
 def _log_ticks(low: float, high: float) -> list[float]:
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for parts in ((1, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
-        found = [float(f"{m}e{d}") for d in decades for m in parts]
-        found = [value for value in found if low * (1 - 1e-9) <= value <= high * (1 + 1e-9)]
-        if len(found) <= MOST_TICKS:
+        ticks = [float(f"{m}e{d}") for d in decades for m in parts]
+        ticks = [value for value in ticks if low * (1 - 1e-9) <= value <= high * (1 + 1e-9)]
+        if len(ticks) <= MOST_TICKS:
             break
-    if len(found) < 2:  # less than a factor of two or three, where equal ratios look like equal steps
+    if len(ticks) < 2:  # less than a factor of two or three, where equal ratios look like equal steps
         return _linear_ticks(low, high)
-    return found[:: -(-len(found) // MOST_TICKS)]
+    return ticks[:: -(-len(ticks) // MOST_TICKS)]
 
 
 def scale_of(values: Sequence[float], start: float, end: float, *, log: bool = False, margin: float = 0.05) -> Scale:

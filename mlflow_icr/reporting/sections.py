@@ -18,7 +18,7 @@ from mlflow_icr.reporting.pictures import picture, spread
 
 SAMPLE_STEPS = 5  # measurements whose samples are shown
 MOST_ROWS = 60  # of the table of measurements; history.jsonl and MLflow have all
-# Of one run: samples and neighbours over training, the audit's two, three of features, figures of the whole run,
+# Those of one run: samples and neighbours over training, the audit's two, three of features, figures of the whole run,
 # and the likeliest copied images.
 PICTURES_OF_A_RUN = 2 * SAMPLE_STEPS + 8 + LISTED
 
@@ -48,9 +48,9 @@ FEATURE_PICTURES = {
 
 def verdict_section(run: RunMaterial) -> Markup:
     """The verdict with its evidence, and the run in a few numbers."""
-    said = run.verdict
+    verdict = run.verdict
     facts: list[tuple[str, Child]] = [
-        ("turned at, images seen", turn_cell(run) if said.turned_at is not None else "no turn was seen"),
+        ("turned at, images seen", turn_cell(run) if verdict.turned_at is not None else "no turn was seen"),
         (
             "copies begin at, images seen",
             onset_cell(run) if "mem_onset_images_seen" in run.summary else "nowhere so far",
@@ -58,11 +58,11 @@ def verdict_section(run: RunMaterial) -> Markup:
     ]
     if not run.of("mem/ratio_l2"):
         facts[1] = (facts[1][0], "samples were not compared with training images")
-    if said.cleared_at is not None:
-        facts.append(("the turn cleared at, images seen", number(said.cleared_at, key="cleared_at_images_seen")))
-    if said.checkpoint_images_seen is not None:
-        kept = number(said.checkpoint_images_seen, key="checkpoint_images_seen")
-        facts.append(("checkpoint to keep, images seen", kept))
+    if verdict.cleared_at is not None:
+        facts.append(("the turn cleared at, images seen", number(verdict.cleared_at, key="cleared_at_images_seen")))
+    if verdict.checkpoint_images_seen is not None:
+        checkpoint = number(verdict.checkpoint_images_seen, key="checkpoint_images_seen")
+        facts.append(("checkpoint to keep, images seen", checkpoint))
     for key, name in ((run.icr_key, "ICR"), (run.ratio_key, NAMES[run.ratio_key]), ("mem/ratio_l2", "copies")):
         facts.append((f"{name}, last", value_cell(run, key, run.last(key))))
         if key == run.icr_key:
@@ -70,10 +70,10 @@ def verdict_section(run: RunMaterial) -> Markup:
     listed = [element("div", element("dt", name), element("dd", value)) for name, value in facts]
     return element(
         "div",
-        element("p", badge(said.state), " ", MEANINGS.get(said.state, ""), class_="verdict"),
+        element("p", badge(verdict.state), " ", MEANINGS.get(verdict.state, ""), class_="verdict"),
         element("dl", listed, class_="facts"),
-        element("p", said.forecast.text),
-        element("ul", [element("li", text) for text in said.evidence]),
+        element("p", verdict.forecast.text),
+        element("ul", [element("li", text) for text in verdict.evidence]),
         class_="said",
     )
 
@@ -160,7 +160,7 @@ def protocol_section(run: RunMaterial) -> Markup:
 
 
 def measurements_section(run: RunMaterial) -> Markup:
-    """The history as a table, of at most some MOST_ROWS measurements, and every key's last and extreme values."""
+    """The history as a table, of about MOST_ROWS measurements at most, and every key's last and extreme values."""
     columns = [(key, name) for key, name in COLUMNS if run.of(key)]
     steps = [int(row["images_seen"]) for row in run.rows]
     shown = steps if len(steps) <= MOST_ROWS else [0] * (0 in steps) + spread(steps, MOST_ROWS)
@@ -227,8 +227,8 @@ def method_section() -> Markup:
         "protocol's noise; interval of its logarithm, paired by image.",
         "Verdict: a turn is found in the errors alone, without samples or held-out images; memorizing takes two detectors of "
         f"copies. Thresholds: {values}. A turn is dated with the bounds between which it may lie; all in images seen.",
-        "Copies: detectors compare samples with training images (audit). Copies begin at the first measurement from which on "
-        f"more than {100 * ONSET_RATIO:g} % of samples are called copies by pixels, to the end.",
+        "Copies: detectors compare samples with training images (audit). Copies begin at the first measurement from which "
+        f"more than {100 * ONSET_RATIO:g} % of samples are called copies by pixels, up to the end.",
         "Energies: traces and Fisher energies are of l2-normalised features; growth is relative to the first measurement after "
         "the start. A value that could not be computed is left out with its reason; nothing replaces it.",
         "ICR: Li, Jia, et al., Evaluating the Representation Space of Diffusion Models via Self-Supervised Principles, ICML "

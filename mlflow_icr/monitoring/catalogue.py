@@ -65,6 +65,7 @@ def catalogue_page() -> str:
     lines = [
         "# Metrics",
         "",
+        "This page lists every metric that is logged, with its formula, source and cost.",
         "The step of every metric is images seen. An absent value is left out, and its reason is logged once.",
         "",
         "A key with `_low` and `_high` has the bounds of a 95 % interval. `repr_sigma<value>/` are further noise levels.",

@@ -87,7 +87,7 @@ def _missing(outcomes: Sequence[Outcome], planned: Sequence[FineTuning]) -> str:
     if not names:
         return ""
     return f"""
-**Not done yet: {", ".join(names)}.** The command continues with them. Nothing is said of them here.
+**Not done yet: {", ".join(names)}.** The command continues with them. This page says nothing about them.
 """
 
 
@@ -99,14 +99,15 @@ def page_of(outcomes: Sequence[Outcome], planned: Sequence[FineTuning] = ()) -> 
     summary = "; ".join(f"{text}: {count} of {len(outcomes)}" for text, count in counts.items())
     return f"""# Fine-tuning and LoRA, watched from beside
 
-*Written by `python -m studies.fine_tuning` from the files in `docs/validation/fine_tuning/`.*
+This page shows for fine-tunings of one small model whether the verdict came before the copies. `python -m studies.fine_tuning`
+writes it from the files in `docs/validation/fine_tuning/`.
 
 A small U-Net (8x8 pixels) is trained on nine classes of CIFAR-10, and then fine-tuned on 32, 128 or 512 images of the
 tenth: all weights, or a LoRA of rank 16. The training script is plain diffusers and PEFT. It knows nothing of this library, and
 saves three checkpoints in each doubling of the images seen. `mlflow-icr watch` runs beside it.
 
-The question is whether the verdict comes before the copies. A sample is a copy when its nearest training image is less than a
-third as far away as the second nearest, in pixels. A run *copies* from the first checkpoint on whose share of copies is above
+A sample is a copy when its nearest training image is less than a third as far away as the second nearest, in pixels.
+A run *copies* from the first checkpoint on whose share of copies is above
 {COPIES:.0%} with its whole interval; {SAMPLES} samples are drawn of each. It is *warned* at the first checkpoint at which the
 verdict is turning or memorizing, read from the measurements up to there. The lengths of the runs were set before the first of
 them.
@@ -117,8 +118,8 @@ them.
 |---|---|---|---|---|---|---|---|
 {chr(10).join(rows)}
 
-All positions are images seen. One seed, one model, one data set: this is a first look, and no validation. The thresholds of the
-verdict were found on training from scratch, and nothing was tuned here.
+All positions are images seen. With one seed, one model and one data set, this is a first look, and no validation. The
+thresholds of the verdict were found on training from scratch, and nothing was tuned here.
 """
 
 

@@ -110,11 +110,17 @@ def _origins(role: str, results: Results) -> list[str]:
 
 def page_text(claims: Sequence[Claim], beyond: Sequence[Claim], scale: Scale, results: Results) -> str:
     """The page as Markdown."""
-    lines = ["# The paper, reproduced", "", *_summary(claims, scale, results), ""]
-    lines += [
-        "Written by `mlflow run . -e paper`, from result files. The paper is Li, Jia, et al., ICML 2026, arXiv 2606.09718."
+    lines = [
+        "# The paper, reproduced",
+        "",
+        "This page repeats the figures of Li, Jia, et al., ICML 2026, arXiv 2606.09718, and says for each claim",
+        "whether it holds here. `mlflow run . -e paper` writes it from result files.",
+        "",
+        *_summary(claims, scale, results),
+        "",
+        *_setting(scale),
+        "",
     ]
-    lines += ["", *_setting(scale), ""]
     lines += ["| figure | claim | outcome |", "|---|---|---|"]
     lines += [f"| [{claim.figure}](#figure-{claim.figure}) | {claim.claim} | **{claim.outcome}** |" for claim in claims]
     lines += [f"| beyond the paper | {claim.claim} | **{claim.outcome}** |" for claim in beyond]

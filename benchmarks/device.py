@@ -1,4 +1,4 @@
-"""Training on a CUDA device, in bf16, beside a bare loop: images/s, peak memory, and what a measurement costs.
+"""Training on a CUDA device, in bf16, beside a bare loop: images/s, peak memory, and the cost of a measurement.
 
 The networks are those of the presets cifar10-4096 and imagenet256-sit-b2-20k (SiT-B/2). Images and latents are random, of the
 right shapes: nothing is learned, and a step takes as long whatever they show. The bare loop has the same network, loss, fused
@@ -85,11 +85,11 @@ def bare_loop(config: TrainConfig, family: Family, inputs: Inputs, device: torch
             mean, deviation = images[chosen].chunk(2, 1)
             x = mean + deviation * torch.randn_like(mean)
             dropped = torch.rand(count, device=device) < config.network.label_dropout
-            told = torch.where(dropped, CLASSES, labels[chosen])
+            classes = torch.where(dropped, CLASSES, labels[chosen])
             time_ = torch.rand(count, device=device)
             t = time_.view(-1, 1, 1, 1)
             with torch.autocast(device.type, torch.bfloat16):
-                output = network((1 - t) * x + t * noise, 1000 * time_, class_labels=told).sample
+                output = network((1 - t) * x + t * noise, 1000 * time_, class_labels=classes).sample
             loss = (output.float() - (noise - x)).square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -101,7 +101,7 @@ def bare_loop(config: TrainConfig, family: Family, inputs: Inputs, device: torch
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done all that it was told."""
+    """Wait until the device has done all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -117,19 +117,19 @@ def rate(steps: Iterator[object], count: int, batch: int, device: torch.device) 
 
 
 def begin(steps: Iterator[Any], device: torch.device) -> tuple[Any, str]:
-    """A loop's first steps: what it yields, and the memory that it takes at most, beside what was taken already."""
+    """Run a loop's first steps; returns what it yields, and its peak memory over what was in use before."""
     before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     for _ in range(3):
-        found = next(steps)
+        yielded = next(steps)
     wait(device)
-    taken = (torch.cuda.max_memory_allocated() - before) / GIB if device.type == "cuda" else 0.0
-    return found, f"{taken:.2f} GiB" if device.type == "cuda" else "not counted"
+    peak = (torch.cuda.max_memory_allocated() - before) / GIB if device.type == "cuda" else 0.0
+    return yielded, f"{peak:.2f} GiB" if device.type == "cuda" else "not counted"
 
 
 def measure(config: TrainConfig, family: Family, state: TrainState, images: torch.Tensor, images_per_second: float) -> None:
-    """Print what a measurement of the representation costs, and what those of the preset's run do."""
+    """Print the cost of a measurement of the representation, and of all those in the preset's run."""
     monitor = ICRMonitor(family.denoiser(state.ema), images, config.protocol())
     first, second = (monitor.measure(step).values["perf/measure_seconds"] for step in (0, 1))
     share = config.monitor.measurements * second * images_per_second / config.total_images
@@ -147,16 +147,17 @@ def compare(preset: str, arguments: argparse.Namespace, device: torch.device) ->
     inputs = inputs_of(config, 64 if arguments.tiny else 4096)
     family = family_of(config, CLASSES)
     loops = ours(config, family, inputs, device), bare_loop(config, family, inputs, device)
-    (state, taken), (_, taken_bare) = (begin(steps, device) for steps in loops)
+    (state, peak), (_, peak_bare) = (begin(steps, device) for steps in loops)
     rounds = [
         [rate(steps, arguments.steps, config.optimizer.batch_size, device) for steps in loops] for _ in range(arguments.rounds)
     ]
-    mine, theirs = (statistics.median(side) for side in zip(*rounds, strict=True))
+    trainer_rate, bare_rate = (statistics.median(side) for side in zip(*rounds, strict=True))
     ratio = statistics.median(a / b for a, b in rounds)
-    print(f"{preset}, batch {config.optimizer.batch_size}: trainer {mine:.0f} images/s, bare loop {theirs:.0f}, ", end="")
-    print(f"ratio {ratio:.3f} (goal: at least 0.95); peak memory {taken}, bare {taken_bare}")
+    batch = config.optimizer.batch_size
+    print(f"{preset}, batch {batch}: trainer {trainer_rate:.0f} images/s, bare loop {bare_rate:.0f}, ", end="")
+    print(f"ratio {ratio:.3f} (goal: at least 0.95); peak memory {peak}, bare {peak_bare}")
     if preset == CIFAR:
-        measure(config, family, state, inputs.images, mine)
+        measure(config, family, state, inputs.images, trainer_rate)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What distances, neighbours and encoders cost over what they cannot do without, and over the usual ways.
+"""The cost of distances, neighbours and encoders, over the least work that they need and over the usual ways.
 
 - `frechet_distance` against scipy's `sqrtm` of the covariances' product, and against torchmetrics' eigenvalues of it: from
   statistics of both sets, which all of them keep of a reference set, and from float64 embeddings, where covariances count too.
@@ -35,13 +35,15 @@ def timed(call: Callable[[], object]) -> tuple[float, object]:
     return time.perf_counter() - started, result
 
 
-def pairs(name: str, ours: Callable[[], object], theirs: Callable[[], object], goal: str, repeats: int, kept: str = "") -> None:
-    found = [(timed(ours)[0], timed(theirs)[0]) for _ in range(repeats)]
-    mine, other = (statistics.median(side) for side in zip(*found, strict=True))
-    ratio = statistics.median(a / b for a, b in found)
-    print(f"{name:64} ours {mine:7.2f} s  theirs {other:7.2f} s  ratio {ratio:.3f} (goal: {goal})", flush=True)
-    if kept:
-        keep(**{kept: ratio})
+def pairs(
+    name: str, ours: Callable[[], object], theirs: Callable[[], object], goal: str, repeats: int, result_name: str = ""
+) -> None:
+    times = [(timed(ours)[0], timed(theirs)[0]) for _ in range(repeats)]
+    our_seconds, their_seconds = (statistics.median(side) for side in zip(*times, strict=True))
+    ratio = statistics.median(a / b for a, b in times)
+    print(f"{name:64} ours {our_seconds:7.2f} s  theirs {their_seconds:7.2f} s  ratio {ratio:.3f} (goal: {goal})", flush=True)
+    if result_name:
+        keep(**{result_name: ratio})
 
 
 Statistics = tuple[Tensor, Tensor]  # mean and covariance
@@ -121,17 +123,17 @@ def frechet(n: int, dim: int, repeats: int) -> None:
 
 
 class Largest(TorchDispatchMode):
-    """The largest storage that is made inside."""
+    """A context that records the largest storage made inside it."""
 
-    def __init__(self, *given: Tensor) -> None:
+    def __init__(self, *inputs: Tensor) -> None:
         super().__init__()
-        self.given = {z.untyped_storage().data_ptr() for z in given}
+        self.inputs = {z.untyped_storage().data_ptr() for z in inputs}
         self.bytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         result = func(*args, **(kwargs or {}))
         for part in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(part, Tensor) and part.untyped_storage().data_ptr() not in self.given:
+            if isinstance(part, Tensor) and part.untyped_storage().data_ptr() not in self.inputs:
                 self.bytes = max(self.bytes, part.untyped_storage().nbytes())
         return result
 

@@ -1,4 +1,4 @@
-"""Time to draw a rank's share of a batch, on 1, 2 and 4 ranks: it falls with their number, for each draws its own rows alone.
+"""Time to draw a rank's share of a batch, on 1, 2 and 4 ranks: it falls with their number, as each draws its own rows alone.
 
 The batch is that of the preset cifar10-4096, 512 images of 3 x 32 x 32. Shares are drawn one after the other in one process, in
 turn, several times; a ratio is the median of the rounds' ratios.
@@ -40,8 +40,8 @@ def main() -> None:
     seconds(1)
     rounds = [[seconds(ranks) for ranks in RANKS] for _ in range(arguments.rounds)]
     for place, ranks in enumerate(RANKS):
-        median = statistics.median(found[place] for found in rounds)
-        ratio = statistics.median(found[place] / found[0] for found in rounds)
+        median = statistics.median(times[place] for times in rounds)
+        ratio = statistics.median(times[place] / times[0] for times in rounds)
         goal = " (goal: at most 0.35)" if ranks == 4 else ""
         print(f"a rank's share of 512 CIFAR images on {ranks} rank(s): {1e3 * median:.1f} ms, {ratio:.3f} of one's{goal}")
         if ranks == 4:

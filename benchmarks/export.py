@@ -1,4 +1,4 @@
-"""How fast the TensorBoard export is, and whether its memory stays flat.
+"""The speed of the TensorBoard export, and whether its memory stays flat.
 
 A run with many points is exported, and before it one with a tenth of them, each by a process of its own from one temporary
 sqlite store; peak memory is that of the process, after its imports and at its end.
@@ -43,7 +43,7 @@ def fill(points: int, one_key: bool) -> str:
 
 
 def export(run_id: str, logdir: Path) -> None:
-    """Export one run in this process and print what it took as JSON."""
+    """Export one run in this process and print its time and memory as JSON."""
     from mlflow_icr.bridge.tensorboard_export import Exporter
 
     exporter = Exporter(logdir)
@@ -69,16 +69,16 @@ def main() -> None:
         for points in (arguments.points // 10, arguments.points):
             run_id = fill(points, arguments.one_key)
             command = [sys.executable, __file__, "--of", run_id, f"{temporary}/tensorboard"]
-            found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-            growth.append(found["peak"] - found["before"])
+            usage = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+            growth.append(usage["peak"] - usage["before"])
             print(
-                f"{found['points']:9} points exported in {found['seconds']:6.1f} s ({found['cpu']:.1f} s of CPU), "
-                f"{found['points'] / found['seconds']:.0f} points/s, peak memory +{growth[-1]:.0f} to {found['peak']:.0f} MiB",
+                f"{usage['points']:9} points exported in {usage['seconds']:6.1f} s ({usage['cpu']:.1f} s of CPU), "
+                f"{usage['points'] / usage['seconds']:.0f} points/s, peak memory +{growth[-1]:.0f} to {usage['peak']:.0f} MiB",
                 flush=True,
             )
         print(f"{growth[1] - growth[0]:+.0f} MiB for ten times the points (goals: about 0; a million points in under 60 s)")
-        speed = found["points"] / found["seconds"]
-        keep(export_seconds=found["seconds"], export_points_per_second=speed, export_growth_mib=growth[1] - growth[0])
+        speed = usage["points"] / usage["seconds"]
+        keep(export_seconds=usage["seconds"], export_points_per_second=speed, export_growth_mib=growth[1] - growth[0])
 
 
 if __name__ == "__main__":

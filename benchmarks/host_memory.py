@@ -1,8 +1,8 @@
-"""Host memory of a training set: what loading it, hashing it and training on it take at most, as a share of its bytes.
+"""Host memory of a training set: the peak of loading it, hashing it and training on it, as a share of its bytes.
 
 Images are colour PNG files of noise over a ramp, made in a temporary folder first. A fresh process loads them as a training
-does (folder, subset, SHA-256, duplicates), draws batches, and says its peak resident memory: in all, and beyond what the
-imports took. Pages of a mapped file count, although the system may drop them.
+does (folder, subset, SHA-256, duplicates), draws batches, and reports its peak resident memory: in all, and beyond that of the
+imports. Pages of a mapped file count, although the system may drop them.
 """
 
 from __future__ import annotations
@@ -77,21 +77,21 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         make(Path(folder), arguments.images, arguments.side)
-        # As a module: of a script's own folder, files such as kernels.py stand before packages of that name.
+        # As a module: the files of a script's own folder would come before packages of the same name.
         flags = [f"--folder={folder}", f"--images={arguments.images}", f"--side={arguments.side}"]
         command = [sys.executable, "-m", "benchmarks.host_memory", *flags]
-        done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-        found = json.loads(done.stdout.splitlines()[-1])
+        completed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+        usage = json.loads(completed.stdout.splitlines()[-1])
     print(
-        f"{arguments.images} images of {arguments.side}x{arguments.side}: {found['bytes'] / 2**20:.0f} MiB, read in "
-        f"{found['seconds']:.1f} s; peak {found['peak'] / found['bytes']:.3f} times that, without the imports' "
-        f"{found['imports'] / 2**20:.0f} MiB {(found['peak'] - found['imports']) / found['bytes']:.3f} (goal: at most {GOAL})"
+        f"{arguments.images} images of {arguments.side}x{arguments.side}: {usage['bytes'] / 2**20:.0f} MiB, read in "
+        f"{usage['seconds']:.1f} s; peak {usage['peak'] / usage['bytes']:.3f} times that, without the imports' "
+        f"{usage['imports'] / 2**20:.0f} MiB {(usage['peak'] - usage['imports']) / usage['bytes']:.3f} (goal: at most {GOAL})"
     )
     if (arguments.images, arguments.side) == (5000, 512):  # imports weigh more beside fewer bytes
         keep(
-            host_memory=found["peak"] / found["bytes"],
-            host_memory_without_imports=(found["peak"] - found["imports"]) / found["bytes"],
-            host_memory_imports_mib=found["imports"] / 2**20,
+            host_memory=usage["peak"] / usage["bytes"],
+            host_memory_without_imports=(usage["peak"] - usage["imports"]) / usage["bytes"],
+            host_memory_imports_mib=usage["imports"] / 2**20,
         )
 
 

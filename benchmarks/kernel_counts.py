@@ -1,7 +1,7 @@
 """Kernels of a training step of `cifar10-4096`, counted by PyTorch's profiler: without dropout, with torch's, with keyed masks.
 
 On CUDA they are the device's own, of the whole step in bf16. Without a device they are those operations of the forward and the
-backward pass that compute something, each of which is a kernel there; what inductor has compiled is as many as it says itself.
+backward pass that compute something, each of which is a kernel on CUDA; a function that inductor compiled counts once.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def counted(step: Any, device: torch.device) -> int:
 
 
 def kernels(share: float, masks: str, batch: int, device: torch.device) -> int:
-    """Of a step with this share dropped, by masks that are `torch`, `keyed` or `fused`."""
+    """The kernels of a step with this share dropped, by masks that are `torch`, `keyed` or `fused`."""
     config = load_config("cifar10-4096", {"dropout": share})
     family = family_of(config)
     network = family.build(3, config.data.resolution).to(device)

@@ -1,9 +1,9 @@
-"""What a measurement costs over the forward passes that it cannot do without.
+"""The cost of a measurement over that of the forward passes that it needs.
 
 Baseline: the same batches of views through the same network, left at the same layer, and the whole passes whose errors are
 compared, of images and their views at four noise levels; nothing else. The two are timed in turn, several times; the ratio is
 the median of the pairs' ratios. The first measurement, which also makes the views, is printed beside it. A measurement has the
-interval and all that is made of errors; companions and pictures are off.
+interval and all values that come from errors; companions and pictures are off.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from trainers.families import family_of
 
 
 class Recorder:
-    """A denoiser that keeps what it is asked."""
+    """A denoiser that records its calls."""
 
     def __init__(self, denoiser: EDMDenoiser) -> None:
         self.denoiser, self.network = denoiser, denoiser.network
-        self.asked: list[tuple[torch.Tensor, float]] = []
+        self.calls: list[tuple[torch.Tensor, float]] = []
 
     def __call__(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
         """The denoised images (B, C, H, W)."""
-        self.asked.append((x, sigma))
+        self.calls.append((x, sigma))
         return self.denoiser(x, sigma)
 
 
@@ -41,7 +41,7 @@ def whole_passes(monitor: ICRMonitor, denoiser: EDMDenoiser) -> list[tuple[torch
     recorder, sigma = Recorder(denoiser), monitor.protocol.sigmas[0]
     for level in (1.0, *LEVELS):
         monitor.errors.read(recorder, level * sigma, monitored=level == 1)
-    return recorder.asked
+    return recorder.calls
 
 
 def bare(
@@ -61,7 +61,7 @@ def bare(
 
 def compare(name: str, channels: list[int], resolution: int, images: int, views: int, repeats: int) -> float:
     config = load_config("digits", {"block_channels": channels, "resolution": resolution, "num_images": images})
-    # What a pass costs does not depend on what the images show.
+    # The cost of a pass does not depend on what the images show.
     data = torch.randint(
         256, (images, 1, resolution, resolution), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )

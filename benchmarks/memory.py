@@ -1,7 +1,7 @@
-"""What a monitor of a million images takes beside them: the peak of a process over what it took before there was a monitor.
+"""Memory of a monitor of a million images, without the images: a process's peak over its peak before there was a monitor.
 
-The images are one image a million times, so that they take no memory themselves; nothing here may copy them. A batch has gone
-through the network before, so that its activations are not counted.
+The images are one image a million times, so that they take no memory themselves; nothing here may copy them. A batch goes
+through the network first, so that its activations are not counted.
 """
 
 from __future__ import annotations

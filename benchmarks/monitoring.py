@@ -1,9 +1,9 @@
 """The share of a training's wall time that monitoring takes, in the default demo and in `cifar10-4096`.
 
-Of the demo, the limited run is trained for some steps, and a measurement and a judgement of samples are timed: the share is
-that of the preset's whole budget at these costs. Of `cifar10-4096`, which a GPU trains for days, a training step and a
-measurement are timed on the same device at a small batch and with few probe images, and scaled to the preset's numbers: both
-are passes of the same network, whose costs are proportional to images.
+The demo's limited run is trained for some steps, and a measurement and a judgement of samples are timed: the share is that of
+the preset's whole budget at these costs. A training step and a measurement of `cifar10-4096`, which a GPU trains for days, are
+timed on the same device at a small batch and with few probe images, and scaled to the preset's numbers: both are passes of the
+same network, whose costs are proportional to images.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from trainers.run import Run
 
 
 def seconds_per_image(run: Run, steps: int) -> float:
-    going = train(run.state, run.inputs, run.family, run.accelerator)
+    states = train(run.state, run.inputs, run.family, run.accelerator)
     for _ in range(3):
-        next(going)
+        next(states)
     started = time.perf_counter()
     for _ in range(steps):
-        next(going)
+        next(states)
     return (time.perf_counter() - started) / (steps * run.config.optimizer.batch_size)
 
 

@@ -1,7 +1,7 @@
-"""How much of a second rank's work arrives: images per second on two ranks over twice those on one, one core each.
+"""The gain of a second rank: images per second on two ranks over twice those on one, one core each.
 
 Each is a training of its own (torchrun, gloo, the digits preset with a batch of 96), timed by rank 0 over the same steps, in
-turn, several times. On one machine both ranks share its memory and caches, and gloo has no device to overlap its sums with.
+turn, several times. Both ranks share one machine's memory and caches, and gloo has no device to overlap its sums with.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def worker(steps: int) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         run = Run(load_config("digits", {"batch_size": BATCH}), Path(folder))
-        going = train(run.state, run.inputs, run.family, run.accelerator)
+        states = train(run.state, run.inputs, run.family, run.accelerator)
         for _ in range(20):
-            next(going)
+            next(states)
         started = time.perf_counter()
         for _ in range(steps):
-            next(going)
+            next(states)
         if run.is_main:
             print(f"rate {steps * BATCH / (time.perf_counter() - started)}", flush=True)
         run.end()
@@ -49,8 +49,8 @@ def rate(ranks: int, steps: int) -> float:
         "GLOO_SOCKET_IFNAME": "lo",
         "PYTHONPATH": str(Path(__file__).parents[1]),
     }
-    done = subprocess.run([*command, f"--worker={steps}"], env=environment, capture_output=True, text=True, check=True)
-    return float(next(line for line in done.stdout.splitlines() if line.startswith("rate")).split()[1])
+    completed = subprocess.run([*command, f"--worker={steps}"], env=environment, capture_output=True, text=True, check=True)
+    return float(next(line for line in completed.stdout.splitlines() if line.startswith("rate")).split()[1])
 
 
 def main() -> None:
@@ -62,9 +62,9 @@ def main() -> None:
     if arguments.worker:
         return worker(arguments.worker)
     pairs = [(rate(1, arguments.steps), rate(2, arguments.steps)) for _ in range(arguments.pairs)]
-    one, two = (statistics.median(side) for side in zip(*pairs, strict=True))
+    one_rank, two_ranks = (statistics.median(side) for side in zip(*pairs, strict=True))
     efficiency = statistics.median(b / (2 * a) for a, b in pairs)
-    print(f"images/s on one rank {one:.0f}, on two {two:.0f}: scaling efficiency {efficiency:.3f}")
+    print(f"images/s on one rank {one_rank:.0f}, on two {two_ranks:.0f}: scaling efficiency {efficiency:.3f}")
     keep(ranks_efficiency=efficiency)
 
 

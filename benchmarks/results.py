@@ -37,24 +37,24 @@ def keep(**values: float) -> None:
     if not place:
         return
     path = Path(place)
-    here = machine()
-    found = json.loads(path.read_text()) if path.exists() else {}
-    if found.get("machine") != here:
-        found = {"results": {}}
+    this_machine = machine()
+    content = json.loads(path.read_text()) if path.exists() else {}
+    if content.get("machine") != this_machine:
+        content = {"results": {}}
     today = time.strftime("%Y-%m-%d", time.gmtime())
-    found["results"] |= {name: {"value": float(f"{value:.4g}"), "date": today} for name, value in values.items()}
-    lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(one)}" for name, one in sorted(found["results"].items()))
-    path.write_text(f'{{\n  "machine": {json.dumps(here)},\n  "results": {{\n{lines}\n  }}\n}}\n')
+    content["results"] |= {name: {"value": float(f"{value:.4g}"), "date": today} for name, value in values.items()}
+    lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(entry)}" for name, entry in sorted(content["results"].items()))
+    path.write_text(f'{{\n  "machine": {json.dumps(this_machine)},\n  "results": {{\n{lines}\n  }}\n}}\n')
 
 
-def page_of(template: str, found: Mapping[str, object]) -> str:
+def page_of(template: str, content: Mapping[str, object]) -> str:
     """The template with `{{name:format}}` as that result, `{{machine}}`, and `{{dates}}` as first and last date.
 
     Raises KeyError for a result that is missing.
     """
-    results: dict[str, dict[str, object]] = found["results"]  # type: ignore[assignment]
-    dates = sorted({str(one["date"]) for one in results.values()})
-    texts = {"machine": str(found["machine"]), "dates": dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"}
+    results: dict[str, dict[str, object]] = content["results"]  # type: ignore[assignment]
+    dates = sorted({str(entry["date"]) for entry in results.values()})
+    texts = {"machine": str(content["machine"]), "dates": dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"}
 
     def text_of(match: re.Match[str]) -> str:
         name, form = match[1], match[2]

@@ -1,11 +1,11 @@
-"""What logging one report costs the training thread: journal, MLflow and TensorBoard, against Accelerate's MLflow tracker.
+"""The cost of one report to the training thread: journal, MLflow and TensorBoard, against Accelerate's MLflow tracker.
 
 Both log the same values of a training to a real `mlflow server` on this machine, turn by turn, when the other's have arrived;
 ours also keeps them on the disk and writes TensorBoard's events. The ratio is the median of the pairs' ratios; the longest call
 is what a step may have to wait. A line as long, written to the same disk with fsync, is the least that keeping costs.
 
-Then what is not to grow: recording at row 1000 and at row 100 000, opening a folder with 100 MB of event files, and bringing
-300 rows to a store that has none of them.
+Then three costs that must not grow: recording at row 1000 and at row 100 000, opening a folder with 100 MB of event files, and
+bringing 300 rows to a store that has none of them.
 """
 
 from __future__ import annotations
@@ -56,23 +56,23 @@ def serve(folder: Path) -> tuple[subprocess.Popen[bytes], str]:
 def growth(folder: Path, rows: tuple[int, int] = (1000, 100_000), count: int = 200) -> float:
     """The cost of a row in a folder that has so many, in the training thread."""
     medians = []
-    for there in rows:
-        run = folder / f"rows{there}"
+    for num_rows in rows:
+        run = folder / f"rows{num_rows}"
         run.mkdir()
-        history = "".join(json.dumps({"images_seen": i, "repr/icr": 0.5, "mem/ratio_l2": 0.1}) + "\n" for i in range(there))
+        history = "".join(json.dumps({"images_seen": i, "repr/icr": 0.5, "mem/ratio_l2": 0.1}) + "\n" for i in range(num_rows))
         (run / "history.jsonl").write_text(history)
-        told = (to_line(Metrics(i, i, {"repr/icr": 0.5, "mem/ratio_l2": 0.1})) for i in range(there))
-        (run / "events.jsonl").write_text("".join(told))
+        lines = (to_line(Metrics(i, i, {"repr/icr": 0.5, "mem/ratio_l2": 0.1})) for i in range(num_rows))
+        (run / "events.jsonl").write_text("".join(lines))
         tracker = Tracker(run, [], resume="allow")
         tracker.begin()
         times = []
-        for step in range(there, there + count):
+        for step in range(num_rows, num_rows + count):
             started = time.perf_counter()
             tracker.record(Report(step, {"repr/icr": 0.5, "mem/ratio_l2": 0.1}))
             times.append(time.perf_counter() - started)
         tracker.abandon()
         medians.append(statistics.median(times))
-    first, last = (1000 * one for one in medians)
+    first, last = (1000 * median for median in medians)
     print(f"one row, in the training thread: {first:.2f} ms at row {rows[0]}, {last:.2f} ms at row {rows[1]}")
     print(f"  ratio {last / first:.2f} (goal: at most 1.5)")
     return last / first
@@ -92,13 +92,13 @@ def resumption(folder: Path, megabytes: int = 100) -> float:
     state["committed"] = path.stat().st_size
     (run / "tensorboard" / "tensorboard.json").write_text(json.dumps(state))
     started = time.perf_counter()
-    again = Tracker(run, [TensorBoardSink(run / "tensorboard")], resume="must")
-    again.open({}, {})
-    again.record(Report(1, {"repr/icr": 0.5}))
-    again.settle()
+    resumed = Tracker(run, [TensorBoardSink(run / "tensorboard")], resume="must")
+    resumed.open({}, {})
+    resumed.record(Report(1, {"repr/icr": 0.5}))
+    resumed.flush_local()
     seconds = time.perf_counter() - started
     print(f"opening beside {path.stat().st_size / 2**20:.0f} MB of event files: {seconds:.2f} s (goal: 3 s)")
-    again.abandon()
+    resumed.abandon()
     return seconds
 
 
@@ -111,9 +111,9 @@ def catching_up(folder: Path, rows: int = 300) -> float:
         tracker.record(Report(step, {"repr/icr": 0.5, "mem/ratio_l2": 0.1}))
     tracker.abandon()
     started = time.perf_counter()
-    done = deliver_folder(run)
+    delivery = deliver_folder(run)
     seconds = time.perf_counter() - started
-    assert done.complete, done.text
+    assert delivery.complete, delivery.text
     print(f"bringing {rows} rows to a server that has none of them: {seconds:.2f} s (goal: 1 s)")
     return seconds
 
@@ -136,14 +136,14 @@ def main() -> None:
                 values = {f"repr/value{i}": (step + 1) / (i + 7) for i in range(VALUES)}
                 started = time.perf_counter()
                 ours.record(Report(step, values))
-                mine = time.perf_counter() - started
+                our_seconds = time.perf_counter() - started
                 ours.flush()  # else what goes on in the background of ours would be part of what theirs takes
                 started = time.perf_counter()
                 theirs.log(values, step=step)
-                other = time.perf_counter() - started
+                their_seconds = time.perf_counter() - started
                 started = time.perf_counter()
                 append_line(folder / "bare.jsonl", json.dumps(values) + "\n")
-                times.append((mine, other, time.perf_counter() - started))
+                times.append((our_seconds, their_seconds, time.perf_counter() - started))
                 time.sleep(arguments.pause)
             ours.close("FINISHED")
             theirs.finish()

@@ -2,7 +2,7 @@
 
 The bare loop has the same loss, optimizer and average, and nothing else: no Accelerate, no tracking. The other has the parts
 that diffusers' example train_unconditional.py has in a step: a DataLoader, noise of a scheduler, Accelerate, clipped gradients,
-a schedule of the learning rate and EMAModel; images are ready as tensors, which spares it what that script's transforms cost.
+a schedule of the learning rate and EMAModel; images are ready as tensors, which saves it the time of that script's transforms.
 All train in turn, a block of steps each, several times; a ratio is the median of the rounds' ratios.
 """
 
@@ -128,9 +128,9 @@ def main() -> None:
             [rate(steps, arguments.steps, config.optimizer.batch_size) for steps in loops] for _ in range(arguments.rounds)
         ]
         console.close()
-    mine, bare, theirs = (statistics.median(side) for side in zip(*rounds, strict=True))
-    of_bare, of_theirs = (statistics.median(found[0] / found[i] for found in rounds) for i in (1, 2))
-    print(f"digits preset, images/s: trainer {mine:.0f}, bare loop {bare:.0f}, loop of diffusers' kind {theirs:.0f}")
+    trainer, bare, diffusers = (statistics.median(side) for side in zip(*rounds, strict=True))
+    of_bare, of_theirs = (statistics.median(rates[0] / rates[i] for rates in rounds) for i in (1, 2))
+    print(f"digits preset, images/s: trainer {trainer:.0f}, bare loop {bare:.0f}, loop of diffusers' kind {diffusers:.0f}")
     print(f"  trainer over bare loop        {of_bare:.3f} (goal: at least 0.95)")
     print(f"  trainer over diffusers' kind  {of_theirs:.3f} (goal: above 1)")
     keep(trainer_over_bare=of_bare, trainer_over_diffusers=of_theirs)

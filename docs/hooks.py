@@ -44,7 +44,7 @@ def modules_page() -> str:
 
 
 def run_here(command: str) -> str:
-    """What a command of `mlflow-icr` prints, run in this process."""
+    """The output of a command of `mlflow-icr`, run in this process."""
     from mlflow_icr import cli
 
     program, *arguments = shlex.split(command)
@@ -56,7 +56,7 @@ def run_here(command: str) -> str:
 
 
 def commands_page() -> str:
-    """What `--help` prints for every command, and for a training."""
+    """The output of `--help` for every command, and for a training."""
     from mlflow_icr.cli import COMMANDS
     from trainers.command_line import train_parser
 
@@ -71,7 +71,7 @@ def commands_page() -> str:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put what a command prints in place of each `<!-- prints: COMMAND -->`."""
+    """Replace each `<!-- prints: COMMAND -->` by the command's output."""
 
     def session(match: re.Match[str]) -> str:
         return f"```text\n$ {match[1]}\n{run_here(match[1])}\n```"

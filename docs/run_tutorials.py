@@ -30,7 +30,7 @@ def cells(path: Path) -> list[tuple[str, str]]:
 
 
 def execute(path: Path, results: Path) -> None:
-    """Run a tutorial's cells here, one after the other; what each printed goes to `results`/printed.json, figures beside it."""
+    """Run a tutorial's cells here, one after the other; their output goes to `results`/printed.json, figures beside it."""
     import matplotlib as mpl
 
     mpl.use("agg")

@@ -1,7 +1,7 @@
 """The pictures in README.md and docs, from the newest study in `outputs/`: its figure and report, MLflow UI and TensorBoard.
 
-Starts both servers on free ports, opens the address that the study printed in headless Chromium, and saves what is there.
-Fails when a page does not show the curves.
+Starts both servers on free ports, opens the address that the study printed in headless Chromium, and saves the page. Fails when
+a page does not show the curves.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def free_port() -> int:
 
 def shoot_mlflow(page: Page, port: int, study: str, experiment_id: str) -> None:
     """The page that the study prints."""
-    found = newest_view(MlflowClient(f"http://127.0.0.1:{port}"))
-    view = None if found is None or found[0] != experiment_id else found[1]
+    newest = newest_view(MlflowClient(f"http://127.0.0.1:{port}"))
+    view = None if newest is None or newest[0] != experiment_id else newest[1]
     page.set_viewport_size({"width": 1400, "height": 860})
     address = chart_address("sqlite:///mlflow.db", experiment_id, study, view)
     page.goto(address.replace("127.0.0.1:5000", f"127.0.0.1:{port}"))

@@ -34,15 +34,15 @@ printed = run(
 # %%
 from mlflow_icr import verdict
 
-found = verdict("outputs/finished")
-print(found.text)
+run_verdict = verdict("outputs/finished")
+print(run_verdict.text)
 
 # %% [markdown]
 # The network has seen each image 750 times, and has turned.
 
 # %%
-assert found.state in ("turning", "memorizing")
-assert found.turned_at < 24_000
+assert run_verdict.state in ("turning", "memorizing")
+assert run_verdict.turned_at < 24_000
 
 # %% [markdown]
 # ## The likeliest copies
@@ -93,7 +93,7 @@ from mlflow_icr import best_checkpoint
 
 kept = best_checkpoint("outputs/finished")
 print(kept, sorted(path.name for path in kept.iterdir()))
-assert int(kept.name) == found.checkpoint_images_seen
+assert int(kept.name) == run_verdict.checkpoint_images_seen
 
 # %% [markdown]
 # ## The report

@@ -96,9 +96,9 @@ print(f"copies: {share:.0%}, interval {low:.0%} to {high:.0%}")
 # %%
 from mlflow_icr import verdict
 
-found = verdict("model/icr")
-may_be_published = found.state == "generalizing" and high <= 0.05
-print(f"{found.state}; publish: {may_be_published}")
+run_verdict = verdict("model/icr")
+may_be_published = run_verdict.state == "generalizing" and high <= 0.05
+print(f"{run_verdict.state}; publish: {may_be_published}")
 assert not may_be_published
 assert low > 0.05
 

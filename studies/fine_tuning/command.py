@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--pretrain-images-seen", type=int, default=131_072)
     parser.add_argument("--images-seen", type=int, nargs=3, default=LENGTHS, help="of 32, 128, 512 images")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="runs such as full-n32; default: all")
-    parser.add_argument("--page-only", action="store_true", help="write the page from the result files there are")
+    parser.add_argument("--page-only", action="store_true", help="write the page from the result files that exist")
     arguments = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # which ends the programs that it started
     runs = [run for run in all_runs(arguments.images_seen) if not arguments.only or run.name in arguments.only]

@@ -12,8 +12,8 @@ from mlflow_icr.monitoring import verdict
 from mlflow_icr.monitoring.verdict import MEMORIZING, TURNING
 from studies.fine_tuning.runs import SAMPLES, FineTuning, all_runs
 
-BEFORE = "warned before copies"  # what is hoped for
-COPIES = 0.05  # the share that counts, when the lower bound of its interval is above
+BEFORE = "warned before copies"  # the judgement that is hoped for
+COPIES = 0.05  # a share of copies counts when the lower bound of its interval is above this
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Outcome:
 
     @property
     def judgement(self) -> str:
-        """What this says of the verdict, by rule."""
+        """The judgement on the verdict, by rule."""
         if self.copied_at is None:
             return "no copies, no warning" if self.warned_at is None else "warned, and no copies by the end"
         if self.warned_at is None:
@@ -39,51 +39,51 @@ class Outcome:
         return BEFORE if self.warned_at < self.copied_at else "warned with the copies or after"
 
 
-def outcome_of(found: Mapping[str, object]) -> Outcome:
+def outcome_of(content: Mapping[str, object]) -> Outcome:
     """The outcome of a run's result file."""
-    rows: list[dict[str, float]] = sorted(found["history"], key=lambda row: row["images_seen"])  # type: ignore[arg-type, call-overload]
-    shares: list[dict[str, float]] = found["copies"]  # type: ignore[assignment]
+    rows: list[dict[str, float]] = sorted(content["history"], key=lambda row: row["images_seen"])  # type: ignore[arg-type, call-overload]
+    shares: list[dict[str, float]] = content["copies"]  # type: ignore[assignment]
     warned = None
     for end in range(1, len(rows) + 1):
         if verdict(rows[:end]).state in (TURNING, MEMORIZING):
             warned = int(rows[end - 1]["images_seen"])
             break
     copied = next((int(row["images_seen"]) for row in shares if row["low"] > COPIES), None)
-    then = next((row["copies"] for row in shares if row["images_seen"] == warned), None)
+    copies_then = next((row["copies"] for row in shares if row["images_seen"] == warned), None)
     return Outcome(
-        str(found["method"]),
-        int(str(found["num_images"])),
+        str(content["method"]),
+        int(str(content["num_images"])),
         int(rows[-1]["images_seen"]),
         verdict(rows).state,
         warned,
         copied,
-        then,
+        copies_then,
         shares[-1]["copies"],
     )
 
 
 def read_outcomes(results: Path) -> list[Outcome]:
-    """The outcomes of all result files: first those that came out otherwise than hoped, then by method and number of images."""
-    found = [outcome_of(json.loads(path.read_text())) for path in results.glob("*.json")]
-    return sorted(found, key=lambda one: (one.judgement == BEFORE, one.method, one.num_images))
+    """The outcomes of all result files: first those with another judgement than hoped, then by method and number of images."""
+    outcomes = [outcome_of(json.loads(path.read_text())) for path in results.glob("*.json")]
+    return sorted(outcomes, key=lambda outcome: (outcome.judgement == BEFORE, outcome.method, outcome.num_images))
 
 
 def _number(value: int | None) -> str:
     return "never" if value is None else f"{value:,}"
 
 
-def _row(one: Outcome) -> str:
-    method = {"full": "full fine-tuning", "lora": "LoRA"}[one.method]
-    then = "" if one.copies_then is None else f"{one.copies_then:.0%}"
-    end = f"{one.copies_at_end:.0%} at {one.images_seen:,}"
-    cells = (method, one.num_images, _number(one.warned_at), then, _number(one.copied_at), end, one.state, one.judgement)
+def _row(o: Outcome) -> str:
+    method = {"full": "full fine-tuning", "lora": "LoRA"}[o.method]
+    then = "" if o.copies_then is None else f"{o.copies_then:.0%}"
+    end = f"{o.copies_at_end:.0%} at {o.images_seen:,}"
+    cells = (method, o.num_images, _number(o.warned_at), then, _number(o.copied_at), end, o.state, o.judgement)
     return f"| {' | '.join(map(str, cells))} |"
 
 
 def _missing(outcomes: Sequence[Outcome], planned: Sequence[FineTuning]) -> str:
     """A paragraph on the planned runs that have no result, empty where all have one."""
-    there = {(one.method, one.num_images) for one in outcomes}
-    names = [run.name for run in planned if (run.method, run.num_images) not in there]
+    measured = {(outcome.method, outcome.num_images) for outcome in outcomes}
+    names = [run.name for run in planned if (run.method, run.num_images) not in measured]
     if not names:
         return ""
     return f"""
@@ -93,9 +93,9 @@ def _missing(outcomes: Sequence[Outcome], planned: Sequence[FineTuning]) -> str:
 
 def page_of(outcomes: Sequence[Outcome], planned: Sequence[FineTuning] = ()) -> str:
     """The page, Markdown; `planned` runs without an outcome are named on it."""
-    rows = [_row(one) for one in outcomes]
-    judgements = list(dict.fromkeys(one.judgement for one in outcomes))  # in the order of the table
-    counts = {text: sum(one.judgement == text for one in outcomes) for text in judgements}
+    rows = [_row(outcome) for outcome in outcomes]
+    judgements = list(dict.fromkeys(outcome.judgement for outcome in outcomes))  # in the order of the table
+    counts = {text: sum(outcome.judgement == text for outcome in outcomes) for text in judgements}
     summary = "; ".join(f"{text}: {count} of {len(outcomes)}" for text, count in counts.items())
     return f"""# Fine-tuning and LoRA, watched from beside
 
@@ -124,6 +124,6 @@ thresholds of the verdict were found on training from scratch, and nothing was t
 
 
 def write_page(results: Path, page: Path) -> None:
-    """Write the page of the results that there are."""
+    """Write the page from all result files."""
     content = page_of(read_outcomes(results), all_runs()).encode()
     write_whole(page, lambda file: file.write(content))

@@ -118,12 +118,12 @@ def copies(run: FineTuning, work: Path, base: Path) -> list[dict[str, float]]:
     """The share of copies among samples of the base and of each checkpoint, with its interval, by images seen."""
     data = load_folder(work / "data" / f"n{run.num_images}", SIDE).float().flatten(1) / 255
     training = SavedTraining(base)
-    found = [_share(0, training, data)]
+    shares = [_share(0, training, data)]
     for entry in entries_of(work / run.name):
         if entry.checkpoint is not None:
             training.load(entry.checkpoint)
-            found.append(_share(entry.checkpoint.position.count, training, data))
-    return sorted(found, key=lambda row: row["images_seen"])
+            shares.append(_share(entry.checkpoint.position.count, training, data))
+    return sorted(shares, key=lambda row: row["images_seen"])
 
 
 def _share(images_seen: int, training: SavedTraining, data: Tensor) -> dict[str, float]:
@@ -145,18 +145,18 @@ def sampled(network: Any) -> Tensor:
 
 
 def keep_results(run: FineTuning, work: Path, base: Path, results: Path) -> None:
-    """Write what a run gave, a small file: its history as the watch has it, and the copies of each checkpoint."""
+    """Write a run's result, a small file: its history as the watch has it, and the copies of each checkpoint."""
     path = results / f"{run.name}.json"
     if path.exists():
         return
     history = work / run.name / "icr" / HISTORY
     rows = [_kept(row) for row in read_history(history)]
-    found = {"method": run.method, "num_images": run.num_images, "history": rows, "copies": copies(run, work, base)}
-    text = json.dumps(found).replace("}, {", "},\n{") + "\n"  # a line for each row
+    content = {"method": run.method, "num_images": run.num_images, "history": rows, "copies": copies(run, work, base)}
+    text = json.dumps(content).replace("}, {", "},\n{") + "\n"  # a line for each row
     write_whole(path, lambda file: file.write(text.encode()))
 
 
 def _kept(row: Mapping[str, float]) -> dict[str, float]:
-    """What a verdict may read of a row, to eight digits."""
+    """The values of a row that a verdict may read, to eight digits."""
     kept = {key: float(f"{value:.8g}") for key, value in row.items() if key.startswith("repr")}
     return {"images_seen": int(row["images_seen"])} | kept

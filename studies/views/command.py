@@ -1,6 +1,6 @@
 """The table of error views' ratios: sets of images x sizes x denoisers that cannot know the images.
 
-Writes `docs/validation/views.csv` and what `docs/validation.md` shows of it. What is there is not measured again.
+Writes `docs/validation/views.csv`, and its table in `docs/validation.md`. Lines that exist are not measured again.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ from trainers.families.edm import edm_loss, training_sigma
 
 RESULTS = Path(__file__).parents[2] / "docs" / "validation" / "views.csv"
 PROBES, OTHERS = 256, 1500
-LARGEST_WIENER = 800  # values of an image, beyond which its covariance is too sampled
+LARGEST_WIENER = 800  # values of an image, beyond which the estimate of their covariance is too poor
 SETS = ("digits", "mnist5k", "fashion-mnist", "cifar10 in grey", "cifar10")
 SIDES = (8, 16, 32)
 LEVELS = {"": 1.0, "_half": 0.5, "_double": 2.0, "_fourfold": 4.0}  # noise, relative to the monitored level
-# Steps of 64 images for which a network is trained: about 8 epochs of the other images, fewer than it could know them by.
+# Steps of 64 images for which a network is trained: about 8 epochs of the other images, too few to know them by heart.
 NETWORKS = {("digits", 8): 200, ("cifar10", 8): 200, ("cifar10 in grey", 8): 200, ("cifar10", 16): 100}
 
 
 def images_of(name: str, side: int) -> tuple[Tensor, Tensor]:
     """Probe images and others, (N, C, H, W) uint8, of a set in an order of its own."""
     data = os.environ.get(CIFAR10_VARIABLE, CIFAR10) if name.startswith("cifar10") else name
-    read = load_data(data, resolution=side, num_images=OTHERS, num_heldout=PROBES, seed=0)
-    found, others = read.heldout, read.train
+    loaded = load_data(data, resolution=side, num_images=OTHERS, num_heldout=PROBES, seed=0)
+    probes, others = loaded.heldout, loaded.train
     if name.endswith("in grey"):
         grey = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
-        found, others = ((x * grey).sum(1, keepdim=True).round().to(torch.uint8) for x in (found, others))
-    return found, others
+        probes, others = ((x * grey).sum(1, keepdim=True).round().to(torch.uint8) for x in (probes, others))
+    return probes, others
 
 
 def trained_network(others: Tensor, steps: int) -> Denoiser:
-    """A small EDM network, trained on the other images (N, C, H, W) in [-1, 1] for fewer steps than it could know them by."""
+    """A small EDM network, trained on the other images (N, C, H, W) in [-1, 1], for too few steps to know them by heart."""
     config = load_config("digits", {"resolution": others.shape[-1], "block_channels": [32, 64], "layers_per_block": 1})
     network = family_of(config).build(others.shape[1], others.shape[-1])
     denoiser, optimizer = EDMDenoiser(network), torch.optim.Adam(network.parameters(), 2e-3)
@@ -68,7 +68,7 @@ def trained_network(others: Tensor, steps: int) -> Denoiser:
 
 
 def line_of(images: str, kind: str, reader: ErrorReader, denoiser: Denoiser) -> Line:
-    """What a denoiser errs on images and their views."""
+    """The line of a denoiser: its errors on images and their views."""
     ratios: dict[str, float] = {}
     for name, level in LEVELS.items():
         errors = reader.read(denoiser, level * SIGMA, monitored=level == 1)
@@ -81,14 +81,14 @@ def line_of(images: str, kind: str, reader: ErrorReader, denoiser: Denoiser) -> 
     return Line(images, kind, **ratios, auc=auc.value, auc_low=auc.low, auc_high=auc.high, chosen=reader.chosen)
 
 
-def measured(name: str, side: int, networks: bool, there: set[tuple[str, str]]) -> Iterator[Line]:
+def measured(name: str, side: int, networks: bool, present: set[tuple[str, str]]) -> Iterator[Line]:
     """The lines of a set at a size that are not there yet, of judges or of networks."""
     channels = 3 if name == "cifar10" else 1
     images, values = f"{name}, {side}x{side}x{channels}", channels * side * side
     kinds = ["network"] if (name, side) in NETWORKS else []
     if not networks:
         kinds = [kind for kind in JUDGES if kind != "wiener" or values <= LARGEST_WIENER]
-    missing = [kind for kind in kinds if (images, kind) not in there]
+    missing = [kind for kind in kinds if (images, kind) not in present]
     if missing:
         probes, others = images_of(name, side)
         x = others.float() / 127.5 - 1

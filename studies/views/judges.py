@@ -31,7 +31,7 @@ class KernelRegression(Judge):
 
 
 class Wiener(Judge):
-    """Linear shrinkage in the principal components of the other images, which knows where in an image things are."""
+    """Linear shrinkage in the principal components of the other images, which depends on positions in an image."""
 
     def __init__(self, others: Tensor) -> None:
         super().__init__(others)
@@ -41,8 +41,8 @@ class Wiener(Judge):
 
     def __call__(self, x: Tensor, sigma: Tensor | float) -> Tensor:
         """The denoised images (B, C, H, W)."""
-        kept = self.variances.clamp(min=0) / (self.variances.clamp(min=0) + float(sigma) ** 2)
-        shrunk = ((x.flatten(1).double() - self.mean) @ self.directions * kept) @ self.directions.T
+        gains = self.variances.clamp(min=0) / (self.variances.clamp(min=0) + float(sigma) ** 2)
+        shrunk = ((x.flatten(1).double() - self.mean) @ self.directions * gains) @ self.directions.T
         return (self.mean + shrunk).float().view_as(x)
 
 
@@ -67,8 +67,8 @@ class DCT(Judge):
 
     def __call__(self, x: Tensor, sigma: Tensor | float) -> Tensor:
         """The denoised images (B, C, H, W)."""
-        kept = self.variances / (self.variances + float(sigma) ** 2)
-        return self.mean + self.bases[0].T @ (self._transform(x - self.mean) * kept) @ self.bases[1]
+        gains = self.variances / (self.variances + float(sigma) ** 2)
+        return self.mean + self.bases[0].T @ (self._transform(x - self.mean) * gains) @ self.bases[1]
 
 
 JUDGES: dict[str, type[Judge]] = {"dct": DCT, "wiener": Wiener, "kernel": KernelRegression}

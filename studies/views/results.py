@@ -56,12 +56,12 @@ def write_lines(path: Path, lines: Sequence[Line]) -> None:
 
 
 def farthest(lines: Sequence[Line], kind: str) -> float:
-    """How far the ratios of near or far views are from 1 at most, at the monitored level. Raises ValueError for no lines."""
+    """How far the ratios of near or far views are from 1, at most, at the monitored level. Raises ValueError for no lines."""
     return max(abs(getattr(line, kind) - 1) for line in lines)
 
 
 def table_of(lines: Sequence[Line]) -> str:
-    """The table, in Markdown, with a sentence on what it comes to."""
+    """The table, in Markdown, with a sentence that sums it up."""
     if not lines:
         return "Not measured yet: `python -m studies.views`."
     levels = [f"near, sigma {factor * SIGMA:.3g}" for factor in (0.5, 1, 2, 4)]

@@ -1,7 +1,7 @@
-"""The table of the forecast: how much later than the error ratio's passing of a multiple of its baseline copies came.
+"""The table of the forecast: how much later copies came than the error ratio passed a multiple of its baseline.
 
 `python -m studies.validation.calibration` writes `mlflow_icr/monitoring/forecast.json` from the results of the half on which
-things are chosen, and from older histories. Nothing of the other half is read.
+thresholds are chosen, and from older histories. Nothing of the other half is read.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def calibrated(level: float, factors: Mapping[str, Sequence[float]], share: floa
     The centre is the median over all. A run's residual is from the median over the *other* data sets, so that the interval is
     as wide as for images that were not tried: its half-width is the ceil((n + 1) share)-th smallest of n (Vovk et al. 2005).
     """
-    every = [value for values in factors.values() for value in values]
-    if len(every) < FEWEST_RUNS or sum(map(bool, factors.values())) < 2:
+    all_logs = [value for values in factors.values() for value in values]
+    if len(all_logs) < FEWEST_RUNS or sum(map(bool, factors.values())) < 2:
         return None
     residuals = []
     for name, values in factors.items():
@@ -56,9 +56,9 @@ def calibrated(level: float, factors: Mapping[str, Sequence[float]], share: floa
     rank = math.ceil((len(residuals) + 1) * share)
     if rank > len(residuals):
         return None
-    half, centre = sorted(residuals)[rank - 1], statistics.median(every)
+    half, centre = sorted(residuals)[rank - 1], statistics.median(all_logs)
     low, middle, high = (float(f"{math.exp(value):.4g}") for value in (centre - half, centre, centre + half))
-    return Level(level, middle, max(1.0, low), high, len(every))
+    return Level(level, middle, max(1.0, low), high, len(all_logs))
 
 
 def copying_runs(results: Path, histories: Path) -> Iterable[tuple[str, str, Rows, int]]:
@@ -79,7 +79,7 @@ def copying_runs(results: Path, histories: Path) -> Iterable[tuple[str, str, Row
 
 
 def factors_of(name: str, images: str, rows: Rows, onset: int) -> dict[str, Any]:
-    """A run as the table keeps it: its factors, onset over passing, by level."""
+    """The table's entry of a run: its factors, onset over passing, by level."""
     logs = {f"{level:g}": log_factor(rows, level, onset) for level in LEVELS}
     factors = {level: float(f"{math.exp(log):.4g}") for level, log in logs.items() if log is not None}
     return {"run": name, "images": images, "factors": factors}
@@ -93,9 +93,9 @@ def levels_of(runs: Sequence[Mapping[str, Any]]) -> list[Level]:
         for run in runs:
             if f"{level:g}" in run["factors"]:
                 logs[run["images"]].append(math.log(run["factors"][f"{level:g}"]))
-        found = calibrated(level, logs)
-        if found is not None:
-            levels.append(found)
+        row = calibrated(level, logs)
+        if row is not None:
+            levels.append(row)
     return levels
 
 

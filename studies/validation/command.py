@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=1000, help="draws of each simulation of the interval")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--train-only", action="store_true", help="train runs, simulate and write nothing")
-    which.add_argument("--report-only", action="store_true", help="write docs/validation.md from the results there are")
+    which.add_argument("--report-only", action="store_true", help="write docs/validation.md from the results that exist")
     arguments = parser.parse_args(argv)
     failures, plan = [], read_plan()
     if not arguments.report_only:

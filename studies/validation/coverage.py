@@ -18,7 +18,7 @@ MEAN_EIGENVALUE = 0.7  # of all simulations but the mixture: an ICR of 0.588, as
 
 @dataclass(frozen=True)
 class Family:
-    """Features h = s + xi with covariances of these condition numbers, and what their tails are."""
+    """Features h = s + xi with covariances of these condition numbers, and with these tails."""
 
     name: str
     condition_residual: float = 20
@@ -78,7 +78,7 @@ def simulator(rng: np.random.Generator, family: Family, n: int, k: int, d: int) 
 
 @dataclass(frozen=True)
 class Coverage:
-    """What `repeats` draws of one family and size showed; all in units of ICR."""
+    """The results of `repeats` draws of one family and size; all in units of ICR."""
 
     family: str
     n: int
@@ -103,7 +103,7 @@ def measure_coverage(family: Family, n: int, k: int, d: int, repeats: int, seed:
     """Simulate `repeats` draws and compare the estimates and 95 % intervals with the truth."""
     rng = np.random.default_rng([seed, n, k, d, FAMILIES.index(family)])
     draw, truth = simulator(rng, family, n, k, d)
-    found = []
+    estimates = []
     for _ in range(repeats):
         features = torch.from_numpy(draw())
         interval = icr_interval(features)
@@ -111,8 +111,8 @@ def measure_coverage(family: Family, n: int, k: int, d: int, repeats: int, seed:
         # The plug-in value, from the debiased one.
         plugin = 1 / (((1 / interval.value - 1) + 1 / k) * nu / (nu - d - 1) - 1 / k + 1)
         inside = interval.low <= truth <= interval.high
-        found.append((plugin, interval.value, interval.centre, interval.standard_error, float(inside)))
-    plugins, values, centres, errors, inside_all = np.array(found).T
+        estimates.append((plugin, interval.value, interval.centre, interval.standard_error, float(inside)))
+    plugins, values, centres, errors, inside_all = np.array(estimates).T
     return Coverage(
         family.name,
         n,
@@ -139,13 +139,13 @@ def read_coverages(path: Path) -> list[Coverage]:
 
 
 def simulate_missing(path: Path, repeats: int) -> None:
-    """Add every family at every size to a CSV table, one row after the other; what is there with so many draws stays."""
+    """Add every family at every size to a CSV table, one row after the other; rows with so many draws stay."""
     rows = [row for row in read_coverages(path) if row.repeats == repeats]
-    there = {(row.family, row.n, row.k, row.d) for row in rows}
+    simulated = {(row.family, row.n, row.k, row.d) for row in rows}
     path.parent.mkdir(parents=True, exist_ok=True)
     for family in FAMILIES:
         for n, k, d in SIZES:
-            if (family.name, n, k, d) in there:
+            if (family.name, n, k, d) in simulated:
                 continue
             rows.append(measure_coverage(family, n, k, d, repeats))
             part = path.with_name(f".{path.name}.part")

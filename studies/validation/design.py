@@ -49,10 +49,10 @@ BATCHES = (16, 32, 64)
 # root, and with dropout they are half as many again. Digits are copied after some 20 (EDM, width 32, batch 16).
 STEPS_PER_IMAGE = {8: 60, 16: 35, 32: 20, 64: 12}
 SLOWNESS = {"edm": 1.4, "v": 1.6, "flow": 2.2}  # the other families copy later
-# Images a second at 8x8 with a batch of 48 on one slow core, and what other batches change: what a run is reckoned to cost.
+# Images a second at 8x8 with a batch of 48 on one slow core, and factors of other batches: a run's cost is estimated from them.
 SPEED = {"unet": {8: 1260, 16: 800, 32: 360, 64: 125}, "flow": {8: 2200, 16: 1270, 32: 760, 64: 590}}
 BATCH_SPEED = {16: 0.6, 32: 0.85, 48: 1.0, 64: 1.1, 128: 1.4}
-ASKED = 5000 / 3.4  # what a measurement denoises, in images trained on, which cost 3.4 times as much
+DENOISED = 5000 / 3.4  # a measurement's denoised images, in images trained on, which cost 3.4 times as much
 # A training ends after so many seconds, and is not drawn where that is less than this share of its length, so that most copy;
 # of many images, or of 16 pixels, few can, and they end sooner.
 MOST_SECONDS, LEAST_SHARE = 140, 0.75
@@ -90,7 +90,7 @@ def images_a_second(run: Mapping[str, Any]) -> float:
 
 
 def seconds_of(run: Mapping[str, Any], kimg: float) -> float:
-    """What a run's training is reckoned to take, in seconds on one core."""
+    """The estimated seconds of a run's training on one core."""
     return 1000 * kimg / (images_a_second(run) * BATCH_SPEED[run["batch_size"]])
 
 
@@ -98,12 +98,12 @@ def cost_of(planned_run: Mapping[str, Any]) -> float:
     """Seconds on one core of a run of the plan, with what comes before it and its measurements."""
     run = planned_run["factors"]
     kimg = planned_run["options"]["total_kimg"] + planned_run.get("before", {}).get("total_kimg", 0.0)
-    measured = (MONITOR["measurements"] + 1) * ASKED / images_a_second(run)
+    measured = (MONITOR["measurements"] + 1) * DENOISED / images_a_second(run)
     return seconds_of(run, kimg) + measured
 
 
 def network_options(family: str, width: int) -> dict[str, Any]:
-    """Options of the trainer that say what is trained."""
+    """The trainer's options of the network."""
     if family == "flow":
         return {"family": "flow", "hidden_size": HIDDEN[width], "num_layers": 3, "num_heads": 2, "patch_size": 2}
     network: dict[str, Any] = {"block_channels": [width, 2 * width], "layers_per_block": 1}
@@ -153,7 +153,7 @@ def kimg_of(run: Mapping[str, Any], share: float = 1.0, seconds: float | None = 
 
 
 def planned(run: Mapping[str, Any], kimg: float, **others: Any) -> dict[str, Any]:
-    """A run as the plan has it."""
+    """The plan's entry of a run."""
     name = name_of(run)
     needs = sorted({"augment"} if run["augment"] != "none" else set()) + (["init_from"] if others.get("before") else [])
     options = options_of(run) | {"total_kimg": kimg, "first_measurement_kimg": first_kimg(kimg)}
@@ -186,7 +186,7 @@ FACTORS = ("images", "family", "num_images", "width", "dropout", "augment", "lea
 
 
 def _levels(run: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-    """A run's levels and pairs of levels; those of a run without augmentation count apart, for such runs come first."""
+    """A run's levels and pairs of levels; runs without augmentation come first, so their levels also count apart."""
     values = {**run, "half": chosen_on(name_of(run))}
     single = [(factor, values[factor]) for factor in FACTORS]
     return [*single, *itertools.combinations(single, 2), *(("plain", run["augment"], level) for level in single)]
@@ -203,7 +203,7 @@ def _imbalance(run: Mapping[str, Any], counts: Counter[tuple[Any, ...]]) -> floa
 
 
 def decoupled_runs() -> list[dict[str, Any]]:
-    """Limited runs over all factors, each the best of many draws: any first of them are about balanced."""
+    """Limited runs over all factors, each the best of many draws, so that the first n are about balanced for any n."""
     rng, counts = random.Random(SEED), Counter[tuple[Any, ...]]()
     runs: list[dict[str, Any]] = []
     while len(runs) < DECOUPLED_RUNS:

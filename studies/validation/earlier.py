@@ -1,6 +1,6 @@
 """The 52 runs of the study before this one: limited and rich trainings by EDM, with default settings, on grey images.
 
-Their view error ratio is of the views that ICR is read on, which are blurrier than the images: its level is another one.
+Their view error ratio is that of ICR's views, which are blurrier than the images, so its level differs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NAME = re.compile(r"(?P<set>.+)-(?P<role>limited|rich)-n(?P<n>\d+)-seed(?P<seed>
 
 def read_earlier(folder: Path, plan: Plan) -> list[Outcome]:
     """Their outcomes, by the distance ratio alone; thresholds were chosen on the digits runs with even seeds."""
-    found = []
+    outcomes = []
     for path in sorted(folder.glob("*/")):
         match = NAME.fullmatch(path.name)
         assert match is not None, path
@@ -29,12 +29,12 @@ def read_earlier(folder: Path, plan: Plan) -> list[Outcome]:
         onsets = onsets_of(rows, {LEADING: plan.truth[LEADING]})
         onsets[TWO] = None
         half = match["set"] == "digits" and int(match["seed"]) % 2 == 0
-        found.append(Outcome(path.name, {"images": match["set"], "num_images": int(match["n"])}, half, rows, onsets))
-    return found
+        outcomes.append(Outcome(path.name, {"images": match["set"], "num_images": int(match["n"])}, half, rows, onsets))
+    return outcomes
 
 
 def earlier_table(outcomes: Sequence[Outcome], plan: Plan) -> str:
-    """Every rule that these histories have something for, on the runs that no threshold was chosen on."""
+    """Every rule that has a score in these histories, on the runs that no threshold was chosen on."""
     chosen, judged = ([o for o in outcomes if o.chosen_on is half] for half in (True, False))
     rules = [with_threshold(rule, chosen, LEADING, plan.open_factor) for rule in RULES if tables.has_score(rule, outcomes)]
     return tables.rules_table(rules, judged, plan)

@@ -18,7 +18,7 @@ TWO = "two detectors"
 
 @dataclass(frozen=True)
 class Outcome:
-    """One run as the study sees it; `onsets` has, of each detector that could say anything, the images seen or None."""
+    """One run as the study sees it; `onsets` has the images seen, or None, for each detector that was measured."""
 
     name: str
     factors: Mapping[str, Any]
@@ -58,10 +58,10 @@ def lasting_onset(rows: Rows, key: str, *, above: float | None = None, below: fl
 
 
 def onsets_of(rows: Rows, truth: Mapping[str, Mapping[str, Any]]) -> dict[str, int | None]:
-    """The onset by each detector whose key the rows have, and by the second of them."""
-    found = {name: lasting_onset(rows, **rule) for name, rule in truth.items() if series(rows, rule["key"])}
-    later = sorted(at for at in found.values() if at is not None)
-    return found | {TWO: later[1] if len(later) > 1 else None}
+    """The onset by each detector whose key the rows have, and the second of these onsets."""
+    onsets = {name: lasting_onset(rows, **rule) for name, rule in truth.items() if series(rows, rule["key"])}
+    later = sorted(at for at in onsets.values() if at is not None)
+    return onsets | {TWO: later[1] if len(later) > 1 else None}
 
 
 def outcome_of(result: Result, plan: Plan) -> Outcome:
@@ -89,6 +89,6 @@ def write_outcomes(path: Path, outcomes: Sequence[Outcome], alarms: Mapping[str,
         columns = [*factors, "end", *(f"copies by {d}" for d in detectors), *(f"alarm of {rule}" for rule in alarms)]
         writer.writerow(["run", "chosen_on", *columns])
         for o in outcomes:
-            numbers = [o.onsets.get(d) for d in detectors] + [found.get(o.name) for found in alarms.values()]
+            numbers = [o.onsets.get(d) for d in detectors] + [rule_alarms.get(o.name) for rule_alarms in alarms.values()]
             cells = [o.factors.get(key, "") for key in factors] + [o.end, *("" if n is None else n for n in numbers)]
             writer.writerow([o.name, int(o.chosen_on), *cells])

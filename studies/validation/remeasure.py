@@ -1,4 +1,4 @@
-"""Finished runs measured again, from the checkpoints that are still where they were trained.
+"""Measure finished runs again, from the checkpoints that are still where they were trained.
 
 `python -m studies.validation.remeasure --work-dir DIR --results-dir DIR` reads every `repr/*` value again with the monitor as
 it is now. Samples and losses stay as they were measured: they are the same.
@@ -35,30 +35,30 @@ def load_weights(network: nn.Module, path: Path) -> None:
 
 
 def began_with(run: PlannedRun, folder: Path) -> dict[str, str]:
-    """The option that says which network a run began with, if it began with one. Raises ValueError where that is gone."""
+    """The option of the network that a run began with, if it began with one. Raises ValueError where that is gone."""
     if run.before is None:
         return {}
     before = folder.with_name(f"{folder.name}.before")
-    there = checkpoints(before)
-    if not there:
+    saved = checkpoints(before)
+    if not saved:
         raise ValueError(f"{before} has no checkpoint, with which {run.name} began")
-    return {"init_from": str(there[max(there)])}
+    return {"init_from": str(saved[max(saved)])}
 
 
 def measured_anew(run: PlannedRun, plan: Plan, folder: Path, result: Result) -> Result:
-    """A run's result with what the monitor says of each checkpoint now. Raises ValueError where some are not there."""
-    live, there = Run(config_of(run.options, plan, **began_with(run, folder)), folder), checkpoints(folder)
-    live.monitor.pictures = live.generation.pictures = False
+    """A run's result, with each checkpoint measured by the present monitor. Raises ValueError where one is missing."""
+    present_run, saved = Run(config_of(run.options, plan, **began_with(run, folder)), folder), checkpoints(folder)
+    present_run.monitor.pictures = present_run.generation.pictures = False
     rows = []
     for row in result.rows:
         step = int(row["images_seen"])
-        if step not in there:
+        if step not in saved:
             raise ValueError(f"{folder} has no checkpoint at {step} images seen")
-        (weights,) = there[step].glob(f"*/{WEIGHTS}")
-        load_weights(live.state.ema, weights)
+        (weights,) = saved[step].glob(f"*/{WEIGHTS}")
+        load_weights(present_run.state.ema, weights)
         kept = {key: value for key, value in row.items() if not key.startswith(READ_ANEW)}
-        rows.append({**kept, **live.monitor.measure(step).values})
-    params = live.params()
+        rows.append({**kept, **present_run.monitor.measure(step).values})
+    params = present_run.params()
     return replace(result, params={key: params[key] for key in KEPT_PARAMS if key in params}, rows=rows)
 
 
@@ -71,9 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--lacking", metavar="KEY", help="only results none of whose rows has this key")
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="measure this run alone; repeatable")
     arguments = parser.parse_args(argv)
-    plan, there, failed = read_plan(), by_name(read_results(arguments.results_dir)), 0
+    plan, results, failed = read_plan(), by_name(read_results(arguments.results_dir)), 0
     for run in plan.runs:
-        result = there.get(run.name)
+        result = results.get(run.name)
         if result is None or (arguments.only and run.name not in arguments.only):
             continue
         if arguments.lacking and any(arguments.lacking in row for row in result.rows):

@@ -1,4 +1,4 @@
-"""`docs/validation.md`: what came out of the study, from its own result files."""
+"""`docs/validation.md`: the results of the study, from its own result files."""
 
 from __future__ import annotations
 
@@ -29,33 +29,35 @@ CURVES = (
     ("repr/icr_debiased", "ICR, debiased", False),
     ("mem/ratio_l2", "share of copies", False),
 )
-RATIO = ("far error ratio, level", "far error ratio, rate of growth")  # the rules that the headline has the concordance of
+RATIO = ("far error ratio, level", "far error ratio, rate of growth")  # the rules whose concordance is in the headline
 FEWEST_RUNS = 40  # with fewer, the page says that nothing stands yet
 # What the study was to show, on the runs that nothing was chosen on.
 TARGETS = {"caught": 0.95, "false": 0.05, "share": 0.55, "memorizing": 0.9, "concordance": 0.85}
 
 
 def headline(outcomes: Sequence[Outcome], judged: Sequence[Outcome], rules: Sequence[Rule], plan: Plan) -> str:
-    """What came out, in a few sentences: on the runs that nothing was chosen on, beside what was to be shown."""
+    """The results in a few sentences: on the runs that nothing was chosen on, beside the targets."""
     if not outcomes:
         return f"**Nothing stands yet: none of the {len(plan.runs)} runs of the plan is trained.**"
-    found = rates(judged, alarms_of(THE_VERDICT, judged), LEADING, plan.open_factor)
+    of_verdict = rates(judged, alarms_of(THE_VERDICT, judged), LEADING, plan.open_factor)
     clock = next(rule for rule in rules if rule.name == EPOCHS.name)
-    epochs = rates(judged, alarms_of(clock, judged), LEADING, plan.open_factor)
+    of_epochs = rates(judged, alarms_of(clock, judged), LEADING, plan.open_factor)
     right, called = tables.memorizing_share(judged)
-    part = "" if len(outcomes) == len(plan.runs) else f"Partial, {len(outcomes)} of {len(plan.runs)} runs: "
+    opening = "" if len(outcomes) == len(plan.runs) else f"Partial, {len(outcomes)} of {len(plan.runs)} runs: "
     if len(outcomes) < FEWEST_RUNS:
-        part = f"Nothing stands yet: {len(outcomes)} of {len(plan.runs)} runs are trained. So far, "
-    clean = f"{tables.share(found.false_alarms, found.clean - found.open)} clean ones, counting epochs "
-    clean += tables.share(epochs.false_alarms, epochs.clean - epochs.open)
-    if found.copying:
-        caught = f"the verdict caught {tables.share(found.caught, found.copying)} copying runs ahead, counting epochs "
-        caught += f"{tables.share(epochs.caught, epochs.copying)}"
+        opening = f"Nothing stands yet: {len(outcomes)} of {len(plan.runs)} runs are trained. So far, "
+    clean = f"{tables.share(of_verdict.false_alarms, of_verdict.clean - of_verdict.open)} clean ones, counting epochs "
+    clean += tables.share(of_epochs.false_alarms, of_epochs.clean - of_epochs.open)
+    if of_verdict.copying:
+        caught = (
+            f"the verdict caught {tables.share(of_verdict.caught, of_verdict.copying)} copying runs ahead, counting epochs "
+        )
+        caught += f"{tables.share(of_epochs.caught, of_epochs.copying)}"
     else:
         caught = "none copied yet"
-    sentences = [f"**{part}of the runs that nothing was chosen on, {caught}; the verdict accused {clean}.**"]
-    if found.shares:
-        sentences.append(f"Alarm over onset: {tables.quartiles(found.shares, '{:.2f}')}.")
+    sentences = [f"**{opening}of the runs that nothing was chosen on, {caught}; the verdict accused {clean}.**"]
+    if of_verdict.shares:
+        sentences.append(f"Alarm over onset: {tables.quartiles(of_verdict.shares, '{:.2f}')}.")
     sentences.append(f"`memorizing` was right by two detectors in {tables.share(right, called)}.")
     two = rates(judged, alarms_of(THE_VERDICT, judged), TWO, plan.open_factor)
     if two.copying:
@@ -123,9 +125,9 @@ def truth_text(plan: Plan) -> str:
 
 
 def write_report(results: Sequence[Result], plan: Plan, docs: Path) -> None:
-    """Fill `docs/validation.template.md` with what the results say, as `docs/validation.md`; and the table of outcomes."""
-    there = {result.name: outcome_of(result, plan) for result in results}
-    outcomes = [there[run.name] for run in plan.runs if run.name in there]
+    """Fill `docs/validation.template.md` from the results, as `docs/validation.md`, and write the table of outcomes."""
+    by_name = {result.name: outcome_of(result, plan) for result in results}
+    outcomes = [by_name[run.name] for run in plan.runs if run.name in by_name]
     chosen, judged = [o for o in outcomes if o.chosen_on], [o for o in outcomes if not o.chosen_on]
     rules = tables.chosen_rules(chosen, plan)
     write_figure(outcomes, docs / "images" / "validation.png")

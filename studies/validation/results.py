@@ -28,7 +28,7 @@ class Result:
 
 
 def result_path(folder: Path, name: str) -> Path:
-    """Where a run's result is."""
+    """The path of a run's result."""
     return folder / f"{name}.json.gz"
 
 

@@ -1,4 +1,4 @@
-"""The rules in the table: clocks, the verdicts, and what the literature reads, each as it is logged by the monitor."""
+"""The rules in the table: clocks, the verdicts, and the measures of the literature, each as the monitor logs it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def verdicts(rows: Rows) -> list[tuple[int, Verdict]]:
 
 def verdict_states(rows: Rows) -> list[tuple[int, str]]:
     """The verdict's state at every measurement, from the history up to it."""
-    return [(at, found.state) for at, found in verdicts(rows)]
+    return [(at, verdict.state) for at, verdict in verdicts(rows)]
 
 
 def _verdict(outcome: Outcome) -> Score:
@@ -36,16 +36,16 @@ def ratio_growth(rows: Rows, key: str = "repr/view_error_ratio") -> list[tuple[i
     points = [(at, r) for at, r in series(rows, key) if at > 0 and r > 0]
     x, y = (np.log([point[i] for point in points]) for i in (0, 1))
     half = np.array([math.log(high[at] / r) if at in high else 0.0 for at, r in points])
-    found = []
-    for end, (now, ratio) in enumerate(points):
+    growths = []
+    for end, (end_at, ratio) in enumerate(points):
         start = max(0, int(np.searchsorted(x[end] - x[: end + 1] < math.log(2), True)) - 1)
         if end + 1 - start < 3 or x[end] - x[start] < 0.99 * math.log(2):
             continue
         away = x[start : end + 1] - x[start : end + 1].mean()
         square = float(away @ away)
         reach = math.sqrt(float(((away * half[start : end + 1]) ** 2).sum())) / square
-        found.append((now, ratio, float(away @ y[start : end + 1]) / square - reach))
-    return found
+        growths.append((end_at, ratio, float(away @ y[start : end + 1]) / square - reach))
+    return growths
 
 
 def _first_verdict(outcome: Outcome) -> Score:

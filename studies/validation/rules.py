@@ -18,10 +18,10 @@ MOST_FALSE_ALARMS = 0.05
 
 @dataclass(frozen=True)
 class Rule:
-    """A score with what it needs beside training images.
+    """A score, and whether it needs held-out images beside training images.
 
     `threshold` is given where a rule has its own, otherwise it is chosen; a rule that is `either_way` has its sign chosen too,
-    for its direction is unknown.
+    as its direction is unknown.
     """
 
     name: str
@@ -36,7 +36,7 @@ def _after_start(rows: Rows, key: str) -> Score:
 
 
 def level(key: str) -> Callable[[Outcome], Score]:
-    """A value as it is."""
+    """The score that is a logged value itself."""
     return lambda outcome: _after_start(outcome.rows, key)
 
 
@@ -44,11 +44,11 @@ def over_lowest(key: str, *, relative: bool) -> Callable[[Outcome], Score]:
     """How far a value is above its lowest so far, the size of `curve past its minimum`."""
 
     def score(outcome: Outcome) -> Score:
-        found, lowest = [], math.inf
+        points, lowest = [], math.inf
         for at, value in _after_start(outcome.rows, key):
             lowest = min(lowest, value)
-            found.append((at, value / lowest - 1 if relative else value - lowest))
-        return found
+            points.append((at, value / lowest - 1 if relative else value - lowest))
+        return points
 
     return score
 
@@ -66,7 +66,7 @@ def log_gap(outcome: Outcome) -> Score:
 
 
 def negative(score: Callable[[Outcome], Score]) -> Callable[[Outcome], Score]:
-    """The same the other way."""
+    """The score with the opposite sign."""
     return lambda outcome: [(at, -value) for at, value in score(outcome)]
 
 
@@ -92,12 +92,12 @@ class Rates:
 
     @property
     def caught_rate(self) -> float:
-        """Of the copying runs."""
+        """The share of copying runs that were caught."""
         return self.caught / self.copying if self.copying else math.nan
 
     @property
     def false_alarm_rate(self) -> float:
-        """Of the clean runs without those whose alarm is open."""
+        """The share of clean runs that were accused, without those whose alarm is open."""
         judged = self.clean - self.open
         return self.false_alarms / judged if judged else math.nan
 
@@ -121,48 +121,48 @@ def rates(outcomes: Sequence[Outcome], alarms: Mapping[str, int | None], detecto
 def choose_threshold(
     score: Callable[[Outcome], Score], outcomes: Sequence[Outcome], detector: str, open_factor: float
 ) -> tuple[float, float]:
-    """The threshold that catches most with at most 5 % false alarms, and the share it catches; of an equal range, its middle.
+    """The threshold that catches most with at most 5 % false alarms, and the share it catches; the middle of an equal range.
 
-    Between the scores that occurred nothing changes, so those are all that need to be tried.
+    Nothing changes between two neighbouring scores that occurred, so only their midpoints are tried.
     """
     scores = {o.name: score(o) for o in outcomes}
-    values = sorted({value for found in scores.values() for _, value in found if math.isfinite(value)})
+    values = sorted({value for points in scores.values() for _, value in points if math.isfinite(value)})
     best: list[float] = []
     most = -1.0
     for threshold in ((a + b) / 2 for a, b in pairwise(values)):
         alarms = {name: alarm(points, threshold) for name, points in scores.items()}
-        found = rates(outcomes, alarms, detector, open_factor)
-        if found.false_alarm_rate > MOST_FALSE_ALARMS:
+        threshold_rates = rates(outcomes, alarms, detector, open_factor)
+        if threshold_rates.false_alarm_rate > MOST_FALSE_ALARMS:
             continue
-        if found.caught_rate > most:
-            most, best = found.caught_rate, []
-        if found.caught_rate == most:
+        if threshold_rates.caught_rate > most:
+            most, best = threshold_rates.caught_rate, []
+        if threshold_rates.caught_rate == most:
             best.append(threshold)
     return ((best[0] + best[-1]) / 2, most) if best else (math.inf, 0.0)
 
 
 def with_threshold(rule: Rule, outcomes: Sequence[Outcome], detector: str, open_factor: float) -> Rule:
-    """The rule with its own threshold, or with the threshold, and where that is open the sign, chosen on some runs."""
+    """The rule with its own threshold, or with a threshold, and a sign if it is `either_way`, chosen on some runs."""
     if rule.threshold is not None:
         return rule
     threshold, caught = choose_threshold(rule.score, outcomes, detector, open_factor)
     if rule.either_way:
-        turned = negative(rule.score)
-        other, caught_too = choose_threshold(turned, outcomes, detector, open_factor)
+        negated = negative(rule.score)
+        other, caught_too = choose_threshold(negated, outcomes, detector, open_factor)
         if caught_too > caught:
-            return replace(rule, score=turned, threshold=other, name=f"{rule.name}, falling")
+            return replace(rule, score=negated, threshold=other, name=f"{rule.name}, falling")
     return replace(rule, threshold=threshold)
 
 
 def alarms_of(rule: Rule, outcomes: Sequence[Outcome]) -> dict[str, int | None]:
-    """Where a rule that has its threshold alarms, by run."""
+    """Images seen at the alarm of a rule that has its threshold, by run; None for no alarm."""
     assert rule.threshold is not None
     return {o.name: alarm(rule.score(o), rule.threshold) for o in outcomes}
 
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """Of runs at one horizon, which could be compared, and which of those the score has right; (n, n), 1, 0 or a half."""
+    """Pairs of runs at one horizon: which are comparable, and which of those the score has right; (n, n), 1, 0 or a half."""
 
     runs: np.ndarray  # (n,) places in the list of outcomes
     comparable: np.ndarray

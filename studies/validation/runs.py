@@ -91,7 +91,7 @@ def missing_feature(run: PlannedRun, plan: Plan) -> str | None:
 
 
 def _job(run: PlannedRun, work: Path, results: Path) -> Job:
-    """One run, or what is left of it, as a process; it finds by itself where to go on."""
+    """The job of a run, or of the rest of it: it resumes by itself where it can."""
     command = (sys.executable, "-m", "studies.validation.training", run.name)
     where = (f"--work-dir={work}", f"--results-dir={results}")
     return Job(run.name, command + where, begun=None, log=work / f"{run.name}.log")
@@ -100,24 +100,24 @@ def _job(run: PlannedRun, work: Path, results: Path) -> Job:
 def train_missing(plan: Plan, work: Path, results: Path, parallel: int) -> list[str]:
     """Train the runs that have no results yet, in the plan's order, `parallel` at a time; returns a line for each failure.
 
-    One thread each, unless OMP_NUM_THREADS says otherwise, which they share. SIGTERM or SIGINT ends the trainings that go on,
-    which save, and no other is begun.
+    One thread each, unless OMP_NUM_THREADS says otherwise, which they share. SIGTERM or SIGINT ends the running trainings,
+    which save, and no other one begins.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     work.mkdir(parents=True, exist_ok=True)
     results.mkdir(parents=True, exist_ok=True)
-    there = {run.name for run in plan.runs if result_path(results, run.name).exists()}
-    missing = [run for run in plan.runs if run.name not in there]
+    trained = {run.name for run in plan.runs if result_path(results, run.name).exists()}
+    missing = [run for run in plan.runs if run.name not in trained]
     untrainable = {run.name: why for run in missing if (why := missing_feature(run, plan))}
     for why in untrainable.values():
         print(why, flush=True)
     jobs = [_job(run, work, results) for run in missing if run.name not in untrainable]
-    failures, left, count = list(untrainable.values()), [job.name for job in jobs], len(there)
+    failures, not_ended, count = list(untrainable.values()), [job.name for job in jobs], len(trained)
     stopped = threading.Event()
-    before = {number: signal.signal(number, lambda *_: stopped.set()) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.signal(number, lambda *_: stopped.set()) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         for ended in LocalLauncher(parallel).run(jobs, stopped.is_set, lambda _: None):
-            left.remove(ended.name)
+            not_ended.remove(ended.name)
             if ended.status == FINISHED:
                 count += 1
                 print(f"{count}/{len(plan.runs)} {ended.name}", flush=True)
@@ -125,9 +125,9 @@ def train_missing(plan: Plan, work: Path, results: Path, parallel: int) -> list[
                 failures.append(f"{ended.name}: {ended.why or 'stopped'}; all of it is in {work / ended.name}.log")
                 print(failures[-1], flush=True)
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
-    return failures + [f"{name}: not begun" for name in left]
+    return failures + [f"{name}: not begun" for name in not_ended]
 
 
 def select(plan: Plan, names: Sequence[str]) -> Plan:

@@ -38,13 +38,13 @@ def share(count: int, total: int) -> str:
     return f"{count} of {total} ({interval.low:.0%} to {interval.high:.0%})"
 
 
-def rates_cells(found: Rates) -> list[str]:
+def rates_cells(rule_rates: Rates) -> list[str]:
     """Caught ahead, false alarms, those that are open, alarm over onset."""
     return [
-        share(found.caught, found.copying),
-        share(found.false_alarms, found.clean - found.open),
-        str(found.open),
-        quartiles(found.shares, "{:.2f}"),
+        share(rule_rates.caught, rule_rates.copying),
+        share(rule_rates.false_alarms, rule_rates.clean - rule_rates.open),
+        str(rule_rates.open),
+        quartiles(rule_rates.shares, "{:.2f}"),
     ]
 
 
@@ -57,7 +57,7 @@ def chosen_rules(chosen: Sequence[Outcome], plan: Plan) -> list[Rule]:
 
 
 def has_score(rule: Rule, outcomes: Sequence[Outcome]) -> bool:
-    """Whether any run has what the rule reads."""
+    """Whether any run has the values that the rule reads."""
     return any(rule.score(o) for o in outcomes)
 
 
@@ -68,26 +68,26 @@ def rules_table(rules: Sequence[Rule], judged: Sequence[Outcome], plan: Plan, de
         if not has_score(rule, judged):
             rows.append([rule.name, "yes" if rule.heldout else "", "not measured", *["-"] * 5])
             continue
-        found = rates(judged, alarms_of(rule, judged), detector, plan.open_factor)
+        rule_rates = rates(judged, alarms_of(rule, judged), detector, plan.open_factor)
         ranks = concordance(rule.score, judged, detector, plan.horizons_epochs)
         c = f"{ranks.value:.2f} ({ranks.low:.2f} to {ranks.high:.2f})" if ranks.pairs else "-"
         threshold = "its own" if rule.threshold == 0.5 and rule in RULES else f"{rule.threshold:.3g}"
-        rows.append([rule.name, "yes" if rule.heldout else "", threshold, *rates_cells(found), c])
+        rows.append([rule.name, "yes" if rule.heldout else "", threshold, *rates_cells(rule_rates), c])
     return table(["rule", "needs held-out data", "threshold", *RATES_HEAD, "concordance at equal epochs"], rows)
 
 
 def left_out_table(outcomes: Sequence[Outcome], plan: Plan) -> str:
-    """Every rule, its threshold chosen on all sets of images but one, and its rates on that one, added up over the sets."""
+    """Every rule's rates on each set of images, with its threshold chosen on the other sets, added up over the sets."""
     sets = sorted({o.images for o in outcomes})
     rows = []
     for rule in RULES:
         if not has_score(rule, outcomes):
             continue
         alarms: dict[str, int | None] = {}
-        for left in sets:
-            others = [o for o in outcomes if o.images != left]
+        for left_out in sets:
+            others = [o for o in outcomes if o.images != left_out]
             chosen = with_threshold(rule, others, LEADING, plan.open_factor)
-            alarms |= alarms_of(chosen, [o for o in outcomes if o.images == left])
+            alarms |= alarms_of(chosen, [o for o in outcomes if o.images == left_out])
         rows.append([rule.name, *rates_cells(rates(outcomes, alarms, LEADING, plan.open_factor))])
     return table(["rule", *RATES_HEAD], rows)
 
@@ -118,14 +118,14 @@ def detectors_table(outcomes: Sequence[Outcome], plan: Plan) -> str:
 
 
 def memorizing_share(outcomes: Sequence[Outcome]) -> tuple[int, int]:
-    """Of runs that were ever called memorizing, in how many two detectors or more found copies by the end."""
+    """In how many runs two detectors or more found copies by the end, among those ever called memorizing; and their number."""
     called = [o for o in outcomes if any(state == "memorizing" for _, state in verdict_states(o.rows))]
     return sum(o.onsets[TWO] is not None for o in called), len(called)
 
 
 @dataclass(frozen=True)
 class ForecastCoverage:
-    """Of copying runs: how many had a forecast before the onset, in how many its interval held it, and centre over onset."""
+    """Copying runs: how many had a forecast before the onset, in how many its interval held that, and centre over onset."""
 
     runs: int
     had_one: int
@@ -134,15 +134,15 @@ class ForecastCoverage:
 
 
 def forecast_coverage(outcomes: Sequence[Outcome], *, last: bool) -> ForecastCoverage:
-    """What the verdict's forecasts were worth by the leading detector: the first one made, or the last before the onset."""
+    """The coverage of the verdict's forecasts, by the leading detector: of the first one, or of the last before the onset."""
     runs, held, ratios = 0, 0, list[float]()
     for o in outcomes:
         onset = o.onsets.get(LEADING)
         if onset is None:
             continue
         runs += 1
-        made = [found.forecast for at, found in verdicts(o.rows) if at < onset]
-        bounds = [(f.images_seen, f.low, f.high) for f in made if f.images_seen is not None]
+        forecasts = [verdict.forecast for at, verdict in verdicts(o.rows) if at < onset]
+        bounds = [(f.images_seen, f.low, f.high) for f in forecasts if f.images_seen is not None]
         if bounds:
             near, low, high = bounds[-1 if last else 0]
             assert low is not None
@@ -156,9 +156,9 @@ def forecast_table(outcomes: Sequence[Outcome]) -> str:
     """How often the forecasts' intervals hold the onset."""
     rows = []
     for name, last in (("the first", False), ("the last before the onset", True)):
-        found = forecast_coverage(outcomes, last=last)
-        had_one, held = share(found.had_one, found.runs), share(found.held, found.had_one)
-        rows.append([name, had_one, held, quartiles(found.ratios, "{:.2f}")])
+        coverage = forecast_coverage(outcomes, last=last)
+        had_one, held = share(coverage.had_one, coverage.runs), share(coverage.held, coverage.had_one)
+        rows.append([name, had_one, held, quartiles(coverage.ratios, "{:.2f}")])
     return table(["forecast", "copying runs that had one", "its 80 % interval held the onset", "centre / onset"], rows)
 
 

@@ -1,7 +1,7 @@
 """One run of the validation study, in this process: `python -m studies.validation.training NAME --work-dir DIR ...`.
 
 It is trained by `trainers.run.Run`, as `trainers.train` does, with the journal alone: no MLflow, no event files, no report.
-Stopped by a signal, or killed, it goes on from its last checkpoint when it is called again.
+Stopped by a signal, or killed, it resumes from its last checkpoint when it is called again.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class StoppedError(Exception):
 
 
 def images_seen(folder: Path) -> int:
-    """Of the checkpoint from which a run goes on; 0 before there is one."""
-    found = latest_checkpoint(folder)
-    return 0 if found is None else int(found.name)
+    """Images seen at the checkpoint from which a run resumes; 0 before there is one."""
+    checkpoint = latest_checkpoint(folder)
+    return 0 if checkpoint is None else int(checkpoint.name)
 
 
 def _train_until(config: TrainConfig, folder: Path, stop: Stop, until: float) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def _train_until(config: TrainConfig, folder: Path, stop: Stop, until: float) ->
 
 
 def _network_before(run: PlannedRun, plan: Plan, folder: Path, stop: Stop) -> Path:
-    """The checkpoint that a run begins with, trained where it is not there; it is measured twice, without samples."""
+    """The checkpoint that a run begins with, trained if it is missing; it is measured twice, without samples."""
     assert run.before is not None
     config = config_of(run.before, plan, measurements=2, first_measurement_kimg=run.before["total_kimg"], num_samples=8)
     last = -(-config.total_images // int(run.before["batch_size"])) * int(run.before["batch_size"])
@@ -91,7 +91,7 @@ def train(run: PlannedRun, plan: Plan, work: Path, results: Path, stop: Stop) ->
         params = _train_until(config_of(run.options, plan, **others), folder, stop, float("inf"))
     kept = {key: params[key] for key in KEPT_PARAMS if key in params}
     path = write_result(results, Result(run.name, run.factors, kept, read_history(folder)))
-    for state in folder.glob("checkpoints/*/state.safetensors"):  # a training that is over does not go on from it
+    for state in folder.glob("checkpoints/*/state.safetensors"):  # a finished training does not resume from it
         state.unlink()
     return path
 
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 2 for bad input, 128 + signal when stopped."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     parser = OneLineParser(prog="validation.training", description=__doc__, allow_abbrev=False)
-    parser.add_argument("name", help="of a run in plan.json")
+    parser.add_argument("name", help="name of a run in plan.json")
     parser.add_argument("--work-dir", type=Path, required=True)
     parser.add_argument("--results-dir", type=Path, required=True)
     parser.add_argument("--shortened", type=float, default=1.0, help="train to this share of its length: a rehearsal")

@@ -16,7 +16,7 @@ RESULTS, PICTURE = "noise_window.json", "noise_window.png"
 
 
 def train_missing(docs: Path, work_dir: Path) -> bool:
-    """Train and sweep where the results are not there; whether they are then. Continues a study that has been trained."""
+    """Train and sweep if the results are missing; returns whether they exist then. Continues a study that has been trained."""
     results = docs / "validation" / RESULTS
     if results.exists():
         return True
@@ -31,10 +31,10 @@ def train_missing(docs: Path, work_dir: Path) -> bool:
 
 def read_sweeps(path: Path) -> dict[str, NoiseSweep]:
     """The sweeps of a results file by the names of their models."""
-    found = json.loads(path.read_text())
+    content = json.loads(path.read_text())
     return {
-        name: NoiseSweep(tuple(SweepPoint(**point) for point in said["points"]), said["num_images"], said["num_views"])
-        for name, said in found.items()
+        name: NoiseSweep(tuple(SweepPoint(**point) for point in entry["points"]), entry["num_images"], entry["num_views"])
+        for name, entry in content.items()
     }
 
 
@@ -48,11 +48,11 @@ def window_rows(sweeps: Mapping[str, NoiseSweep]) -> list[list[str]]:
                 "-" if star is None or accurate is None else str(abs(sweep.sigmas.index(star) - sweep.sigmas.index(accurate)))
             )
             points = {p.sigma: p for p in sweep.of(layer)}
-            left, lowest = points[sweep.sigmas[0]], None if star is None else points[star].icr
-            rise = "-" if left.rise is None or left.rise_low is None else f"{left.rise:.3f} (at least {left.rise_low:.3f})"
+            first, lowest = points[sweep.sigmas[0]], None if star is None else points[star].icr
+            rise = "-" if first.rise is None or first.rise_low is None else f"{first.rise:.3f} (at least {first.rise_low:.3f})"
             best = None if accurate is None else points[accurate].accuracy
-            there = None if star is None else points[star].accuracy
-            lost = "-" if best is None or there is None else f"{best - there:.3f}"
+            accuracy_at_star = None if star is None else points[star].accuracy
+            lost = "-" if best is None or accuracy_at_star is None else f"{best - accuracy_at_star:.3f}"
             rows.append([
                 name, layer, "-" if star is None else f"{star:g}", "-" if lowest is None else f"{lowest:.3f}", rise,
                 "yes" if sweep.has_window(layer) else "no", "-" if accurate is None else f"{accurate:g}",

@@ -40,11 +40,11 @@ def main() -> None:
         denoiser(torch.randn(size, arguments.channels, SIDE, SIDE), 0.29)
     before = peak()
     monitor = ICRMonitor(denoiser, images, batch_size=size)
-    made = peak() - before
+    monitor_memory = peak() - before
     monitor.measure(0)
     p = monitor.protocol
     print(f"{IMAGES} images of {arguments.channels}x{SIDE}x{SIDE}, {p.num_images} measured in {p.num_views} views: ", end="")
-    print(f"a monitor takes {made:.0f} MB, with a measurement {peak() - before:.0f} (goal: less than {GOAL})")
+    print(f"a monitor takes {monitor_memory:.0f} MB, with a measurement {peak() - before:.0f} (goal: less than {GOAL})")
 
 
 if __name__ == "__main__":

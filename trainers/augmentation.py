@@ -30,7 +30,7 @@ SCALE, STRETCH, SHIFT = 2**0.2, 2**0.2, 1 / 8
 
 
 def draw_mirrored(generator: np.random.Generator, count: int) -> Tensor:
-    """Which images of a batch are mirrored left to right, (count,) bool: half of them, by chance."""
+    """A mask (count,) bool of a batch's images that are mirrored left to right: half of them, by chance."""
     return torch.from_numpy(generator.integers(0, 2, count).astype(bool))
 
 

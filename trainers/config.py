@@ -99,7 +99,7 @@ class TrainConfig:
             refuse("attention_resolutions", network.attention_resolutions, allowed)
 
     def protocol(self) -> Protocol:
-        """What the monitor of this run measures."""
+        """The protocol of this run's monitor."""
         c, num_images = self.monitor, self.data.num_images
         return Protocol(
             layer=c.layer,

@@ -63,7 +63,7 @@ class RowKeys:
 
 
 def kept(x: Tensor, before: Tensor, between: Tensor, p: float) -> Tensor:
-    """Which elements of x (B, ...) stay, bool of x's shape and layout, by two words (B,) of each row."""
+    """A mask of the elements of x (B, ...) that stay, bool of x's shape and layout, by two words (B,) of each row."""
     count = x[0].numel()
     places = torch.arange(count, dtype=torch.int32, device=x.device).mul_(INCREMENT).view(1, *x.shape[1:])
     # In x's memory layout, as all that follows: mixing two layouts would cost more than the hash.
@@ -111,7 +111,7 @@ class KeyedDropout(nn.Module):
         return before, between
 
     def kept(self, x: Tensor) -> Tensor:
-        """Which elements stay, bool of x's shape and layout."""
+        """A mask of the elements that stay, bool of x's shape and layout."""
         return kept(x, *self._words(x), self.p)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ class KeyedDropout(nn.Module):
         return fused(self.p)(x, *words)
 
     def extra_repr(self) -> str:
-        """What repr shows."""
+        """The text inside repr."""
         return f"p={self.p}, layer={self.layer}"
 
 

@@ -79,7 +79,7 @@ class NetworkConfig(Group):
 
     @property
     def kind(self) -> str:
-        """Which of NETWORKS it is."""
+        """The kind of network, one of NETWORKS."""
         return network_of(self.family, self.transformer)
 
 
@@ -186,5 +186,5 @@ class RunConfig(Group):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.seed >= 2**63:  # of torch's generators
+        if self.seed >= 2**63:  # the limit of torch's generators
             refuse("seed", self.seed, "a whole number below 2^63")

@@ -135,7 +135,7 @@ class Option:
 
 
 def network_of(family: str, transformer: bool) -> str:
-    """Which of NETWORKS a family's model has; `transformer` is the option of that name."""
+    """The kind of network of a family's model, one of NETWORKS; `transformer` is the option of that name."""
     return TRANSFORMER if transformer or family == "flow" else UNET
 
 

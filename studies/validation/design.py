@@ -84,7 +84,7 @@ def chosen_on(name: str) -> bool:
 
 
 def images_a_second(run: Mapping[str, Any]) -> float:
-    """How many images of its set a network is trained on in a second, in batches of 48."""
+    """Images of its set that a network is trained on in a second, in batches of 48."""
     kind = "flow" if run["family"] == "flow" else "unet"
     return float(SPEED[kind][run["width"]] * (8 / IMAGES[run["images"]]["resolution"]) ** 1.8)
 
@@ -193,7 +193,7 @@ def _levels(run: Mapping[str, Any]) -> list[tuple[Any, ...]]:
 
 
 def _imbalance(run: Mapping[str, Any], counts: Counter[tuple[Any, ...]]) -> float:
-    """How often a run's levels are there already, each relative to how often it should be; single ones count ten times."""
+    """How often a run's levels were drawn already, each relative to how often it should be; single ones count ten times."""
     total = 0.0
     for level in _levels(run):
         drawn = WEIGHTED.get(level[0])

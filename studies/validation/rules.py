@@ -77,7 +77,7 @@ def alarm(score: Score, threshold: float) -> int | None:
 
 @dataclass(frozen=True)
 class Rates:
-    """How a rule did by one detector's onsets: copying runs caught ahead, and clean ones accused.
+    """A rule's results by one detector's onsets: copying runs caught ahead, and clean ones accused.
 
     An alarm in a clean run is false if the run went on to `open_factor` times the images seen at the alarm, without a copy;
     else it is `open`: whether copies would have come is not known.

@@ -1,4 +1,4 @@
-"""Where to look: addresses of MLflow pages, without secrets."""
+"""Addresses of MLflow pages, without secrets."""
 
 from __future__ import annotations
 

@@ -88,15 +88,15 @@ def plan(argv: Sequence[str] | None) -> Study:
     changes = settled_paths(config_changes(arguments))
     limited = load_config(arguments.preset, changes)
     available = len(load_source(limited.data.source, limited.data.size, limited.data.split)) - limited.data.num_heldout
-    wanted = available if arguments.control_images == AUTO else _count("control_images", arguments.control_images)
-    if not limited.data.num_images < wanted <= available:
+    control_images = available if arguments.control_images == AUTO else _count("control_images", arguments.control_images)
+    if not limited.data.num_images < control_images <= available:
         raise ValueError(
-            f"control_images is {wanted} and num_images {limited.data.num_images}; expected num_images < control_images <= "
-            f"{available}, the images of {limited.data.source!r} less {limited.data.num_heldout} held out"
+            f"control_images is {control_images} and num_images {limited.data.num_images}; expected num_images < "
+            f"control_images <= {available}, the images of {limited.data.source!r} less {limited.data.num_heldout} held out"
         )
     # Subsets nest, so the control has the limited run's images too: both are measured on the same images and views.
     probe = min(limited.monitor.probe_images, limited.data.num_images)
-    control = load_config(arguments.preset, {**changes, "num_images": wanted, "probe_images": probe})
+    control = load_config(arguments.preset, {**changes, "num_images": control_images, "probe_images": probe})
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{limited.preset}-n{limited.data.num_images}-seed{limited.run.seed}"
     folder = Path("outputs") / name if arguments.output_dir == AUTO else Path(arguments.output_dir)
     if folder.exists() and any(folder.iterdir()):
@@ -206,7 +206,7 @@ def _share(study: Study, table: Mapping[str, Cells], experiment_id: str) -> str:
     ratio = ratio_key(row for rows in _histories(study).values() for row in rows)
     try:
         view = share(MlflowClient(uri), uri, experiment_id, search, study.name, title, now_milliseconds, ratio)
-    except Exception as error:  # of whatever kind: the runs are what counts, and the plain address shows them too
+    except Exception as error:  # of any kind: the runs matter more, and the plain address shows them too
         logger.warning("the view of the charts is not kept (%s); the address shows all charts", type(error).__name__)
     return chart_address(uri, experiment_id, study.name, view)
 

@@ -1,4 +1,4 @@
-"""Where to look: ICR and probe accuracy over sigma and layers, of a model on many images and of one before and after its turn.
+"""ICR and probe accuracy over sigma and layers, of a model on many images, and of one before and after its turn.
 
 The window of noise levels in which features are cleanest should be there in a model that generalizes, and gone in one that has
 learned its images by heart (Li et al. 2026, figures 2 and 9). Takes the command line of generalization_to_memorization; with

@@ -242,14 +242,14 @@ def class_claim(results: Results) -> Claim:
 
 
 def _subset_vote(rows: Rows) -> Vote | None:
-    whole, smaller = rows[-1], [r for r in rows[:-1] if r.get("icr_debiased") is not None]
-    if not smaller or whole.get("icr_debiased") is None:
+    all_images, smaller = rows[-1], [r for r in rows[:-1] if r.get("icr_debiased") is not None]
+    if not smaller or all_images.get("icr_debiased") is None:
         return None
     first = smaller[0]
-    num_holding = sum(r["icr_low"] <= whole["icr_debiased"] <= r["icr_high"] for r in smaller)
-    return bool(first["icr"] < whole["icr_low"]), (
+    num_holding = sum(r["icr_low"] <= all_images["icr_debiased"] <= r["icr_high"] for r in smaller)
+    return bool(first["icr"] < all_images["icr_low"]), (
         f"{first['images']} images, width {first['dim']}: plug-in {first['icr']:.3f}, debiased {first['icr_debiased']:.3f}, "
-        f"all {whole['images']}: {whole['icr_debiased']:.3f}; {num_holding} of {len(smaller)} intervals hold it"
+        f"all {all_images['images']}: {all_images['icr_debiased']:.3f}; {num_holding} of {len(smaller)} intervals hold it"
     )
 
 

@@ -68,7 +68,7 @@ def strip(picture: Path, place: int, count: int) -> np.ndarray:
 
 def page_text(name: str, role: str, rows: Sequence[Row], row: Row) -> str:
     """One image's page as Markdown."""
-    own, place = page_name(role, row["image"]), ranks(rows)[row["image"]]
+    page, place = page_name(role, row["image"]), ranks(rows)[row["image"]]
     seen = {key: "not" if row[key] is None else f"at {row[key]:,.0f} images seen" for key in ("turned", "first_copied")}
     facts = [
         ("in the training set", f"{row['times']} time{'s' if row['times'] > 1 else ''}"),
@@ -87,10 +87,10 @@ def page_text(name: str, role: str, rows: Sequence[Row], row: Row) -> str:
     lines += [
         "The image, the sample that is nearest to it, and its five nearest in the set:",
         "",
-        f"![its row]({own}-row.png)",
+        f"![its row]({page}-row.png)",
         "",
     ]
-    lines += ["Its own error ratio (blue) and those of all other images:", "", f"![own error ratio]({own}-curve.png)"]
+    lines += ["Its own error ratio (blue) and those of all other images:", "", f"![own error ratio]({page}-curve.png)"]
     return "\n".join(lines) + "\n"
 
 
@@ -106,8 +106,8 @@ def write_image_pages(results: Results, place: Path, pictures: Path) -> None:
         role, rows = result["role"], result["origins"]
         chosen = likeliest(rows, LISTED)
         for order, row in enumerate(chosen):
-            own = page_name(role, row["image"])
-            (place / f"{own}.md").write_text(page_text(name, role, rows, row))
-            curve_figure(rows, row).savefig(place / f"{own}-curve.png", dpi=70, metadata={"Software": None})
+            page = page_name(role, row["image"])
+            (place / f"{page}.md").write_text(page_text(name, role, rows, row))
+            curve_figure(rows, row).savefig(place / f"{page}-curve.png", dpi=70, metadata={"Software": None})
             tiles = Image.fromarray(strip(pictures / result["copies_picture"], order, len(chosen)))
-            tiles.resize((3 * tiles.width, 3 * tiles.height), Image.Resampling.NEAREST).save(place / f"{own}-row.png")
+            tiles.resize((3 * tiles.width, 3 * tiles.height), Image.Resampling.NEAREST).save(place / f"{page}-row.png")

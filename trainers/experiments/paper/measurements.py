@@ -173,10 +173,10 @@ class Measured:
         path = self.folder.result(self.training, "copies").with_suffix(".png")
         if not path.exists():
             samples = self.samples(self.denoiser(max(self.checkpoints)))
-            own = as_unit_interval(self.images).flatten(1)
+            flat_images = as_unit_interval(self.images).flatten(1)
             tiles = []
             for row in likeliest(rows, LISTED):
-                near = k_nearest(own[row["image"]][None], as_unit_interval(samples).flatten(1), 1).indices[0]
+                near = k_nearest(flat_images[row["image"]][None], as_unit_interval(samples).flatten(1), 1).indices[0]
                 tiles += [as_bytes(self.images[[row["image"]]]), samples[near], as_bytes(self.images[row["nearest"]])]
             grid = Image.fromarray(image_grid(torch.cat(tiles), 2 + len(rows[0]["nearest"])))
             write_whole(path, lambda file: grid.save(file, "PNG"))

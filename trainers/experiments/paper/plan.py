@@ -59,7 +59,7 @@ class AutoencoderPlan:
 
 @dataclass(frozen=True)
 class Scale:
-    """How large everything is: images, lengths in thousands of images seen, networks, and what is measured of checkpoints.
+    """The size of everything: images, lengths in thousands of images seen, networks, and the measurements of checkpoints.
 
     `common`, `edm` and `flow` are flags of `trainers.train`. `sigma` is the noise of trajectories, `sigma_flow` that of flow
     matching, t / (1 - t). `layers` are blocks around the monitored one, by their aliases.

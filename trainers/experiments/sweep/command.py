@@ -41,10 +41,10 @@ def announce(sweep: Sweep) -> None:
     width = max(len(run.name) for run in sweep.runs)
     for run in sweep.runs:
         c = run.config
-        what = (
+        description = (
             f"{c.data.source}, {c.data.num_images} images, seed {c.run.seed}, {c.optimizer.total_kimg:g} thousand images seen"
         )
-        _echo(f"  {run.name:{width}}  {sweep.states[run.name]}  ({what})")
+        _echo(f"  {run.name:{width}}  {sweep.states[run.name]}  ({description})")
 
 
 @contextlib.contextmanager
@@ -79,15 +79,17 @@ def _launcher(sweep: Sweep, lock: int) -> Launcher:
 
 def _print_outcome(study: Study, ended: Ended) -> None:
     row, run = study.rows[ended.name], ended.name
-    done = f"[{len(study.of(FINISHED))}/{len(study.rows)}]"
+    progress = f"[{len(study.of(FINISHED))}/{len(study.rows)}]"
     if ended.status == FAILED:
-        _echo(f"{done} {run} failed: {ended.why}; its log: {study.log(run)}")
+        _echo(f"{progress} {run} failed: {ended.why}; its log: {study.log(run)}")
     elif ended.status == FINISHED:
         turned = "" if row["turned_at_images_seen"] is None else f", turned at {row['turned_at_images_seen']:,.0f} images seen"
         onset = row["mem_onset_images_seen"]
-        _echo(f"{done} {run} finished: {row['verdict']}{turned}{'' if onset is None else f', copies from {onset:,.0f} on'}")
+        _echo(f"{progress} {run} finished: {row['verdict']}{turned}{'' if onset is None else f', copies from {onset:,.0f} on'}")
     else:
-        _echo(f"{done} {run} {'goes on by itself' if ended.status == RUNNING else 'stopped'}{ended.why and ': '}{ended.why}")
+        _echo(
+            f"{progress} {run} {'goes on by itself' if ended.status == RUNNING else 'stopped'}{ended.why and ': '}{ended.why}"
+        )
 
 
 def _deliver(sweep: Sweep, names: Sequence[str]) -> None:
@@ -138,8 +140,11 @@ def _conclude(study: Study, status: str) -> None:
     for line in study.failures:
         print(line, file=sys.stderr)
     if status != FINISHED:
-        done, count = len(study.of(FINISHED)), len(study.rows)
-        print(f"{status}: {done} of {count} runs are finished; the same command continues with the others", file=sys.stderr)
+        num_finished, count = len(study.of(FINISHED)), len(study.rows)
+        print(
+            f"{status}: {num_finished} of {count} runs are finished; the same command continues with the others",
+            file=sys.stderr,
+        )
 
 
 def _warn_of_local_store() -> None:

@@ -1,4 +1,4 @@
-"""Command lines whose errors are one line that says what is allowed. Loads nothing else of the package."""
+"""Command lines with errors of one line, which says what is allowed. Loads nothing else of the package."""
 
 from __future__ import annotations
 

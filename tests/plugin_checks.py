@@ -248,8 +248,12 @@ def test_bad_input_gets_one_line_that_names_it(checkpoint: Path, folders: dict[s
         (seeds, {"device": "tpu9"}, "device is 'tpu9'; expected cpu"),
         (seeds, {"pipeline": None}, "model and evaluator_config's pipeline: neither given"),
         (seeds, {"pipeline": str(tmp_path / "colour")}, "pipeline is '.*colour', which holds 0 diffusers folders"),
-        (seeds, {"pipeline": "models:/nothing/1"}, "pipeline is 'models:/nothing/1', which cannot be had"),
-        (seeds, {"pipeline": "ftp://user:hunter2@127.0.0.1:9/x"}, "pipeline is 'ftp://127.0.0.1:9/x', which cannot be had"),
+        (seeds, {"pipeline": "models:/nothing/1"}, "pipeline is 'models:/nothing/1', which cannot be downloaded"),
+        (
+            seeds,
+            {"pipeline": "ftp://user:hunter2@127.0.0.1:9/x"},
+            "pipeline is 'ftp://127.0.0.1:9/x', which cannot be downloaded",
+        ),
         (seeds, {"pipeline": str(other)}, "scheduler is a ScoreSdeVeScheduler; expected DDPMScheduler or one of its kind"),
     ):
         with pytest.raises(MlflowException, match=message) as caught:

@@ -328,7 +328,7 @@ def test_a_name_on_the_hub_that_cannot_be_had_is_one_line(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert main(["measure", "--pipeline", "nobody/nothing", "--data", str(tmp_path)]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mlflow-icr: error:")]
-    assert "'nobody/nothing', which is no folder here, and cannot be had from the hub" in line
+    assert "'nobody/nothing', which is no folder here, and cannot be downloaded from the hub" in line
     assert main(["measure", "nobody/nothing", "--data", str(tmp_path)]) == 2  # a checkpoint is a folder
     assert "'nobody/nothing'; expected a diffusers folder with unet/ and scheduler/" in capsys.readouterr().err
 

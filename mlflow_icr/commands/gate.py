@@ -19,7 +19,7 @@ def add(commands: Commands) -> None:
         "gate",
         "exit with 0 if a run may be released, else with 1 and the reason",
         "Judge the newest measurement of a run before a release. The exit status is 0 if it passes, else 1, and one line says "
-        "why. What was not measured does not pass.",
+        "why. A run without the measurement does not pass.",
         "mlflow-icr gate outputs/first --max-copies 0.01 --forbid memorizing",
     )
     parser.add_argument("target", metavar="RUN", help="an output folder, or an MLflow run: its id or runs:/ID")

@@ -120,7 +120,7 @@ def _ended(watch: Any) -> int:
     for name, why in watch.left_out.items():
         echo(f"{name} is left out: {why}")
     if verdict is None:
-        raise ValueError(f"checkpoints is {str(watch.folder)!r}, which holds no checkpoint; docs/trainers/ says what is one")
+        raise ValueError(f"checkpoints is {str(watch.folder)!r}, which holds no checkpoint; docs/trainers/ lists what counts")
     echo(f"{len(watch.measured)} checkpoints measured; all results are in {watch.output_dir}")
     _print(verdict)
     return 1 if watch.left_out else 0

@@ -17,7 +17,7 @@ NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def devices() -> Iterator[Check]:
-    """What torch can compute on, with its memory."""
+    """The devices that torch can compute on, with their memory."""
     mend = "install torch again, as https://pytorch.org/get-started says for this machine"
     try:
         import torch

@@ -10,7 +10,7 @@ from mlflow_icr.extraction.files import file_sha256
 
 @dataclass(frozen=True)
 class Weights:
-    """Where an encoder's weights come from: an address, the SHA-256 where there is one official file, and the licence."""
+    """The source of an encoder's weights: an address, the SHA-256 where there is one official file, and the licence."""
 
     source: str
     sha256: str = ""

@@ -120,8 +120,8 @@ def pipeline_folder(place: Path | str, trust_remote_code: bool) -> Path:
         return Path(DiffusionPipeline.download(name, use_safetensors=True, trust_remote_code=trust_remote_code))
     except Exception as error:  # the hub's client and its transports raise many kinds of exceptions
         raise ValueError(
-            f"checkpoint is {name!r}, which is no folder here, and cannot be had from the hub ({_line(error)}); expected a "
-            f"diffusers folder with unet/ and scheduler/, or with {INDEX}"
+            f"checkpoint is {name!r}, which is no folder here, and cannot be downloaded from the hub ({_line(error)}); "
+            f"expected a diffusers folder with unet/ and scheduler/, or with {INDEX}"
         ) from None
 
 

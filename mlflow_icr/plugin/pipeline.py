@@ -77,7 +77,9 @@ def download_pipeline(place: Path | str) -> Path:
         try:
             folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=str(place)))
         except Exception as error:  # each store's client has its own errors
-            raise ValueError(f"pipeline is {without_password(place)!r}, which cannot be had ({type(error).__name__})") from None
+            raise ValueError(
+                f"pipeline is {without_password(place)!r}, which cannot be downloaded ({type(error).__name__})"
+            ) from None
     if is_pipeline(folder):
         return folder
     folders = sorted({path.parent for path in folder.rglob(INDEX)})

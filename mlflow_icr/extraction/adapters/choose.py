@@ -137,7 +137,7 @@ def check_side(pipeline: Any, side: int) -> None:
 
 
 def image_channels(denoiser: Denoiser) -> int | None:
-    """Channels of the images that a denoiser takes, 1 or 3 mostly; None where nothing says so."""
+    """The channels of a denoiser's images, mostly 1 or 3; None where they are unknown."""
     if isinstance(denoiser, LatentDenoiser):
         return denoiser.autoencoder.channels
     config = getattr(denoiser.network, "config", None)

@@ -29,13 +29,13 @@ def _main(method: Method) -> Method:
 
 
 class ICRTracker(GeneralTracker):  # type: ignore[misc]
-    """What `accelerator.log`, `log_images` and `log_table` are given, in `output_dir/logged`, MLflow and TensorBoard.
+    """Writes what `accelerator.log`, `log_images` and `log_table` get into `output_dir/logged`, MLflow and TensorBoard.
 
     Values are logged at the script's own steps or, with `images_per_step` (images in a step), at images seen, like
     measurements. Numbers may be Python's, numpy's or 0-d tensors on any device, in nested dicts and short lists; anything else
     is kept as text. The run starts with `init_trackers`, on the main process alone, and ends with `end_training`: FINISHED. An
     exception that ends the program leaves it FAILED, Ctrl-C KILLED. `tracker` is the Tracker to `record` measurements with.
-    With `resume` it goes on in the folder, and in its MLflow run. Raises ValueError for a folder that holds a run already,
+    With `resume` it continues in the folder, and in its MLflow run. Raises ValueError for a folder that holds a run already,
     before training.
     """
 
@@ -61,9 +61,9 @@ class ICRTracker(GeneralTracker):  # type: ignore[misc]
         self.output_dir, self.images_per_step = Path(output_dir), images_per_step
         self.run_name, self.params, self.tags, self.resume = run_name, dict(params or {}), dict(tags or {}), resume
         self._tracker: Tracker | None = None
-        self._stay: Callable[[], None] = lambda: None
+        self._cancel_exit: Callable[[], None] = lambda: None
         self._count, self._begun = 0, False
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
 
     @property
     def tracker(self) -> Tracker:
@@ -79,9 +79,9 @@ class ICRTracker(GeneralTracker):  # type: ignore[misc]
     def start(self) -> None:
         """Start tracking. The run is made at the first value, so its parameters are the configuration, which comes before."""
         if not self._begun:
-            import mlflow  # noqa: F401 - it must be asked to end its runs at exit before this is
+            import mlflow  # noqa: F401 - its exit handler, which ends its runs, must be registered before ours
 
-            self._begun, self._stay = True, end_at_exit(self._close)
+            self._begun, self._cancel_exit = True, end_at_exit(self._close)
 
     @_main
     def store_init_configuration(self, values: dict[str, Any]) -> None:
@@ -107,14 +107,14 @@ class ICRTracker(GeneralTracker):  # type: ignore[misc]
             try:
                 pictures = as_pictures(images)
             except (ValueError, TypeError) as error:
-                self._tell(f"{name} is no picture ({error}); its images are not shown")
+                self._warn_once(f"{name} is no picture ({error}); its images are not shown")
                 continue
             for place, picture in enumerate(pictures):
-                shown = name if len(pictures) == 1 else f"{name}/{place}"
-                path = self.tracker.journal.folder / FOLDER / "images" / file_key(shown) / f"{at:012d}.png"
+                picture_key = name if len(pictures) == 1 else f"{name}/{place}"
+                path = self.tracker.journal.folder / FOLDER / "images" / file_key(picture_key) / f"{at:012d}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(picture).save(path)
-                self.tracker.picture(shown, path, at)
+                self.tracker.picture(picture_key, path, at)
 
     @_main
     def log_table(
@@ -134,7 +134,7 @@ class ICRTracker(GeneralTracker):  # type: ignore[misc]
             return
         names = list(columns) if columns is not None else [f"column_{i}" for i in range(len(data[0]))]
         if any(len(row) != len(names) for row in data):
-            self._tell(f"table {table_name} has rows of other lengths than its {len(names)} columns; it is not shown")
+            self._warn_once(f"table {table_name} has rows of other lengths than its {len(names)} columns; it is not shown")
             return
         plain = (bool, int, float, str)
         rows = [{n: v if isinstance(v, plain) else str(v) for n, v in zip(names, row, strict=True)} for row in data]
@@ -147,7 +147,7 @@ class ICRTracker(GeneralTracker):  # type: ignore[misc]
 
     def close(self, status: str) -> None:
         """End the run with a status, FINISHED, FAILED or KILLED. Does nothing the second time, or if no run has begun."""
-        self._stay()
+        self._cancel_exit()
         self._close(status)
 
     def _close(self, status: str) -> None:
@@ -163,7 +163,7 @@ class ICRTracker(GeneralTracker):  # type: ignore[misc]
     def _log(self, values: Mapping[str, float], texts: Mapping[str, str], at: int) -> None:
         self.tracker.log(Logged(at, time.time(), values, texts))
 
-    def _tell(self, text: str) -> None:
-        if text not in self._told:
-            self._told.add(text)
+    def _warn_once(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
             logger.warning(text)

@@ -17,7 +17,7 @@ from mlflow_icr.integrations.checkpoint_files import PEFT_WEIGHTS
 NAME = "measured"  # of the adapter, in the network
 # A part for the text encoder is ignored: prompts were embedded once, at the start, and text encoders are not kept.
 TEXT = ("text_encoder", "lora_te", "bundle_emb")
-DOWN = ("lora_down", "lora_A", ".lora.down")  # one in each adapted layer, in each of the formats
+DOWN = ("lora_down", "lora_A", ".lora.down")  # one key in each adapted layer, by format
 PEFT_PREFIX = "base_model.model."
 
 
@@ -42,22 +42,24 @@ class LoraLoader:
         if not hasattr(self._pipeline, "load_lora_weights"):
             raise ValueError("it is a LoRA; expected pipeline to be one of text and images, which takes it")
         with tempfile.TemporaryDirectory() as scratch:
-            place, layers = _network_part(path, Path(scratch))
+            lora, layers = _network_part(path, Path(scratch))
             # diffusers logs for each LoRA that nothing is loaded into the text encoder, which is not kept.
             logger = logging.getLogger("diffusers.loaders.lora_base")
             disabled, logger.disabled = logger.disabled, True
             try:
                 if self.loaded:
                     self._pipeline.unload_lora_weights()
-                self._pipeline.load_lora_weights(place.parent, weight_name=place.name, use_safetensors=True, adapter_name=NAME)
+                self._pipeline.load_lora_weights(lora.parent, weight_name=lora.name, use_safetensors=True, adapter_name=NAME)
             except Exception as error:  # diffusers' converters raise many kinds of exceptions for files that they do not know
                 why = f"does not fit the pipeline, or the package peft is not there ({_line(error)})"
                 raise ValueError(f"{path.name} {why}") from None
             finally:
                 logger.disabled = disabled
                 self.loaded = _adapted(network) > 0
-        if (found := _adapted(network)) < layers:  # diffusers ignores layers that it does not know
-            raise ValueError(f"{path.name} adapts {layers} layers, of which diffusers knows {found} in this pipeline's network")
+        if (adapted := _adapted(network)) < layers:  # diffusers ignores layers that it does not know
+            raise ValueError(
+                f"{path.name} adapts {layers} layers, of which diffusers knows {adapted} in this pipeline's network"
+            )
 
 
 def _network_part(path: Path, scratch: Path) -> tuple[Path, int]:
@@ -67,14 +69,14 @@ def _network_part(path: Path, scratch: Path) -> tuple[Path, int]:
             keys = list(file.keys())
             if any("dora_scale" in key for key in keys):
                 raise ValueError(f"{path.name} is a DoRA, whose magnitudes diffusers leaves aside; expected a plain LoRA")
-            wanted = [key for key in keys if not key.startswith(TEXT)]
-            layers = sum(any(part in key for part in DOWN) for key in wanted)
+            network_keys = [key for key in keys if not key.startswith(TEXT)]
+            layers = sum(any(part in key for part in DOWN) for key in network_keys)
             if layers == 0:
                 raise ValueError(f"{path.name} adapts no layer of the network by a LoRA")
-            if len(wanted) == len(keys):
+            if len(network_keys) == len(keys):
                 return path, layers
             # The scale of the LoRA may be in the metadata.
-            save_file({key: file.get_tensor(key) for key in wanted}, scratch / path.name, file.metadata())
+            save_file({key: file.get_tensor(key) for key in network_keys}, scratch / path.name, file.metadata())
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path.name} cannot be read ({type(error).__name__}: {error})") from None
     return scratch / path.name, layers
@@ -106,4 +108,4 @@ class PeftLoader:
             raise ValueError(f"its adapter does not fit the network ({_line(error)})") from None
         layers = sum("lora_A" in key for key in plain)
         if unexpected or layers == 0 or _adapted(network) < layers:
-            raise ValueError(f"its adapter has layers that the network has not: {', '.join(unexpected[:3]) or 'all'}")
+            raise ValueError(f"its adapter has layers that the network does not have: {', '.join(unexpected[:3]) or 'all'}")

@@ -17,7 +17,7 @@ from mlflow_icr.tracking import MLflowSink, TensorBoardSink, Tracker
 from mlflow_icr.tracking.mlflow.store import answers, connect, get_run
 from mlflow_icr.tracking.mlflow.sync import waiting_of
 
-SECTIONS = ("repr", "perf/measure")  # beginnings of the keys that a measurement has
+SECTIONS = ("repr", "perf/measure")  # prefixes of a measurement's keys
 Echo = Callable[[str], None]
 
 
@@ -81,26 +81,26 @@ def measure_checkpoints(
     delivered = run_id is None or _is_delivered(out, run_id)
     tracker = Tracker(out, _sinks(out, run_id, measurement.monitor.protocol.digest), resume="allow")
     tracker.journal.write_file(SETTINGS, json.dumps(measurement.settings).encode())
-    found = Backfill(out, tracker.verdict, left_out=left_out)
-    due = _due(checkpoints, tracker, found)
+    result = Backfill(out, tracker.verdict, left_out=left_out)
+    due = _due(checkpoints, tracker, result)
     if delivered and not due:
         tracker.abandon()
-        return found
+        return result
     tracker.open(measurement.params, {"icr.backfilled": "true"})
     try:
         for checkpoint in due:
             try:
                 report = measurement.measure(checkpoint, tracker, time=checkpoint.time)
             except ValueError as error:
-                found.left_out[checkpoint.name] = str(error)
+                result.left_out[checkpoint.name] = str(error)
                 continue
-            found.measured.append(checkpoint.step)
+            result.measured.append(checkpoint.step)
             echo(line_of(checkpoint.name, report))
     finally:
         tracker.close("FINISHED")
-        found.complete = run_id is None or waiting_of(out).complete
-    found.verdict = verdict(tracker.journal.rows)
-    return found
+        result.complete = run_id is None or waiting_of(out).complete
+    result.verdict = verdict(tracker.journal.rows)
+    return result
 
 
 def _sinks(out: Path, run_id: str | None, digest: str) -> list[Any]:
@@ -111,7 +111,7 @@ def _sinks(out: Path, run_id: str | None, digest: str) -> list[Any]:
 def measured_in(run_id: str, protocol_digest: str) -> dict[int, set[str]]:
     """Keys of measurements by step that a run in MLflow has.
 
-    Raises ValueError for a run that is not there, or that was measured by another protocol, OSError where the store does not
+    Raises ValueError for a run that does not exist, or that was measured by another protocol, OSError where the store does not
     answer.
     """
     client = connect()
@@ -122,13 +122,13 @@ def measured_in(run_id: str, protocol_digest: str) -> dict[int, set[str]]:
             f"run_id is {run_id!r}, a run that was measured by the protocol {digest}, and this is {protocol_digest}: values "
             "of two cannot be compared; expected another run, or none"
         )
-    found: dict[int, set[str]] = {}
+    keys_by_step: dict[int, set[str]] = {}
     with answers():
         for key in run.data.metrics:
             if key.startswith(SECTIONS):
                 for point in client.get_metric_history(run_id, key):
-                    found.setdefault(point.step, set()).add(key)
-    return found
+                    keys_by_step.setdefault(point.step, set()).add(key)
+    return keys_by_step
 
 
 def add_to_run(sink: MLflowSink, report: Report, params: Mapping[str, object]) -> None:
@@ -151,23 +151,23 @@ def add_to_run(sink: MLflowSink, report: Report, params: Mapping[str, object]) -
 
 def _is_delivered(out: Path, run_id: str) -> bool:
     """Whether a run has all results of a folder. Raises ValueError for a folder whose results go to another run."""
-    there = waiting_of(out)
-    if there.run_id not in (None, run_id):
-        raise ValueError(f"run_id is {run_id!r}, and the results in {str(out)!r} go to {there.run_id}; expected that one")
-    return there.run_id is not None and there.complete
+    waiting = waiting_of(out)
+    if waiting.run_id not in (None, run_id):
+        raise ValueError(f"run_id is {run_id!r}, and the results in {str(out)!r} go to {waiting.run_id}; expected that one")
+    return waiting.run_id is not None and waiting.complete
 
 
-def _due(checkpoints: Sequence[SavedCheckpoint], tracker: Tracker, found: Backfill) -> list[SavedCheckpoint]:
+def _due(checkpoints: Sequence[SavedCheckpoint], tracker: Tracker, result: Backfill) -> list[SavedCheckpoint]:
     """The checkpoints that are still to be measured; measured steps, and those that come too late, are recorded."""
     steps, due = tracker.journal.steps, []
     newest = max(steps, default=-1)
     for checkpoint in checkpoints:
         if checkpoint.step in steps:
-            found.known.append(checkpoint.step)
+            result.known.append(checkpoint.step)
         elif checkpoint.step < newest:
-            found.left_out[checkpoint.name] = (
-                f"step {newest} was measured before it, and growth and rise are relative to earlier steps; another output_dir "
-                "takes all"
+            result.left_out[checkpoint.name] = (
+                f"step {newest} was measured before it, and growth and rise are relative to earlier steps; in another "
+                "output_dir all are measured"
             )
         else:
             due.append(checkpoint)

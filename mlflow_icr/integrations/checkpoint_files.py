@@ -16,7 +16,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-# In this order: one samples from the average.
+# In order of preference: one samples from the average.
 NETWORKS = ("unet_ema", "unet", "transformer_ema", "transformer")
 LORA = "pytorch_lora_weights.safetensors"  # diffusers' name
 ONETRAINER_LORA = Path("lora") / "lora.safetensors"  # in its backups
@@ -47,7 +47,7 @@ class Position:
 class CheckpointFiles:
     """One checkpoint: its folder or file, its weights, their kind, and its training step.
 
-    `images_per_step` is what its metadata says of the batch, where they say something.
+    `images_per_step` is the batch that its metadata name, if they name one.
     """
 
     path: Path
@@ -61,9 +61,8 @@ class CheckpointFiles:
 class Entry:
     """A name in a folder of checkpoints: its checkpoint, or the reason why it has none; `unfinished`: this may change.
 
-    `damaged`: there are weights, but not all.
-
-    `state` is every file's name, size and time of change: while it changes, the checkpoint is being written.
+    `damaged`: some of its weights are missing. `state` is every file's name, size and time of change: while it changes, the
+    checkpoint is being written.
     """
 
     path: Path
@@ -106,15 +105,15 @@ def read_header(path: Path) -> Header:
 
 def entries_of(folder: Path) -> list[Entry]:
     """The entries of a folder, sorted by name; hidden files, and files other than safetensors, are skipped."""
-    found = []
+    entries = []
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or not (path.is_dir() or path.suffix == ".safetensors"):
             continue
         with suppress(FileNotFoundError):  # trainers remove old checkpoints
             entry = _entry(path)
             if entry is not None:
-                found.append(entry)
-    return found
+                entries.append(entry)
+    return entries
 
 
 def _entry(path: Path) -> Entry | None:
@@ -124,11 +123,11 @@ def _entry(path: Path) -> Entry | None:
     try:
         if path.is_file():
             return Entry(path, state, *_single(path, position))
-        found = _weights_in(path)
-        if found is None:
-            holds = f"it holds neither {', '.join(NETWORKS)} nor {LORA}"
-            return None if position is None else Entry(path, state, None, holds, unfinished=True)
-        weights, kind, header = found
+        contents = _weights_in(path)
+        if contents is None:
+            reason = f"it holds neither {', '.join(NETWORKS)} nor {LORA}"
+            return None if position is None else Entry(path, state, None, reason, unfinished=True)
+        weights, kind, header = contents
     except UnfinishedError as error:
         return Entry(path, state, None, str(error), unfinished=True, damaged=True)
     where = _position_in_metadata(header.metadata if header is not None else {}) or position
@@ -139,12 +138,12 @@ def _entry(path: Path) -> Entry | None:
 
 def _state(path: Path) -> tuple[tuple[str, int, int], ...]:
     files = [path] if path.is_file() else sorted(inner for inner in path.rglob("*") if inner.is_file())
-    found = []
+    state = []
     for file in files:
         with suppress(FileNotFoundError):
-            facts = file.stat()
-            found.append((str(file.relative_to(path)), facts.st_size, facts.st_mtime_ns))
-    return tuple(found)
+            status = file.stat()
+            state.append((str(file.relative_to(path)), status.st_size, status.st_mtime_ns))
+    return tuple(state)
 
 
 def _single(path: Path, position: Position | None) -> tuple[CheckpointFiles | None, str]:
@@ -178,10 +177,10 @@ def _weights_in(folder: Path) -> tuple[Path, Kind, Header | None] | None:
 
 def _json_in(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _check_network(folder: Path) -> None:
@@ -243,7 +242,7 @@ def _images_per_step(metadata: Mapping[str, str]) -> int | None:
 
 
 def changed_at(checkpoint: CheckpointFiles) -> float:
-    """When the newest file of the weights was written, in seconds. Raises FileNotFoundError where they are gone."""
+    """When the newest file of the weights was written, in seconds. Raises FileNotFoundError if they were removed."""
     moments = [path.stat().st_mtime for path in _files(checkpoint.weights)]
     if not moments:
         raise FileNotFoundError(checkpoint.weights)

@@ -25,7 +25,7 @@ from mlflow_icr.monitoring.section import Section
 from mlflow_icr.monitoring.series import HISTORY, read_arrays
 from mlflow_icr.tracking import Tracker, check_folder
 
-SETTINGS = "backfill.json"  # settings that all measurements of a folder share
+SETTINGS = "backfill.json"  # of the settings that all measurements of a folder share
 RISES = ("icr_rise", "icr_rise_low", "icr_rise_high")
 SHOWN = ("icr", "icr_debiased", "view_error_ratio")
 
@@ -82,9 +82,7 @@ class CheckpointMeasurement:
     def measure(self, checkpoint: SavedCheckpoint, tracker: Tracker, waiting: int = 0, *, time: float | None = None) -> Report:
         """Load a checkpoint, measure it, and record it; `waiting` is how many earlier ones are still to be measured.
 
-        `time`, in Unix seconds, is the time of the measurement, if it is not now.
-
-        Raises ValueError for weights that do not fit.
+        `time`, in Unix seconds, is that of the measurement, if it is not now. Raises ValueError for weights that do not fit.
         """
         self.training.load(checkpoint.files)
         return self.record(checkpoint.step, tracker, waiting, time=time)
@@ -133,8 +131,8 @@ def suited_protocol(protocol: Protocol, denoiser: Denoiser, images: Tensor, batc
 def _lowest_before(step: int, rows: Sequence[Mapping[str, float]], section: Section, folder: Path) -> Tensor | None:
     """The lowest debiased ICR of a section at earlier steps after 0, followed by its influences; None without one."""
     key = f"{section.name}/icr_debiased"
-    known = [(row[key], int(row["images_seen"])) for row in rows if key in row and 0 < row["images_seen"] < step]
-    for value, at in sorted(known):
+    earlier = [(row[key], int(row["images_seen"])) for row in rows if key in row and 0 < row["images_seen"] < step]
+    for value, at in sorted(earlier):
         try:
             influence = read_arrays(folder, at)[f"{section.name}/influence"]
         except (OSError, KeyError):  # that measurement has no interval
@@ -153,8 +151,8 @@ def _without_rises(report: Report, sections: Any, waiting: int) -> Report:
 
 def line_of(name: str, report: Report) -> str:
     """A measurement in one line."""
-    shown = {key: report.values.get(f"repr/{key}") for key in SHOWN}
-    values = ", ".join(f"{key} {value:.4g}" for key, value in shown.items() if value is not None)
+    by_key = {key: report.values.get(f"repr/{key}") for key in SHOWN}
+    values = ", ".join(f"{key} {value:.4g}" for key, value in by_key.items() if value is not None)
     return f"{name}: {report.step} images seen, {values or 'nothing could be measured'}"
 
 
@@ -169,10 +167,10 @@ def _check_settings(out: Path, settings: Mapping[str, Any]) -> None:
     path = out / SETTINGS
     if not path.is_file() or not (out / HISTORY).exists():
         return
-    there = json.loads(path.read_text())
+    stored = json.loads(path.read_text())
     for key in sorted(settings):
-        if key in there and there[key] != settings[key]:
+        if key in stored and stored[key] != settings[key]:
             raise ValueError(
-                f"{key} is {settings[key]!r}, but {str(out)!r} was measured with {there[key]!r}; expected the same, or another "
-                "output_dir"
+                f"{key} is {settings[key]!r}, but {str(out)!r} was measured with {stored[key]!r}; expected the same, or "
+                "another output_dir"
             )

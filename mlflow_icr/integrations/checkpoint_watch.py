@@ -1,4 +1,4 @@
-"""A watch on a folder of checkpoints, beside any training: each one is measured when it is whole, and the verdict is said."""
+"""A watch on a folder of checkpoints, beside any training: each one is measured when it is whole, and verdicts are reported."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LONG_AGO = 60.0
 
 @dataclass(frozen=True)
 class Pace:
-    """How a folder is watched: without `follow` until all that is there is measured.
+    """How a folder is watched: without `follow`, until all of its checkpoints are measured.
 
     `poll` seconds lie between two looks; a checkpoint is taken when it is whole and has not changed for `settle` seconds. With
     `follow` the watch ends when nothing new has come for `end_after` seconds, None for never. Raises ValueError for impossible
@@ -48,13 +48,13 @@ class Pace:
 
 
 class Arrivals:
-    """What is in a folder of checkpoints, look by look: which ones are whole and settled, and why others are not taken."""
+    """The checkpoints in a folder at each look: those that are whole and settled, and why others are not taken."""
 
     def __init__(self, folder: Path, settle: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.folder, self._settle, self._clock = folder, settle, clock
-        self._since: dict[Path, tuple[Any, float]] = {}  # each name's state, and since when it has been that
-        self.unsettled: dict[str, str] = {}  # by name: what may still become a checkpoint, and why it is none yet
-        self.useless: dict[str, str] = {}  # by name: what is not going to become one, and why
+        self._since: dict[Path, tuple[Any, float]] = {}  # each name's state, and since when it has had it
+        self.unsettled: dict[str, str] = {}  # by name: why it is no checkpoint yet; it may become one
+        self.useless: dict[str, str] = {}  # by name: why it is no checkpoint, and will not become one
 
     def look(self) -> list[CheckpointFiles]:
         """The checkpoints that may be read now."""
@@ -95,8 +95,8 @@ class CheckpointWatch:
     measurement, `on_verdict` the verdict whenever its state has changed. A `reaction`, a command or a webhook's URL, gets
     it too, as `Tracker` does it. `options` are those of `load_pipeline`.
 
-    When several checkpoints wait, the newest comes first, and then the next newest: what the model does now is known as early
-    as can be. The earliest one comes before all of them, since growth is relative to it. Raises ValueError for input that does
+    When several checkpoints wait, the newest comes first, and then the next newest: the present model is known as early as
+    possible. The earliest one comes before all of them, since growth is relative to it. Raises ValueError for input that does
     not fit, and for a folder that is watched already.
     """
 
@@ -129,22 +129,22 @@ class CheckpointWatch:
         self.pace, self._echo, self._on_verdict = pace or Pace(), echo, on_verdict
         self.measured: list[int] = []  # images seen, in the order of measuring
         self.left_out: dict[str, str] = {}  # reasons by name
-        self._refused: dict[Path, float] = {}  # what could not be loaded, and when it was written
+        self._refused: dict[Path, float] = {}  # checkpoints that could not be loaded, and when they were written
         self._training: SavedTraining | None = None
         self._measurement: CheckpointMeasurement | None = None
         self._tracker: Tracker | None = None
-        self._state = ""  # of the verdict that was said last
+        self._state = ""  # of the verdict that was reported last
         if not self.folder.is_dir() and not self.pace.follow:
             raise ValueError(f"checkpoints is {str(folder)!r}, which is no folder")
         check_output(self.output_dir, data)
 
     @property
     def verdict(self) -> Verdict | None:
-        """What the measurements so far say; None before there are any."""
+        """The verdict on the measurements so far; None before there are any."""
         return None if self._tracker is None else self._tracker.verdict
 
     def run(self) -> Verdict | None:
-        """Watch until the folder is done with, or for ever. An interruption ends the watch, and its MLflow run as finished.
+        """Watch until all is measured, or for ever. An interruption ends the watch, and its MLflow run as finished.
 
         Returns the verdict, None where nothing was measured.
         """
@@ -156,7 +156,7 @@ class CheckpointWatch:
             where = str(self.output_dir)
             raise ValueError(f"output_dir is {where!r}, which another watch is writing; expected another one") from None
         try:
-            if self.base is not None:  # what is wrong with it is said now, not when the first checkpoint comes
+            if self.base is not None:  # its errors are raised now, not when the first checkpoint comes
                 self._training = SavedTraining(self.base, **self._options)
             self._watch()
             return self.verdict
@@ -190,18 +190,18 @@ class CheckpointWatch:
         if self._measurement is None or self._tracker is None:
             return []
         steps = self._tracker.journal.steps
-        found: dict[int, SavedCheckpoint] = {}
+        by_step: dict[int, SavedCheckpoint] = {}
         for files in ready:
             step = self._measurement.units.images_seen(files.position)
             if step in steps:
                 continue
-            with suppress(FileNotFoundError):  # removed since it was looked at
+            with suppress(FileNotFoundError):  # removed since the look
                 if self._refused.get(files.path) != changed_at(files):
-                    found.setdefault(step, SavedCheckpoint(step, files))
-        return [found[step] for step in sorted(found)]
+                    by_step.setdefault(step, SavedCheckpoint(step, files))
+        return [by_step[step] for step in sorted(by_step)]
 
     def _begin(self, first: CheckpointFiles) -> None:
-        """Load what the checkpoints have in common, open the trackers, and measure what the training began with."""
+        """Load what the checkpoints have in common, open the trackers, and measure the weights that the training began with."""
         if self._training is None:
             self._training = SavedTraining(place_of(first), **self._options)
         self._measurement = CheckpointMeasurement(
@@ -217,7 +217,7 @@ class CheckpointWatch:
             self._echo(line_of(str(self.base), self._measurement.record(0, tracker)))
 
     def _units(self, first: CheckpointFiles) -> Units:
-        """Images in a step as they were given, as an earlier watch took them, or as a checkpoint's metadata say."""
+        """Images in a step: those given, those of an earlier watch, or those of a checkpoint's metadata."""
         path, per_step = self.output_dir / SETTINGS, self._images_per_step
         if per_step is None and path.is_file():
             per_step = json.loads(path.read_text()).get("images_per_step")
@@ -235,8 +235,8 @@ class CheckpointWatch:
             written = checkpoint.time
             report = self._measurement.measure(checkpoint, self._tracker, waiting)
         except (ValueError, FileNotFoundError) as error:
-            gone = not checkpoint.files.path.exists()
-            why = "it was removed before it could be measured" if gone else str(error)
+            removed = not checkpoint.files.path.exists()
+            why = "it was removed before it could be measured" if removed else str(error)
             if written is not None:
                 self._refused[checkpoint.files.path] = written
             self.left_out[checkpoint.name] = why
@@ -244,13 +244,13 @@ class CheckpointWatch:
             return
         self.measured.append(checkpoint.step)
         self._echo(line_of(checkpoint.name, report) + (f" ({len(due) - 1} more are waiting)" if len(due) > 1 else ""))
-        found = self._tracker.verdict
-        if found.state != self._state:
-            self._state = found.state
-            self._on_verdict(found)
+        verdict = self._tracker.verdict
+        if verdict.state != self._state:
+            self._state = verdict.state
+            self._on_verdict(verdict)
 
     def _close(self) -> None:
-        """Write the report, which says again what is recorded, and end the MLflow run."""
+        """Write the report, which repeats what is recorded, and end the MLflow run."""
         if self._tracker is not None:
             if self._tracker.journal.rows:
                 conclude(self._tracker)

@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"mlflow_icr.integrations.diffusers: error: {error}", file=sys.stderr)
         return 2
-    tell = end_as_rank()
+    set_status = end_as_rank()
     from mlflow_icr.integrations.hooks import ScriptHooks  # imports torch, accelerate and diffusers, after the input is checked
 
     logging.getLogger("mlflow_icr").setLevel(logging.WARNING)
@@ -138,10 +138,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         except BaseException as error:
             hooks.close(status_of(error))
             if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
-                tell(error.code or 0)
+                set_status(error.code or 0)
             raise
         hooks.close("FINISHED")
-    return tell(0)
+    return set_status(0)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ def end_as_rank() -> Callable[[int], int]:
 
     Returns a function that takes the status and returns it. After DistributedDataParallel (torch 2.13), Gloo's threads survive
     `destroy_process_group`, and native threads may crash while the interpreter finalizes: rarely, on a loaded machine, a rank
-    that had finished aborted there. Call this before other exit handlers are registered. Handlers run in reverse order, so all
+    that had finished aborted then. Call this before other exit handlers are registered. Handlers run in reverse order, so all
     others, and the threads that Python waits for, come first.
     """
     statuses: list[int] = []
@@ -28,9 +28,9 @@ def end_as_rank() -> Callable[[int], int]:
                     stream.flush()
             os._exit(statuses[-1])
 
-    def tell(status: int) -> int:
+    def set_status(status: int) -> int:
         statuses.append(status)
         return status
 
     atexit.register(leave)
-    return tell
+    return set_status

@@ -39,15 +39,15 @@ def check_network(network: nn.Module) -> None:
     channels = getattr(config, "in_channels", None)
     if channels not in (1, 3) or not isinstance(getattr(config, "sample_size", None), int):
         raise ValueError(f"the network is a {name} with {channels} channels; expected one of square images, grey or RGB")
-    wanted = [p.name for p in inspect.signature(type(network).forward).parameters.values() if p.default is p.empty]
-    if wanted[1:3] != ["sample", "timestep"] or len(wanted) > 3 or getattr(config, "num_class_embeds", None):
+    required = [p.name for p in inspect.signature(type(network).forward).parameters.values() if p.default is p.empty]
+    if required[1:3] != ["sample", "timestep"] or len(required) > 3 or getattr(config, "num_class_embeds", None):
         raise ValueError(f"the network is a {name} with conditions; expected one that sees an image and a timestep")
 
 
 def images_for(network: Any, path: Path, seed: int) -> Tensor:
     """The images (N, C, side, side) uint8 at a path, as the network takes them, in an order fixed by the seed."""
-    found = with_channels(read_images(path, network.config.sample_size).images, network.config.in_channels)
-    return found[torch.from_numpy(keyed_generator("probe", seed).permutation(len(found)))].contiguous()
+    images = with_channels(read_images(path, network.config.sample_size).images, network.config.in_channels)
+    return images[torch.from_numpy(keyed_generator("probe", seed).permutation(len(images)))].contiguous()
 
 
 class ScriptHooks:
@@ -109,17 +109,17 @@ class ScriptHooks:
         if self.accelerator is None:
             self.accelerator = accelerator
             bound = inspect.signature(original).bind(accelerator, *args, **kwargs)
-            asked = bound.arguments.get("log_with")
-            asked = [] if asked is None else list(asked) if isinstance(asked, (list, tuple)) else [asked]
-            bound.arguments["log_with"] = [*asked, self.icr]
+            trackers = bound.arguments.get("log_with")
+            trackers = [] if trackers is None else list(trackers) if isinstance(trackers, (list, tuple)) else [trackers]
+            bound.arguments["log_with"] = [*trackers, self.icr]
             original(*bound.args, **bound.kwargs)
         else:
             original(accelerator, *args, **kwargs)
 
     def _prepare(self, original: Any, accelerator: Any, *args: Any, **kwargs: Any) -> Any:
-        made = original(accelerator, *args, **kwargs)
+        prepared = original(accelerator, *args, **kwargs)
         if self.network is None:
-            for entry in made if isinstance(made, (list, tuple)) else [made]:
+            for entry in prepared if isinstance(prepared, (list, tuple)) else [prepared]:
                 if isinstance(entry, nn.Module) and any(p.requires_grad for p in entry.parameters()):
                     network = accelerator.unwrap_model(entry)
                     with self._refusing():
@@ -128,7 +128,7 @@ class ScriptHooks:
                     self.network = network
                     network.register_forward_pre_hook(self._before_forward, with_kwargs=True)
                     break
-        return made
+        return prepared
 
     def _average(self, original: Any, average: Any, *args: Any, **kwargs: Any) -> None:
         original(average, *args, **kwargs)
@@ -148,8 +148,8 @@ class ScriptHooks:
         folder = original(accelerator, *args, **kwargs)
         if folder is not None and self.watch is not None and accelerator.is_main_process:
             # Each other rank has as many new images as this one.
-            seen = self.watch.images_seen + (self.watch.pending + self._images) * accelerator.num_processes
-            (Path(folder) / IMAGES_SEEN).write_text(json.dumps({"images_seen": seen}))
+            images_seen = self.watch.images_seen + (self.watch.pending + self._images) * accelerator.num_processes
+            (Path(folder) / IMAGES_SEEN).write_text(json.dumps({"images_seen": images_seen}))
         return folder
 
     def _load_state(self, original: Any, accelerator: Any, input_dir: Any = None, *args: Any, **kwargs: Any) -> Any:

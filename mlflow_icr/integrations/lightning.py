@@ -43,9 +43,9 @@ class ICRCallback(_lightning().Callback):  # type: ignore[misc]
     """Measures a LightningModule's network while Lightning trains it; arguments are those of WatchSettings.
 
     Without `ema`, the average of a WeightAveraging callback is measured where the trainer has one (list it before this one),
-    else the network itself.
-    Training stops with the batch after which the verdict is that of `stop_on`. Resumed from a checkpoint (`ckpt_path`), it
-    goes on in the folder and in its MLflow run. An exception leaves the run FAILED, Ctrl-C KILLED.
+    else the network itself. Training stops with the batch after which the verdict is that of `stop_on`. Resumed from a
+    checkpoint (`ckpt_path`), it continues in the folder and in its MLflow run. An exception leaves the run FAILED, Ctrl-C
+    KILLED.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

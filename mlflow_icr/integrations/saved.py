@@ -45,7 +45,7 @@ class Units:
                 raise ValueError(f"{name} is {value}; expected at least 1")
 
     def images_seen(self, position: Position) -> int:
-        """Images seen at a position. Raises ValueError for one in epochs, where their images are not known."""
+        """Images seen at a position. Raises ValueError for one in epochs if their images are not known."""
         if not position.in_epochs:
             return position.count * self.images_per_step
         if self.images_per_epoch is None:
@@ -76,15 +76,14 @@ def find_checkpoints(
 ) -> list[SavedCheckpoint]:
     """The checkpoints in a folder by ascending images seen; `echo` gets a line for each name that is left out.
 
-    `left_out` gets the reason for each checkpoint with damaged weights, by its name.
-
-    Layouts are those of `checkpoint_files`. If the folder holds none, its `checkpoints/` is searched. Raises ValueError if
-    there are none, or two of one step.
+    `left_out` gets the reason for each checkpoint with damaged weights instead, by its name. Layouts are those of
+    `checkpoint_files`. If the folder holds none, its `checkpoints/` is searched. Raises ValueError if there are none, or two of
+    one step.
     """
     units = units or Units()
     if not folder.is_dir():
         raise ValueError(f"checkpoints is {str(folder)!r}, which is no folder")
-    found: dict[int, SavedCheckpoint] = {}
+    by_step: dict[int, SavedCheckpoint] = {}
     for entry in entries_of(folder):
         if entry.checkpoint is None:
             if entry.damaged and left_out is not None:
@@ -93,10 +92,12 @@ def find_checkpoints(
                 echo(f"{entry.path.name} is left out: {entry.reason}")
             continue
         step = units.images_seen(entry.checkpoint.position)
-        if step in found:
-            raise ValueError(f"checkpoints is {str(folder)!r}, where {found[step].name} and {entry.path.name} are of one step")
-        found[step] = SavedCheckpoint(step, entry.checkpoint)
-    if not found:
+        if step in by_step:
+            raise ValueError(
+                f"checkpoints is {str(folder)!r}, where {by_step[step].name} and {entry.path.name} are of one step"
+            )
+        by_step[step] = SavedCheckpoint(step, entry.checkpoint)
+    if not by_step:
         inner = folder / "checkpoints"
         if inner.is_dir():
             return find_checkpoints(inner, units, echo, left_out)
@@ -104,7 +105,7 @@ def find_checkpoints(
             f"checkpoints is {str(folder)!r}, which holds no folder or file with a number and weights; expected such as "
             f"000000131072/unet, checkpoint-500/unet, checkpoint-500/{LORA} or name-step00000500.safetensors"
         )
-    return [found[step] for step in sorted(found)]
+    return [by_step[step] for step in sorted(by_step)]
 
 
 def place_of(checkpoint: CheckpointFiles) -> Path:
@@ -144,14 +145,14 @@ class SavedTraining:
                 self._take(network_in_file(files.weights, network))
         network.requires_grad_(False)
 
-    def _take(self, found: Any) -> None:
+    def _take(self, source: Any) -> None:
         network = self.denoiser.network
         if self._lora.loaded or self._peft.loaded:
             raise ValueError("it is a whole network, and others are adapters; expected one kind in a folder")
         try:
-            if type(found) is not type(network):
-                raise RuntimeError(f"it is a {type(found).__name__}")
-            network.load_state_dict(found.state_dict())
+            if type(source) is not type(network):
+                raise RuntimeError(f"it is a {type(source).__name__}")
+            network.load_state_dict(source.state_dict())
         except (RuntimeError, NotImplementedError) as error:
             why = shorten(str(error), 200, placeholder=" ...")
             raise ValueError(f"its network is not the {type(network).__name__} of the others ({why})") from None

@@ -24,9 +24,9 @@ def network_in_file(path: Path, like: Any) -> Any:
         tensors = _in_own_names(path, like)
         if tensors is not None:
             with torch.random.fork_rng(devices=[]):  # initial weights, which are replaced, are drawn at random
-                found = kind.from_config(like.config)
-            found.load_state_dict(tensors)
-            return found
+                network = kind.from_config(like.config)
+            network.load_state_dict(tensors)
+            return network
         if not hasattr(kind, "from_single_file"):
             raise ValueError(f"its tensors are not those of the {kind.__name__}, and diffusers converts no others to it")
         # The config is the network's own: diffusers would download the config of the model that it takes the file for.

@@ -14,7 +14,7 @@ class ICRCallback(TrainerCallback):  # type: ignore[misc]
     """Measures a model's network while transformers' Trainer trains it; arguments are those of WatchSettings.
 
     Images seen are optimizer steps times images in one, as the Trainer counts them: ranks times batch times accumulation.
-    Training stops with the step after which the verdict is that of `stop_on`. Resumed from a checkpoint, it goes on in the
+    Training stops with the step after which the verdict is that of `stop_on`. Resumed from a checkpoint, it continues in the
     folder and in its MLflow run. The Trainer has no callback for exceptions: one that ends the program leaves the run FAILED,
     Ctrl-C KILLED; where it is caught, call `callback.close("FAILED")`. The Trainer's own MLflowCallback shares the run.
     """
@@ -31,10 +31,10 @@ class ICRCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         """Begin the run, and measure the network as it is."""
-        seen = state.global_step * self._images_per_step(args)
+        images_seen = state.global_step * self._images_per_step(args)
         params = {"trainer": "transformers", "max_steps": state.max_steps, "images_per_step": self._images_per_step(args)}
-        self.watch = self.settings.watch(model, images_seen=seen, resume=state.global_step > 0, params=params)
-        self.watch(seen)
+        self.watch = self.settings.watch(model, images_seen=images_seen, resume=state.global_step > 0, params=params)
+        self.watch(images_seen)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure if it is due, and stop if the verdict says so."""

@@ -1,4 +1,4 @@
-"""The watch: it measures a denoiser during a training that is not ours, when it is due, and records the reports."""
+"""The watch: it measures a denoiser in any training loop, when a measurement is due, and records the reports."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def check_stop_on(stop_on: str) -> None:
 def described(monitor: ICRMonitor, denoiser: Denoiser) -> dict[str, Any]:
     """The parameters of a measurement, for trackers."""
     p, images = monitor.protocol, monitor.reader.images
-    found: dict[str, Any] = {f"protocol.{f.name}": getattr(p, f.name) for f in dataclasses.fields(p)}
-    found |= {"protocol_digest": p.digest, "feature_dim": monitor.dim, "world_size": world()[1]}
-    found |= {"denoiser": type(denoiser).__name__, "torch_version": torch.__version__}
-    return found | ({"probe_sha256": content_hash(images)} if images.dtype == torch.uint8 else {})
+    params: dict[str, Any] = {f"protocol.{f.name}": getattr(p, f.name) for f in dataclasses.fields(p)}
+    params |= {"protocol_digest": p.digest, "feature_dim": monitor.dim, "world_size": world()[1]}
+    params |= {"denoiser": type(denoiser).__name__, "torch_version": torch.__version__}
+    return params | ({"probe_sha256": content_hash(images)} if images.dtype == torch.uint8 else {})
 
 
 def state_of(monitor: ICRMonitor) -> bytes:
@@ -126,7 +126,7 @@ class ICRWatch:
         if resume:
             load_state(self.output_dir, self.monitor)
         self._owned, self.tracker = tracker is None, tracker
-        self._stay: Callable[[], None] = lambda: None
+        self._cancel_exit: Callable[[], None] = lambda: None
         if self.is_main:
             self._open(params or {}, tags or {}, run_name, resume)
 
@@ -136,7 +136,7 @@ class ICRWatch:
             log_models = None if self._save is None else ALL
             self.tracker = folder_tracker(self.output_dir, run_name=run_name, resume=resume, log_models=log_models)
             self.tracker.open({**params, **measured}, tags)
-            self._stay = end_at_exit(self._close)
+            self._cancel_exit = end_at_exit(self._close)
         else:
             text = json.dumps({**params, **measured})
             self.tracker.log(Logged(0, time.time(), {}, {"protocol": text}))
@@ -172,20 +172,20 @@ class ICRWatch:
             self._refresh()
         report = self._report(step, judged)
         self.measured_at = step
-        wants = False
+        wants_stop = False
         if self.tracker is not None and self.is_main:
             # Before the row: a kill between the two must not leave a history whose reference is lost.
             self.tracker.journal.write_file(MONITOR_STATE, state_of(self.monitor))
             self.tracker.record(report)
-            found = self.verdict
-            wants = bool(self.stop_on) and found.state in STOP_VERDICTS[STOP_VERDICTS.index(self.stop_on) :]
-            self._checkpoint(self.tracker, step, found)
-        self.stops = sum_over_ranks(int(wants), device_of(self.denoiser)) > 0
+            verdict = self.verdict
+            wants_stop = bool(self.stop_on) and verdict.state in STOP_VERDICTS[STOP_VERDICTS.index(self.stop_on) :]
+            self._checkpoint(self.tracker, step, verdict)
+        self.stops = sum_over_ranks(int(wants_stop), device_of(self.denoiser)) > 0
         return report
 
     def _report(self, step: int, judged: bool) -> Report:
         """The report at a step, with samples if they are due, and the forecast; on all ranks."""
-        report, wanted = self.monitor.measure(step), judged
+        report, looks = self.monitor.measure(step), judged
         if self.tracker is not None and self.is_main:
             rows = self.tracker.journal.rows
             newest = None if self._verdicts is None else self._verdicts.newest
@@ -193,22 +193,22 @@ class ICRWatch:
                 self._verdicts = folded([*rows, report.flat()])
             else:
                 self._verdicts.add(report.flat())
-            wanted |= self._looks_every is None and self._verdicts.verdict.wants_samples
-        wanted |= self._looks_every is not None and self._measured % self._looks_every == 0
+            looks |= self._looks_every is None and self._verdicts.verdict.wants_samples
+        looks |= self._looks_every is not None and self._measured % self._looks_every == 0
         self._measured += 1
-        if self.generation is not None and sum_over_ranks(int(wanted), device_of(self.denoiser)) > 0:
+        if self.generation is not None and sum_over_ranks(int(looks), device_of(self.denoiser)) > 0:
             samples = self.generation.measure(step)
             report = report.joined(samples)
             if self._verdicts is not None and step == self._verdicts.newest:
                 self._verdicts.add_samples(samples.flat())
         return report if self._verdicts is None else report.joined(Report(step, self._verdicts.verdict.forecast.values()))
 
-    def _checkpoint(self, tracker: Tracker, step: int, found: Verdict) -> None:
+    def _checkpoint(self, tracker: Tracker, step: int, verdict: Verdict) -> None:
         if self._save is None:
             return
         folder = tracker.journal.folder
         write_checkpoint(folder, step, self._save)
-        mark_turning(folder, found)
+        mark_turning(folder, verdict)
         tracker.checkpoint(step)
         assert self._verdicts is not None
         remove_old(folder, self._limit, self._verdicts.may_be_kept)
@@ -227,7 +227,7 @@ class ICRWatch:
 
     def close(self, status: str = "FINISHED") -> None:
         """End the run with a status, FINISHED, FAILED or KILLED. Does nothing the second time."""
-        self._stay()
+        self._cancel_exit()
         self._close(status)
 
     def _close(self, status: str) -> None:

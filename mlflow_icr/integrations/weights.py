@@ -23,10 +23,10 @@ def find(owner: Any, where: Where, field: str) -> Any:
     try:
         return attrgetter(where)(owner) if where else owner
     except AttributeError:
-        there = ", ".join(name for name, _ in owner.named_children()) if isinstance(owner, nn.Module) else ""
+        children = ", ".join(name for name, _ in owner.named_children()) if isinstance(owner, nn.Module) else ""
         raise ValueError(
             f"{field} is {where!r}, which {type(owner).__name__} does not have; expected a path of attributes"
-            + (f", such as one of {there}" if there else "")
+            + (f", such as one of {children}" if children else "")
         ) from None
 
 
@@ -48,19 +48,19 @@ def copy_of(network: nn.Module) -> nn.Module:
     if hasattr(network, "from_config") and hasattr(network, "config"):
         kind: Any = type(network)
         with torch.random.fork_rng(devices=[]):  # initial weights, which are replaced, are drawn at random on the CPU
-            made: nn.Module = kind.from_config(network.config)
-        made.load_state_dict(network.state_dict())
+            duplicate: nn.Module = kind.from_config(network.config)
+        duplicate.load_state_dict(network.state_dict())
         weight = next(network.parameters())
-        made = made.to(weight.device)
+        duplicate = duplicate.to(weight.device)
         if weight.dtype != torch.float32:
-            made = made.to(weight.dtype)
+            duplicate = duplicate.to(weight.dtype)
     elif "forward" in vars(network):
         raise ValueError(
             f"network is a {type(network).__name__} that Accelerate prepared, which cannot be copied for its average"
         )
     else:
-        made = copy.deepcopy(network)
-    return made.requires_grad_(False).eval()
+        duplicate = copy.deepcopy(network)
+    return duplicate.requires_grad_(False).eval()
 
 
 def measured_network(network: nn.Module, average: Any) -> tuple[nn.Module, Callable[[], None]]:

@@ -19,7 +19,7 @@ from trainers.augmentation import LABELS
 
 @dataclass(eq=False)
 class RowLabels:
-    """Where a network in training reads the labels (B, 9) of the rows that it is about to see."""
+    """The labels (B, 9) of the next rows, as a network in training reads them."""
 
     of_rows: Tensor | None = None
 
@@ -38,8 +38,8 @@ def add_label_layer(network: nn.Module) -> None:
         nn.init.zeros_(embedding.cond_proj.weight)
 
 
-def tell_labels(network: nn.Module) -> RowLabels:
-    """Have a network with the layer read labels while it is in training mode; returns where they go."""
+def feed_labels(network: nn.Module) -> RowLabels:
+    """Make a network with the layer read labels while it is in training mode; returns the object that takes them."""
     labels = RowLabels()
 
     def with_labels(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mlflow_icr.extraction.averages import power_beta
-from trainers.augment_labels import RowLabels, tell_labels
+from trainers.augment_labels import RowLabels, feed_labels
 from trainers.augmentation import EDM
 from trainers.batches import Ahead, Batch, Order, draw_batch, rows_of
 from trainers.config import TrainConfig
@@ -57,7 +57,7 @@ def new_state(network: nn.Module, config: TrainConfig, accelerator: Accelerator)
         network.enable_gradient_checkpointing()  # type: ignore[operator]
     optimizer = make_optimizer(network.parameters(), config.optimizer, accelerator.device)
     dropout_keys = key_dropout(network) if config.network.dropout_masks == "keyed" else RowKeys()
-    augment_labels = tell_labels(network) if config.data.augment == EDM else RowLabels()
+    augment_labels = feed_labels(network) if config.data.augment == EDM else RowLabels()
     network, optimizer = accelerator.prepare(network, optimizer)
     device, sums = accelerator.device, torch.float32 if accelerator.device.type == "mps" else torch.float64
     state = TrainState(

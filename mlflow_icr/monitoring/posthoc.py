@@ -31,7 +31,7 @@ class PostHoc:
     wall: np.ndarray
 
     def report(self, step: int) -> Report:
-        """As a measurement at `step` images seen."""
+        """The result as a measurement at `step` images seen."""
         return Report(step, self.values, {"nearest": self.wall}, self.absent, warnings=self.warnings)
 
     def save(self, folder: Path) -> None:

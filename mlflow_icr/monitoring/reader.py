@@ -98,16 +98,16 @@ class FeatureReader:
         rank, ranks = world()
         p, k = self.protocol, self.num_views
         local_indices = list(range(rank, len(self.images), ranks))
-        kept: list[Tensor] | None = []
+        to_cache: list[Tensor] | None = []
         total = k * self._view_bytes * len(local_indices) * len(p.sigmas)
         if total > self.cache_bytes:
-            kept = None
+            to_cache = None
         for views in view_batches(self.images, local_indices, k, sigma, p, self.batches, device, self._encode):
-            if kept is not None:
-                kept.append(views)
+            if to_cache is not None:
+                to_cache.append(views)
             yield views
-        if kept is not None:
-            self._cache[sigma] = kept
+        if to_cache is not None:
+            self._cache[sigma] = to_cache
 
     def read(self, denoiser: Denoiser, sigma: float, labels: Tensor | None = None) -> Tensor:
         """Features of this rank's images, (N of this rank, K, D), in the network's dtype, on its device.

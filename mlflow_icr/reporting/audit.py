@@ -85,17 +85,17 @@ def _row(run: RunMaterial, key: str, detector: Detector, match: re.Match[str]) -
     step, value = run.of(key)[-1]  # a key of the history has a value
     bounds = run.bounds(key, step)
     encoder = match.groupdict().get("encoder") or run.encoder
-    shown: list[Child] = [number(value, key=key, step=step), " "]
-    shown.append(interval(*bounds, key, step) if bounds else None)
+    cell: list[Child] = [number(value, key=key, step=step), " "]
+    cell.append(interval(*bounds, key, step) if bounds else None)
     of_data = dict(run.of(f"{key}_train")).get(step)
     if of_data is not None:
-        shown += [" of training images among themselves: ", number(of_data, key=f"{key}_train", step=step)]
+        cell += [" of training images among themselves: ", number(of_data, key=f"{key}_train", step=step)]
     return [
         joined(element("code", key), element("br"), element("span", detector.looks_for, class_="quiet")),
         detector.threshold,
         encoder_text(run, encoder),
         _samples(run, step),
-        joined(shown),
+        joined(cell),
         joined(images_text(step)),
     ]
 
@@ -203,10 +203,10 @@ def _worst_pairs(run: RunMaterial, most_bytes: int) -> Child:
         f"At {images_text(step)} images seen: generated images above, the nearest training image below each, the likeliest "
         "copy first. The number is the distance to it as a share of that to the second nearest; small is suspicious."
     )
-    shown = [picture(walls[step], caption, f"the likeliest copies at {images_text(step)} images seen", most_bytes)]
+    figures = [picture(walls[step], caption, f"the likeliest copies at {images_text(step)} images seen", most_bytes)]
     histograms = run.pictures.get("distances", {})
     if histograms:
         last = max(histograms)
         text = f"At {images_text(last)} images seen: distances of samples to training images; copies gather at the left."
-        shown.append(picture(histograms[last], text, f"distances at {images_text(last)} images seen", most_bytes))
-    return joined(element("h4", "The likeliest copies"), shown)
+        figures.append(picture(histograms[last], text, f"distances at {images_text(last)} images seen", most_bytes))
+    return joined(element("h4", "The likeliest copies"), figures)

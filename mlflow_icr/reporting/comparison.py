@@ -106,8 +106,8 @@ def protocol_warning(runs: Sequence[RunMaterial]) -> Markup | None:
 
 
 def _names(runs: Sequence[RunMaterial]) -> str:
-    shown = ", ".join(run.name for run in runs[:6])
-    return f"{shown} and {len(runs) - 6} more" if len(runs) > 6 else shown
+    names = ", ".join(run.name for run in runs[:6])
+    return f"{names} and {len(runs) - 6} more" if len(runs) > 6 else names
 
 
 def _differing_fields(runs: Sequence[RunMaterial]) -> list[str]:
@@ -130,8 +130,8 @@ def parameter_table(runs: Sequence[RunMaterial]) -> Markup:
             rows.append([element("code", key), *values])
     if not rows:
         return element("p", "The recorded parameters of these runs are the same.")
-    shown = table(("parameter", *(run.name for run in runs)), rows, class_="parameters")
-    return shown if len(rows) < FOLDED_FROM else fold(f"{len(rows)} parameters", shown)
+    parameters = table(("parameter", *(run.name for run in runs)), rows, class_="parameters")
+    return parameters if len(rows) < FOLDED_FROM else fold(f"{len(rows)} parameters", parameters)
 
 
 def comparison(runs: Sequence[RunMaterial], links: Sequence[str]) -> Markup:

@@ -95,8 +95,8 @@ def run_charts(run: RunMaterial) -> Markup:
 
 def _copy_name(key: str) -> str:
     kind, _, encoder = key.removeprefix("mem/").partition("_")
-    shown = "pixels" if encoder == "l2" else encoder.replace("_", " ")
-    return f"{'distance ratio' if kind == 'ratio' else 'similarity'}, {shown}"
+    name = "pixels" if encoder == "l2" else encoder.replace("_", " ")
+    return f"{'distance ratio' if kind == 'ratio' else 'similarity'}, {name}"
 
 
 def _distance_name(train: str | None, encoder: str) -> str:

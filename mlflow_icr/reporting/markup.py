@@ -56,11 +56,11 @@ def images_text(step: float) -> str:
 
 def number(value: float, *, key: str = "", step: float | None = None, digits: int = 3) -> Markup:
     """A number to `digits` significant places, with its exact value in the element `data` for programs and on hovering."""
-    shown = images_text(value) if value == int(value) and abs(value) >= 1000 else f"{value:#.{digits}g}".rstrip(".")
+    text = images_text(value) if value == int(value) and abs(value) >= 1000 else f"{value:#.{digits}g}".rstrip(".")
     if value == int(value) and abs(value) < 1000:
-        shown = f"{value:g}"
+        text = f"{value:g}"
     at = None if step is None else f"{step:.0f}"
-    return element("data", shown, value=repr(value), title=repr(value), data_key=key or None, data_step=at)
+    return element("data", text, value=repr(value), title=repr(value), data_key=key or None, data_step=at)
 
 
 def interval(low: float, high: float, key: str, step: float) -> Markup:

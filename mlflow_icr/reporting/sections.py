@@ -103,28 +103,28 @@ def samples_section(run: RunMaterial, most_bytes: int) -> Markup:
     newest = max(walls, default=-1)
     for step in spread(list(samples), SAMPLE_STEPS):
         at = f"{images_text(step)} images seen"
-        shown = [picture(samples[step], f"Samples at {at}", f"samples at {at}", most_bytes)]
+        figures = [picture(samples[step], f"Samples at {at}", f"samples at {at}", most_bytes)]
         if step in walls and step != newest:
             text = "Above: samples, the likeliest copies first. Below each: its nearest training image."
-            shown.append(picture(walls[step], text, f"samples and nearest training images at {at}", most_bytes))
+            figures.append(picture(walls[step], text, f"samples and nearest training images at {at}", most_bytes))
         elif step == newest:
-            shown.append(element("p", "Their nearest training images are in the audit.", class_="quiet"))
-        blocks.append(element("div", shown, class_="pair"))
+            figures.append(element("p", "Their nearest training images are in the audit.", class_="quiet"))
+        blocks.append(element("div", figures, class_="pair"))
     return joined(blocks)
 
 
 def features_section(run: RunMaterial, most_bytes: int) -> Markup | None:
     """Pictures of the features at the newest measurement, and figures of the whole run."""
-    shown = []
+    figures = []
     for key, caption in FEATURE_PICTURES.items():
         steps = run.pictures.get(key, {})
         if steps:
             at = f"{images_text(max(steps))} images seen"
-            shown.append(picture(steps[max(steps)], f"{caption} At {at}.", f"{key.replace('_', ' ')} at {at}", most_bytes))
+            figures.append(picture(steps[max(steps)], f"{caption} At {at}.", f"{key.replace('_', ' ')} at {at}", most_bytes))
     for name, read in list(run.figures.items())[:3]:
         caption = "Quality of samples against copies, over the training." if name == "trade_off" else name
-        shown.append(picture(read, caption, name.replace("_", " "), most_bytes))
-    return fold("Features, and figures of the whole run", shown) if shown else None
+        figures.append(picture(read, caption, name.replace("_", " "), most_bytes))
+    return fold("Features, and figures of the whole run", figures) if figures else None
 
 
 def protocol_section(run: RunMaterial) -> Markup:
@@ -144,17 +144,17 @@ def protocol_section(run: RunMaterial) -> Markup:
         value = run.params.get(name) or run.tags.get(f"icr.{name}", "")
         if value:
             rows.append((name, value))
-    shown = (
+    protocol = (
         table(("protocol", "value"), rows, class_="pairs")
         if rows
         else element("p", "No protocol was recorded.", class_="quiet")
     )
-    every = sorted(run.params.items())
+    params = sorted(run.params.items())
     hidden = ("absent.", "warning.", "mlflow.", "verdict", "logged.")
     tags = [(key, text) for key, text in sorted(run.tags.items()) if not key.startswith(hidden)]
     return joined(
-        shown,
-        fold(f"All {len(every)} parameters", table(("parameter", "value"), every, class_="pairs")) if every else None,
+        protocol,
+        fold(f"All {len(params)} parameters", table(("parameter", "value"), params, class_="pairs")) if params else None,
         fold(f"{len(tags)} tags", table(("tag", "value"), tags, class_="pairs")) if tags else None,
     )
 
@@ -163,27 +163,27 @@ def measurements_section(run: RunMaterial) -> Markup:
     """The history as a table, of about MOST_ROWS measurements at most, and every key's last and extreme values."""
     columns = [(key, name) for key, name in COLUMNS if run.of(key)]
     steps = [int(row["images_seen"]) for row in run.rows]
-    shown = steps if len(steps) <= MOST_ROWS else [0] * (0 in steps) + spread(steps, MOST_ROWS)
+    listed_steps = steps if len(steps) <= MOST_ROWS else [0] * (0 in steps) + spread(steps, MOST_ROWS)
     rows: list[list[Child]] = []
-    for step in shown:
+    for step in listed_steps:
         cells: list[Child] = [images_text(step)]
         for key, _ in columns:
             value = run.by_step[step].get(key)
             cells.append("\N{EN DASH}" if value is None else value_cell(run, key, (step, value), at=False))
         rows.append(cells)
     note = None
-    if len(shown) < len(steps):
-        note = element("p", f"{len(shown)} of {len(steps)} measurements; all are in the run's history.", class_="quiet")
+    if len(listed_steps) < len(steps):
+        note = element("p", f"{len(listed_steps)} of {len(steps)} measurements; all are in the run's history.", class_="quiet")
     head = ("images seen", *(name for _, name in columns))
-    every = []
+    extremes = []
     for key in run.keys:
         points = run.of(key)
         (step, value), low, high = points[-1], min(points, key=lambda p: p[1]), max(points, key=lambda p: p[1])
         cells = [element("code", key), number(value, key=key, step=step), images_text(step)]
-        every.append([*cells, number(low[1], key=key, step=low[0]), number(high[1], key=key, step=high[0])])
+        extremes.append([*cells, number(low[1], key=key, step=low[0]), number(high[1], key=key, step=high[0])])
     return joined(
         fold(f"All {len(steps)} measurements", note, table(head, rows)),
-        fold(f"All {len(every)} values", table(("key", "last", "at images seen", "lowest", "highest"), every)),
+        fold(f"All {len(extremes)} values", table(("key", "last", "at images seen", "lowest", "highest"), extremes)),
     )
 
 

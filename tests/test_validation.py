@@ -360,7 +360,7 @@ def test_a_page_says_first_what_came_out(tmp_path: Path) -> None:
     page = (docs / "validation.md").read_text()
     assert "{{" not in page
     count = len(read_plan().runs)
-    first = f"**Nothing stands yet: 12 of {count} runs are trained. So far, of the runs that nothing was"
+    first = f"**Nothing stands yet: 12 of {count} runs are trained. The verdict caught "
     assert page.splitlines()[2].startswith(first)
     assert "not measured" in page  # signals that these histories do not have are named
     lines = (docs / "validation" / "outcomes.csv").read_text().splitlines()

@@ -12,10 +12,10 @@ from mlflow_icr.monitoring.series import series
 from studies.validation import tables
 from studies.validation.coverage import read_coverages
 from studies.validation.earlier import counts_text, earlier_table, read_earlier
+from studies.validation.goals import headline
 from studies.validation.outcomes import LEADING, TWO, Outcome, outcome_of, write_outcomes
 from studies.validation.results import Result
-from studies.validation.rivals import EPOCHS, THE_VERDICT
-from studies.validation.rules import Rule, alarms_of, concordance, rates
+from studies.validation.rules import alarms_of
 from studies.validation.runs import Plan
 from studies.validation.window import HEAD as HEAD_OF_WINDOW
 from studies.validation.window import RESULTS, read_sweeps, window_rows
@@ -29,52 +29,6 @@ CURVES = (
     ("repr/icr_debiased", "ICR, debiased", False),
     ("mem/ratio_l2", "share of copies", False),
 )
-RATIO = ("far error ratio, level", "far error ratio, rate of growth")  # the rules whose concordance is in the headline
-FEWEST_RUNS = 40  # with fewer, the page says that nothing stands yet
-# What the study was to show, on the runs that nothing was chosen on.
-TARGETS = {"caught": 0.95, "false": 0.05, "share": 0.55, "memorizing": 0.9, "concordance": 0.85}
-
-
-def headline(outcomes: Sequence[Outcome], judged: Sequence[Outcome], rules: Sequence[Rule], plan: Plan) -> str:
-    """The results in a few sentences: on the runs that nothing was chosen on, beside the targets."""
-    if not outcomes:
-        return f"**Nothing stands yet: none of the {len(plan.runs)} runs of the plan is trained.**"
-    of_verdict = rates(judged, alarms_of(THE_VERDICT, judged), LEADING, plan.open_factor)
-    clock = next(rule for rule in rules if rule.name == EPOCHS.name)
-    of_epochs = rates(judged, alarms_of(clock, judged), LEADING, plan.open_factor)
-    right, called = tables.memorizing_share(judged)
-    opening = "" if len(outcomes) == len(plan.runs) else f"Partial, {len(outcomes)} of {len(plan.runs)} runs: "
-    if len(outcomes) < FEWEST_RUNS:
-        opening = f"Nothing stands yet: {len(outcomes)} of {len(plan.runs)} runs are trained. So far, "
-    clean = f"{tables.share(of_verdict.false_alarms, of_verdict.clean - of_verdict.open)} clean ones, counting epochs "
-    clean += tables.share(of_epochs.false_alarms, of_epochs.clean - of_epochs.open)
-    if of_verdict.copying:
-        caught = (
-            f"the verdict caught {tables.share(of_verdict.caught, of_verdict.copying)} copying runs ahead, counting epochs "
-        )
-        caught += f"{tables.share(of_epochs.caught, of_epochs.copying)}"
-    else:
-        caught = "none copied yet"
-    sentences = [f"**{opening}of the runs that nothing was chosen on, {caught}; the verdict accused {clean}.**"]
-    if of_verdict.shares:
-        sentences.append(f"Alarm over onset: {tables.quartiles(of_verdict.shares, '{:.2f}')}.")
-    sentences.append(f"`memorizing` was right by two detectors in {tables.share(right, called)}.")
-    two = rates(judged, alarms_of(THE_VERDICT, judged), TWO, plan.open_factor)
-    if two.copying:
-        shares = tables.quartiles(two.shares, "{:.2f}")
-        sentences.append(
-            f"With an onset where a second detector finds copies: {tables.share(two.caught, two.copying)} ahead, at {shares}."
-        )
-    ranks = [(concordance(r.score, judged, TWO, plan.horizons_epochs, draws=0).value, r.name) for r in rules if r.name in RATIO]
-    if all(value == value for value, _ in ranks):
-        sentences.append("Concordance at equal epochs: " + ", ".join(f"{value:.2f} of {name}" for value, name in ranks) + ".")
-    t = {key: f"{value:.0%}" for key, value in TARGETS.items()}
-    targets = (
-        f"It was to catch {t['caught']} ahead with at most {t['false']} false alarms, at {TARGETS['share']:g} of the onset or "
-        f"before, to be right with `memorizing` in {t['memorizing']}, and to have a concordance of "
-        f"{TARGETS['concordance']:g}. Brackets are exact 95 % intervals, by the numbers of runs alone."
-    )
-    return "\n".join([*sentences, targets])
 
 
 def _draw(axes: Axes, outcomes: Sequence[Outcome], key: str, label: str, *, log: bool) -> None:

@@ -91,7 +91,7 @@ def test_the_page_has_thirteen_figures_and_statements(study: Path) -> None:
     for role in ("edm-few", "edm-duplicates"):
         assert (study / "page" / f"copies-{role}.png").stat().st_size > 1000
         assert f"copies-{role}.png" in text
-    assert "would have told before: 8 groups of 10." in text
+    assert "finds these repeats before training: 8 groups of 10." in text
     for claim in claims[:13]:
         picture = study / "page" / f"figure-{claim['figure']:02d}.png"
         assert picture.stat().st_size > 3000

@@ -102,8 +102,8 @@ def _origins(role: str, results: Results) -> list[str]:
             if "groups" in result:
                 sizes: Counter[int] = Counter(result["groups"])
                 groups = ", ".join(f"{count} groups of {size}" for size, count in sorted(sizes.items())) or "none"
-                lines += ["", f"`mlflow-icr duplicates` would have told before: {groups}."]
-            lines += ["", "Each row such an image, the sample that is nearest to it, and its five nearest in the set:", ""]
+                lines += ["", f"`mlflow-icr duplicates` finds these repeats before training: {groups}."]
+            lines += ["", "Each row shows such an image, the sample nearest to it, and its five nearest images in the set:", ""]
             return [*lines, f"![the likeliest copied images](copies-{role}.png)"]
     return []
 

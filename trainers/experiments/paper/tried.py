@@ -34,8 +34,8 @@ def _turn(role: str) -> Callable[[Results], str]:
             return ""
         shown = ", ".join(f"{what} {value:.3f}" for what, value in rises.items())
         return (
-            "Tried besides, on the first seed: other augmentations, layers and noise, as far as they were measured. By so much "
-            f"the debiased ICR ends above its lowest: {shown}."
+            "Also tried on the first seed: other augmentations, layers and noise levels, as far as they were measured. "
+            f"The rise of the debiased ICR from its lowest value to the end: {shown}."
         )
 
     return words
@@ -52,7 +52,7 @@ def _window(results: Results) -> str:
                 f"{name}: accuracy {lowest['accuracy']:.3f} at the lowest ICR, {best:.3f} at its own best, "
                 f"Spearman of ICR and accuracy over noise {spearman:.2f}"
             )
-    return f"Looked at besides: how much accuracy is lost at the lowest ICR. {'; '.join(parts)}." if parts else ""
+    return f"Also measured: how much accuracy is lost at the lowest ICR. {'; '.join(parts)}." if parts else ""
 
 
 def _lost_window(results: Results) -> str:
@@ -62,7 +62,7 @@ def _lost_window(results: Results) -> str:
         if measured:
             values = ", ".join(f"{p['sigma']:g}: {p['icr_debiased']:.3f} and {p['accuracy']:.2f}" for p in measured)
             parts.append(f"{name}, ICR and accuracy by sigma: {values}")
-    return f"Compared besides with the model of many images. {'; '.join(parts)}." if parts else ""
+    return f"Also compared with the model of many images. {'; '.join(parts)}." if parts else ""
 
 
 def _with(figure_key: str, roles: Sequence[str], against: str, what: str) -> Callable[[Results], str]:
@@ -71,7 +71,7 @@ def _with(figure_key: str, roles: Sequence[str], against: str, what: str) -> Cal
         for name, rows in _named(results, roles, "trajectory"):
             _, a, b = series(rows, figure_key, against)
             parts.append(f"{name} {correlation(a, b):.2f}")
-        return f"Looked at besides: {what}, Spearman's correlation: {', '.join(parts)}." if parts else ""
+        return f"Also measured: {what}, Spearman's correlation: {', '.join(parts)}." if parts else ""
 
     return words
 
@@ -84,7 +84,7 @@ def _energies(results: Results) -> str:
             parts.append(
                 f"{name} invariant {invariant[0]:.3f} to {invariant[-1]:.3f}, residual {residual[0]:.3f} to {residual[-1]:.3f}"
             )
-    return f"Looked at besides: both traces over the whole training. {'; '.join(parts)}." if parts else ""
+    return f"Also measured: both traces over the whole training. {'; '.join(parts)}." if parts else ""
 
 
 def _pairs(key: str) -> Callable[[Results], str]:
@@ -106,7 +106,7 @@ def _noise_energies(results: Results) -> str:
     for name, points in _named(results, (EDM_FEW, EDM_MANY, FLOW_MANY), "window"):
         values = ", ".join(f"{p['sigma']:g}: {p['trace_residual']:.3f}" for p in points if "trace_residual" in p)
         parts.append(f"{name}, residual trace by sigma: {values}")
-    return f"Looked at besides: the other models. {'; '.join(parts)}." if parts else ""
+    return f"Also measured: the other models. {'; '.join(parts)}." if parts else ""
 
 
 TRIED: dict[int | str, Callable[[Results], str]] = {

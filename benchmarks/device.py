@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from benchmarks.presets import side_of, sigma_data_of
 from mlflow_icr import ICRMonitor
 from trainers.config import TrainConfig, load_config
 from trainers.families import Family, family_of
@@ -47,9 +48,9 @@ def inputs_of(config: TrainConfig, count: int) -> Inputs:
     """Random images, or random latents (mean and deviation) with classes."""
     generator = torch.Generator().manual_seed(0)
     if not config.network.autoencoder:
-        shape = (count, 3, config.data.resolution, config.data.resolution)
+        shape = (count, 3, side_of(config), side_of(config))
         return Inputs(torch.randint(256, shape, dtype=torch.uint8, generator=generator))
-    side = config.data.resolution // FACTOR
+    side = side_of(config) // FACTOR
     moments = torch.rand(count, 2 * LATENT_CHANNELS, side, side, generator=generator)
     return Inputs(moments, torch.randint(CLASSES, (count,), generator=generator), latent=True)
 
@@ -67,12 +68,12 @@ def bare_loop(config: TrainConfig, family: Family, inputs: Inputs, device: torch
     ema: Any = copy.deepcopy(network).requires_grad_(False)
     optimizer = torch.optim.Adam(network.parameters(), lr=config.optimizer.learning_rate, fused=True)
     images, labels = inputs.images.to(device), None if inputs.labels is None else inputs.labels.to(device)
-    count, sd, seen = config.optimizer.batch_size, config.noise.sigma_data, 0
+    count, seen = config.optimizer.batch_size, 0
     while True:
         chosen = torch.randint(len(images), (count,), device=device)
         noise = torch.randn(count, *inputs.shape, device=device)
         if labels is None:  # EDM, of pixels
-            x = images[chosen].float() / 127.5 - 1
+            x, sd = images[chosen].float() / 127.5 - 1, sigma_data_of(config)
             sigma = (config.noise.p_mean + config.noise.p_std * torch.randn(count, device=device)).exp()
             s = sigma.view(-1, 1, 1, 1)
             total = s**2 + sd**2

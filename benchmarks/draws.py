@@ -12,6 +12,7 @@ import time
 
 import torch
 
+from benchmarks.presets import side_of
 from benchmarks.results import keep
 from trainers.batches import Order, draw_batch, rows_of
 from trainers.config import load_config
@@ -27,7 +28,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=4)
     arguments = parser.parse_args()
     config = load_config("cifar10-4096", {})
-    images = torch.zeros(config.data.num_images, 3, config.data.resolution, config.data.resolution, dtype=torch.uint8)
+    images = torch.zeros(config.data.num_images, 3, side_of(config), side_of(config), dtype=torch.uint8)
     inputs, family, order = Inputs(images), family_of(config), Order(config.data.num_images, config.run.seed)
 
     def seconds(ranks: int) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.presets import side_of
 from trainers import dropout
 from trainers.config import load_config
 from trainers.dropout import key_dropout
@@ -38,7 +39,7 @@ def counted(step: Any, device: torch.device) -> int:
             torch.cuda.synchronize()
     events: Any = profiler.events()
     if cuda:
-        return sum(event.device_type == torch.autograd.DeviceType.CUDA and "Mem" not in event.name for event in events)
+        return sum(event.device_type.name == "CUDA" and "Mem" not in event.name for event in events)
     computing = [
         event for event in events if event.name.startswith("aten::") and not event.cpu_children
         and event.name.removeprefix("aten::").rstrip("_") not in FREE and event.name.removeprefix("aten::") not in FREE
@@ -50,12 +51,12 @@ def kernels(share: float, masks: str, batch: int, device: torch.device) -> int:
     """The kernels of a step with this share dropped, by masks that are `torch`, `keyed` or `fused`."""
     config = load_config("cifar10-4096", {"dropout": share})
     family = family_of(config)
-    network = family.build(3, config.data.resolution).to(device)
+    network = family.build(3, side_of(config)).to(device)
     if masks != "torch":
         keys = key_dropout(network)
         keys.of_rows = torch.arange(batch, device=device)
     optimizer = torch.optim.Adam(network.parameters(), fused=True)
-    x = torch.randn(batch, 3, config.data.resolution, config.data.resolution, device=device)
+    x = torch.randn(batch, 3, side_of(config), side_of(config), device=device)
     level = torch.ones(batch, device=device)
 
     def step() -> None:

@@ -22,21 +22,23 @@ from mlflow_icr.monitoring.errors import LEVELS
 from trainers.config import load_config
 from trainers.families import family_of
 
+Call = tuple[torch.Tensor, torch.Tensor | float]  # noised images (B, C, H, W) and their noise level
+
 
 class Recorder:
     """A denoiser that records its calls."""
 
     def __init__(self, denoiser: EDMDenoiser) -> None:
         self.denoiser, self.network = denoiser, denoiser.network
-        self.calls: list[tuple[torch.Tensor, float]] = []
+        self.calls: list[Call] = []
 
-    def __call__(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor | float) -> torch.Tensor:
         """The denoised images (B, C, H, W)."""
         self.calls.append((x, sigma))
         return self.denoiser(x, sigma)
 
 
-def whole_passes(monitor: ICRMonitor, denoiser: EDMDenoiser) -> list[tuple[torch.Tensor, float]]:
+def whole_passes(monitor: ICRMonitor, denoiser: EDMDenoiser) -> list[Call]:
     """Noised images (B, C, H, W) and noise levels of a measurement's whole passes."""
     recorder, sigma = Recorder(denoiser), monitor.protocol.sigmas[0]
     for level in (1.0, *LEVELS):
@@ -45,7 +47,10 @@ def whole_passes(monitor: ICRMonitor, denoiser: EDMDenoiser) -> list[tuple[torch
 
 
 def bare(
-    monitor: ICRMonitor, denoiser: EDMDenoiser, batches: list[torch.Tensor], whole: list[tuple[torch.Tensor, float]]
+    monitor: ICRMonitor,
+    denoiser: EDMDenoiser,
+    batches: list[torch.Tensor],
+    whole: list[Call],
 ) -> float:
     """Seconds of the forward passes alone, truncated and whole."""
     sigma = monitor.protocol.sigmas[0]
@@ -65,7 +70,7 @@ def compare(name: str, channels: list[int], resolution: int, images: int, views:
     data = torch.randint(
         256, (images, 1, resolution, resolution), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
-    denoiser = EDMDenoiser(family_of(config).build(1, config.data.resolution).eval())
+    denoiser = EDMDenoiser(family_of(config).build(1, resolution).eval())
     monitor = ICRMonitor(denoiser, data, Protocol(num_images=images, num_views=views))
     first = monitor.measure(0).values["perf/measure_seconds"]
     batches = list(monitor.reader.views(monitor.protocol.sigmas[0], torch.device("cpu")))

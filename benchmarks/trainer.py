@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -23,6 +24,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
+from benchmarks.presets import side_of, sigma_data_of
 from benchmarks.results import keep
 from trainers.config import TrainConfig, load_config
 from trainers.console import Console
@@ -34,10 +36,10 @@ from trainers.run import Run
 
 def bare_loop(images: torch.Tensor, config: TrainConfig) -> Iterator[None]:
     """EDM training as short as it can be written in PyTorch."""
-    network = family_of(config).build(images.shape[1], config.data.resolution)
+    network = family_of(config).build(images.shape[1], side_of(config))
     ema = copy.deepcopy(network)
     optimizer = torch.optim.Adam(network.parameters(), lr=config.optimizer.learning_rate, fused=True)
-    x0, sd, seen = images.float() / 127.5 - 1, config.noise.sigma_data, 0
+    x0, sd, seen = images.float() / 127.5 - 1, sigma_data_of(config), 0
     while True:
         x = x0[torch.randint(len(x0), (config.optimizer.batch_size,))]
         sigma = (config.noise.p_mean + config.noise.p_std * torch.randn(config.optimizer.batch_size)).exp()
@@ -59,13 +61,12 @@ def bare_loop(images: torch.Tensor, config: TrainConfig) -> Iterator[None]:
 def diffusers_loop(images: torch.Tensor, config: TrainConfig) -> Iterator[None]:
     """Training of epsilon with the parts that diffusers' example for unconditional images uses."""
     accelerator = Accelerator(cpu=True)
-    network = family_of(config).build(images.shape[1], config.data.resolution)
+    network = family_of(config).build(images.shape[1], side_of(config))
     average = EMAModel(network.parameters(), decay=0.9999, use_ema_warmup=True)
     scheduler = DDPMScheduler(num_train_timesteps=1000)
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.optimizer.learning_rate)
-    loader = torch.utils.data.DataLoader(
-        images.float() / 127.5 - 1, batch_size=config.optimizer.batch_size, shuffle=True, drop_last=True
-    )
+    scaled: Any = images.float() / 127.5 - 1  # a tensor is a data set for torch, but not by its types
+    loader: Any = torch.utils.data.DataLoader(scaled, batch_size=config.optimizer.batch_size, shuffle=True, drop_last=True)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=100_000)
     network, optimizer, loader, schedule = accelerator.prepare(network, optimizer, loader, schedule)
     bar, step = tqdm(disable=True), 0

@@ -71,7 +71,7 @@ ui: .venv
 	@PATH="$(CURDIR)/$(BIN):$$PATH" UI_PORT=$(UI_PORT) TENSORBOARD_PORT=$(TENSORBOARD_PORT) $(BIN)/python -m trainers.experiments.ui
 
 # What things cost, as ratios against named baselines measured in the same run.
-BENCHMARKS := import_time measurement trainer ranks draws host_memory \
+BENCHMARKS := import_time measurement trainer ranks draws memory host_memory \
 	kernel_counts monitoring distances trackers export device
 benchmarks: .venv
 	for name in $(BENCHMARKS); do BENCHMARK_RESULTS=docs/benchmarks.json $(BIN)/python -m benchmarks.$$name || exit 1; done

@@ -91,13 +91,8 @@ def test_a_failing_sibling_ends_the_study_with_its_error(tmp_path: Path, monkeyp
         "from trainers.train import Stop; real = g.plan(sys.argv[1:-1]);"
         "sys.exit(g.run_study(dataclasses.replace(real, folder=Path(sys.argv[-1])), Stop()))"
     )
-    flags = [
-        "--num-images=32",
-        "--control-images=64",
-        "--total-kimg=400",
-        f"--output-dir={tmp_path / 'other'}",
-        str(study.folder),
-    ]
+    flags = ["--num-images=32", "--control-images=64", "--total-kimg=400", "--block-channels=16,32", "--num-samples=16"]
+    flags += [f"--output-dir={tmp_path / 'other'}", str(study.folder)]
     done = programs.run(["-c", code, *flags], timeout=300)
     assert done.returncode == 1
     assert "[control] trainers.train: error: data is not given" in done.stdout  # what the folder has is no configuration

@@ -83,13 +83,19 @@ def test_what_people_log_is_everywhere_and_measurements_are_beside_it(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("ending", "status"), [("raise KeyError('no')", "FAILED"), ("raise KeyboardInterrupt", "KILLED"), ("", "FINISHED")]
+    ("ending", "status"),
+    [
+        ("raise KeyError('no')", "FAILED"),
+        ("raise KeyboardInterrupt", "KILLED"),
+        ("os.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(30)", "KILLED"),
+        ("", "FINISHED"),
+    ],
 )
 def test_a_program_that_ends_without_end_training_has_a_status(tmp_path: Path, ending: str, status: str) -> None:
     import mlflow
 
     code = f"""
-import sys
+import os, signal, sys, time
 from accelerate import Accelerator
 from mlflow_icr.integrations.accelerate import ICRTracker
 accelerator = Accelerator(cpu=True, log_with=ICRTracker(sys.argv[1]))

@@ -76,6 +76,9 @@ mlflow.log_metric("beside", 2.0)
         ("with tracker:\n    raise RuntimeError('crash')", "FAILED"),
         ("with tracker:\n    pass", "FINISHED"),
         ("os.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(30)", "KILLED"),
+        ("os.kill(os.getpid(), signal.SIGHUP)\ntime.sleep(30)", "KILLED"),  # the terminal was closed
+        # As a watch does it, whose scripts end without a word when they have finished:
+        ("from mlflow_icr.tracking.ending import end_at_exit\nend_at_exit(tracker.close)\nos.kill(os.getpid(), 15)", "KILLED"),
         ("", "KILLED"),
     ],
 )

@@ -172,18 +172,29 @@ def test_a_point_that_comes_late_in_a_halved_batch_hides_nothing(tmp_path: Path)
     assert (shown["loss"], shown["summary/score"]) == ([(4, 4.0), (8, 8.0)], [(6, 6.0), (8, 8.0)])
 
 
-def test_sigterm_ends_every_open_run_until_the_last_is_closed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_signals_end_every_open_run_until_the_last_is_closed(tmp_path: Path, number: signal.Signals) -> None:
     first, second = (Tracker(tmp_path / name, []) for name in "ab")
-    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a test before this one may have left a handler
+    before = signal.signal(number, signal.SIG_DFL)  # a test before this one may have left a handler
     try:
         first.open()
         second.open()
         first.close("FINISHED")
-        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        assert signal.getsignal(number) is not signal.SIG_DFL
         second.close("FINISHED")
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        assert signal.getsignal(number) is signal.SIG_DFL
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(number, before)
+
+
+def test_a_program_that_ignores_a_closed_terminal_still_does(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with Tracker(tmp_path / "run", []) as tracker:
+            tracker.open()
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_what_a_spawned_worker_asks_has_an_answer(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from mlflow_icr.integrations.pictures import as_pictures
 from mlflow_icr.tracking import Logged, Tracker, check_folder, folder_tracker
-from mlflow_icr.tracking.ending import end_at_exit
+from mlflow_icr.tracking.ending import end_at_exit, exit_on_signals
 from mlflow_icr.tracking.keys import file_key, plain_values
 from mlflow_icr.tracking.logged import FOLDER
 
@@ -62,6 +62,7 @@ class ICRTracker(GeneralTracker):  # type: ignore[misc]
         self.run_name, self.params, self.tags, self.resume = run_name, dict(params or {}), dict(tags or {}), resume
         self._tracker: Tracker | None = None
         self._cancel_exit: Callable[[], None] = lambda: None
+        self._undo_signals: Callable[[], None] = lambda: None
         self._count, self._begun = 0, False
         self._warned: set[str] = set()
 
@@ -81,7 +82,7 @@ class ICRTracker(GeneralTracker):  # type: ignore[misc]
         if not self._begun:
             import mlflow  # noqa: F401 - its exit handler, which ends its runs, must be registered before ours
 
-            self._begun, self._cancel_exit = True, end_at_exit(self._close)
+            self._begun, self._cancel_exit, self._undo_signals = True, end_at_exit(self._close), exit_on_signals()
 
     @_main
     def store_init_configuration(self, values: dict[str, Any]) -> None:
@@ -153,6 +154,7 @@ class ICRTracker(GeneralTracker):  # type: ignore[misc]
     def _close(self, status: str) -> None:
         if self._begun:
             self.tracker.close(status)
+            self._undo_signals()
             self._tracker, self._begun = None, False
             self.resume = True  # values that are logged after the end go to the same run
 

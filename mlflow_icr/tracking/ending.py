@@ -30,9 +30,9 @@ def status_of(error: BaseException | None) -> str:
 def end_at_exit(close: Callable[[str], object], *, otherwise: str = "FINISHED") -> Callable[[], None]:
     """Call `close(status)` when the interpreter exits; returns a function that cancels this.
 
-    The status follows from an uncaught exception. Without one, and after `sys.exit`, it is `otherwise`. Register this after
-    MLflow was imported: MLflow ends its active run at exit as FINISHED, and exit handlers run in reverse order. A forked child
-    calls nothing.
+    The status follows from an uncaught exception, or a signal of `exit_on_signals`. Without one, and after `sys.exit`, it is
+    `otherwise`. Register this after MLflow was imported: MLflow ends its active run at exit as FINISHED, and exit handlers run
+    in reverse order. A forked child calls nothing.
     """
     before, process = getattr(sys, "last_value", None), os.getpid()
 
@@ -41,7 +41,7 @@ def end_at_exit(close: Callable[[str], object], *, otherwise: str = "FINISHED") 
             return
         error = getattr(sys, "last_value", None)
         try:
-            close(otherwise if error is None or error is before else status_of(error))
+            close("KILLED" if _received else otherwise if error is None or error is before else status_of(error))
         except OSError as failure:  # such as of a folder that was removed
             logger.warning("the run is not ended in its folder (%s)", failure)
 
@@ -49,16 +49,18 @@ def end_at_exit(close: Callable[[str], object], *, otherwise: str = "FINISHED") 
     return lambda: atexit.unregister(end)
 
 
-def exit_on_sigterm() -> Callable[[], None]:
-    """Make SIGTERM end the program as `sys.exit(143)` does, unless it has a handler; returns a function that cancels this.
+def exit_on_signals() -> Callable[[], None]:
+    """Make SIGTERM and SIGHUP end the program as `sys.exit(128 + signal)` does, unless they have handlers or are ignored.
 
-    By default SIGTERM skips exit handlers, and a run would stay RUNNING. Works in the main thread only; in others it does
-    nothing.
+    By default they skip exit handlers, and a run would stay RUNNING. A closed terminal sends SIGHUP, which nohup ignores.
+    Returns a function that cancels this. Works in the main thread only; in others it does nothing.
     """
     in_main = threading.current_thread() is threading.main_thread()
-    if not in_main or signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, _leave):
+    numbers = [number for number in SIGNALS if in_main and signal.getsignal(number) in (signal.SIG_DFL, _leave)]
+    if not numbers:
         return lambda: None
-    signal.signal(signal.SIGTERM, _leave)
+    for number in numbers:
+        signal.signal(number, _leave)
     user = object()
     _users.append(user)
 
@@ -66,14 +68,18 @@ def exit_on_sigterm() -> Callable[[], None]:
         if user in _users:
             _users.remove(user)
         in_main = threading.current_thread() is threading.main_thread()
-        if in_main and not _users and signal.getsignal(signal.SIGTERM) is _leave:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in SIGNALS if in_main and not _users else ():
+            if signal.getsignal(number) is _leave:
+                signal.signal(number, signal.SIG_DFL)
 
     return undo
 
 
-_users: list[object] = []  # runs that SIGTERM ends
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
+_users: list[object] = []  # runs that these signals end
+_received: list[int] = []  # signals that have ended the program
 
 
 def _leave(number: int, frame: object) -> None:
+    _received.append(number)
     raise SystemExit(128 + number)

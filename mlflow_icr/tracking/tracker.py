@@ -18,7 +18,7 @@ from mlflow_icr.monitoring.summary import summarise
 from mlflow_icr.monitoring.verdict import Verdict, folded
 from mlflow_icr.tracking import operations as ops
 from mlflow_icr.tracking.checkpoints.folder import checkpoints
-from mlflow_icr.tracking.ending import end_at_exit, exit_on_sigterm, status_of
+from mlflow_icr.tracking.ending import end_at_exit, exit_on_signals, status_of
 from mlflow_icr.tracking.event_log import EventLog
 from mlflow_icr.tracking.folder import check_writable, holds_run
 from mlflow_icr.tracking.journal import Journal, text_operations
@@ -102,7 +102,7 @@ class Tracker:
         self.log_file.append([ops.Params(plain, now), *([ops.Tags(dict(tags), time=now)] if tags else [])])
         self.begin(opening=True)
         if self.ends_by_itself:
-            self._undo_signal = exit_on_sigterm()
+            self._undo_signal = exit_on_signals()
             self._stay = end_at_exit(self.close, otherwise="KILLED")
 
     def begin(self, *, opening: bool = False) -> None:

@@ -173,9 +173,13 @@ def test_a_point_that_comes_late_in_a_halved_batch_hides_nothing(tmp_path: Path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_signals_end_every_open_run_until_the_last_is_closed(tmp_path: Path, number: signal.Signals) -> None:
+def test_signals_end_every_open_run_until_the_last_is_closed(
+    tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A test before this one may have left a run open, and a handler.
+    monkeypatch.setattr("mlflow_icr.tracking.ending._users", [])
+    before = signal.signal(number, signal.SIG_DFL)
     first, second = (Tracker(tmp_path / name, []) for name in "ab")
-    before = signal.signal(number, signal.SIG_DFL)  # a test before this one may have left a handler
     try:
         first.open()
         second.open()

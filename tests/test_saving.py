@@ -12,8 +12,12 @@ import pytest
 import torch
 import yaml
 
+from mlflow_icr.tracking import read_history
 from mlflow_icr.tracking.checkpoints.folder import checkpoints
+from mlflow_icr.tracking.event_log import ended_as
+from tests import programs
 from tests.family_runs import RecordedRun, configured, finished
+from tests.training import SHORT
 from trainers import checkpoint
 from trainers.agreement import Agreement, DivergedError, TrainingError
 from trainers.checkpoint import latest_checkpoint
@@ -128,12 +132,43 @@ def test_a_step_that_does_not_fit_the_memory_ends_in_one_line(tmp_path: Path, mo
 def test_each_of_the_signals_is_a_wish_to_stop(number: signal.Signals) -> None:
     before = {one: signal.getsignal(one) for one in STOP_SIGNALS}
     try:
+        signal.signal(number, signal.SIG_DFL)  # whatever has started the tests may ignore SIGHUP
         stop = Stop()
         os.kill(os.getpid(), number)
         assert stop.signal == number
     finally:
         for one, handler in before.items():
             signal.signal(one, handler)
+
+
+def test_a_closed_terminal_ends_a_run_after_a_checkpoint(tmp_path: Path) -> None:
+    """What is printed then is an error of the terminal, which must not end the run first."""
+    folder = tmp_path / "run"
+    code = """
+import os, pty, select, signal, sys, time
+from pathlib import Path
+folder, flags = Path(sys.argv[1]), sys.argv[2:]
+pid, terminal = pty.fork()
+if not pid:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    from trainers.train import main
+    os._exit(main(flags))
+measured = None
+while measured is None or time.monotonic() < measured + 0.5:
+    if select.select([terminal], [], [], 0.05)[0]:
+        os.read(terminal, 65536)
+    history = folder / "history.jsonl"
+    if measured is None and history.exists() and history.read_bytes().count(b"\\n") == 2:
+        measured = time.monotonic()
+os.close(terminal)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+    flags = [*SHORT, "--total-kimg=4000", f"--output-dir={folder}"]
+    done = programs.run(["-c", code, str(folder), *flags], timeout=200)
+    assert done.returncode == 128 + signal.SIGHUP, done.stderr
+    assert ended_as(folder) == "KILLED"
+    steps = [int(path.name) for path in (folder / "checkpoints").glob("[0-9]*")]
+    assert max(steps) > max(row["images_seen"] for row in read_history(folder))  # saved where it was stopped
 
 
 def test_resume_auto_begins_and_goes_on_by_the_same_line(tmp_path: Path) -> None:

@@ -43,9 +43,7 @@ def test_a_report_passes_the_files_and_threads_of_the_page(tmp_path: Path) -> No
             sys.setprofile(note)
             following.set()
             tracker.record(Report(2000, {"repr/icr_debiased": 0.4, "mem/ratio_l2": 0.0}))
-            waiting = threading.Event()
-            while any(not worker.done for worker in tracker.workers):
-                waiting.wait(0.01)
+            assert tracker.flush()
             following.clear()
     finally:
         sys.setprofile(None)

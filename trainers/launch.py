@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mlflow_icr.environment import cores
 from trainers.config import TrainConfig
-from trainers.launchers.job import STOP_SIGNALS
+from trainers.launchers.job import stop_signals
 from trainers.launchers.processes import GRACE_SECONDS
 
 
@@ -47,7 +47,7 @@ def check_processes(count: int, config: TrainConfig) -> None:
 def launch(count: int, arguments: Sequence[str], output_dir: Path) -> int:
     """Run `trainers.train` with these arguments on several ranks; returns 0, 128 + signal, or the status of a failed rank.
 
-    A signal that stops a trainer (Ctrl-C, SIGTERM, SIGUSR1, SIGUSR2) reaches the ranks as one SIGTERM: they save and end.
+    A signal that stops a trainer (`stop_signals`) reaches the ranks as one SIGTERM: they save and end.
     When a rank fails, torchrun ends the others, and the run is FAILED, even if the failed rank is the one that logs.
     """
     received: list[int] = []  # signals
@@ -63,7 +63,7 @@ def launch(count: int, arguments: Sequence[str], output_dir: Path) -> int:
             child.terminate()
         received.append(number)
 
-    handlers = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
+    handlers = {number: signal.signal(number, forward) for number in stop_signals()}
     try:
         status = child.wait()
     finally:

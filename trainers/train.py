@@ -23,7 +23,7 @@ from mlflow_icr.tracking.checkpoints.folder import check_register
 from trainers.command_line import config_changes, parse_tags, train_parser
 from trainers.config import OPTIONS, TrainConfig, config_from, preset_names, preset_values, read_values, with_changes
 from trainers.launch import check_launcher, check_processes, is_launched, launch
-from trainers.launchers.job import STOP_SIGNALS
+from trainers.launchers.job import stop_signals
 from trainers.places import check_apart, output_folder, settled_paths
 from trainers.plan import plan_for
 
@@ -68,18 +68,23 @@ MAY_CHANGE = frozenset(
 
 
 class Stop:
-    """A request to stop, by Ctrl-C, SIGTERM, SIGUSR1 or SIGUSR2, that the loop looks at; a second Ctrl-C interrupts at once.
+    """A request to stop, by one of the signals that end a trainer, that the loop looks at; a second Ctrl-C interrupts at once.
 
     A SIGTERM after a Ctrl-C is the same request: `mlflow run` sends one when the terminal has sent the other. Slurm sends
-    SIGUSR1 or SIGUSR2, as configured (`--signal`, submitit), before it takes the machine away.
+    SIGUSR1 or SIGUSR2, as configured (`--signal`, submitit), before it takes the machine away. A closed terminal sends SIGHUP;
+    what is printed from then on is dropped, as an error of the terminal would end the run before it is saved.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        for number in STOP_SIGNALS:
+        self._terminals = [number for number in (1, 2) if os.isatty(number)]
+        for number in stop_signals():
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        for output in [output for output in self._terminals if not os.isatty(output)]:
+            self._terminals.remove(output)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), output)
         if self.signal == number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = self.signal or number

@@ -34,9 +34,9 @@ class ICRTracker(GeneralTracker):  # type: ignore[misc]
     Values are logged at the script's own steps or, with `images_per_step` (images in a step), at images seen, like
     measurements. Numbers may be Python's, numpy's or 0-d tensors on any device, in nested dicts and short lists; anything else
     is kept as text. The run starts with `init_trackers`, on the main process alone, and ends with `end_training`: FINISHED. An
-    exception that ends the program leaves it FAILED, Ctrl-C KILLED. `tracker` is the Tracker to `record` measurements with.
-    With `resume` it continues in the folder, and in its MLflow run. Raises ValueError for a folder that holds a run already,
-    before training.
+    exception that ends the program leaves it FAILED; Ctrl-C, SIGTERM and a closed terminal leave it KILLED. `tracker` is the
+    Tracker to `record` measurements with. With `resume` it continues in the folder, and in its MLflow run. Raises ValueError,
+    before training, for a folder that holds a run already.
     """
 
     name = "icr"

@@ -1,4 +1,4 @@
-"""What the study was to show, beside what came out: the first lines of `docs/validation.md`."""
+"""The goals of the study and their outcomes: the first lines of `docs/validation.md`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FEWEST_RUNS = 40  # with fewer, the page says that nothing stands yet
 
 @dataclass(frozen=True)
 class Goal:
-    """What was to be shown, what came out, and whether that is what was to be shown; None where nothing came out."""
+    """A goal of the study, its outcome, and whether it was met; None without an outcome."""
 
     text: str
     outcome: str
@@ -71,7 +71,7 @@ def goals(judged: Sequence[Outcome], rules: Sequence[Rule], plan: Plan) -> list[
 
 
 def headline(outcomes: Sequence[Outcome], judged: Sequence[Outcome], rules: Sequence[Rule], plan: Plan) -> str:
-    """What came out, beside counting epochs, in a sentence; then each goal in a table."""
+    """The rates of the verdict and of counting epochs in a sentence, then each goal in a table."""
     if not outcomes:
         return f"**Nothing stands yet: none of the {len(plan.runs)} runs of the plan is trained.**"
     done = f"{len(outcomes)} of {len(plan.runs)} runs"

@@ -10,7 +10,13 @@ from typing import Protocol
 
 FINISHED, FAILED, KILLED, RUNNING = "FINISHED", "FAILED", "KILLED", "RUNNING"
 # Signals that end a trainer, after a checkpoint: its exit status is 128 + one of them, or minus one in its first seconds.
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+
+
+def stop_signals() -> list[signal.Signals]:
+    """The signals that end a trainer here: SIGHUP, of a closed terminal, is none where it is ignored, as nohup does it."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [number for number in STOP_SIGNALS if not (ignored and number == signal.SIGHUP)]
 
 
 @dataclass(frozen=True)
